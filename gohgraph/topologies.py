@@ -1,0 +1,89 @@
+"""The named topologies of a head graph, each a function from the number of heads to (sender, receiver) pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+Edges = Iterable[tuple[int, int]]
+
+
+def complete(num_heads: int) -> Iterator[tuple[int, int]]:
+    """Yields every ordered pair of distinct heads."""
+    return ((j, i) for i in range(num_heads) for j in range(num_heads) if i != j)
+
+
+def ring(num_heads: int, *, hops: int = 1) -> Iterator[tuple[int, int]]:
+    """Yields edges to head i from heads i-1, ..., i-hops (modulo `num_heads`)."""
+    _in_range("hops", hops, 0, num_heads - 1)
+    return (((i - hop) % num_heads, i) for i in range(num_heads) for hop in range(1, hops + 1))
+
+
+def star(num_heads: int, *, center: int = 0) -> Iterator[tuple[int, int]]:
+    """Yields edges from the hub `center` to every other head and back."""
+    _in_range("center", center, 0, num_heads - 1)
+    rim = [i for i in range(num_heads) if i != center]
+    return (edge for i in rim for edge in ((center, i), (i, center)))
+
+
+def bipartite(num_heads: int, *, num_shared: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yields edges both ways between the first `num_shared` heads (default: half of them) and the others."""
+    shared = num_heads // 2 if num_shared is None else num_shared
+    _in_range("num_shared", shared, 0, num_heads)
+    pairs = ((i, j) for i in range(shared) for j in range(shared, num_heads))
+    return (edge for i, j in pairs for edge in ((i, j), (j, i)))
+
+
+def groups(num_heads: int, *, num_groups: int = 2) -> Iterator[tuple[int, int]]:
+    """Yields all edges within each of `num_groups` equal runs of consecutive heads."""
+    _in_range("num_groups", num_groups, 1, num_heads)
+    if num_heads % num_groups:
+        raise ValueError(
+            f"Expected num_groups to divide {num_heads} heads (got {num_groups}). Do choose a divisor."
+        )
+    size = num_heads // num_groups
+    return ((j, i) for i in range(num_heads) for j in range(num_heads) if i != j and i // size == j // size)
+
+
+def small_world(num_heads: int, *, neighbors: int = 4, rewire: float = 0.1, seed: int = 0) -> Edges:
+    """Returns a Watts-Strogatz graph, each undirected edge carrying both ways (`networkx.watts_strogatz_graph`)."""
+    import networkx
+
+    _in_range("neighbors", neighbors, 0, num_heads)
+    if not 0.0 <= rewire <= 1.0:
+        raise ValueError(f"Expected rewire in [0, 1] (got {rewire}). Do pass a probability.")
+    edges = list(networkx.watts_strogatz_graph(num_heads, neighbors, rewire, seed=seed).edges())
+    return [(j, i) for j, i in edges if i != j] + [(i, j) for j, i in edges if i != j]
+
+
+def random(num_heads: int, *, in_degree: int = 2, seed: int = 0) -> Iterator[tuple[int, int]]:
+    """Yields `in_degree` edges to every head from other heads drawn without replacement."""
+    _in_range("in_degree", in_degree, 0, num_heads - 1)
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(num_heads):
+        order = torch.randperm(num_heads - 1, generator=generator)[:in_degree].tolist()
+        # An index at or past i means the next head up, which leaves i itself out of the draw.
+        yield from ((j + (j >= i), i) for j in order)
+
+
+def empty(num_heads: int) -> Edges:
+    """Returns no edges."""
+    return ()
+
+
+TOPOLOGIES: dict[str, Callable[..., Edges]] = {
+    "complete": complete,
+    "ring": ring,
+    "star": star,
+    "bipartite": bipartite,
+    "groups": groups,
+    "small-world": small_world,
+    "random": random,
+    "empty": empty,
+}
+
+
+def _in_range(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"Expected {name} to be an int in {low}..{high} (got {value!r}). Do choose one in range.")
