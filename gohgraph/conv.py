@@ -1,0 +1,246 @@
+"""Message passing between the heads of one token over learned edges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.nn import MessagePassing
+
+from gohgraph.config import SiteConfig
+from gohgraph.edges import EdgeWeights
+from gohgraph.graph import head_graph
+
+BACKENDS = ("dense", "pyg")
+
+
+class HeadGraphConv(MessagePassing):
+    r"""Head-graph convolution: every head adds a signed, token-wise weighted sum of its senders.
+
+    .. math::
+        \alpha_{ji}(t) = \tanh(s_{ji} + (W c(t))_{ji}), \qquad
+        z'_i(t) = z_i(t) + \sum_{j \to i} \alpha_{ji}(t)\, z_j(t)
+
+    With `rounds = R > 1` the update is repeated, m^(r) being the sum in round r, and the rounds are fused by learned
+    coefficients: z' = z + sum_r (1 + f_r) m^(r). All of s, W and f start at zero, so a new graph returns its input bit
+    for bit. The nodes may be head outputs (features: head_dim) or attention scores (features: keys); a token's
+    messages stay with the token.
+
+    Differs from `torch_geometric.nn.GATv2Conv`: weights are signed and not normalised over senders, come from a context
+    shared by all edges and not from pairs of nodes, and nodes carry batch dimensions `[*, H, D]`.
+
+    Args:
+        graph: PyG `Data` over the H heads (`head_graph`), edges from sender j to receiver i.
+        head_dim: D, the node features; sizes the gain of `norm`.
+        context_dim: M, size of the context c(t), usually d_model.
+        edges: `"token"` | `"static"` | `"frozen"`, see `EdgeWeights`.
+        rank: low rank of W, or `None` for full rank.
+        activation: `"tanh"` or `None`.
+        rounds: R >= 1.
+        cross_layer: w >= 0 adds the head outputs of the w layers before as senders (bipartite), over the same edges:
+            sender index j + l*H is head j of the l-th layer before.
+        norm: messages are RMS-normalised per head, with a learned gain `[senders, D]`, before they are weighted.
+        backend: `"dense"`, one batched matrix product (trains faster), or `"pyg"`, `propagate`, the definition.
+
+    Shape:
+        z `[*, H, D]`, context `[*, M]`, earlier: w tensors `[*, H, D]` (nearest layer first) -> `[*, H, D]`.
+
+    Raises:
+        TypeError: `graph` is not a PyG `Data`.
+        ValueError: an impossible option, or nodes of another number of heads.
+
+    Example:
+        >>> conv = HeadGraphConv(head_graph(8), head_dim=4, context_dim=32)
+        >>> z, x = torch.randn(2, 5, 8, 4), torch.randn(2, 5, 32)
+        >>> torch.equal(conv(z, context=x), z)
+        True
+        >>> conv.edge_weight(x).shape, conv.adjacency(x).shape
+        (torch.Size([2, 5, 64]), torch.Size([2, 5, 8, 8]))
+    """
+
+    def __init__(
+        self,
+        graph: Data,
+        head_dim: int,
+        context_dim: int,
+        *,
+        edges: str = "token",
+        rank: int | None = None,
+        activation: str | None = "tanh",
+        rounds: int = 1,
+        cross_layer: int = 0,
+        norm: bool = False,
+        backend: str = "dense",
+    ) -> None:
+        super().__init__(aggr="add", node_dim=-2)
+        _check_conv(graph, head_dim, context_dim, cross_layer, backend)
+        self.num_heads, self.head_dim, self.backend, self.cross_layer = graph.num_nodes, head_dim, backend, cross_layer
+        self.num_senders = self.num_heads * (1 + cross_layer)
+        edge_index = _with_earlier_layers(head_graph(self.num_heads, graph, self_loops=False), cross_layer)
+        num_edges = edge_index.shape[1]
+        in_degree = max(1.0, num_edges / self.num_heads)
+        self.edges = EdgeWeights(
+            num_edges, context_dim, kind=edges, rank=rank, activation=activation, rounds=rounds, scale=in_degree**-0.5
+        )
+        self.fusion = nn.Parameter(torch.zeros(rounds)) if rounds > 1 else None
+        self.gain = nn.Parameter(torch.ones(self.num_senders, head_dim)) if norm else None
+        # Saved with the weights, so that they never meet another graph of equally many edges.
+        self.register_buffer("edge_index", edge_index)
+        slots = torch.full((self.num_heads * self.num_senders,), num_edges)
+        slots[edge_index[1] * self.num_senders + edge_index[0]] = torch.arange(num_edges)
+        self.register_buffer("slots", slots, persistent=False)
+
+    @classmethod
+    def from_config(
+        cls, config: SiteConfig, num_heads: int, head_dim: int, context_dim: int, *, layer: int = 0
+    ) -> HeadGraphConv:
+        """Builds the graph and convolution a `SiteConfig` names, for the layer of that index in its stack.
+
+        A layer has only `layer` layers before it: `cross_layer` is cut to that.
+
+        Example:
+            >>> HeadGraphConv.from_config(SiteConfig(topology="star"), 5, 3, 7).edge_index.shape
+            torch.Size([2, 13])
+        """
+        graph = head_graph(num_heads, config.topology, self_loops=config.self_loops, **config.options)
+        return cls(
+            graph,
+            head_dim,
+            context_dim,
+            edges=config.edges,
+            rank=config.rank,
+            activation=config.activation,
+            rounds=config.rounds,
+            cross_layer=min(config.cross_layer, layer),
+            norm=config.norm,
+            backend=config.backend,
+        )
+
+    @property
+    def rounds(self) -> int:
+        """R, the number of message-passing rounds."""
+        return self.edges.rounds
+
+    @property
+    def is_complete(self) -> bool:
+        """True when every sender reaches every receiver, so that edges in order are the rows of the adjacency."""
+        return self.edges.num_edges == self.num_heads * self.num_senders
+
+    def reset_parameters(self) -> None:
+        """Returns to the neutral start."""
+        self.edges.reset_parameters()
+        if self.fusion is not None:
+            nn.init.zeros_(self.fusion)
+        if self.gain is not None:
+            nn.init.ones_(self.gain)
+
+    def forward(self, z: Tensor, context: Tensor | None = None, earlier: Sequence[Tensor] = ()) -> Tensor:
+        """Passes messages between the nodes `z [*, H, D]` under the context `[*, M]`."""
+        self._check_nodes(z, earlier)
+        weights = self.edges(context)  # [*, R, E] or [R, E]
+        nodes = z
+        for index in range(self.rounds):
+            senders = self._senders(nodes, earlier)  # [*, S, D]
+            alpha = weights[..., index, :].to(z.dtype)  # [*, E] or [E]
+            if self.fusion is None:
+                return self._add_messages(z, senders, alpha)
+            message = self._add_messages(None, senders, alpha)
+            z = z + (1 + self.fusion[index]).to(message.dtype) * message
+            nodes = nodes + message
+        return z
+
+    def edge_weight(self, context: Tensor | None = None, index: int = 0) -> Tensor:
+        """Returns alpha of round `index`: `[*, E]` for a context `[*, M]`, `[E]` for static edges."""
+        return self.edges(context)[..., index, :]
+
+    def adjacency(self, context: Tensor | None = None, index: int = 0) -> Tensor:
+        """Returns alpha of round `index` as a matrix `[*, H, senders]`: rows receive, absent edges are zero."""
+        return self._dense(self.edge_weight(context, index))
+
+    def mixing(self, context: Tensor | None = None) -> Tensor:
+        """Returns the linear map `[*, H, H]` of all rounds, z' = mixing z (only without `norm` and `cross_layer`)."""
+        if self.gain is not None or self.cross_layer:
+            raise ValueError("Expected a linear graph of one layer (got norm or cross_layer). Do build it without.")
+        dtype = self.edges.bias.dtype if context is None else context.dtype
+        eye = torch.eye(self.num_heads, dtype=dtype, device=self.edge_index.device)  # [H, H]
+        tokens = () if context is None or self.edges.weight is None else context.shape[:-1]
+        return self(eye.expand(*tokens, -1, -1), context)  # [*, H, H]
+
+    def message(self, x_j: Tensor, alpha: Tensor) -> Tensor:
+        """The message of each edge: its weight times its sender, `[*, E, D]`."""
+        return alpha.unsqueeze(-1) * x_j
+
+    def _senders(self, nodes: Tensor, earlier: Sequence[Tensor]) -> Tensor:
+        senders = torch.cat((nodes, *earlier[: self.cross_layer]), dim=-2) if self.cross_layer else nodes  # [*, S, D]
+        if self.gain is None:
+            return senders
+        return F.rms_norm(senders, (senders.shape[-1],)) * self.gain.to(senders.dtype)
+
+    def _add_messages(self, z: Tensor | None, senders: Tensor, alpha: Tensor) -> Tensor:
+        if self.backend == "pyg":
+            size = (self.num_senders, self.num_heads)
+            received = self.propagate(self.edge_index, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
+            return received if z is None else z + received
+        adjacency = self._dense(alpha)  # [*, H, S]
+        if z is None or z.dim() == 2 or adjacency.shape[:-2] != z.shape[:-2]:
+            received = adjacency @ senders  # [*, H, D]
+            return received if z is None else z + received
+        batch = z.shape[:-2]
+        # One call adds and multiplies: no pass over memory beyond the product itself.
+        added = torch.baddbmm(z.flatten(0, -3), adjacency.flatten(0, -3), senders.flatten(0, -3))  # [N, H, D]
+        return added.unflatten(0, batch)  # [*, H, D]
+
+    def _dense(self, alpha: Tensor) -> Tensor:
+        if not self.is_complete:
+            alpha = F.pad(alpha, (0, 1)).index_select(-1, self.slots)  # [*, H*S]
+        return alpha.unflatten(-1, (self.num_heads, self.num_senders))  # [*, H, S]
+
+    def _check_nodes(self, z: Tensor, earlier: Sequence[Tensor]) -> None:
+        if z.dim() < 2 or z.shape[-2] != self.num_heads:
+            raise ValueError(
+                f"Expected nodes of shape [*, {self.num_heads}, D] (got {list(z.shape)}). "
+                "Do build the graph over as many heads as the attention has."
+            )
+        if len(earlier) < self.cross_layer:
+            raise ValueError(
+                f"Expected the head outputs of {self.cross_layer} layers before (got {len(earlier)}). "
+                "Do pass them as `earlier`, nearest first."
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        saved = state_dict.get(prefix + "edge_index")
+        if saved is not None and not torch.equal(saved.cpu(), self.edge_index.cpu()):
+            errors.append(
+                f"Expected weights of this head graph at {prefix!r} (got another graph, {saved.shape[1]} edges for "
+                f"{self.edge_index.shape[1]}). Do build the model with the topology it was saved with."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(num_heads={self.num_heads}, head_dim={self.head_dim}, "
+            f"cross_layer={self.cross_layer}, norm={self.gain is not None}, backend={self.backend!r}, {self.edges})"
+        )
+
+
+def _with_earlier_layers(graph: Data, cross_layer: int) -> Tensor:
+    num_heads = graph.num_nodes
+    copies = [graph.edge_index + torch.tensor([[layer * num_heads], [0]]) for layer in range(cross_layer + 1)]
+    edge_index = torch.cat(copies, dim=1)  # [2, E*(w+1)]
+    order = torch.argsort(edge_index[1] * num_heads * (cross_layer + 1) + edge_index[0])
+    return edge_index[:, order]
+
+
+def _check_conv(graph: Data, head_dim: int, context_dim: int, cross_layer: int, backend: str) -> None:
+    if not isinstance(graph, Data):
+        raise TypeError(f"Expected a PyG Data (got {type(graph).__name__}). Do build it with head_graph(num_heads).")
+    sizes = (("head_dim", head_dim, 1), ("context_dim", context_dim, 1), ("cross_layer", cross_layer, 0))
+    for name, value, low in sizes:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"Expected {name} to be an int >= {low} (got {value!r}). Do pass its size.")
+    if backend not in BACKENDS:
+        raise ValueError(f"Expected backend of {list(BACKENDS)} (got {backend!r}). Do choose one of them.")
