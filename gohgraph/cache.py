@@ -1,0 +1,76 @@
+"""The key/value cache of incremental decoding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KeyValueCache:
+    """Keys and values of one attention block, grown token by token: plain per-head tensors, with or without graphs.
+
+    Memory is reserved in doubling steps, so a token costs no copy of the past on average.
+
+    Args:
+        fixed: True for cross attention, whose keys and values are computed once and then only read.
+
+    Example:
+        >>> cache = KeyValueCache()
+        >>> _ = cache.update(torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4))
+        >>> keys, values = cache.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
+        >>> len(cache), keys.shape
+        (4, torch.Size([1, 4, 2, 4]))
+    """
+
+    def __init__(self, fixed: bool = False) -> None:
+        self.fixed = fixed
+        self._length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def is_filled(self) -> bool:
+        """True once a fixed cache holds its keys and values."""
+        return self.fixed and self._length > 0
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends `[B, T, G, D]` and returns all keys and values so far, `[B, S, G, D]` each."""
+        end = self._length + keys.shape[1]
+        if self._keys is None or end > self._keys.shape[1]:
+            self._keys, self._values = self._grown(self._keys, keys, end), self._grown(self._values, values, end)
+        self._keys[:, self._length : end] = keys
+        self._values[:, self._length : end] = values
+        self._length = end
+        return self.read()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Returns the keys and values so far, `[B, S, G, D]` each."""
+        return self._keys[:, : self._length], self._values[:, : self._length]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Replaces batch row b by row `rows[b]`, as beam search needs."""
+        if self._keys is not None:
+            self._keys, self._values = self._keys[rows], self._values[rows]
+
+    def _grown(self, old: Tensor | None, new: Tensor, length: int) -> Tensor:
+        size = length if self.fixed else max(2 * length, 64)
+        grown = new.new_empty(new.shape[0], size, *new.shape[2:])  # [B, size, G, D]
+        if old is not None:
+            grown[:, : self._length] = old[:, : self._length]
+        return grown
+
+
+def reorder_all(caches: list[tuple[KeyValueCache, ...]], rows: Tensor) -> None:
+    """Reorders the batch rows of every cache of every layer."""
+    for layer in caches:
+        for cache in layer:
+            cache.reorder(rows)
+
+
+def padded(mask: Tensor, length: int) -> Tensor:
+    """Returns a token mask `[B, T]` continued with True to `length` tokens."""
+    more = mask.new_ones(mask.shape[0], length - mask.shape[1])
+    return torch.cat((mask, more), dim=1)  # [B, length]

@@ -1,0 +1,183 @@
+"""The stacks of a transformer: encoder and decoder layers and their repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from gohgraph.cache import KeyValueCache
+from gohgraph.config import SiteConfig, TransformerConfig
+from gohgraph.conv import HeadGraphConv
+from gohgraph.embeddings import RotaryPositions
+from gohgraph.objects import FeedForward, MultiHeadAttention
+from gohgraph.sublayers import NORMS, Residual
+
+
+class EncoderLayer(nn.Module):
+    """One layer of self attention and feed-forward; causal, it is the layer of a decoder-only language model.
+
+    With plain attention it equals `torch.nn.TransformerEncoderLayer` of the same weights.
+
+    Args:
+        config: the transformer's configuration.
+        causal: token t attends to s <= t only.
+        layer: index in the stack; graphs with `cross_layer` reach back at most so far.
+
+    Shape:
+        x `[B, T, M]` -> (`[B, T, M]`, head outputs `[B, T, H, D]`).
+
+    Example:
+        >>> import torch
+        >>> x, heads = EncoderLayer(TransformerConfig(7, d_model=8, num_heads=2, d_ff=16))(torch.randn(1, 3, 8))
+        >>> heads.shape
+        torch.Size([1, 3, 2, 4])
+    """
+
+    def __init__(self, config: TransformerConfig, *, causal: bool = False, layer: int = 0) -> None:
+        super().__init__()
+        self.attention = _residual(_attention(config, layer, causal=causal), config)
+        self.feed_forward = _residual(_feed_forward(config), config)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        keep_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        caches: tuple[KeyValueCache, ...] = (),
+        earlier: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the layer's output and its head outputs; arguments as in `MultiHeadAttention`."""
+        cache = caches[0] if caches else None
+        x, heads = self.attention(x, keep_mask=keep_mask, positions=positions, cache=cache, earlier=earlier)
+        return self.feed_forward(x), heads
+
+
+class DecoderLayer(nn.Module):
+    """One layer of causal self attention, cross attention to the encoder's output, and feed-forward.
+
+    With plain attention it equals `torch.nn.TransformerDecoderLayer` of the same weights. Both attentions have head
+    graphs of their own.
+
+    Args:
+        config: the transformer's configuration.
+        layer: index in the stack.
+
+    Shape:
+        x `[B, T, M]`, memory `[B, S, M]` -> (`[B, T, M]`, self attention's head outputs `[B, T, H, D]`).
+
+    Example:
+        >>> import torch
+        >>> layer = DecoderLayer(TransformerConfig(7, d_model=8, num_heads=2, d_ff=16))
+        >>> layer(torch.randn(1, 3, 8), torch.randn(1, 5, 8))[0].shape
+        torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, config: TransformerConfig, *, layer: int = 0) -> None:
+        super().__init__()
+        self.attention = _residual(_attention(config, layer, causal=True), config)
+        self.cross_attention = _residual(_attention(config, 0, cross=True), config)
+        self.feed_forward = _residual(_feed_forward(config), config)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        *,
+        keep_mask: Tensor | None = None,
+        memory_keep_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        caches: tuple[KeyValueCache, ...] = (),
+        earlier: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the layer's output and its head outputs; masks broadcast to `[B, H, T, T]` and `[B, H, T, S]`."""
+        own, cross = caches if caches else (None, None)
+        x, heads = self.attention(x, keep_mask=keep_mask, positions=positions, cache=own, earlier=earlier)
+        x, _ = self.cross_attention(x, memory, keep_mask=memory_keep_mask, cache=cross)
+        return self.feed_forward(x), heads
+
+
+class Stack(nn.Module):
+    """A stack of layers with a final normalisation when they are pre-norm.
+
+    Args:
+        config: the transformer's configuration; `num_layers` layers are built.
+        kind: `"encoder"`, `"causal"` (decoder-only) or `"decoder"` (with cross attention).
+
+    Shape:
+        x `[B, T, M]` -> `[B, T, M]`.
+
+    Raises:
+        ValueError: unknown kind.
+
+    Example:
+        >>> import torch
+        >>> config = TransformerConfig(7, d_model=8, num_heads=2, num_layers=2, d_ff=16)
+        >>> Stack(config, "causal")(torch.randn(1, 3, 8)).shape
+        torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, config: TransformerConfig, kind: str = "encoder") -> None:
+        super().__init__()
+        if kind not in ("encoder", "causal", "decoder"):
+            raise ValueError(f"Expected kind 'encoder', 'causal' or 'decoder' (got {kind!r}). Do choose one of them.")
+        self.kind = kind
+        indices = range(config.num_layers)
+        if kind == "decoder":
+            self.layers = nn.ModuleList(DecoderLayer(config, layer=i) for i in indices)
+        else:
+            self.layers = nn.ModuleList(EncoderLayer(config, causal=kind == "causal", layer=i) for i in indices)
+        self.norm = NORMS[config.norm](config.d_model, eps=1e-5) if config.norm_first else nn.Identity()
+        graph = config.head_graph.outputs if config.head_graph is not None else None
+        self.cross_layer = 0 if graph is None else graph.cross_layer
+
+    def forward(
+        self, x: Tensor, *memory: Tensor, caches: list[tuple[KeyValueCache, ...]] | None = None, **masks: Tensor | None
+    ) -> Tensor:
+        """Passes `x` through all layers; further arguments go to each layer."""
+        earlier: tuple[Tensor, ...] = ()
+        for index, layer in enumerate(self.layers):
+            own = () if caches is None else caches[index]
+            x, heads = layer(x, *memory, caches=own, earlier=earlier, **masks)
+            earlier = (heads, *earlier)[: self.cross_layer]
+        return self.norm(x)
+
+    def new_caches(self) -> list[tuple[KeyValueCache, ...]]:
+        """Returns empty key/value caches for incremental decoding, one tuple a layer."""
+        if self.kind == "decoder":
+            return [(KeyValueCache(), KeyValueCache(fixed=True)) for _ in self.layers]
+        return [(KeyValueCache(),) for _ in self.layers]
+
+
+def _residual(object: nn.Module, config: TransformerConfig) -> Residual:
+    return Residual(
+        object, config.d_model, norm_first=config.norm_first, norm=config.norm, dropout=config.dropout
+    )
+
+
+def _feed_forward(config: TransformerConfig) -> FeedForward:
+    return FeedForward(config.d_model, config.d_ff, config.activation, bias=config.bias, dropout=config.dropout)
+
+
+def _attention(
+    config: TransformerConfig, layer: int, *, causal: bool = False, cross: bool = False
+) -> MultiHeadAttention:
+    graphs = config.head_graph
+    return MultiHeadAttention(
+        config.d_model,
+        config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        bias=config.bias,
+        dropout=config.dropout,
+        causal=causal,
+        rotary=RotaryPositions(config.head_dim) if config.positions == "rotary" and not cross else None,
+        output_graph=_graph(graphs.outputs, config, layer) if graphs else None,
+        score_graph=_graph(graphs.scores, config, 0) if graphs else None,
+    )
+
+
+def _graph(site: SiteConfig | None, config: TransformerConfig, layer: int) -> HeadGraphConv | None:
+    if site is None:
+        return None
+    return HeadGraphConv.from_config(site, config.num_heads, config.head_dim, config.d_model, layer=layer)
