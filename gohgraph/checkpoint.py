@@ -1,0 +1,313 @@
+"""Save and load a model: `config.json` beside `model.safetensors`; a crash leaves a whole checkpoint.
+
+The weights file carries the configuration in its safetensors metadata, so the two files can always be
+compared. Replacing the weights is the one commit point of a save:
+
+1. `.config.json.new` and `.model.safetensors.new` are written and flushed to disk,
+2. `.model.safetensors.new` replaces `model.safetensors` (before: the old checkpoint, after: the new one),
+3. `.config.json.new` replaces `config.json`.
+
+A reader that comes between 2 and 3, or after a crash there, finds the configuration of the weights in
+`.config.json.new`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_model
+from torch import nn
+
+FORMAT = 1
+METADATA_KEY = "gohgraph.checkpoint"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PENDING_CONFIG, PENDING_WEIGHTS = ".config.json.new", ".model.safetensors.new"
+
+
+class PretrainedMixin:
+    """Gives a model class `save_pretrained` and `from_pretrained`.
+
+    The class names its configuration in `config_class` (with `to_dict` and `from_dict`), is built by
+    `cls(config)` and keeps that configuration in `self.config`.
+
+    Example:
+        >>> import dataclasses, tempfile
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Config:
+        ...     width: int = 3
+        ...     to_dict = dataclasses.asdict
+        ...     from_dict = classmethod(lambda cls, values: cls(**values))
+        >>> class Model(PretrainedMixin, nn.Linear):
+        ...     config_class = Config
+        ...     def __init__(self, config):
+        ...         super().__init__(config.width, config.width)
+        ...         self.config = config
+        >>> model = Model(Config(width=5))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     loaded = Model.from_pretrained(folder)
+        >>> torch.equal(model.weight, loaded.weight)
+        True
+    """
+
+    config_class: type
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model's configuration and weights to `folder`; see `save_pretrained`."""
+        save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]):
+        """Build the model that was saved in `folder`; see `load_pretrained`."""
+        return load_pretrained(cls, folder)
+
+
+def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write `config.json` and `model.safetensors` to `folder`, atomically.
+
+    Whatever interrupts the save (an exception, a kill, a power cut), `folder` afterwards holds either the
+    checkpoint it held before or the new one, whole. Tied tensors are stored once. One process writes to a
+    folder at a time.
+
+    Args:
+        model: a module with `model.config.to_dict()`, which returns what JSON can hold.
+        folder: where to write; made if it is missing.
+
+    Raises:
+        OSError: `folder` cannot be made or written.
+    """
+    folder = Path(folder)
+    text = json.dumps(_document(model), indent=2, allow_nan=False)
+    pending = folder / PENDING_WEIGHTS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _finish_interrupted_save(folder)
+        _write_text(folder / PENDING_CONFIG, text)
+    except OSError as error:
+        raise OSError(
+            f"Expected a folder that can be written (got {folder}: {error.strerror}). Do choose another folder."
+        ) from error
+    try:
+        save_model(model, str(pending), metadata={METADATA_KEY: text})
+        _flush(pending)
+        _flush(folder)
+        os.replace(pending, folder / WEIGHTS)
+    finally:
+        pending.unlink(missing_ok=True)
+    _flush(folder)
+    os.replace(folder / PENDING_CONFIG, folder / CONFIG)
+    _flush(folder)
+
+
+def load_pretrained(model_class: type, folder: str | os.PathLike[str]):
+    """Build the model saved in `folder`, on the CPU and in training mode.
+
+    The model has the dtypes it was saved with. Nothing is written, and the global random state is left as it
+    was.
+
+    Args:
+        model_class: the class that was saved; built by `model_class(config_class.from_dict(...))`.
+        folder: a folder written by `save_pretrained`.
+
+    Returns:
+        The model, an instance of `model_class`.
+
+    Raises:
+        FileNotFoundError: `folder` or one of its two files is missing.
+        ValueError: a file is damaged or foreign, the two files do not belong together, or another class was
+            saved.
+    """
+    folder = Path(folder)
+    tensors, saved_with, aliases = _read_weights(folder)
+    document = _read_config(folder, saved_with)
+    _check_class(document, model_class, folder)
+    try:
+        config = model_class.config_class.from_dict(document["config"])
+        with torch.random.fork_rng(devices=[]):
+            model = model_class(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected a configuration of {model_class.__name__} in {folder / CONFIG} "
+            f"(got one that is refused: {error}). "
+            f"Do load it with gohgraph {document['gohgraph']}, which wrote it, or save the model again."
+        ) from error
+    for alias, name in aliases.items():
+        if name in tensors:
+            tensors[alias] = tensors[name]
+    _fill(model, tensors, folder)
+    return model
+
+
+def _document(model: nn.Module) -> dict[str, Any]:
+    try:
+        version = metadata.version("gohgraph")
+    except metadata.PackageNotFoundError:
+        version = "from source"
+    return {
+        "model": type(model).__name__,
+        "format": FORMAT,
+        "gohgraph": version,
+        "config": model.config.to_dict(),
+    }
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(path: Path) -> None:
+    """Force a file, or a folder's list of names, to disk."""
+    # Windows cannot open a folder; its renames are journalled.
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _finish_interrupted_save(folder: Path) -> None:
+    """Do step 3 of a save that stopped after step 2, before a new save overwrites its configuration."""
+    pending = folder / PENDING_CONFIG
+    if not pending.is_file() or not (folder / WEIGHTS).is_file():
+        return
+    try:
+        with _open_weights(folder / WEIGHTS) as file:
+            saved_with = (file.metadata() or {}).get(METADATA_KEY)
+    except ValueError:
+        return
+    if saved_with is not None and _same_json(pending, saved_with):
+        os.replace(pending, folder / CONFIG)
+
+
+def _same_json(path: Path, text: str) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) == json.loads(text)
+    except ValueError:
+        return False
+
+
+@contextmanager
+def _open_weights(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"Expected a whole safetensors file (got {path}, which is truncated or damaged: {error}). "
+            "Do copy it again or load another checkpoint."
+        ) from error
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, str]]:
+    """Return the tensors, the document they were saved with, and {alias: stored name} of tied tensors."""
+    path = folder / WEIGHTS
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"Expected a checkpoint folder (got {folder}, which is not there). "
+            "Do check the path, or train a model first."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Expected {WEIGHTS} in {folder} (got a folder without it). Do pass a folder written by save_pretrained."
+        )
+    with _open_weights(path) as file:
+        aliases = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    text = aliases.pop(METADATA_KEY, None)
+    if text is None:
+        raise ValueError(
+            f"Expected weights written by gohgraph (got {path}, which carries no gohgraph configuration). "
+            "Do pass a folder written by save_pretrained."
+        )
+    return tensors, _parse(text, f"the metadata of {path}"), aliases
+
+
+def _read_config(folder: Path, saved_with: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration document after holding it against the one in the weights."""
+    path, pending = folder / CONFIG, folder / PENDING_CONFIG
+    # Pending first: a save that ends meanwhile moves it to config.json, which is read after it.
+    if pending.is_file() and _same_json(pending, json.dumps(saved_with)):
+        return saved_with
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Expected {CONFIG} in {folder} (got a folder without it). Do pass a folder written by save_pretrained."
+        )
+    document = _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    if document != saved_with:
+        raise ValueError(
+            f"Expected {CONFIG} and {WEIGHTS} of one checkpoint in {folder} (got weights saved with another "
+            f"configuration: {_difference(document, saved_with)}). Do restore the file that was changed."
+        )
+    return document
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"Expected JSON in {where} (got text that does not parse: {error}). "
+            "Do copy the file again or load another checkpoint."
+        ) from error
+    keys = {"model", "format", "gohgraph", "config"}
+    if not isinstance(document, dict) or set(document) != keys or not isinstance(document["config"], dict):
+        got = sorted(document) if isinstance(document, dict) else type(document).__name__
+        raise ValueError(
+            f"Expected a gohgraph checkpoint with the keys {sorted(keys)} in {where} (got {got}). "
+            "Do pass a folder written by save_pretrained."
+        )
+    if document["format"] != FORMAT:
+        raise ValueError(
+            f"Expected checkpoint format {FORMAT} in {where} (got {document['format']!r}). "
+            f"Do load it with gohgraph {document['gohgraph']}, which wrote it."
+        )
+    return document
+
+
+def _difference(document: dict[str, Any], saved_with: dict[str, Any]) -> str:
+    """Name the first entry in which two documents differ, innermost key last."""
+    for key in sorted(document.keys() | saved_with.keys()):
+        here, there = document.get(key), saved_with.get(key)
+        if here != there:
+            if isinstance(here, dict) and isinstance(there, dict):
+                return f"{key}.{_difference(here, there)}"
+            return f"{key} is {here!r}, the weights have {there!r}"
+    return "none"
+
+
+def _check_class(document: dict[str, Any], model_class: type, folder: Path) -> None:
+    if document["model"] != model_class.__name__:
+        raise ValueError(
+            f"Expected a checkpoint of {model_class.__name__} in {folder} (got one of {document['model']}). "
+            f"Do load it with {document['model']}.from_pretrained."
+        )
+
+
+def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Copy the tensors into the model, names and shapes checked, in the dtypes of the file."""
+    own = model.state_dict(keep_vars=True)
+    for name in sorted(own.keys() | tensors.keys()):
+        want, have = own.get(name), tensors.get(name)
+        if want is None or have is None or want.shape != have.shape:
+            expected = "no such tensor" if want is None else f"shape {list(want.shape)}"
+            got = "none" if have is None else f"shape {list(have.shape)}"
+            raise ValueError(
+                f"Expected {expected} for {name!r} in {folder / WEIGHTS} (got {got}). "
+                "Do load it with the version of gohgraph that wrote it, or save the model again."
+            )
+        if want.dtype != have.dtype:
+            want.data = want.data.to(have.dtype)
+    model.load_state_dict(tensors)

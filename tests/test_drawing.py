@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import to_rgba
+from matplotlib.image import imread
+from matplotlib.patches import Circle
+
+import gohgraph as goh
+from gohgraph.drawing import draw, draw_curves, graph_titles
+
+NAME = "decoder.layers.{}.attention.object.{}_graph"
+
+
+def recording(num_heads, edges, *rounds):
+    edge_index = torch.tensor(edges, dtype=torch.long).reshape(-1, 2).t()
+    return SimpleNamespace(edge_index=edge_index, num_heads=num_heads, mean=torch.tensor(rounds).double())
+
+
+def complete(num_heads, num_senders=None, seed=0):
+    edges = [(j, i) for i in range(num_heads) for j in range(num_senders or num_heads)]
+    weights = torch.randn(1, len(edges), generator=torch.Generator().manual_seed(seed)).tanh()
+    return recording(num_heads, edges, *weights.tolist())
+
+
+def parts(axis):
+    """The curves, the arrow tips and the head circles of a panel; the dotted rings are left out."""
+    (lines,) = [item for item in axis.collections if isinstance(item, LineCollection)]
+    (tips,) = [item for item in axis.collections if isinstance(item, PolyCollection)]
+    circles = [patch for patch in axis.patches if isinstance(patch, Circle) and patch.get_facecolor()[3] > 0]
+    return lines, tips, circles
+
+
+def texts(axis):
+    return [text.get_text() for text in axis.texts]
+
+
+def test_a_real_model_from_recording_to_file(tmp_path):
+    torch.manual_seed(0)
+    sites = goh.HeadGraphConfig(outputs=goh.SiteConfig(), scores=goh.SiteConfig.ring(2))
+    config = goh.TransformerConfig(256, d_model=20, num_heads=5, num_layers=3, d_ff=7, head_graph=sites)
+    model = goh.LanguageModel(config)
+    with goh.record(model) as heads:
+        model(torch.randint(256, (2, 11)))
+    figure = draw(heads, tmp_path / "heads.png", title="a title")
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == [f"layer {layer} {site}" for site in ("outputs", "scores") for layer in range(3)]
+    assert imread(tmp_path / "heads.png").shape[1] == pytest.approx(1800, abs=30)
+    assert os.listdir(tmp_path) == ["heads.png"]
+
+
+def test_arrows_run_from_sender_to_receiver():
+    figure = draw({"layers.0.output_graph": recording(4, [(1, 3)], [0.5])})
+    lines, tips, circles = parts(figure.axes[0])
+    # Clockwise from the top: head 1 on the right, head 3 on the left.
+    assert np.allclose([circle.center for circle in circles], [(0, 1), (1, 0), (0, -1), (-1, 0)], atol=1e-12)
+    (curve,) = lines.get_segments()
+    assert np.linalg.norm(curve[0] - (1, 0)) == pytest.approx(circles[1].radius)
+    assert np.linalg.norm(curve[-1] - (-1, 0)) > circles[3].radius
+    tip = tips.get_paths()[0].vertices[0]
+    assert np.linalg.norm(tip - (-1, 0)) == pytest.approx(1.06 * circles[3].radius)
+
+
+def test_both_directions_of_a_pair_are_apart():
+    lines, _, _ = parts(draw({"g": recording(3, [(0, 1), (1, 0)], [0.5, 0.4])}).axes[0])
+    first, second = (curve[12] for curve in lines.get_segments())
+    assert np.linalg.norm(first - second) > 0.1
+
+
+def test_negative_edges_are_as_visible_as_positive_ones():
+    axis = draw({"g": recording(5, [(0, 1), (2, 3), (3, 4), (1, 2)], [-0.8, 0.8, 0.1, 0.0])}).axes[0]
+    lines, _, _ = parts(axis)
+    colours, widths = lines.get_colors(), lines.get_linewidths()
+    # Drawn weakest first: 0.0, 0.1, then the two strong ones in either order.
+    assert widths[2] == widths[3] == max(widths) and widths[0] < widths[1] < widths[2]
+    luminance = colours[:, :3] @ (0.2126, 0.7152, 0.0722)
+    assert abs(luminance[2] - luminance[3]) < 0.1 and max(luminance[2:]) < 0.4
+    red_over_blue = (colours[:, 0] - colours[:, 2])[2:]
+    assert sorted(np.sign(red_over_blue)) == [-1, 1]
+    assert np.allclose(colours[0], to_rgba("#d4d4d4"))
+
+
+def test_the_colour_range_is_symmetric_and_shared():
+    heads = {
+        NAME.format(0, "output"): recording(3, [(0, 1)], [0.7]),
+        NAME.format(1, "output"): recording(3, [(0, 1)], [0.1]),
+    }
+    figure = draw(heads)
+    strong, weak = (parts(axis)[0].get_linewidths()[0] for axis in figure.axes[:2])
+    assert strong > 2 * weak
+    assert np.allclose(figure.axes[-1].get_xticks(), [-0.8, -0.4, 0.0, 0.4, 0.8])
+
+
+def test_a_self_loop_fills_its_head():
+    lines, _, circles = parts(draw({"g": recording(3, [(0, 0), (1, 1), (0, 1)], [0.9, -0.9, 0.2])}).axes[0])
+    orange, blue, none = (circle.get_facecolor() for circle in circles)
+    assert orange[0] > orange[2] and blue[2] > blue[0] and none == (1, 1, 1, 1)
+    assert len(lines.get_segments()) == 1
+
+
+def test_threshold_makes_weak_edges_hairlines():
+    heads = {"g": recording(3, [(0, 1), (1, 2)], [1.0, 0.3])}
+    for threshold, hairlines in ((0.2, 0), (0.5, 1)):
+        lines, _, _ = parts(draw(heads, threshold=threshold).axes[0])
+        assert sum(np.allclose(colour, to_rgba("#d4d4d4")) for colour in lines.get_colors()) == hairlines
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 7, 16, 31, 64])
+def test_every_head_is_numbered_and_no_heads_touch(num_heads, tmp_path):
+    figure = draw({"layers.0.output_graph": complete(num_heads)}, tmp_path / "heads.png")
+    lines, _, circles = parts(figure.axes[0])
+    assert texts(figure.axes[0]) == [str(head) for head in range(num_heads)]
+    assert len(circles) == num_heads and len(lines.get_segments()) == num_heads * (num_heads - 1)
+    assert num_heads == 1 or np.linalg.norm(np.subtract(circles[0].center, circles[1].center)) > 2 * circles[0].radius
+    assert all(np.isfinite(curve).all() for curve in lines.get_segments())
+
+
+def test_senders_of_earlier_layers_stand_on_outer_rings():
+    figure = draw({"layers.2.output_graph": complete(5, 15)})
+    _, _, circles = parts(figure.axes[0])
+    radii = np.linalg.norm([circle.center for circle in circles], axis=1)
+    assert np.allclose(radii, np.repeat([1.0, 1.46, 1.92], 5))
+    assert texts(figure.axes[0]) == [*"012340123401234", "\u22121", "\u22122"]
+    assert max(radii) < figure.axes[0].get_xlim()[1]
+
+
+def test_rounds_have_panels_of_their_own():
+    figure = draw({NAME.format(0, "output"): recording(3, [(0, 1)], [0.1], [0.2])})
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["layer 0 outputs, round 1", "layer 0 outputs, round 2"]
+
+
+def test_a_new_model_and_a_graph_without_edges():
+    draw({"g": recording(3, [(0, 1), (1, 1)], [0.0, 0.0])})
+    figure = draw({"g": recording(3, [], [])})
+    assert texts(figure.axes[0]) == ["0", "1", "2"]
+
+
+def test_titles_tell_graphs_apart():
+    names = [f"{stack}.layers.{n}.attention.object.output_graph" for stack in ("encoder", "decoder") for n in (0, 1)]
+    names.append("decoder.layers.1.cross_attention.object.output_graph")
+    assert graph_titles(names) == [
+        "encoder layer 0 outputs",
+        "encoder layer 1 outputs",
+        "decoder layer 0 outputs",
+        "decoder layer 1 outputs",
+        "decoder layer 1 cross outputs",
+    ]
+    assert graph_titles(["graph"]) == ["graph"]
+    assert graph_titles(["a.0.b", "a.0.c"]) == ["a.0.b", "a.0.c"]
+
+
+@pytest.mark.parametrize(
+    "suffix, start", [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")]
+)
+def test_the_suffix_chooses_the_format_and_files_are_reproducible(tmp_path, suffix, start):
+    for name in ("a", "b"):
+        draw({"g": complete(5)}, tmp_path / f"{name}{suffix}")
+    first, second = (tmp_path / f"{name}{suffix}" for name in ("a", "b"))
+    assert first.read_bytes().startswith(start)
+    assert first.read_bytes() == second.read_bytes()
+
+
+LOG = [{"step": step, "loss": 5 / step} for step in range(1, 200)]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: draw({"g": complete(3)}, path), lambda path: draw_curves({"run": LOG}, path)]
+)
+def test_bad_paths(tmp_path, make):
+    with pytest.raises(ValueError, match=r"Expected a file name that ends in .*got .*heads\.gif"):
+        make(tmp_path / "heads.gif")
+    with pytest.raises(ValueError, match="Expected a file name"):
+        make(tmp_path / "heads")
+    with pytest.raises(FileNotFoundError, match="Expected a folder for the picture"):
+        make(tmp_path / "missing" / "heads.png")
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(OSError, match="Expected a place where the picture can be written"):
+        make(tmp_path / "taken.png")
+    assert os.listdir(tmp_path) == ["taken.png"]
+
+
+def test_a_failed_save_keeps_the_old_picture(tmp_path, monkeypatch):
+    path = tmp_path / "heads.svg"
+    path.write_text("old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(OSError, match="Permission denied"):
+        draw({"g": complete(3)}, path)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["heads.svg"]
+
+
+def test_bad_recordings():
+    with pytest.raises(ValueError, match="Expected a recording with at least one head graph"):
+        draw({})
+    with pytest.raises(ValueError, match="Expected finite edge weights .* in layers.0"):
+        draw({"layers.0": recording(3, [(0, 1)], [float("nan")])})
+    with pytest.raises(ValueError, match=r"Expected a threshold from 0 to 1 \(got 1\.5\)"):
+        draw({"g": complete(3)}, threshold=1.5)
+
+
+def test_curves_show_training_and_validation():
+    log = [{"step": s, "loss": 5 / s, **({"validation_loss": 6 / s} if s % 20 == 0 else {})} for s in range(1, 201)]
+    figure = draw_curves({"goh": log, "plain": log}, title="a title")
+    left, right = figure.axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["goh", "plain"]
+    lengths = [len(line.get_xdata()) for line in left.lines]
+    assert lengths == [200, 200, 10, 0] * 2
+    assert [list(line.get_xdata()) for line in right.lines] == [[100, 120, 140, 160, 180, 200]] * 2
+    assert left.lines[0].get_color() == left.lines[2].get_color() != left.lines[4].get_color()
+
+
+def test_curves_of_training_only_and_of_validation_only(tmp_path):
+    figure = draw_curves({"a": LOG, "b": [{"step": 5, "validation_loss": 2.0}]}, tmp_path / "curves.png")
+    assert len(figure.axes) == 1 and (tmp_path / "curves.png").is_file()
+
+
+def test_smoothing_keeps_constants_and_ends():
+    log = [{"step": step, "loss": 3.0 + (-1) ** step} for step in range(1000)]
+    noisy, smooth = draw_curves({"a": log}).axes[0].lines[:2]
+    assert np.ptp(noisy.get_ydata()) == 2
+    assert np.abs(smooth.get_ydata()[50:] - 3).max() < 0.15
+
+
+def test_runs_without_losses_are_refused():
+    with pytest.raises(ValueError, match=r"Expected losses in every run \(got none in \['b'\]\)"):
+        draw_curves({"a": LOG, "b": [{"step": 1}]})
+    with pytest.raises(ValueError, match="Expected losses in every run"):
+        draw_curves({})
+
+
+def test_pyplot_is_left_alone():
+    script = (
+        "import sys, gohgraph; assert 'matplotlib' not in sys.modules; from gohgraph.drawing import draw_curves;"
+        "draw_curves({'a': [{'step': 1, 'loss': 2.0}]}); assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    root = os.path.dirname(os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
