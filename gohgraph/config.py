@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FEED_FORWARD_ACTIVATIONS = ("relu", "gelu", "swiglu")
-POSITIONS = ("sinusoidal", "learned", "rotary")
+POSITIONS = ("sinusoidal", "learned", "rotary", "none")
 NORMS = ("layer", "rms")
 
 
@@ -145,7 +145,7 @@ class TransformerConfig(_Config):
         d_ff: inner width of the feed-forward.
         max_length: longest sequence, in tokens (learned positions only; the others have no limit).
         activation: `"relu"`, `"gelu"` or `"swiglu"`.
-        positions: `"sinusoidal"`, `"learned"` or `"rotary"`.
+        positions: `"sinusoidal"`, `"learned"`, `"rotary"` or `"none"` (inputs that are a set, or NoPE, arXiv 2305.19466).
         norm_first: pre-norm (True) or post-norm as in the original.
         norm: `"layer"` or `"rms"`.
         dropout: probability in [0, 1).

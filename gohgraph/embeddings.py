@@ -109,7 +109,7 @@ class RotaryPositions(nn.Module):
 class TokenEmbedding(nn.Module):
     r"""Token embedding with added positions: e(t) = E[token] sqrt(M)^s + p(t), s = 1 for sinusoidal positions.
 
-    The factor sqrt(M) is that of Vaswani et al. 2017 (section 3.4); with learned or rotary positions there is none.
+    The factor sqrt(M) is that of Vaswani et al. 2017 (section 3.4); with other positions there is none.
 
     Args:
         config: `vocab_size`, `d_model`, `positions`, `max_length` and `dropout` are used.
@@ -141,7 +141,7 @@ class TokenEmbedding(nn.Module):
 
 
 def positions_added(config: TransformerConfig) -> nn.Module | None:
-    """Returns the module whose encodings are added to the embedding; `None` with rotary positions."""
+    """Returns the module whose encodings are added to the embedding; `None` with rotary positions or none."""
     if config.positions == "sinusoidal":
         return SinusoidalPositions(config.d_model)
     return LearnedPositions(config.max_length, config.d_model) if config.positions == "learned" else None
