@@ -1,0 +1,1 @@
+"""Training regimes: corpora, the loop, and what is built on them."""
