@@ -1,0 +1,55 @@
+"""What the command lines share: one sentence for bad input, and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence on stderr and exit code 2, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Reports a flag that does not parse."""
+        print(f"error: Expected other flags (got: {message}). Do see {self.prog} --help.", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses `argv`, calls `command(flags)` and returns the exit code.
+
+    Bad input is an `OSError`, or a `ValueError` or `TypeError` whose message begins with "Expected": it is printed as
+    one line without a traceback, and the code is 2. Any other exception is a fault of the program and is raised.
+
+    Args:
+        parser: of the flags.
+        command: does the work.
+        argv: arguments; `None` for those of the process.
+
+    Returns:
+        0, 2 for bad input, 130 after Ctrl-C.
+
+    Example:
+        >>> run(ArgumentParser(), lambda flags: None, [])
+        0
+    """
+    flags = parser.parse_args(argv)
+    try:
+        command(flags)
+    except (OSError, ValueError, TypeError) as error:
+        if not isinstance(error, OSError) and not str(error).startswith("Expected"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
