@@ -1,0 +1,40 @@
+"""Ctrl-C that lets the running step finish."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Raised after Ctrl-C, once every run has written a checkpoint it can be resumed from."""
+
+
+@contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """Yields an event that the first Ctrl-C sets; a second one raises `KeyboardInterrupt` at once.
+
+    Example:
+        >>> with interrupts() as interrupted:
+        ...     signal.raise_signal(signal.SIGINT)
+        ...     interrupted.is_set()
+        True
+    """
+    interrupted = threading.Event()
+
+    def handle(number, frame) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    # Python gives signals to the main thread only, and refuses handlers elsewhere.
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)

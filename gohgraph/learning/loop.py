@@ -1,0 +1,110 @@
+"""The training loop of the library, on Hugging Face accelerate (`pip install 'gohgraph[train]'`).
+
+`train` runs one model, `train_together` several in turns; `Training` is the run itself, step by step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from gohgraph.learning.interrupts import TrainingInterrupted, interrupts
+from gohgraph.learning.train_config import TrainConfig
+from gohgraph.learning.training import Row, Training
+
+__all__ = ["TrainConfig", "Training", "TrainingInterrupted", "train", "train_together"]
+
+
+def train(
+    model: nn.Module,
+    batch: Callable[[int], Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    config: TrainConfig,
+    folder: str | os.PathLike[str],
+    *,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    resume: bool = False,
+    on_evaluate: Callable[[Row], None] | None = None,
+    settings: dict[str, Any] | None = None,
+    description: str = "",
+) -> list[Row]:
+    """Trains a model and leaves a run folder: config.json, log.csv, curves.png and checkpoints.
+
+    Ctrl-C finishes the step and writes a checkpoint; the same call with `resume=True` then continues with the losses
+    an uninterrupted run would have had.
+
+    Args:
+        model: trained in place; ends on the device it was trained on.
+        batch: tensors of a micro-batch, a pure function of its number: the step, unless gradients are accumulated or
+            several processes train; then they count on, each process taking its own.
+        loss: scalar loss of `(model, tensors)`; it calls the model it is given, which may be compiled or distributed.
+        config: everything else about the training.
+        folder: the run folder, made if missing; one that already holds a run is refused unless it is resumed.
+        evaluate: measures the model in eval mode without gradients, e.g. `{"validation_loss": 1.23}`.
+        resume: continues from the last checkpoint of the folder.
+        on_evaluate: called with the row of every evaluation, in the main process.
+        settings: more of what defines the run, as JSON values by section, e.g. `{"model": config.to_dict()}`: stored in
+            config.json and compared on resume.
+        description: name of the run in the progress bar and in curves.png.
+
+    Returns:
+        The log, one row per `log_every` steps and per evaluation: step, loss (mean since the row before, in nats where
+        it is a cross entropy), validation_loss or None, lr, tokens_per_second, seconds (of training alone), and
+        whatever else `evaluate` returns.
+
+    Raises:
+        ImportError: accelerate is not installed.
+        ValueError: an impossible device or precision, a folder in use, another configuration, a damaged checkpoint.
+        OSError: the folder cannot be written.
+        FloatingPointError: the loss is no longer finite.
+        TrainingInterrupted: after Ctrl-C.
+
+    Example:
+        >>> import tempfile, torch
+        >>> model, data = nn.Linear(3, 1), torch.randn(50, 8, 3)
+        >>> rows = train(
+        ...     model, lambda step: data[step], lambda model, x: (model(x) - x.sum(-1, keepdim=True)).square().mean(),
+        ...     TrainConfig(steps=50, learning_rate=0.1), tempfile.mkdtemp() + "/run")
+        >>> rows[-1]["step"], rows[-1]["loss"] < rows[0]["loss"]
+        (50, True)
+    """
+    training = Training(
+        model, batch, loss, config, folder, evaluate=evaluate, resume=resume, on_evaluate=on_evaluate,
+        settings=settings, description=description,
+    )  # fmt: skip
+    return train_together([training], block=config.steps)[0]
+
+
+def train_together(trainings: Sequence[Training], block: int = 25) -> list[list[Row]]:
+    """Trains several models in turns of `block` steps, so that their step times are measured side by side.
+
+    Args:
+        trainings: with distinct run folders.
+        block: steps of a turn.
+
+    Returns:
+        The log of each.
+
+    Raises:
+        TrainingInterrupted: after Ctrl-C; all have written a checkpoint then.
+    """
+    try:
+        with interrupts() as interrupted:
+            while unfinished := [training for training in trainings if training.step < training.config.steps]:
+                target = (min(training.step for training in unfinished) // block + 1) * block
+                for training in unfinished:
+                    if training.advance(target, interrupted.is_set):
+                        _stop(trainings)
+    finally:
+        for training in trainings:
+            training.close()
+    return [training.folder.rows for training in trainings]
+
+
+def _stop(trainings: Sequence[Training]) -> None:
+    for training in trainings:
+        training.save()
+    raise TrainingInterrupted(f"stopped at step {max(training.step for training in trainings)}")

@@ -1,0 +1,62 @@
+"""The optimizer of the training loop and its groups of parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gohgraph.conv import HeadGraphConv
+from gohgraph.learning.train_config import TrainConfig
+
+FUSED_ON = ("cpu", "cuda", "mps", "xpu")
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Splits trainable parameters into matrices (decayed), vectors, and head graphs; empty groups are left out.
+
+    Head graphs (everything inside a `HeadGraphConv`) are not decayed, for zero is their neutral start and not a prior,
+    and learn at `graph_lr_factor` times the learning rate. A parameter used twice is listed once.
+
+    Returns:
+        Groups for a torch optimizer, each with `params`, `name`, `lr` and `weight_decay`.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> transformer = goh.TransformerConfig(9, d_model=8, num_heads=2, d_ff=8, head_graph=goh.HeadGraphConfig())
+        >>> groups = parameter_groups(goh.LanguageModel(transformer), TrainConfig(steps=1, graph_lr_factor=2.0))
+        >>> [(group["name"], group["lr"], group["weight_decay"]) for group in groups]
+        [('matrices', 0.001, 0.1), ('vectors', 0.001, 0.0), ('head graphs', 0.002, 0.0)]
+    """
+    graphs = [module for module in model.modules() if isinstance(module, HeadGraphConv)]
+    in_graphs = {id(parameter) for graph in graphs for parameter in graph.parameters()}
+    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "head graphs": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = "head graphs" if id(parameter) in in_graphs else "matrices" if parameter.dim() > 1 else "vectors"
+            members[kind].append(parameter)
+    rates = {"head graphs": config.learning_rate * config.graph_lr_factor}
+    decays = {"matrices": config.weight_decay}
+    return [
+        {
+            "params": parameters,
+            "name": name,
+            "lr": rates.get(name, config.learning_rate),
+            "weight_decay": decays.get(name, 0.0),
+        }
+        for name, parameters in members.items()
+        if parameters
+    ]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """Returns AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over `parameter_groups`, fused where it can be.
+
+    Raises:
+        ValueError: the model has nothing to train.
+    """
+    groups = parameter_groups(model, config)
+    if not groups:
+        raise ValueError("Expected a model with trainable parameters (got none). Do unfreeze some.")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=device.type in FUSED_ON)

@@ -1,0 +1,179 @@
+"""The folder of a run: its configuration, log and checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gohgraph.learning.train_config import FREE_ON_RESUME
+
+CONFIG, LOG, CURVES, CHECKPOINTS, STATE = "config.json", "log.csv", "curves.png", "checkpoints", "trainer.json"
+COLUMNS = ("step", "loss", "validation_loss", "lr", "tokens_per_second", "seconds")
+
+
+class RunFolder:
+    """A run on disk; whatever stops it leaves files that can be read and resumed.
+
+    Args:
+        path: the folder.
+        settings: what defines the run, as JSON values: `{"training": TrainConfig.to_dict(), ...}`. The section
+            `"flags"` is kept for the reader; all others must be equal when the run is resumed.
+
+    Attributes:
+        rows: the log so far.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+        self.path, self.settings = Path(path), settings
+        self.rows: list[dict[str, Any]] = []
+        self.columns = list(COLUMNS)
+
+    def open(self, *, resume: bool) -> None:
+        """Makes the folder and writes config.json, or checks the one that is there.
+
+        Raises:
+            ValueError: a run is there and is not resumed, there is none to resume, or it was configured otherwise.
+            OSError: the folder cannot be written.
+        """
+        file = self.path / CONFIG
+        if resume:
+            self._check_same(file)
+        elif file.exists():
+            raise ValueError(
+                f"Expected a folder without a run (got {self.path}, which holds one). Do resume it, or choose another."
+            )
+        try:
+            (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(self.settings, indent=2))
+        except OSError as error:
+            raise OSError(
+                f"Expected a run folder that can be written (got {self.path}: {error.strerror}). Do choose another."
+            ) from error
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends a row to log.csv; a column not seen before is added to the header."""
+        self.rows.append(row)
+        new = [name for name in row if name not in self.columns]
+        if new or len(self.rows) == 1:
+            self.columns += new
+            self._rewrite_log()
+        else:
+            with open(self.path / LOG, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+
+    def read_log(self, *, until: int) -> None:
+        """Reads the log up to a step into `rows` and cuts off what came after it."""
+        file = self.path / LOG
+        if not file.exists():
+            return
+        with open(file, newline="", encoding="utf-8") as lines:
+            reader = csv.DictReader(lines)
+            self.columns = list(reader.fieldnames or COLUMNS)
+            rows = [_numbers(row) for row in reader]
+        self.rows = [row for row in rows if row["step"] <= until]
+        self._rewrite_log()
+
+    def checkpoints(self) -> list[Path]:
+        """The finished checkpoints, oldest first."""
+        return sorted(self.path.glob(f"{CHECKPOINTS}/step-*"), key=lambda path: int(path.name.split("-")[1]))
+
+    def pending_checkpoint(self) -> Path:
+        """Where the next checkpoint is written before it is moved to its place; emptied."""
+        pending = self.path / CHECKPOINTS / ".new"
+        shutil.rmtree(pending, ignore_errors=True)
+        pending.mkdir()
+        return pending
+
+    def commit_checkpoint(self, step: int, state: dict[str, Any], *, keep: int) -> Path:
+        """Moves the pending checkpoint to `checkpoints/step-000500` and deletes all but the last `keep`."""
+        pending, final = self.path / CHECKPOINTS / ".new", self.path / CHECKPOINTS / f"step-{step:06d}"
+        (pending / STATE).write_text(json.dumps({"step": step, **state, "settings": self.settings}, indent=2))
+        # Only the same step of the same run can be there, and only if that one could not be read.
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(pending, final)
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old)
+        return final
+
+    def _check_same(self, file: Path) -> None:
+        if not file.is_file():
+            raise ValueError(
+                f"Expected a run to resume in {self.path} (got no {CONFIG} there). Do start without resume, "
+                "or name the folder of a run."
+            )
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"Expected JSON in {file} (got {error}). Do restore the file.") from error
+        differing = sorted(_differences(saved, json.loads(json.dumps(self.settings))))
+        if differing:
+            raise ValueError(
+                f"Expected the configuration the run in {self.path} was started with (got others: "
+                f"{'; '.join(differing)}). Do resume with the same values, or start a new run."
+            )
+
+    def _rewrite_log(self) -> None:
+        pending = self.path / f".{LOG}.new"
+        with open(pending, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(pending, self.path / LOG)
+
+
+def new_folder(path: Path) -> Path:
+    """Returns `path`, or the first of path-2, path-3, ... that is not there yet."""
+    number = 1
+    while (free := path if number == 1 else path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return free
+
+
+def last_folder(path: Path) -> Path:
+    """Returns the folder `new_folder` gave out last; `path` when there is none."""
+    number, last = 2, path
+    while (later := path.with_name(f"{path.name}-{number}")).exists():
+        number, last = number + 1, later
+    return last
+
+
+def step_seconds(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """Returns the mean time of a step, in seconds, between each row of a log and the one before.
+
+    Example:
+        >>> step_seconds([{"step": 10, "seconds": 5.0}, {"step": 20, "seconds": 9.0}])
+        [0.5, 0.4]
+    """
+    before = [{"step": 0, "seconds": 0.0}, *rows]
+    return [
+        (row["seconds"] - last["seconds"]) / (row["step"] - last["step"])
+        for last, row in zip(before, rows, strict=False)
+    ]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text beside its place and moves it there whole."""
+    pending = path.with_name(f".{path.name}.new")
+    pending.write_text(text, encoding="utf-8")
+    os.replace(pending, path)
+
+
+def _numbers(row: dict[str, str]) -> dict[str, Any]:
+    values = {name: None if text in ("", None) else float(text) for name, text in row.items()}
+    return {**values, "step": int(values["step"])}
+
+
+def _differences(saved: Any, given: Any, name: str = "") -> Iterable[str]:
+    if isinstance(saved, dict) and isinstance(given, dict):
+        for key in saved.keys() | given.keys():
+            if name or key != "flags":
+                if key not in FREE_ON_RESUME or name != "training":
+                    inner = f"{name}.{key}" if name else key
+                    yield from _differences(saved.get(key), given.get(key), inner)
+    elif saved != given:
+        yield f"{name} = {given!r} for {saved!r}"

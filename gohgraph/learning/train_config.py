@@ -1,0 +1,121 @@
+"""What defines a training run, beside its model and its data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+PRECISIONS = ("no", "bf16", "fp16")
+DEVICES = (None, "cpu", "cuda", "mps", "xpu")
+# They change when something is written or where it is computed, not what is learned: a resumed run may change them.
+FREE_ON_RESUME = ("device", "compile", "eval_every", "log_every", "checkpoint_every", "keep_checkpoints")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of the training loop: AdamW under a warm-up and a cosine.
+
+    Args:
+        steps: optimizer steps.
+        learning_rate: its highest value, after the warm-up.
+        warmup: steps of linear rise, fewer than `steps`.
+        min_lr_ratio: share of `learning_rate` at which the cosine ends, in [0, 1].
+        weight_decay: of matrices; vectors and head graphs have none.
+        betas: of AdamW, each in [0, 1).
+        grad_clip: largest gradient norm, `None` for no limit.
+        graph_lr_factor: learning rate of head graphs, as a multiple of the others'.
+        accumulate: batches whose gradients make one step.
+        eval_every, log_every, checkpoint_every: steps between evaluations, log rows and checkpoints.
+        keep_checkpoints: how many of the last checkpoints are kept.
+        seed: of dropout; dropout of a step depends on (seed, step, process) only.
+        precision: `"no"` (float32), `"bf16"` or `"fp16"` (mixed).
+        compile: runs the model under `torch.compile`.
+        device: `None` for the accelerator when there is one, or `"cpu"`, `"cuda"`, `"mps"`, `"xpu"`.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range, named in the message.
+
+    Example:
+        >>> TrainConfig(steps=100, warmup=10).learning_rate
+        0.001
+    """
+
+    steps: int
+    learning_rate: float = 1e-3
+    warmup: int = 0
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float | None = 1.0
+    graph_lr_factor: float = 1.0
+    accumulate: int = 1
+    eval_every: int = 100
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    seed: int = 0
+    precision: str = "no"
+    compile: bool = False
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "eval_every", "log_every", "checkpoint_every", "keep_checkpoints"):
+            self._check_int(name, low=1)
+        for name in ("warmup", "seed"):
+            self._check_int(name, low=0)
+        self._check_number("learning_rate", low=0, above=True)
+        self._check_number("min_lr_ratio", low=0, high=1)
+        self._check_number("weight_decay", low=0)
+        self._check_number("graph_lr_factor", low=0)
+        if self.grad_clip is not None:
+            self._check_number("grad_clip", low=0, above=True)
+        if self.warmup >= self.steps:
+            raise ValueError(f"Expected warmup below steps = {self.steps} (got {self.warmup}). Do shorten it.")
+        betas = tuple(self.betas) if isinstance(self.betas, (tuple, list)) else ()
+        if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
+            raise ValueError(f"Expected two betas in [0, 1) (got {self.betas!r}). Do pass e.g. (0.9, 0.95).")
+        object.__setattr__(self, "betas", betas)
+        for name, choices in (("precision", PRECISIONS), ("device", DEVICES), ("compile", (True, False))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"Expected {name} of {list(choices)} (got {getattr(self, name)!r}). Do choose one of them."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a dictionary of plain JSON values."""
+        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+
+    def learning_rate_factor(self, step: int) -> float:
+        r"""The schedule: linear warm-up, then a cosine down to `min_lr_ratio`.
+
+        .. math:: f(s) = (s + 1) / W \quad (s < W), \qquad f(s) = m + (1 - m) (1 + \cos(\pi (s - W) / (S - W))) / 2
+
+        Args:
+            step: number of steps done, 0 at the first one.
+
+        Example:
+            >>> config = TrainConfig(steps=110, warmup=10, min_lr_ratio=0.0)
+            >>> [round(config.learning_rate_factor(step), 2) for step in (0, 9, 10, 60, 110)]
+            [0.1, 1.0, 1.0, 0.5, 0.0]
+        """
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = min(1.0, (step - self.warmup) / (self.steps - self.warmup))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+    def _check_int(self, name: str, *, low: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"Expected {name} to be an int (got {value!r}). Do pass a whole number.")
+        if value < low:
+            raise ValueError(f"Expected {name} >= {low} (got {value}). Do raise it.")
+
+    def _check_number(self, name: str, *, low: float, high: float = math.inf, above: bool = False) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"Expected {name} to be a number (got {value!r}). Do pass e.g. 0.1.")
+        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            allowed = f"above {low}" if above else f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            raise ValueError(f"Expected a finite {name} {allowed} (got {value}). Do change it.")

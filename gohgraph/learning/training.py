@@ -1,0 +1,220 @@
+"""One run of the training loop, step by step.
+
+Everything random in a step, data and dropout, is a function of (seed, step): a resumed run repeats the uninterrupted
+one, and runs that take turns do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from gohgraph.drawing import draw_curves
+from gohgraph.learning.accelerator import make_accelerator
+from gohgraph.learning.optim import make_optimizer
+from gohgraph.learning.run_folder import CURVES, STATE, RunFolder
+from gohgraph.learning.train_config import TrainConfig
+
+Row = dict[str, Any]
+
+
+class Training:
+    """A run in progress. Arguments as in `gohgraph.learning.loop.train`; give several to `train_together`.
+
+    Attributes:
+        step: steps done.
+        seconds: time spent in steps, evaluations and checkpoints not counted.
+        folder: the `RunFolder`, whose `rows` are the log.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Callable[[int], Any],
+        loss: Callable[[nn.Module, Any], Tensor],
+        config: TrainConfig,
+        folder: str | os.PathLike[str],
+        *,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        resume: bool = False,
+        on_evaluate: Callable[[Row], None] | None = None,
+        settings: dict[str, Any] | None = None,
+        description: str = "",
+    ) -> None:
+        self.batch, self.loss, self.config, self.description = batch, loss, config, description
+        self.evaluate, self.on_evaluate = evaluate, on_evaluate
+        self.accelerator = make_accelerator(config)
+        self.folder = RunFolder(folder, {"training": config.to_dict(), **(settings or {})})
+        if self.accelerator.is_main_process:
+            self.folder.open(resume=resume)
+        self.accelerator.wait_for_everyone()
+        optimizer = make_optimizer(model.to(self.accelerator.device), config, self.accelerator.device)
+        schedule = LambdaLR(optimizer, config.learning_rate_factor)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
+        self.callable = torch.compile(self.model) if config.compile else self.model
+        self.step, self.seconds = 0, 0.0
+        # Losses since the last row of the log: on the device, and read from it.
+        self._new: list[Tensor] = []
+        self._losses: list[float] = []
+        if resume:
+            self._load()
+        self._tokens, self._row_seconds = 0, self.seconds
+        self.model.train()
+        # A terminal is redrawn often; a log file should not fill with bars.
+        self.bar = tqdm(
+            total=config.steps, initial=self.step, desc=description or None, unit="step", dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 15, disable=not self.accelerator.is_main_process,
+        )  # fmt: skip
+
+    def advance(self, target: int, interrupted: Callable[[], bool] = lambda: False) -> bool:
+        """Trains up to step `target` or to the last one; returns True when it was interrupted."""
+        target = min(target, self.config.steps)
+        while self.step < target:
+            began = time.perf_counter()
+            self._train_step()
+            due = self._is_due(self.config.log_every) or self._is_due(self.config.eval_every)
+            if due or self.step == target:
+                self._read_losses()
+            self.seconds += time.perf_counter() - began
+            self.bar.update()
+            if due:
+                self._log()
+            if self._is_due(self.config.checkpoint_every):
+                self.save()
+            if self._agree(interrupted()):
+                return True
+        return False
+
+    def save(self) -> None:
+        """Writes a checkpoint; a crash meanwhile leaves the ones before it."""
+        self._read_losses()
+        if self.accelerator.is_main_process:
+            self.folder.pending_checkpoint()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(self.folder.path / "checkpoints" / ".new"))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state = {"seconds": self.seconds, "losses": self._losses}
+            self.folder.commit_checkpoint(self.step, state, keep=self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Ends the progress bar, draws curves.png and takes accelerate's wrapping off the model."""
+        self.bar.close()
+        if self.accelerator.is_main_process and self.folder.rows:
+            draw_curves({self.description or self.folder.path.name: self.folder.rows}, self.folder.path / CURVES)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    def _train_step(self) -> None:
+        accelerator, config = self.accelerator, self.config
+        _seed_step(config.seed, self.step, accelerator.process_index)
+        total = 0.0
+        for number in range(config.accumulate):
+            tensors = self._batch(number)
+            last = number + 1 == config.accumulate
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                with accelerator.autocast():
+                    loss = self.loss(self.callable, tensors) / config.accumulate
+                accelerator.backward(loss)
+            total = total + loss.detach()
+        if config.grad_clip is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self._new.append(total)
+        self.step += 1
+
+    def _batch(self, number: int) -> Any:
+        from accelerate.utils import send_to_device
+
+        processes = self.accelerator.num_processes
+        index = (self.step * self.config.accumulate + number) * processes + self.accelerator.process_index
+        tensors = self.batch(index)
+        first = tensors if isinstance(tensors, Tensor) else next(iter(tensors))
+        # Token ids count one by one; of anything else, its examples do.
+        self._tokens += processes * (len(first) if first.is_floating_point() else first.numel())
+        return send_to_device(tensors, self.accelerator.device)
+
+    def _read_losses(self) -> None:
+        if not self._new:
+            return
+        losses = self.accelerator.reduce(torch.stack(self._new).float(), "mean").tolist()
+        if self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
+        for step, value in enumerate(losses, start=self.step - len(losses) + 1):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"Expected a finite loss (got {value} at step {step}). Do lower the learning rate."
+                )
+        self._losses += losses
+        self._new = []
+
+    def _log(self) -> None:
+        rate = self._tokens / max(self.seconds - self._row_seconds, 1e-9)
+        row = {"step": self.step, "loss": sum(self._losses) / len(self._losses), "validation_loss": None}
+        row["lr"] = self.config.learning_rate * self.config.learning_rate_factor(self.step - 1)
+        row |= {"tokens_per_second": round(rate, 1), "seconds": round(self.seconds, 6)}
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
+        self._losses, self._tokens, self._row_seconds = [], 0, self.seconds
+        evaluated = self.evaluate is not None and self._is_due(self.config.eval_every)
+        if evaluated:
+            row |= self._measure()
+        if not self.accelerator.is_main_process:
+            return
+        self.folder.log(row)
+        if evaluated and self.on_evaluate is not None:
+            self.on_evaluate(row)
+
+    def _measure(self) -> dict[str, float]:
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        with torch.no_grad():
+            measured = self.evaluate(model)
+        model.train()
+        return measured
+
+    def _load(self) -> None:
+        checkpoints = self.folder.checkpoints()
+        if checkpoints:
+            try:
+                state = json.loads((checkpoints[-1] / STATE).read_text(encoding="utf-8"))
+                self.accelerator.load_state(str(checkpoints[-1]))
+                self.step, self.seconds, self._losses = state["step"], state["seconds"], state["losses"]
+            # Pickle, zip, safetensors, JSON and torch each have errors of their own for a damaged file.
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise ValueError(
+                    f"Expected a whole checkpoint (got {checkpoints[-1]}, which is damaged: {reason}). "
+                    "Do delete that folder, to resume from the checkpoint before it."
+                ) from error
+        if self.accelerator.is_main_process:
+            self.folder.read_log(until=self.step)
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _agree(self, interrupted: bool) -> bool:
+        """All processes stop at the same step, or they would wait for each other for ever."""
+        if self.accelerator.num_processes == 1:
+            return interrupted
+        if interrupted:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
+
+def _seed_step(seed: int, step: int, process: int) -> None:
+    digest = hashlib.blake2b(f"{seed}:{step}:{process}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
