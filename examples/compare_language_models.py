@@ -1,0 +1,202 @@
+"""Compares plain attention with head graphs on text: equal parameters, tuned learning rates, several seeds.
+
+    python examples/compare_language_models.py --run runs/compare --jobs 2
+
+All variants read the same tokens in the same order. The lighter models' feed-forward is widened to the heaviest one's
+parameter count. Each variant's learning rate is the best of a grid in short pilot runs on a seed that is not reported;
+then every seed is trained in full. An interrupted comparison goes on where it stopped when it is called again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from gohgraph import HeadGraphConfig, LanguageModel, SiteConfig, TransformerConfig
+from gohgraph.command_line import ArgumentParser, run
+from gohgraph.drawing import draw_curves
+from gohgraph.learning.corpus import load_corpus, sample_batch
+from gohgraph.learning.language import VOCAB_SIZE, next_token_loss, window_losses
+from gohgraph.learning.loop import TrainConfig, train
+from gohgraph.learning.matching import count_parameters, match_parameters
+from gohgraph.learning.sweep import sweep
+
+PILOT_SEED = 1000
+EVALUATIONS = 8
+VALIDATION_WINDOWS = 256
+RING = SiteConfig.ring(4)
+VARIANTS = {
+    "plain": None,
+    "outputs": HeadGraphConfig(),
+    "scores": HeadGraphConfig(outputs=None, scores=RING),
+    "both": HeadGraphConfig(scores=RING),
+}
+SMOKE = {"steps": 8, "pilot_steps": 2, "d_model": 16, "num_heads": 4, "num_layers": 1, "length": 16, "batch_size": 2}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    return run(_parser(), compare, argv)
+
+
+def compare(flags: argparse.Namespace) -> None:
+    """Trains what is missing, then writes and prints the table."""
+    if flags.smoke:
+        vars(flags).update(SMOKE)
+    if min(flags.steps, flags.pilot_steps) < 2:
+        raise ValueError("Expected --steps and --pilot-steps of at least 2 (got fewer). Do raise them.")
+    folder, configs = Path(flags.run), _configs(flags)
+    common = {"data": flags.data, "length": flags.length, "batch_size": flags.batch_size}
+    tasks = {name: {"config": config.to_dict(), **common} for name, config in configs.items()}
+    pilots = {
+        f"{name}-{rate:g}": {**task, "steps": flags.pilot_steps, "learning_rate": rate, "seed": PILOT_SEED}
+        for name, task in tasks.items()
+        for rate in flags.learning_rates
+    }
+    tried = sweep(partial(_train, str(folder / "pilots")), pilots, folder / "pilot-results", jobs=flags.jobs)
+    rates = {
+        name: min(flags.learning_rates, key=lambda rate, name=name: _last(tried[f"{name}-{rate:g}"]))
+        for name in configs
+    }
+    full = {
+        f"{name}-{seed}": {**task, "steps": flags.steps, "learning_rate": rates[name], "seed": seed}
+        for seed in flags.seeds
+        for name, task in tasks.items()
+    }
+    histories = sweep(partial(_train, str(folder / "runs")), full, folder / "results", jobs=flags.jobs)
+    table = _table(configs, rates, histories, flags.seeds)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    draw_curves({name: histories[f"{name}-{flags.seeds[0]}"] for name in configs}, folder / "curves.png")
+    print(f"{table}\ncurves of seed {flags.seeds[0]}: {folder / 'curves.png'}")
+
+
+def _configs(flags: argparse.Namespace) -> dict[str, TransformerConfig]:
+    configs = {
+        name: TransformerConfig(
+            VOCAB_SIZE,
+            d_model=flags.d_model,
+            num_heads=flags.num_heads,
+            num_layers=flags.num_layers,
+            d_ff=4 * flags.d_model,
+            max_length=flags.length,
+            head_graph=VARIANTS[name],
+        )
+        for name in flags.variants
+    }
+    heaviest = max(count_parameters(LanguageModel(config)) for config in configs.values())
+    return {name: match_parameters(LanguageModel, config, heaviest) for name, config in configs.items()}
+
+
+def _train(
+    folder: str,
+    config: dict[str, Any],
+    data: str,
+    length: int,
+    batch_size: int,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    corpus = load_corpus(data)
+    model = LanguageModel(TransformerConfig.from_dict(config))
+    graphs = config["head_graph"] or {}
+    sites = [site for site in ("outputs", "scores") if graphs.get(site)]
+    path = Path(folder) / f"{'-'.join(sites) or 'plain'}-{learning_rate:g}-{seed}"
+    every = max(1, steps // EVALUATIONS)
+    return train(
+        model,
+        partial(sample_batch, corpus.train, batch_size=batch_size, length=length, seed=seed),
+        next_token_loss,
+        TrainConfig(
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup=steps // 20,
+            eval_every=every,
+            checkpoint_every=every,
+            keep_checkpoints=1,
+            log_every=every,
+            seed=seed,
+            device="cpu",
+        ),
+        path,
+        evaluate=partial(_validation_loss, corpus.validation, length),
+        resume=(path / "config.json").exists(),
+        settings={"model": config},
+        description=path.name,
+    )
+
+
+def _validation_loss(validation: torch.Tensor, length: int, model: torch.nn.Module) -> dict[str, float]:
+    losses = window_losses(model, validation, batch_size=16, length=length, limit=VALIDATION_WINDOWS)
+    return {"validation_loss": losses.mean().item()}
+
+
+def _last(history: list[dict[str, Any]]) -> float:
+    return history[-1]["validation_loss"]
+
+
+def _table(
+    configs: dict[str, TransformerConfig],
+    rates: dict[str, float],
+    histories: dict[str, list[dict[str, Any]]],
+    seeds: list[int],
+) -> str:
+    """Validation loss over seeds, on the way and at the end; differences are taken seed by seed."""
+    reference = next(iter(configs))
+    rows = [row for row in histories[f"{reference}-{seeds[0]}"] if row["validation_loss"] is not None]
+    shown = [i for i in range(len(rows)) if i in (0, len(rows) // 4 - 1, len(rows) // 2 - 1, len(rows) - 1)]
+    steps = " | ".join(f"step {rows[i]['step']:,}" for i in shown)
+    lines = [
+        f"| attention | parameters | d_ff | learning rate | {steps} | end, minus {reference} |",
+        "|" + " --- |" * (5 + len(shown)),
+    ]
+    for name, config in configs.items():
+        losses = [_validated(histories[f"{name}-{seed}"]) for seed in seeds]
+        base = [_validated(histories[f"{reference}-{seed}"]) for seed in seeds]
+        cells = " | ".join(_spread([run[i] for run in losses]) for i in shown)
+        ahead = [own[-1] - other[-1] for own, other in zip(losses, base, strict=True)]
+        difference = "" if name == reference else _spread(ahead, signed=True)
+        parameters = count_parameters(LanguageModel(config))
+        lines.append(f"| {name} | {parameters:,} | {config.d_ff} | {rates[name]:g} | {cells} | {difference} |")
+    return "\n".join(lines) + "\n"
+
+
+def _validated(history: list[dict[str, Any]]) -> list[float]:
+    return [row["validation_loss"] for row in history if row["validation_loss"] is not None]
+
+
+def _spread(values: list[float], *, signed: bool = False) -> str:
+    shown = f"{mean(values):+.4f}" if signed else f"{mean(values):.4f}"
+    return f"{shown} ± {stdev(values):.4f}" if len(values) > 1 else shown
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--run", default="runs/compare", help="folder of results, continued if it is there (default: %(default)s)")
+    add("--data", default="python-docs", help="a corpus by name, or a text file (default: %(default)s)")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="the first is the reference")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--steps", type=int, default=4000, help="of every full run (default: %(default)s)")
+    add("--pilot-steps", type=int, default=600, help="of the runs that choose the rate (default: %(default)s)")
+    add("--learning-rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3], help="the grid, the same for all")
+    add("--d-model", type=int, default=128, help="(default: %(default)s)")
+    add("--num-heads", type=int, default=8, help="(default: %(default)s)")
+    add("--num-layers", type=int, default=5, help="(default: %(default)s)")
+    add("--length", type=int, default=128, help="bytes per sequence (default: %(default)s)")
+    add("--batch-size", type=int, default=4, help="sequences per step (default: %(default)s)")
+    add("--jobs", type=int, default=2, help="processes of one thread each (default: %(default)s)")
+    add("--smoke", action="store_true", help="a tiny comparison, to see that it runs")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The comparison on a tiny scale: equal parameters, chosen rates, a table, and going on where it stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "compare_language_models.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    specification = importlib.util.spec_from_file_location("compare_language_models", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("heads talk to heads, and some of them listen. " * 200)
+    return str(file)
+
+
+def smoke(text, folder, *more):
+    rates = ["--learning-rates", "1e-3", "1e-2"]
+    return ["--smoke", "--data", text, "--run", str(folder), "--jobs", "1", *rates, *more]
+
+
+def test_table_results_and_going_on(example, text, tmp_path, capsys):
+    flags = smoke(text, tmp_path / "run", "--seeds", "0", "1")
+    assert example.main(flags) == 0
+    table = (tmp_path / "run" / "table.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert [row[0] for row in rows[2:]] == ["plain", "outputs", "scores", "both"]
+    counts = [int(row[1].replace(",", "")) for row in rows[2:]]
+    assert max(counts) - min(counts) < 0.01 * max(counts)
+    assert all(row[3] in ("0.001", "0.01") and "±" in row[-2] for row in rows[2:])
+    results = sorted((tmp_path / "run" / "results").glob("*.json"))
+    assert len(results) == 8 and (tmp_path / "run" / "curves.png").stat().st_size > 1000
+    rate = json.loads((tmp_path / "run" / "results" / "plain-0.json").read_text())["arguments"]["learning_rate"]
+    assert f"{rate:g}" == rows[2][3]
+    stamps = [result.stat().st_mtime_ns for result in results]
+    assert example.main(flags) == 0
+    assert [result.stat().st_mtime_ns for result in results] == stamps
+    assert table in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (["--data", "missing.txt"], "Expected"),
+        (["--jobs", "0"], "Expected jobs >= 1"),
+        (["--num-heads", "7", "--steps", "1"], "Expected"),
+    ],
+)
+def test_bad_input(example, text, tmp_path, capsys, change, match):
+    flags = [flag for flag in smoke(text, tmp_path / "run", *change) if flag != "--smoke"]
+    assert example.main(flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and match in error
