@@ -111,8 +111,11 @@ class WideHeads(nn.Module):
         head_dim, groups = q.shape[-1], q.shape[2] // k.shape[2]
         mix = F.pad(alpha, (0, 1)).index_select(-1, self.slots.flatten())  # [B, T, H*k]
         mix = mix.unflatten(-1, self.slots.shape).to(q.dtype) + self.identity.to(q.dtype)  # [B, T, H, k]
-        wide_q = (q[:, :, self.senders] * mix.unsqueeze(-1)).flatten(-2)  # [B, T, H, k*D]
-        wide_k = k[:, :, self.senders // groups].flatten(-2)  # [B, S, H, k*D]
+        senders, shape = self.senders.flatten(), self.senders.shape  # [H*k]
+        # index_select and not indexing: its backward adds whole heads, not single elements.
+        wide_q = q.index_select(2, senders).unflatten(2, shape)  # [B, T, H, k, D]
+        wide_q = (wide_q * mix.unsqueeze(-1)).flatten(-2)  # [B, T, H, k*D]
+        wide_k = k.index_select(2, senders // groups).unflatten(2, shape).flatten(-2)  # [B, S, H, k*D]
         wide_v = F.pad(v.repeat_interleave(groups, dim=2), (0, wide_k.shape[-1] - head_dim))  # [B, S, H, k*D]
         wide_q, wide_k, wide_v = (x.transpose(1, 2) for x in (wide_q, wide_k, wide_v))  # [B, H, T, k*D]
         z = F.scaled_dot_product_attention(
