@@ -28,12 +28,15 @@ class _Config:
         """
         if not isinstance(values, dict):
             raise TypeError(f"Expected a dictionary for {cls.__name__} (got {type(values).__name__}). Do pass one.")
-        unknown = sorted(set(values) - set(_names(cls)))
+        unknown = sorted(set(values) - set(_names(cls)), key=str)
         if unknown:
             raise ValueError(
                 f"Expected keys of {cls.__name__} among {sorted(_names(cls))} (got {unknown}). Do remove them, "
                 "or use the gohgraph version that wrote them."
             )
+        missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in values]
+        if missing:
+            raise ValueError(f"Expected {missing} in a dictionary for {cls.__name__} (got none). Do add them.")
         return cls(**cls._nested(values))
 
     @classmethod
@@ -72,9 +75,12 @@ class SiteConfig(_Config):
 
     def __post_init__(self) -> None:
         if not isinstance(self.topology, str):
-            object.__setattr__(self, "topology", tuple((int(j), int(i)) for j, i in self.topology))
-        if not isinstance(self.options, dict):
-            raise TypeError(f"Expected options to be a dictionary (got {self.options!r}). Do pass e.g. {{'hops': 3}}.")
+            object.__setattr__(self, "topology", _pairs(self.topology))
+        if not isinstance(self.options, dict) or not all(map(_is_option, self.options, self.options.values())):
+            raise TypeError(
+                f"Expected options to be a dictionary of numbers by name (got {self.options!r}). Do pass e.g. "
+                "{'hops': 3}."
+            )
         object.__setattr__(self, "options", dict(self.options))
         _check_bool(self, "self_loops", "norm")
         _check_int(self, "rounds", low=1)
@@ -145,7 +151,8 @@ class TransformerConfig(_Config):
         d_ff: inner width of the feed-forward.
         max_length: longest sequence, in tokens (learned positions only; the others have no limit).
         activation: `"relu"`, `"gelu"` or `"swiglu"`.
-        positions: `"sinusoidal"`, `"learned"`, `"rotary"` or `"none"` (inputs that are a set, or NoPE, arXiv 2305.19466).
+        positions: `"sinusoidal"`, `"learned"`, `"rotary"` or `"none"` (inputs that are a set, or NoPE, arXiv
+            2305.19466).
         norm_first: pre-norm (True) or post-norm as in the original.
         norm: `"layer"` or `"rms"`.
         dropout: probability in [0, 1).
@@ -258,7 +265,31 @@ def _names(config: Any) -> list[str]:
 def _plain(value: Any) -> Any:
     if isinstance(value, _Config):
         return value.to_dict()
+    if isinstance(value, dict):
+        return dict(value)
     return [list(pair) for pair in value] if isinstance(value, tuple) else value
+
+
+def _pairs(topology: Any) -> tuple[tuple[int, int], ...]:
+    if not isinstance(topology, (list, tuple)) or not all(map(_is_edge, topology)):
+        raise TypeError(
+            f"Expected topology to be a name or (sender, receiver) pairs of ints (got {topology!r}). Do pass e.g. "
+            "'ring' or [(0, 1), (1, 0)]."
+        )
+    return tuple((j, i) for j, i in topology)
+
+
+def _is_edge(pair: Any) -> bool:
+    # The exact type: True and 1.5 would pass as 1.
+    return isinstance(pair, (list, tuple)) and [type(head) for head in pair] == [int, int]
+
+
+def _is_option(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and (value is None or isinstance(value, (int, float, str)))
+
+
+def _is_required(definition: dataclasses.Field) -> bool:
+    return definition.default is dataclasses.MISSING and definition.default_factory is dataclasses.MISSING
 
 
 def _default(definition: dataclasses.Field) -> Any:

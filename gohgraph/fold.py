@@ -16,7 +16,9 @@ def fold(attention: MultiHeadAttention) -> MultiHeadAttention:
 
     .. math:: y = \sum_i W_O^i \sum_j M_{ij} z_j = \sum_j \Big(\sum_i M_{ij} W_O^i\Big) z_j
 
-    M is the graph's mixing matrix over all rounds. The product is taken in float64.
+    M is the graph's mixing matrix over all rounds. The product is taken in float64. The block's output y stays what it
+    was; the head outputs it returns beside y are now those before messages, which matters where a later layer's graph
+    with `cross_layer` reads them.
 
     Args:
         attention: changed in place.
@@ -25,6 +27,7 @@ def fold(attention: MultiHeadAttention) -> MultiHeadAttention:
         The same attention, its `output_graph` now `None`.
 
     Raises:
+        TypeError: no `MultiHeadAttention`.
         ValueError: no output graph, or one that does not fold: token edges differ from token to token, RMS-normalised
             messages are not linear in the heads, earlier layers' heads have no part in this projection.
 
@@ -34,6 +37,8 @@ def fold(attention: MultiHeadAttention) -> MultiHeadAttention:
         >>> fold(MultiHeadAttention(8, 4, output_graph=graph)).output_graph is None
         True
     """
+    if not isinstance(attention, MultiHeadAttention):
+        raise TypeError(f"Expected a MultiHeadAttention (got {type(attention).__name__}). Do fold block by block.")
     graph = attention.output_graph
     if not isinstance(graph, HeadGraphConv):
         got = "none" if graph is None else type(graph).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,11 +27,14 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # The largest becomes 0, so that a temperature near 0 does not divide to infinity.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]  # [B, 1]
         logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p is not None:
+    # Rounded up, the mass before the least likely token is 1, and p = 1 would drop it.
+    if top_p is not None and top_p < 1:
         ranked, order = logits.sort(dim=-1, descending=True)  # [B, V] each
         before = ranked.softmax(dim=-1).cumsum(dim=-1) - ranked.softmax(dim=-1)  # mass of the more likely ones
         logits = logits.scatter(-1, order, ranked.masked_fill(before >= top_p, float("-inf")))
@@ -39,14 +43,19 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raises `ValueError` for sampling settings out of range."""
-    if max_new_tokens < 1:
-        raise ValueError(f"Expected max_new_tokens >= 1 (got {max_new_tokens}). Do ask for at least one token.")
-    if temperature < 0:
+    check_count("max_new_tokens", max_new_tokens)
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"Expected temperature >= 0 (got {temperature}). Do pass 0 for the most likely token.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"Expected top_k >= 1 (got {top_k}). Do pass None to keep all tokens.")
+    if top_k is not None:
+        check_count("top_k", top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"Expected top_p in (0, 1] (got {top_p}). Do pass None to keep all tokens.")
+
+
+def check_count(name: str, value: int) -> None:
+    """Raises `ValueError` unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"Expected {name} >= 1 (got {value!r}). Do pass a whole number.")
 
 
 @torch.no_grad()
@@ -78,7 +87,12 @@ def beam_search(
 
     Returns:
         The best sequences `[B, 1 + length]`, beginning with `bos`.
+
+    Raises:
+        ValueError: `max_new_tokens` or `num_beams` below 1.
     """
+    check_count("max_new_tokens", max_new_tokens)
+    check_count("num_beams", num_beams)
     sequences = torch.full((batch * num_beams, 1), bos, device=device)  # [B*K, 1]
     # All beams of an input begin alike: only the first may propose, or the same hypothesis would fill them all.
     log_p = torch.full((batch, num_beams), float("-inf"), device=device)

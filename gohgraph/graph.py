@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -103,9 +104,9 @@ def _given(num_heads: int, topology: Any, options: dict[str, Any]) -> list[tuple
 
 def _pair(edge: Any) -> tuple[int, int]:
     pair = tuple(edge)
-    if len(pair) != 2 or not all(isinstance(node, int) and not isinstance(node, bool) for node in pair):
+    if len(pair) != 2 or not all(isinstance(node, Integral) and not isinstance(node, bool) for node in pair):
         raise TypeError(f"an edge must be a (sender, receiver) pair of ints, not {edge!r}")
-    return pair  # type: ignore[return-value]
+    return int(pair[0]), int(pair[1])
 
 
 def _tensor_edges(edge_index: Tensor) -> list[tuple[int, int]]:

@@ -13,11 +13,10 @@ from gohgraph.cache import KeyValueCache, padded, reorder_all
 from gohgraph.checkpoint import PretrainedMixin
 from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.embeddings import TokenEmbedding
-from gohgraph.generation import beam_search, check_sampling, sample
+from gohgraph.generation import beam_search, check_count, check_sampling, sample
+from gohgraph.inputs import check_ids, check_length, check_tokens, next_token_loss, positions_and_mask, widened
 from gohgraph.objects import FeedForward, MultiHeadAttention
 from gohgraph.stacks import Stack
-
-IGNORED_TARGET = -100
 
 
 class ModelOutput(NamedTuple):
@@ -81,13 +80,14 @@ class LanguageModel(PretrainedMixin, nn.Module):
         Returns:
             `ModelOutput` of logits `[B, T, V]` and, with targets, the loss.
         """
-        _check_tokens(tokens, self.config.vocab_size)
+        check_tokens(tokens, self.config.vocab_size)
         past = len(caches[0][0]) if caches else 0
-        positions, mask = _positions(tokens, past, keep_mask)
+        check_length(self.config, past + tokens.shape[1])
+        positions, mask = positions_and_mask(tokens, past, keep_mask)
         x = self.embedding(tokens, positions)  # [B, T, M]
         x = self.decoder(x, keep_mask=mask, positions=positions, caches=caches)
         logits = F.linear(x, self.embedding.tokens.weight) if self.head is None else self.head(x)
-        return ModelOutput(logits, _loss(logits, targets))
+        return ModelOutput(logits, next_token_loss(logits, targets))
 
     @torch.no_grad()
     def generate(
@@ -113,11 +113,19 @@ class LanguageModel(PretrainedMixin, nn.Module):
             Prompts and continuations `[B, T + new]`.
 
         Raises:
-            ValueError: settings out of range, an empty prompt.
+            ValueError: settings out of range, an empty prompt, padding on the right, with learned positions more
+                tokens than `max_length`.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p)
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"Expected prompts of shape [B, T], T >= 1 (got {list(tokens.shape)}). Do pass a token.")
+        check_length(self.config, tokens.shape[1] + max_new_tokens - 1)
+        check_ids(self.config.vocab_size, eos=eos)
+        if keep_mask is not None and (keep_mask.shape != tokens.shape or not keep_mask[:, -1].all()):
+            raise ValueError(
+                f"Expected a keep_mask of shape {list(tokens.shape)} that ends in True (got {list(keep_mask.shape)}). "
+                "Do pad prompts on the left."
+            )
         caches, new = self.decoder.new_caches(), tokens
         ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
@@ -165,8 +173,8 @@ class Transformer(PretrainedMixin, nn.Module):
 
     def encode(self, source: Tensor, keep_mask: Tensor | None = None) -> Tensor:
         """Returns the encoder's output `[B, S, M]` for source tokens `[B, S]` under a token mask `[B, S]`."""
-        _check_tokens(source, self.config.vocab_size)
-        positions, mask = _positions(source, 0, keep_mask)
+        check_tokens(source, self.config.vocab_size)
+        positions, mask = positions_and_mask(source, 0, keep_mask)
         return self.encoder(self.embedding(source, positions), keep_mask=mask, positions=positions)
 
     def decode(
@@ -179,9 +187,10 @@ class Transformer(PretrainedMixin, nn.Module):
         caches: list[tuple[KeyValueCache, ...]] | None = None,
     ) -> Tensor:
         """Returns logits `[B, T, V]` after each target token, given the encoder's output; masks are token masks."""
-        _check_tokens(target, self.config.vocab_size)
+        check_tokens(target, self.config.vocab_size)
         past = len(caches[0][0]) if caches else 0
-        positions, mask = _positions(target, past, keep_mask)
+        check_length(self.config, past + target.shape[1])
+        positions, mask = positions_and_mask(target, past, keep_mask)
         cross = None if memory_keep_mask is None else memory_keep_mask[:, None, None, :]  # [B, 1, 1, S]
         x = self.embedding(target, positions)
         x = self.decoder(x, memory, keep_mask=mask, memory_keep_mask=cross, positions=positions, caches=caches)
@@ -199,7 +208,7 @@ class Transformer(PretrainedMixin, nn.Module):
         """Predicts the token after each target token (teacher forcing); -100 in `targets` is ignored."""
         memory = self.encode(source, source_keep_mask)
         logits = self.decode(target, memory, keep_mask=target_keep_mask, memory_keep_mask=source_keep_mask)
-        return ModelOutput(logits, _loss(logits, targets))
+        return ModelOutput(logits, next_token_loss(logits, targets))
 
     @torch.no_grad()
     def generate(
@@ -217,8 +226,14 @@ class Transformer(PretrainedMixin, nn.Module):
 
         Returns:
             Targets `[B, 1 + new]`, from `bos`, filled with `eos` after their end.
+
+        Raises:
+            ValueError: settings out of range, with learned positions more tokens than `max_length`.
         """
-        check_sampling(max_new_tokens, 0.0, num_beams, None)
+        check_count("max_new_tokens", max_new_tokens)
+        check_count("num_beams", num_beams)
+        check_length(self.config, max_new_tokens)
+        check_ids(self.config.vocab_size, bos=bos, eos=eos)
         memory = self.encode(source, source_keep_mask).repeat_interleave(num_beams, dim=0)  # [B*K, S, M]
         mask = None if source_keep_mask is None else source_keep_mask.repeat_interleave(num_beams, dim=0)
         caches = self.decoder.new_caches()
@@ -275,16 +290,16 @@ class Classifier(PretrainedMixin, nn.Module):
     ) -> ModelOutput:
         """Classifies each input; `keep_mask` `[B, T]` marks real tokens, `targets` `[B]` are class indices."""
         if self.config.patch_size is None:
-            _check_tokens(inputs, self.config.transformer.vocab_size)
+            check_tokens(inputs, self.config.transformer.vocab_size)
             features = inputs  # [B, T]
         else:
             features = self._patches(inputs)  # [B, T, C*P*P]
-        positions, mask = _positions(features, 0, keep_mask)
+        positions, mask = positions_and_mask(features, 0, keep_mask)
         x = self.encoder(self.embedding(features, positions), keep_mask=mask, positions=positions)  # [B, T, M]
         keep = x.new_ones(x.shape[:2]) if keep_mask is None else keep_mask.to(x.dtype)
         pooled = torch.einsum("btm,bt->bm", x, keep) / keep.sum(dim=1, keepdim=True).clamp(min=1)  # [B, M]
         logits = self.head(pooled)
-        return ModelOutput(logits, None if targets is None else F.cross_entropy(logits.float(), targets))
+        return ModelOutput(logits, None if targets is None else F.cross_entropy(widened(logits), targets))
 
     def _patches(self, images: Tensor) -> Tensor:
         side, channels = self.config.patch_size, self.config.channels
@@ -293,6 +308,8 @@ class Classifier(PretrainedMixin, nn.Module):
                 f"Expected images [B, {channels}, height, width] with sides multiples of {side} "
                 f"(got {list(images.shape)}). Do resize or choose another patch_size."
             )
+        if not images.is_floating_point():
+            raise TypeError(f"Expected images of a floating dtype (got {images.dtype}). Do pass images.float() / 255.")
         return F.unfold(images, side, stride=side).transpose(1, 2)  # [B, T, C*P*P]
 
 
@@ -311,31 +328,3 @@ def initialize(model: nn.Module, num_layers: int) -> None:
         if isinstance(module, (MultiHeadAttention, FeedForward)):
             last = module.output if isinstance(module, MultiHeadAttention) else module.outer
             nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * num_layers))
-
-
-def _positions(tokens: Tensor, past: int, keep_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    new = tokens.shape[1]
-    if keep_mask is None:
-        return torch.arange(past, past + new, device=tokens.device), None  # [T]
-    if keep_mask.dtype != torch.bool or keep_mask.shape != (tokens.shape[0], past + new):
-        raise ValueError(
-            f"Expected a bool keep_mask of shape [{tokens.shape[0]}, {past + new}] "
-            f"(got {keep_mask.dtype} {list(keep_mask.shape)}). Do mark every token, True = real."
-        )
-    # Counting real tokens gives a sequence the same positions whichever side it is padded on.
-    positions = (keep_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]  # [B, T]
-    return positions, keep_mask[:, None, None, :]  # [B, 1, 1, S]
-
-
-def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"Expected token ids [B, T] of an integer dtype (got {tokens.dtype} {list(tokens.shape)}). "
-            f"Do pass ids below {vocab_size}."
-        )
-
-
-def _loss(logits: Tensor, targets: Tensor | None) -> Tensor | None:
-    if targets is None:
-        return None
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET)

@@ -92,14 +92,19 @@ class MultiHeadAttention(nn.Module):
         Args:
             x: `[B, T, M]`.
             memory: `[B, S, M]`, or `None` for self attention.
-            keep_mask: bool, broadcastable to `[B, H, T, S]`, True = may attend. A row without any gives zeros.
+            keep_mask: bool, four dimensions that broadcast to `[B, H, T, S]`, True = may attend. A row without any
+                gives zeros.
             positions: `[T]` or `[B, T]` for the rotary; `None` counts on from the cache.
             cache: keys and values of the tokens before, extended in place; causality then counts from its length.
             earlier: head outputs of the layers before, nearest first, for a graph with `cross_layer`.
 
         Returns:
             The output `[B, T, M]` and the head outputs after messages `[B, T, H, D]`.
+
+        Raises:
+            ValueError: a mask that is not bool or has not four dimensions.
         """
+        _check_mask(keep_mask)
         past = 0 if cache is None else len(cache)
         q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, D]
         if positions is None and self.rotary is not None:
@@ -205,6 +210,15 @@ def _causal_mask(tokens: int, keys: int, device: torch.device) -> Tensor:
 
 def _and(mask: Tensor, other: Tensor | None) -> Tensor:
     return mask if other is None else mask & other
+
+
+def _check_mask(keep_mask: Tensor | None) -> None:
+    # A float mask would be added to the scores, and [B, S] would be taken for [T, S] where B = T.
+    if keep_mask is not None and (keep_mask.dtype != torch.bool or keep_mask.dim() != 4):
+        raise ValueError(
+            f"Expected a bool keep_mask that broadcasts to [B, H, T, S] (got {keep_mask.dtype} "
+            f"{list(keep_mask.shape)}). Do index a token mask as mask[:, None, None, :]."
+        )
 
 
 def _check_attention(

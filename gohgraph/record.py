@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +76,18 @@ def record(model: nn.Module) -> Iterator[dict[str, Recording]]:
         raise ValueError("Expected a model with head graphs (got none). Do build it with head_graph=HeadGraphConfig().")
     heads = {name: Recording(conv) for name, conv in graphs.items()}
     # Both sites ask the edges for their weights, so that is where they are seen.
-    hooks = [
-        conv.edges.register_forward_hook(lambda module, inputs, alpha, own=heads[name]: own.update(alpha))
-        for name, conv in graphs.items()
-    ]
+    hooks = [conv.edges.register_forward_hook(_updating(heads[name], conv.edges)) for name, conv in graphs.items()]
     try:
         yield heads
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _updating(recording: Recording, edges: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
+    def update(module: nn.Module, inputs: Any, alpha: Tensor) -> None:
+        # A deep copy of the model made inside the block carries this hook along: it is not what is recorded.
+        if module is edges:
+            recording.update(alpha)
+
+    return update

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 Edges = Iterable[tuple[int, int]]
+LARGEST_SEED = 2**63 - 1
 
 
 def complete(num_heads: int) -> Iterator[tuple[int, int]]:
@@ -51,8 +52,9 @@ def small_world(num_heads: int, *, neighbors: int = 4, rewire: float = 0.1, seed
     import networkx
 
     _in_range("neighbors", neighbors, 0, num_heads)
-    if not 0.0 <= rewire <= 1.0:
-        raise ValueError(f"Expected rewire in [0, 1] (got {rewire}). Do pass a probability.")
+    _in_range("seed", seed, 0, LARGEST_SEED)
+    if isinstance(rewire, bool) or not isinstance(rewire, (int, float)) or not 0.0 <= rewire <= 1.0:
+        raise ValueError(f"Expected rewire in [0, 1] (got {rewire!r}). Do pass a probability.")
     edges = list(networkx.watts_strogatz_graph(num_heads, neighbors, rewire, seed=seed).edges())
     return [(j, i) for j, i in edges if i != j] + [(i, j) for j, i in edges if i != j]
 
@@ -60,6 +62,7 @@ def small_world(num_heads: int, *, neighbors: int = 4, rewire: float = 0.1, seed
 def random(num_heads: int, *, in_degree: int = 2, seed: int = 0) -> Iterator[tuple[int, int]]:
     """Yields `in_degree` edges to every head from other heads drawn without replacement."""
     _in_range("in_degree", in_degree, 0, num_heads - 1)
+    _in_range("seed", seed, 0, LARGEST_SEED)
     generator = torch.Generator().manual_seed(seed)
     for i in range(num_heads):
         order = torch.randperm(num_heads - 1, generator=generator)[:in_degree].tolist()

@@ -193,3 +193,9 @@ def test_feed_forward_equals_its_formula(activation):
 def test_impossible_options(build, match):
     with pytest.raises(ValueError, match=match):
         build()
+
+
+@pytest.mark.parametrize("mask", [torch.ones(B, 1, 1, T), torch.ones(B, T, dtype=torch.bool)], ids=["float", "tokens"])
+def test_masks_that_would_be_misread_are_refused(mask):
+    with pytest.raises(ValueError, match="Expected a bool keep_mask that broadcasts"):
+        goh.MultiHeadAttention(M, H)(torch.randn(B, T, M), keep_mask=mask)

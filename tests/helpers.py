@@ -1,0 +1,53 @@
+"""Small models with weights as after training, shared by the tests. Sizes are distinct primes or twice a prime."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gohgraph import HeadGraphConfig, HeadGraphConv, SiteConfig, TransformerConfig
+
+TOLERANCE = {"rtol": 0.0, "atol": 1e-10}
+
+# Every way of running head graphs: sparse scores prefill as wide heads, complete and two-round ones eagerly.
+GRAPHS = {
+    "plain": None,
+    "outputs": HeadGraphConfig(),
+    "outputs-sparse": HeadGraphConfig(SiteConfig.ring(3)),
+    "outputs-static": HeadGraphConfig(SiteConfig(topology="star", edges="static")),
+    "scores-ring": HeadGraphConfig(None, SiteConfig.ring(2)),
+    "scores-complete": HeadGraphConfig(None, SiteConfig()),
+    "scores-pyg": HeadGraphConfig(None, SiteConfig.ring(2, backend="pyg")),
+    "rounds": HeadGraphConfig(SiteConfig(rounds=2), SiteConfig.ring(2, rounds=2)),
+    "cross-layer": HeadGraphConfig(SiteConfig(cross_layer=1, norm=True), SiteConfig.ring(3, rank=3)),
+}
+
+
+def small_config(graph: str = "plain", **settings) -> TransformerConfig:
+    """A configuration of M = 30, H = 5, D = 6 over 13 tokens, with one of `GRAPHS`."""
+    shape = {"d_model": 30, "num_heads": 5, "num_layers": 3, "d_ff": 11, "max_length": 23}
+    return TransformerConfig(vocab_size=13, head_graph=GRAPHS[graph], **{**shape, **settings})
+
+
+@torch.no_grad()
+def trained_like(model: nn.Module) -> nn.Module:
+    """Draws weights far from their start, in float64, so that nothing is zero, uniform or negligible."""
+    model.double()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        if isinstance(module, HeadGraphConv):
+            nn.init.normal_(module.edges.bias)
+            if module.edges.weight is not None:
+                nn.init.normal_(module.edges.weight)
+    return model
+
+
+def assert_equal_to(actual: Tensor, expected: Tensor) -> None:
+    """Equality to 1e-10, absolute."""
+    torch.testing.assert_close(actual, expected, **TOLERANCE)

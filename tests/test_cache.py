@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gohgraph.cache import KeyValueCache, padded, reorder_all
+
+
+def random_pair(tokens, batch=2):
+    return torch.randn(batch, tokens, 3, 5), torch.randn(batch, tokens, 3, 5)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_cache_returns_all_tokens_in_order(fixed):
+    cache, parts = KeyValueCache(fixed), []
+    for tokens in (7, 1, 1, 61, 1, 131, 1):
+        parts.append(random_pair(tokens))
+        keys, values = cache.update(*parts[-1])
+        assert torch.equal(keys, torch.cat([k for k, _ in parts], dim=1))
+        assert torch.equal(values, torch.cat([v for _, v in parts], dim=1))
+        assert len(cache) == keys.shape[1]
+    assert all(map(torch.equal, cache.read(), (keys, values)))
+
+
+def test_cache_does_not_change_what_it_was_given():
+    cache, (keys, values) = KeyValueCache(), random_pair(3)
+    before = keys.clone()
+    cache.update(keys, values)
+    cache.update(*random_pair(1))
+    assert torch.equal(keys, before)
+
+
+def test_cache_copies_the_past_only_when_it_doubles():
+    cache = KeyValueCache()
+    places = {cache.update(*random_pair(1))[0].data_ptr() for _ in range(600)}
+    assert len(places) <= 5
+
+
+def test_reorder_replaces_rows_and_appends_after():
+    cache = KeyValueCache()
+    keys, values = random_pair(3, batch=2)
+    cache.update(keys, values)
+    rows = torch.tensor([1, 1, 0])
+    cache.reorder(rows)
+    more = random_pair(1, batch=3)
+    new_keys, new_values = cache.update(*more)
+    assert torch.equal(new_keys, torch.cat((keys[rows], more[0]), dim=1))
+    assert torch.equal(new_values, torch.cat((values[rows], more[1]), dim=1))
+
+
+def test_reorder_all_reaches_every_cache_and_skips_empty_ones():
+    filled, fixed, empty = KeyValueCache(), KeyValueCache(fixed=True), KeyValueCache()
+    expected = []
+    for cache in (filled, fixed):
+        keys, _ = cache.update(*random_pair(2))
+        expected.append(keys.flip(0))
+    reorder_all([(filled, fixed), (empty,)], torch.tensor([1, 0]))
+    assert torch.equal(filled.read()[0], expected[0])
+    assert torch.equal(fixed.read()[0], expected[1])
+    assert len(empty) == 0
+
+
+def test_only_a_fixed_cache_is_ever_filled():
+    growing, fixed = KeyValueCache(), KeyValueCache(fixed=True)
+    assert not fixed.is_filled
+    for cache in (growing, fixed):
+        cache.update(*random_pair(3))
+    assert fixed.is_filled and not growing.is_filled
+
+
+def test_padded_continues_a_mask_with_true():
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    longer = padded(mask, 5)
+    assert longer.dtype == torch.bool
+    assert torch.equal(longer[:, :3], mask) and longer[:, 3:].all() and longer.shape == (2, 5)

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from helpers import GRAPHS, small_config
+
+from gohgraph import ClassifierConfig, HeadGraphConfig, HeadGraphConv, SiteConfig, TransformerConfig
+
+EDGES = ((0, 1), (1, 2), (2, 0))
+CONFIGS = [
+    *(small_config(graph) for graph in GRAPHS),
+    small_config(norm="rms", dropout=0.1, positions="learned", bias=False, tie_embeddings=False, num_kv_heads=1),
+    TransformerConfig(7, head_graph=HeadGraphConfig(SiteConfig(EDGES), SiteConfig("small-world", {"rewire": 0.5}))),
+    ClassifierConfig(small_config("rounds"), num_classes=3, patch_size=2, channels=1),
+    HeadGraphConfig(None, None),
+    SiteConfig(topology=()),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_round_trip_through_json(config):
+    again = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.to_dict() == config.to_dict()
+
+
+def test_custom_edges_come_back_as_the_same_graph():
+    site = SiteConfig.from_dict(json.loads(json.dumps(SiteConfig(topology=EDGES, self_loops=False).to_dict())))
+    assert site.topology == EDGES
+    assert HeadGraphConv.from_config(site, 3, 5, 7).edge_index.tolist() == [[2, 0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("in_degree", [1, 2, 4])
+def test_ring_counts_the_self_loop(in_degree):
+    conv = HeadGraphConv.from_config(SiteConfig.ring(in_degree, rounds=3), 7, 5, 11)
+    assert conv.edge_index[1].bincount().tolist() == [in_degree] * 7
+    assert conv.rounds == 3
+
+
+def test_configurations_cannot_be_changed():
+    options = {"hops": 2}
+    site = SiteConfig("ring", options)
+    options["hops"] = 3
+    site.to_dict()["options"]["hops"] = 4
+    assert site.options == {"hops": 2}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        site.rank = 3
+
+
+def test_repr_shows_what_differs_from_the_defaults():
+    assert repr(SiteConfig()) == "SiteConfig()"
+    site = SiteConfig("ring", {"hops": 2}, rank=3)
+    assert eval(repr(site)) == site
+
+
+def transformer(**change):
+    return TransformerConfig(**{"vocab_size": 13, "d_model": 30, "num_heads": 5, **change})
+
+
+def classifier(**change):
+    return ClassifierConfig(**{"transformer": transformer(), "num_classes": 3, **change})
+
+
+REFUSED = [
+    (transformer, "d_model", [0, -5, 31, 2.5, True, "30", None]),
+    (transformer, "vocab_size", [0, 2.5, None]),
+    (transformer, "num_heads", [0, 7, True]),
+    (transformer, "num_kv_heads", [0, 2, 10, 1.0, True]),
+    (transformer, "num_layers", [0, -1, "6"]),
+    (transformer, "d_ff", [0, 1.5]),
+    (transformer, "max_length", [0, None]),
+    (transformer, "activation", ["silu", None, []]),
+    (transformer, "positions", ["alibi", None]),
+    (transformer, "norm", ["batch", None]),
+    (transformer, "norm_first", [1, None, "yes"]),
+    (transformer, "bias", [0, None]),
+    (transformer, "tie_embeddings", [1]),
+    (transformer, "dropout", [-0.1, 1, 1.5, float("nan"), True, "0.1", None]),
+    (transformer, "head_graph", ["ring", SiteConfig(), {}]),
+    (classifier, "transformer", [None, {}]),
+    (classifier, "num_classes", [0, 2.5]),
+    (classifier, "patch_size", [0, 2.5, True]),
+    (classifier, "channels", [0, None]),
+    (HeadGraphConfig, "outputs", ["ring", {}, HeadGraphConfig()]),
+    (HeadGraphConfig, "scores", ["ring", SiteConfig(norm=True), SiteConfig(cross_layer=1)]),
+    (SiteConfig, "topology", [5, None, ((1, 2, 3),), ((0.5, 1),), ((True, 1),), (("0", "1"),), (3,), {"a": 1}]),
+    (SiteConfig, "options", [None, [("hops", 3)], {3: 4}, {"hops": {1, 2}}]),
+    (SiteConfig, "self_loops", [1, None]),
+    (SiteConfig, "edges", ["gat", None]),
+    (SiteConfig, "rank", [0, 1.5, True, "3"]),
+    (SiteConfig, "activation", ["relu", "none"]),
+    (SiteConfig, "rounds", [0, 1.5, True]),
+    (SiteConfig, "cross_layer", [-1, 0.5, True]),
+    (SiteConfig, "norm", [1, "rms"]),
+    (SiteConfig, "backend", ["triton", None]),
+]
+CASES = [(build, name, value) for build, name, values in REFUSED for value in values]
+
+
+@pytest.mark.parametrize("build,name,value", CASES, ids=[f"{name}={value!r}" for _, name, value in CASES])
+def test_wrong_values_are_refused(build, name, value):
+    build()
+    with pytest.raises((TypeError, ValueError), match=r"^Expected .*\(got .*\)\. Do "):
+        build(**{name: value})
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_unknown_keys_are_refused(config):
+    with pytest.raises(ValueError, match=r"^Expected keys of .*\(got \['no_such_key'\]\)\. Do "):
+        type(config).from_dict({**config.to_dict(), "no_such_key": 1})
+
+
+@pytest.mark.parametrize("path", [("head_graph",), ("head_graph", "scores")])
+def test_unknown_keys_are_refused_inside(path):
+    values = small_config("rounds").to_dict()
+    inner = values
+    for name in path:
+        inner = inner[name]
+    inner["no_such_key"] = 1
+    with pytest.raises(ValueError, match="^Expected keys of "):
+        TransformerConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "kind,values",
+    [
+        (TransformerConfig, None), (TransformerConfig, {}), (TransformerConfig, {1: 2, "a": 3}),
+        (TransformerConfig, {"vocab_size": 7, "head_graph": "ring"}), (ClassifierConfig, {"num_classes": 3}),
+        (ClassifierConfig, {"num_classes": 3, "transformer": None}), (HeadGraphConfig, {"outputs": 5}),
+        (SiteConfig, [1]),
+    ],
+)  # fmt: skip
+def test_dictionaries_of_another_form_are_refused(kind, values):
+    with pytest.raises((TypeError, ValueError), match="^Expected .* Do "):
+        kind.from_dict(values)
