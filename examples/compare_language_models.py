@@ -187,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--steps", type=int, default=4000, help="of every full run (default: %(default)s)")
     add("--pilot-steps", type=int, default=600, help="of the runs that choose the rate (default: %(default)s)")
-    add("--learning-rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3], help="the grid, the same for all")
+    add("--learning-rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3, 8e-3], help="the grid, the same for all")
     add("--d-model", type=int, default=128, help="(default: %(default)s)")
     add("--num-heads", type=int, default=8, help="(default: %(default)s)")
     add("--num-layers", type=int, default=5, help="(default: %(default)s)")

@@ -50,3 +50,9 @@ def test_other_arguments_and_damage_are_refused(tmp_path):
         sweep(pow, RUNS, tmp_path)
     with pytest.raises(ValueError, match="Expected jobs >= 1"):
         sweep(operator.add, {}, tmp_path, jobs=0)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Expected a run folder that can be written"):
+        sweep(pow, RUNS, tmp_path / "file" / "run")

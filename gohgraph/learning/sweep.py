@@ -32,6 +32,7 @@ def sweep(
 
     Raises:
         ValueError: jobs below 1, a damaged result, or one that other arguments gave.
+        OSError: the folder cannot be written.
 
     Example:
         >>> import tempfile
@@ -42,7 +43,12 @@ def sweep(
     if jobs < 1:
         raise ValueError(f"Expected jobs >= 1 (got {jobs}). Do pass the number of processes.")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"Expected a run folder that can be written (got {folder}: {error.strerror}). Do choose another."
+        ) from error
     results = {name: _read(folder / f"{name}.json", arguments) for name, arguments in runs.items()}
     missing = [name for name, result in results.items() if result is None]
     bar = tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run", desc=folder.name)
