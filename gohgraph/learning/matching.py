@@ -36,7 +36,7 @@ def match_parameters(model_class: type[nn.Module], config: TransformerConfig, pa
         >>> from gohgraph.models import LanguageModel
         >>> plain = TransformerConfig(vocab_size=7, d_model=8, num_heads=2, num_layers=2, d_ff=16)
         >>> match_parameters(LanguageModel, plain, 2000).d_ff
-        41
+        37
     """
     have = count_parameters(model_class(config))
     if have > parameters:
