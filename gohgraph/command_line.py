@@ -11,12 +11,11 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence on stderr and exit code 2, without the usage text."""
+    """An argument parser for `run`: flags that do not parse raise `ValueError`, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        """Reports a flag that does not parse."""
-        print(f"error: Expected other flags (got: {message}). Do see {self.prog} --help.", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        """Raises `ValueError` for a flag that does not parse."""
+        raise ValueError(f"Expected other flags (got: {message}). Do see {self.prog} --help.")
 
 
 def run(
@@ -41,9 +40,8 @@ def run(
         >>> run(ArgumentParser(), lambda flags: None, [])
         0
     """
-    flags = parser.parse_args(argv)
     try:
-        command(flags)
+        command(parser.parse_args(argv))
     except (OSError, ValueError, TypeError) as error:
         if not isinstance(error, OSError) and not str(error).startswith("Expected"):
             raise

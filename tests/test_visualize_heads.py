@@ -148,3 +148,10 @@ def test_bad_input_is_exit_code_2_and_one_sentence(tool, bad_folder, monkeypatch
     printed = capsys.readouterr()
     assert re.match(f"error: {sentence}", printed.err) and printed.err.count("\n") == 1 and not printed.out
     assert (bad_folder / "heads.svg").read_text() == "old"
+
+
+def test_a_comparison_gives_the_model_that_has_a_graph(tool, tmp_path, capsys):
+    saved(tmp_path / "run" / "goh" / "model")
+    saved(tmp_path / "run" / "plain" / "model", head_graph=None)
+    assert tool.main([str(tmp_path / "run"), "--text", WORDS, "--out", str(tmp_path / "heads.png")]) == 0
+    assert str(Path("goh", "model")) in capsys.readouterr().out

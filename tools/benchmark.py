@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gohgraph import EncoderLayer, HeadGraphConfig, SiteConfig, TransformerConfig, fold
+from gohgraph.command_line import ArgumentParser, run
 
 DEFAULT_SIZES = ("512/8/512/2", "1024/16/256/2", "256/8/1024/2")
 SMOKE_SIZES = ("32/4/24/2",)
@@ -243,13 +244,8 @@ def machine(arguments: argparse.Namespace) -> str:
     return f"{device}, {arguments.threads} CPU threads, torch {torch.__version__}, {settings}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(f"Expected valid arguments (got {message}). Do see --help.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__.splitlines()[0])
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", metavar="SIZE", help=f"default: {' '.join(DEFAULT_SIZES)}")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help=f"of {' '.join(VARIANTS)}; plain is always run")
     parser.add_argument("--repeats", type=int, help="rounds (default: 20, 2 with --smoke)")
@@ -295,26 +291,22 @@ def _checked(arguments: argparse.Namespace) -> tuple[list[Size], list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code, 2 for bad input."""
+    """Runs the command line and returns its exit code."""
     # Or the profiler writes lines of its own between the tables.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     threads = torch.get_num_threads()
     gc.disable()
     try:
-        arguments = _parser().parse_args(argv)
-        sizes, names = _checked(arguments)
-        torch.set_num_threads(arguments.threads)
-        _run(arguments, sizes, names)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return run(_parser(), benchmark, argv)
     finally:
         gc.enable()
         torch.set_num_threads(threads)
-    return 0
 
 
-def _run(arguments: argparse.Namespace, sizes: list[Size], names: list[str]) -> None:
+def benchmark(arguments: argparse.Namespace) -> None:
+    """Measures and prints the tables."""
+    sizes, names = _checked(arguments)
+    torch.set_num_threads(arguments.threads)
     texts, rows = [machine(arguments)], []
     total = len(sizes) * len(PARTS) * len(PASSES) * len(names) * (arguments.repeats + WARM_UP)
     print(texts[0])

@@ -6,12 +6,14 @@ python tools/visualize_heads.py runs/demo/goh --out heads.svg
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import torch
 
 from gohgraph import LanguageModel, draw, record
+from gohgraph.command_line import ArgumentParser, run
 from gohgraph.drawing import graph_titles
 from gohgraph.learning.corpus import PYTHON_DOCS, load_corpus
 from gohgraph.record import Recording
@@ -21,28 +23,27 @@ STRONGEST = 5
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code, 2 for bad input."""
-    arguments = _parser().parse_args(argv)
-    try:
-        torch.set_num_threads(_positive("--threads", arguments.threads))
-        folder = _checkpoint(Path(arguments.checkpoint))
-        model = LanguageModel.from_pretrained(folder).eval()
-        sequences = _sequences(model, _text(arguments.text), arguments.tokens, arguments.length)
-        heads = _recorded(model, sequences)
-        name, tokens = Path(arguments.checkpoint).resolve().name, sum(map(torch.numel, sequences))
-        title = f"{name}: mean edge weights over {tokens:,} tokens"
-        draw(heads, arguments.out, title=title if arguments.title is None else arguments.title)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"picture: {arguments.out}")
+    """Runs the command line and returns its exit code."""
+    return run(_parser(), visualize, argv)
+
+
+def visualize(flags: argparse.Namespace) -> None:
+    """Records the checkpoint's head graphs over the text, draws them and prints the strongest edges."""
+    torch.set_num_threads(_positive("--threads", flags.threads))
+    folder = _checkpoint(Path(flags.checkpoint))
+    model = LanguageModel.from_pretrained(folder).eval()
+    sequences = _sequences(model, _text(flags.text), flags.tokens, flags.length)
+    heads = _recorded(model, sequences)
+    name, tokens = Path(flags.checkpoint).resolve().name, sum(map(torch.numel, sequences))
+    title = f"{name}: mean edge weights over {tokens:,} tokens"
+    draw(heads, flags.out, title=title if flags.title is None else flags.title)
+    print(f"picture: {flags.out}")
     print(f"strongest edges of {folder}:")
     print("\n".join(_strongest(heads)))
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a folder written by save_pretrained, or a run folder with such folders")
     parser.add_argument("--text", help="a file, or words in quotes (default: the built-in corpus, validation part)")
     parser.add_argument("--out", default="heads.svg", help="the picture, .svg, .png or .pdf (default: %(default)s)")
@@ -60,11 +61,20 @@ def _positive(name: str, value: int) -> int:
 
 
 def _checkpoint(folder: Path) -> Path:
-    """The folder itself, or the checkpoint written last in a run folder; the loader refuses a wrong one."""
+    """The folder itself, or the checkpoint with head graphs written last in a run folder; the loader refuses others."""
     if (folder / "model.safetensors").is_file():
         return folder
-    found = [path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/model.safetensors")]
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else folder
+    found = [path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}/model.safetensors")]
+    # A comparison's folder holds plain models too: nothing is to be drawn of those.
+    return max(found, key=lambda path: (_has_graph(path.parent), path.stat().st_mtime)).parent if found else folder
+
+
+def _has_graph(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]["head_graph"])
+    # Checkpoints of the training state have no such file, and a damaged one is the loader's to name.
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _text(source: str | None) -> torch.Tensor:
