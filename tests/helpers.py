@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
@@ -51,3 +56,14 @@ def trained_like(model: nn.Module) -> nn.Module:
 def assert_equal_to(actual: Tensor, expected: Tensor) -> None:
     """Equality to 1e-10, absolute."""
     torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+def load_script(folder: str, name: str) -> ModuleType:
+    """Imports a script of `examples` or `tools`, which are no packages."""
+    path = Path(__file__).parents[1] / folder / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(specification)
+    # Dataclasses look their module up by name.
+    sys.modules[name] = module
+    specification.loader.exec_module(module)
+    return module

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import load_script
 from tqdm import tqdm
-
-PATH = Path(__file__).parent.parent / "tools" / "benchmark.py"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("benchmark", PATH)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules["benchmark"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["benchmark"]
+    return load_script("tools", "benchmark")
 
 
 @pytest.fixture

@@ -1,25 +1,21 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import load_script
 
 import gohgraph as goh
 
-PATH = Path(__file__).parents[1] / "tools" / "visualize_heads.py"
 WORDS = "heads talk to heads, and some of them listen"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("visualize_heads", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools", "visualize_heads")
 
 
 @pytest.fixture(autouse=True)
