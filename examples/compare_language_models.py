@@ -3,8 +3,9 @@
     python examples/compare_language_models.py --run runs/compare --jobs 2
 
 All variants read the same tokens in the same order. The lighter models' feed-forward is widened to the heaviest one's
-parameter count. Each variant's learning rate is the best of a grid in short pilot runs on a seed that is not reported;
-then every seed is trained in full. An interrupted comparison goes on where it stopped when it is called again.
+parameter count. Learning rates are chosen for each variant: the three best of a grid in short pilot runs, on a seed
+that is not reported, are trained in full on the first seed, and the best of them on all others. An interrupted
+comparison goes on where it stopped when it is called again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.matching import count_parameters, match_parameters
 from gohgraph.learning.sweep import sweep
 
-PILOT_SEED = 1000
+PILOT_SEED, FINALISTS = 1000, 3
 EVALUATIONS = 8
 VALIDATION_WINDOWS = 256
 RING = SiteConfig.ring(4)
@@ -55,24 +56,29 @@ def compare(flags: argparse.Namespace) -> None:
     common = {"data": flags.data, "length": flags.length, "batch_size": flags.batch_size}
     tasks = {name: {"config": config.to_dict(), **common} for name, config in configs.items()}
     pilots = {
-        f"{name}-{rate:g}": {**task, "steps": flags.pilot_steps, "learning_rate": rate, "seed": PILOT_SEED}
+        _key(name, rate): {**task, "steps": flags.pilot_steps, "learning_rate": rate, "seed": PILOT_SEED}
         for name, task in tasks.items()
         for rate in flags.learning_rates
     }
     tried = sweep(partial(_train, str(folder / "pilots")), pilots, folder / "pilot-results", jobs=flags.jobs)
-    rates = {
-        name: min(flags.learning_rates, key=lambda rate, name=name: _last(tried[f"{name}-{rate:g}"]))
-        for name in configs
-    }
+    # The best rate of a short run need not be that of a long one.
+    finalists = {name: _best(tried, name, flags.learning_rates)[:FINALISTS] for name in configs}
     full = {
-        f"{name}-{seed}": {**task, "steps": flags.steps, "learning_rate": rates[name], "seed": seed}
-        for seed in flags.seeds
+        _key(name, rate, seed): {**task, "steps": flags.steps, "learning_rate": rate, "seed": seed}
         for name, task in tasks.items()
+        for rate in finalists[name]
+        for seed in flags.seeds
     }
-    histories = sweep(partial(_train, str(folder / "runs")), full, folder / "results", jobs=flags.jobs)
+    finish = partial(sweep, partial(_train, str(folder / "runs")), folder=folder / "results", jobs=flags.jobs)
+    contest = [_key(name, rate, flags.seeds[0]) for name in configs for rate in finalists[name]]
+    first = finish({key: full[key] for key in contest})
+    rates = {name: _best(first, name, finalists[name], flags.seeds[0])[0] for name in configs}
+    chosen = {(name, seed): _key(name, rates[name], seed) for seed in flags.seeds for name in configs}
+    results = finish({key: full[key] for key in chosen.values()})
+    histories = {place: results[key] for place, key in chosen.items()}
     table = _table(configs, rates, histories, flags.seeds)
     (folder / "table.md").write_text(table, encoding="utf-8")
-    draw_curves({name: histories[f"{name}-{flags.seeds[0]}"] for name in configs}, folder / "curves.png")
+    draw_curves({name: histories[name, flags.seeds[0]] for name in configs}, folder / "curves.png")
     print(f"{table}\ncurves of seed {flags.seeds[0]}: {folder / 'curves.png'}")
 
 
@@ -139,19 +145,24 @@ def _validation_loss(validation: torch.Tensor, length: int, model: torch.nn.Modu
     return {"validation_loss": losses.mean().item()}
 
 
-def _last(history: list[dict[str, Any]]) -> float:
-    return history[-1]["validation_loss"]
+def _key(name: str, rate: float, seed: int = PILOT_SEED) -> str:
+    return f"{name}-{rate:g}-{seed}"
+
+
+def _best(histories: dict[str, list[dict]], name: str, rates: list[float], seed: int = PILOT_SEED) -> list[float]:
+    """The learning rates of a variant, best first by the validation loss at the end."""
+    return sorted(rates, key=lambda rate: histories[_key(name, rate, seed)][-1]["validation_loss"])
 
 
 def _table(
     configs: dict[str, TransformerConfig],
     rates: dict[str, float],
-    histories: dict[str, list[dict[str, Any]]],
+    histories: dict[tuple[str, int], list[dict[str, Any]]],
     seeds: list[int],
 ) -> str:
     """Validation loss over seeds, on the way and at the end; differences are taken seed by seed."""
     reference = next(iter(configs))
-    rows = [row for row in histories[f"{reference}-{seeds[0]}"] if row["validation_loss"] is not None]
+    rows = [row for row in histories[reference, seeds[0]] if row["validation_loss"] is not None]
     shown = [i for i in range(len(rows)) if i in (0, len(rows) // 4 - 1, len(rows) // 2 - 1, len(rows) - 1)]
     steps = " | ".join(f"step {rows[i]['step']:,}" for i in shown)
     lines = [
@@ -159,8 +170,8 @@ def _table(
         "|" + " --- |" * (5 + len(shown)),
     ]
     for name, config in configs.items():
-        losses = [_validated(histories[f"{name}-{seed}"]) for seed in seeds]
-        base = [_validated(histories[f"{reference}-{seed}"]) for seed in seeds]
+        losses = [_validated(histories[name, seed]) for seed in seeds]
+        base = [_validated(histories[reference, seed]) for seed in seeds]
         cells = " | ".join(_spread([run[i] for run in losses]) for i in shown)
         ahead = [own[-1] - other[-1] for own, other in zip(losses, base, strict=True)]
         difference = "" if name == reference else _spread(ahead, signed=True)

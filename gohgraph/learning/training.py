@@ -72,10 +72,12 @@ class Training:
             self._load()
         self._tokens, self._row_seconds = 0, self.seconds
         self.model.train()
+        # Passed only to switch it off: a value given here would hide TQDM_DISABLE.
+        silent = {} if self.accelerator.is_main_process else {"disable": True}
         # A terminal is redrawn often; a log file should not fill with bars.
         self.bar = tqdm(
             total=config.steps, initial=self.step, desc=description or None, unit="step", dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 15, disable=not self.accelerator.is_main_process,
+            mininterval=0.2 if sys.stderr.isatty() else 15, **silent,
         )  # fmt: skip
 
     def advance(self, target: int, interrupted: Callable[[], bool] = lambda: False) -> bool:
