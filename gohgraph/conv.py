@@ -140,14 +140,12 @@ class HeadGraphConv(MessagePassing):
     def forward(self, z: Tensor, context: Tensor | None = None, earlier: Sequence[Tensor] = ()) -> Tensor:
         """Passes messages between the nodes `z [*, H, D]` under the context `[*, M]`."""
         self._check_nodes(z, earlier)
-        weights = self.edges(context)  # [*, R, E] or [R, E]
+        weights = self.edges(context).to(z.dtype)  # [*, R, E] or [R, E]
+        if self.fusion is None:
+            return self._add_messages(z, self._senders(z, earlier), weights[..., 0, :])
         nodes = z
         for index in range(self.rounds):
-            senders = self._senders(nodes, earlier)  # [*, S, D]
-            alpha = weights[..., index, :].to(z.dtype)  # [*, E] or [E]
-            if self.fusion is None:
-                return self._add_messages(z, senders, alpha)
-            message = self._add_messages(None, senders, alpha)
+            message = self._add_messages(None, self._senders(nodes, earlier), weights[..., index, :])  # [*, H, D]
             z = z + (1 + self.fusion[index]).to(message.dtype) * message
             nodes = nodes + message
         return z
