@@ -1,0 +1,52 @@
+"""The README runs: its Python blocks, and every command it shows exists with the flags it shows."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
+
+
+def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    assert blocks("python")
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+
+
+@pytest.mark.parametrize("script", sorted({command[1] for command in commands()}))
+def test_commands_name_existing_scripts_and_flags(script):
+    shown = {flag for command in commands() if command[1] == script for flag in command if flag.startswith("--")}
+    run = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert shown <= set(re.findall(r"--[\w-]+", run.stdout))
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^make (\w+)", "".join(blocks("bash")), flags=re.MULTILINE))
+    assert {"demo", "test"} <= targets
+    assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)|src=\"([^\"]+)\"", TEXT)
+    assert links
+    for link in (a or b for a, b in links):
+        assert (ROOT / link.split("#")[0]).exists(), link
