@@ -1,33 +1,39 @@
-"""Folding a static output graph into the output projection."""
+"""Folding static output graphs into the output projections."""
 
 from __future__ import annotations
 
+import dataclasses
 from copy import deepcopy
+from typing import TypeVar
 
 import torch
+from torch import nn
 
+from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.conv import HeadGraphConv
 from gohgraph.objects import MultiHeadAttention
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 @torch.no_grad()
-def fold(attention: MultiHeadAttention) -> MultiHeadAttention:
-    r"""Merges a static output graph into the output projection, exactly; the graph is gone afterwards.
+def fold(module: Module) -> Module:
+    r"""Merges static output graphs into the output projections, exactly; the graphs are gone afterwards.
 
     .. math:: y = \sum_i W_O^i \sum_j M_{ij} z_j = \sum_j \Big(\sum_i M_{ij} W_O^i\Big) z_j
 
-    M is the graph's mixing matrix over all rounds. The product is taken in float64. The block's output y stays what it
-    was; the head outputs it returns beside y are now those before messages, which matters where a later layer's graph
-    with `cross_layer` reads them.
+    M is the graph's mixing matrix over all rounds. The product is taken in float64. A block's output y stays what it
+    was; the head outputs it returns beside y are now those before messages.
 
     Args:
-        attention: changed in place.
+        module: a `MultiHeadAttention`, or a model whose blocks all have such a graph; changed in place, its `config`
+            too, so that it can be saved and loaded. Where one block does not fold, nothing is changed.
 
     Returns:
-        The same attention, its `output_graph` now `None`.
+        The same module, every `output_graph` now `None`.
 
     Raises:
-        TypeError: no `MultiHeadAttention`.
+        TypeError: no `MultiHeadAttention` and none inside.
         ValueError: no output graph, or one that does not fold: token edges differ from token to token, RMS-normalised
             messages are not linear in the heads, earlier layers' heads have no part in this projection.
 
@@ -37,9 +43,23 @@ def fold(attention: MultiHeadAttention) -> MultiHeadAttention:
         >>> fold(MultiHeadAttention(8, 4, output_graph=graph)).output_graph is None
         True
     """
-    if not isinstance(attention, MultiHeadAttention):
-        raise TypeError(f"Expected a MultiHeadAttention (got {type(attention).__name__}). Do fold block by block.")
-    graph = attention.output_graph
+    inside = module.modules() if isinstance(module, nn.Module) else ()
+    blocks = [block for block in inside if isinstance(block, MultiHeadAttention)]
+    if not blocks:
+        raise TypeError(f"Expected a MultiHeadAttention or a model of them (got {type(module).__name__}). Do pass one.")
+    for block in blocks:
+        _check(block.output_graph)
+    for block in blocks:
+        mixing = deepcopy(block.output_graph).double().mixing()  # [H, H]
+        weight = block.output.weight.double().unflatten(1, (block.num_heads, block.head_dim))  # [M, H, D]
+        block.output.weight.copy_(torch.einsum("mid,ij->mjd", weight, mixing).flatten(1))  # [M, H*D]
+        block.output_graph = None
+    if isinstance(getattr(module, "config", None), (TransformerConfig, ClassifierConfig)):
+        module.config = _without_output_graphs(module.config)
+    return module
+
+
+def _check(graph: nn.Module | None) -> None:
     if not isinstance(graph, HeadGraphConv):
         got = "none" if graph is None else type(graph).__name__
         raise ValueError(f"Expected a HeadGraphConv at the output site (got {got}). Do fold static head graphs only.")
@@ -51,9 +71,10 @@ def fold(attention: MultiHeadAttention) -> MultiHeadAttention:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"Expected a static linear output graph (got {reason}). Do keep this graph unfolded.")
-    mixing = deepcopy(graph).double().mixing()  # [H, H]
-    weight = attention.output.weight.double().unflatten(1, (attention.num_heads, attention.head_dim))  # [M, H, D]
-    folded = torch.einsum("mid,ij->mjd", weight, mixing).flatten(1)  # [M, H*D]
-    attention.output.weight.copy_(folded)
-    attention.output_graph = None
-    return attention
+
+
+def _without_output_graphs(config: TransformerConfig | ClassifierConfig) -> TransformerConfig | ClassifierConfig:
+    if isinstance(config, ClassifierConfig):
+        return dataclasses.replace(config, transformer=_without_output_graphs(config.transformer))
+    graphs = dataclasses.replace(config.head_graph, outputs=None)
+    return dataclasses.replace(config, head_graph=graphs if graphs.scores is not None else None)

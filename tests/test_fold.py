@@ -5,6 +5,7 @@ import torch
 from helpers import assert_equal_to, trained_like
 from torch import nn
 
+import gohgraph as goh
 from gohgraph import HeadGraphConv, MultiHeadAttention, fold, head_graph, record
 from gohgraph.embeddings import RotaryPositions
 
@@ -105,3 +106,33 @@ def test_fold_twice_is_refused():
 def test_fold_refuses_what_is_no_attention(wrong):
     with pytest.raises(TypeError, match="^Expected a MultiHeadAttention"):
         fold(wrong)
+
+
+SHAPE = {"d_model": M, "num_heads": H, "num_layers": 3, "d_ff": 7}
+
+
+@pytest.mark.parametrize("scores", [None, goh.SiteConfig.ring(2)], ids=["outputs", "both"])
+@torch.no_grad()
+def test_a_folded_model_is_the_same_function_and_reloads(scores, tmp_path):
+    graphs = goh.HeadGraphConfig(goh.SiteConfig(edges="static", rounds=2), scores)
+    model = trained_like(goh.LanguageModel(goh.TransformerConfig(11, **SHAPE, head_graph=graphs)))
+    tokens = torch.randint(11, (2, 7))
+    expected = model(tokens).logits
+    assert fold(model) is model
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-10, atol=1e-10)
+    assert model.config.head_graph == (scores and goh.HeadGraphConfig(None, scores))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(goh.LanguageModel.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
+
+
+def test_a_folded_classifier_names_no_graph():
+    config = goh.TransformerConfig(11, **SHAPE, head_graph=goh.HeadGraphConfig(goh.SiteConfig(edges="static")))
+    assert fold(goh.Classifier(goh.ClassifierConfig(config, 3))).config.transformer.head_graph is None
+
+
+def test_a_model_that_does_not_fold_whole_is_left_as_it_was():
+    site = goh.SiteConfig(edges="static", cross_layer=1)
+    model = goh.LanguageModel(goh.TransformerConfig(11, **SHAPE, head_graph=goh.HeadGraphConfig(site)))
+    with pytest.raises(ValueError, match="senders from other layers"):
+        fold(model)
+    assert all(layer.attention.object.output_graph is not None for layer in model.decoder.layers)
