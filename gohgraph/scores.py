@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from gohgraph.conv import HeadGraphConv
 
-# Wide heads cost about in-degree times the plain attention core and hold no map of scores: on a CPU far less than
-# mixing whole maps at length 1024 and more, as much at 512. On denser graphs their widened keys outgrow the maps.
+# Wide heads cost about in-degree times the plain attention core and hold no map of scores: on a CPU less than mixing
+# whole maps from length 1024 on, as much at 512. On denser graphs their widened keys outgrow the maps.
 WIDEST_IN_DEGREE = 4
 
 
