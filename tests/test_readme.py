@@ -20,6 +20,8 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    # Environment variables may stand before a command.
+    lines = [re.sub(r"^(\w+=\S+\s+)+", "", line) for line in lines]
     return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
 
 
