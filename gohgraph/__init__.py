@@ -1,13 +1,17 @@
 """Graphs-of-Heads: attention heads as the nodes of an explicit graph that passes messages between them."""
 
-from gohgraph.config import ClassifierConfig, HeadGraphConfig, SiteConfig, TransformerConfig
+from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.conv import HeadGraphConv
 from gohgraph.drawing import draw
+from gohgraph.experts import GraphExperts
 from gohgraph.fold import fold
 from gohgraph.graph import head_graph
-from gohgraph.models import Classifier, LanguageModel, ModelOutput, Transformer
-from gohgraph.objects import FeedForward, MultiHeadAttention
+from gohgraph.graph_config import HeadGraphConfig, RoutingConfig, SiteConfig
+from gohgraph.models import Classifier, LanguageModel, Transformer
+from gohgraph.objects import FeedForward, Heads, MultiHeadAttention
+from gohgraph.outputs import ModelOutput
 from gohgraph.record import record
+from gohgraph.routing import HeadRouter, Routing
 from gohgraph.stacks import DecoderLayer, EncoderLayer, Stack
 
 __version__ = "0.1.0"
@@ -18,11 +22,16 @@ __all__ = [
     "DecoderLayer",
     "EncoderLayer",
     "FeedForward",
+    "GraphExperts",
     "HeadGraphConfig",
     "HeadGraphConv",
+    "HeadRouter",
+    "Heads",
     "LanguageModel",
     "ModelOutput",
     "MultiHeadAttention",
+    "Routing",
+    "RoutingConfig",
     "SiteConfig",
     "Stack",
     "Transformer",

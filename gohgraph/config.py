@@ -1,145 +1,20 @@
-"""Configurations: frozen, validated once, stored in every checkpoint."""
+"""Configurations of models: frozen, validated once, stored in every checkpoint."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from gohgraph.config_base import Config, check_bool, check_choice, check_int
+from gohgraph.graph_config import HeadGraphConfig
 
 FEED_FORWARD_ACTIVATIONS = ("relu", "gelu", "swiglu")
 POSITIONS = ("sinusoidal", "learned", "rotary", "none")
 NORMS = ("layer", "rms")
 
 
-class _Config:
-    """What every configuration shares: a plain dictionary form that refuses unknown keys."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns a dictionary of plain JSON values."""
-        return {name: _plain(getattr(self, name)) for name in _names(self)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]):
-        """Builds the configuration from `to_dict`'s form.
-
-        Raises:
-            TypeError: `values` is not a dictionary.
-            ValueError: an unknown key, or a value the constructor refuses.
-        """
-        if not isinstance(values, dict):
-            raise TypeError(f"Expected a dictionary for {cls.__name__} (got {type(values).__name__}). Do pass one.")
-        unknown = sorted(set(values) - set(_names(cls)), key=str)
-        if unknown:
-            raise ValueError(
-                f"Expected keys of {cls.__name__} among {sorted(_names(cls))} (got {unknown}). Do remove them, "
-                "or use the gohgraph version that wrote them."
-            )
-        missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in values]
-        if missing:
-            raise ValueError(f"Expected {missing} in a dictionary for {cls.__name__} (got none). Do add them.")
-        return cls(**cls._nested(values))
-
-    @classmethod
-    def _nested(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return values
-
-
 @dataclass(frozen=True)
-class SiteConfig(_Config):
-    """The head graph at one site of attention: who may send to whom, and how edges are weighted.
-
-    Args:
-        topology: a name of `head_graph`, or the edges as (sender, receiver) pairs.
-        options: keyword options of a named topology, e.g. `{"hops": 3}`.
-        self_loops: adds i -> i to every head.
-        edges, rank, activation, rounds, cross_layer, norm, backend: as in `HeadGraphConv`.
-
-    Raises:
-        ValueError: a value of the wrong kind; the graph itself is checked when it is built.
-
-    Example:
-        >>> SiteConfig.ring(4)
-        SiteConfig(topology='ring', options={'hops': 3})
-    """
-
-    topology: str | tuple[tuple[int, int], ...] = "complete"
-    options: dict[str, Any] = field(default_factory=dict)
-    self_loops: bool = True
-    edges: str = "token"
-    rank: int | None = None
-    activation: str | None = "tanh"
-    rounds: int = 1
-    cross_layer: int = 0
-    norm: bool = False
-    backend: str = "dense"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.topology, str):
-            object.__setattr__(self, "topology", _pairs(self.topology))
-        if not isinstance(self.options, dict) or not all(map(_is_option, self.options, self.options.values())):
-            raise TypeError(
-                f"Expected options to be a dictionary of numbers by name (got {self.options!r}). Do pass e.g. "
-                "{'hops': 3}."
-            )
-        object.__setattr__(self, "options", dict(self.options))
-        _check_bool(self, "self_loops", "norm")
-        _check_int(self, "rounds", low=1)
-        _check_int(self, "cross_layer", low=0)
-        _check_choice(self, "edges", ("token", "static", "frozen"))
-        _check_choice(self, "activation", ("tanh", None))
-        _check_choice(self, "backend", ("dense", "pyg"))
-        if self.rank is not None:
-            _check_int(self, "rank", low=1)
-
-    @classmethod
-    def ring(cls, in_degree: int, **settings: Any) -> SiteConfig:
-        """Returns a ring where every head receives from itself and the `in_degree - 1` heads before it."""
-        return cls(topology="ring", options={"hops": in_degree - 1}, **settings)
-
-    def __repr__(self) -> str:
-        changed = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        default = SiteConfig.__dataclass_fields__
-        shown = [f"{name}={value!r}" for name, value in changed if value != _default(default[name])]
-        return f"SiteConfig({', '.join(shown)})"
-
-
-@dataclass(frozen=True)
-class HeadGraphConfig(_Config):
-    """The head graphs of an attention block: at its heads' outputs, at their scores, or both.
-
-    Args:
-        outputs: messages between head outputs, read out in place of concatenating heads; `None` for none.
-        scores: messages between attention scores before the softmax; `None` for none.
-
-    Raises:
-        TypeError: a site that is not a `SiteConfig`.
-        ValueError: a score graph with `norm` or `cross_layer`, which scores do not have.
-
-    Example:
-        >>> HeadGraphConfig(scores=SiteConfig.ring(2)).outputs
-        SiteConfig()
-    """
-
-    outputs: SiteConfig | None = field(default_factory=SiteConfig)
-    scores: SiteConfig | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("outputs", "scores"):
-            site = getattr(self, name)
-            if site is not None and not isinstance(site, SiteConfig):
-                raise TypeError(f"Expected {name} to be a SiteConfig or None (got {site!r}). Do pass SiteConfig().")
-        if self.scores is not None and (self.scores.norm or self.scores.cross_layer):
-            raise ValueError(
-                "Expected a score graph without norm and cross_layer (got one). Do set both off."
-            )
-
-    @classmethod
-    def _nested(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {name: None if site is None else SiteConfig.from_dict(site) for name, site in values.items()}
-
-
-@dataclass(frozen=True)
-class TransformerConfig(_Config):
+class TransformerConfig(Config):
     """The shape of a transformer; every model of the package is built from one.
 
     Args:
@@ -187,18 +62,18 @@ class TransformerConfig(_Config):
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "max_length"):
-            _check_int(self, name, low=1)
-        _check_bool(self, "norm_first", "bias", "tie_embeddings")
-        _check_choice(self, "activation", FEED_FORWARD_ACTIVATIONS)
-        _check_choice(self, "positions", POSITIONS)
-        _check_choice(self, "norm", NORMS)
+            check_int(self, name, low=1)
+        check_bool(self, "norm_first", "bias", "tie_embeddings")
+        check_choice(self, "activation", FEED_FORWARD_ACTIVATIONS)
+        check_choice(self, "positions", POSITIONS)
+        check_choice(self, "norm", NORMS)
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"Expected d_model to be a multiple of num_heads = {self.num_heads} (got {self.d_model}). "
                 "Do change either."
             )
         if self.num_kv_heads is not None:
-            _check_int(self, "num_kv_heads", low=1)
+            check_int(self, "num_kv_heads", low=1)
             if self.num_heads % self.num_kv_heads:
                 raise ValueError(
                     f"Expected num_kv_heads to divide num_heads = {self.num_heads} (got {self.num_kv_heads}). "
@@ -212,6 +87,8 @@ class TransformerConfig(_Config):
             raise ValueError(f"Expected dropout in [0, 1) (got {self.dropout!r}). Do pass e.g. 0.1.")
         if self.head_graph is not None and not isinstance(self.head_graph, HeadGraphConfig):
             raise TypeError(f"Expected a HeadGraphConfig or None (got {self.head_graph!r}). Do pass HeadGraphConfig().")
+        if self.head_graph is not None and self.head_graph.routing is not None:
+            self.head_graph.routing.check_heads(self.num_heads, self.num_layers)
 
     @property
     def head_dim(self) -> int:
@@ -225,7 +102,7 @@ class TransformerConfig(_Config):
 
 
 @dataclass(frozen=True)
-class ClassifierConfig(_Config):
+class ClassifierConfig(Config):
     """A classifier: the transformer's shape, what it reads and how many classes it tells apart.
 
     Args:
@@ -251,66 +128,8 @@ class ClassifierConfig(_Config):
         if not isinstance(self.transformer, TransformerConfig):
             raise TypeError(f"Expected a TransformerConfig (got {self.transformer!r}). Do pass one first.")
         for name in ("num_classes", "channels") + (() if self.patch_size is None else ("patch_size",)):
-            _check_int(self, name, low=1)
+            check_int(self, name, low=1)
 
     @classmethod
     def _nested(cls, values: dict[str, Any]) -> dict[str, Any]:
         return {**values, "transformer": TransformerConfig.from_dict(values["transformer"])}
-
-
-def _names(config: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(config)]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, _Config):
-        return value.to_dict()
-    if isinstance(value, dict):
-        return dict(value)
-    return [list(pair) for pair in value] if isinstance(value, tuple) else value
-
-
-def _pairs(topology: Any) -> tuple[tuple[int, int], ...]:
-    if not isinstance(topology, (list, tuple)) or not all(map(_is_edge, topology)):
-        raise TypeError(
-            f"Expected topology to be a name or (sender, receiver) pairs of ints (got {topology!r}). Do pass e.g. "
-            "'ring' or [(0, 1), (1, 0)]."
-        )
-    return tuple((j, i) for j, i in topology)
-
-
-def _is_edge(pair: Any) -> bool:
-    # The exact type: True and 1.5 would pass as 1.
-    return isinstance(pair, (list, tuple)) and [type(head) for head in pair] == [int, int]
-
-
-def _is_option(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and (value is None or isinstance(value, (int, float, str)))
-
-
-def _is_required(definition: dataclasses.Field) -> bool:
-    return definition.default is dataclasses.MISSING and definition.default_factory is dataclasses.MISSING
-
-
-def _default(definition: dataclasses.Field) -> Any:
-    made = definition.default_factory
-    return definition.default if made is dataclasses.MISSING else made()
-
-
-def _check_int(config: Any, name: str, *, low: int) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Expected {name} to be an int (got {value!r}). Do pass a whole number.")
-    if value < low:
-        raise ValueError(f"Expected {name} >= {low} (got {value}). Do raise it.")
-
-
-def _check_bool(config: Any, *names: str) -> None:
-    for name in names:
-        if not isinstance(getattr(config, name), bool):
-            raise TypeError(f"Expected {name} to be True or False (got {getattr(config, name)!r}). Do pass a bool.")
-
-
-def _check_choice(config: Any, name: str, choices: tuple) -> None:
-    if getattr(config, name) not in choices:
-        raise ValueError(f"Expected {name} of {list(choices)} (got {getattr(config, name)!r}). Do choose one of them.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 
-from gohgraph.config import SiteConfig
 from gohgraph.edges import EdgeWeights
 from gohgraph.graph import head_graph
+from gohgraph.graph_config import SiteConfig
 
 BACKENDS = ("dense", "pyg")
 
@@ -27,7 +28,8 @@ class HeadGraphConv(MessagePassing):
     With `rounds = R > 1` the update is repeated, m^(r) being the sum in round r, and the rounds are fused by learned
     coefficients: z' = z + sum_r (1 + f_r) m^(r). All of s, W and f start at zero, so a new graph returns its input bit
     for bit. The nodes may be head outputs (features: head_dim) or attention scores (features: keys); a token's
-    messages stay with the token.
+    messages stay with the token. Under a router, a token's graph is the induced subgraph of its active heads: the others
+    neither send nor receive.
 
     Differs from `torch_geometric.nn.GATv2Conv`: weights are signed and not normalised over senders, come from a context
     shared by all edges and not from pairs of nodes, and nodes carry batch dimensions `[*, H, D]`.
@@ -44,9 +46,12 @@ class HeadGraphConv(MessagePassing):
             sender index j + l*H is head j of the l-th layer before.
         norm: messages are RMS-normalised per head, with a learned gain `[senders, D]`, before they are weighted.
         backend: `"dense"`, one batched matrix product (trains faster), or `"pyg"`, `propagate`, the definition.
+        top_edges: per token, every head keeps so many of its incoming edges, those of the largest |alpha|; `None` for
+            all. The weights of the others become zero but still get their gradients, so that none is lost for good.
 
     Shape:
-        z `[*, H, D]`, context `[*, M]`, earlier: w tensors `[*, H, D]` (nearest layer first) -> `[*, H, D]`.
+        z `[*, H, D]`, context `[*, M]`, earlier: w tensors `[*, H, D]` (nearest layer first), active: bool `[*, H]`, or
+        `None` for all -> `[*, H, D]`.
 
     Raises:
         TypeError: `graph` is not a PyG `Data`.
@@ -74,11 +79,12 @@ class HeadGraphConv(MessagePassing):
         cross_layer: int = 0,
         norm: bool = False,
         backend: str = "dense",
+        top_edges: int | None = None,
     ) -> None:
         super().__init__(aggr="add", node_dim=-2)
-        _check_conv(graph, head_dim, context_dim, cross_layer, backend)
+        _check_conv(graph, head_dim, context_dim, cross_layer, backend, top_edges)
         self.num_heads, self.head_dim, self.backend, self.cross_layer = graph.num_nodes, head_dim, backend, cross_layer
-        self.num_senders = self.num_heads * (1 + cross_layer)
+        self.num_senders, self.top_edges = self.num_heads * (1 + cross_layer), top_edges
         edge_index = _with_earlier_layers(head_graph(self.num_heads, graph, self_loops=False), cross_layer)
         num_edges = edge_index.shape[1]
         in_degree = max(1.0, num_edges / self.num_heads)
@@ -90,16 +96,19 @@ class HeadGraphConv(MessagePassing):
         # Saved with the weights, so that they never meet another graph of equally many edges.
         self.register_buffer("edge_index", edge_index)
         slots = torch.full((self.num_heads * self.num_senders,), num_edges)
-        slots[edge_index[1] * self.num_senders + edge_index[0]] = torch.arange(num_edges)
+        places = edge_index[1] * self.num_senders + edge_index[0]
+        slots[places] = torch.arange(num_edges)
         self.register_buffer("slots", slots, persistent=False)
+        self.register_buffer("places", places, persistent=False)
 
     @classmethod
     def from_config(
-        cls, config: SiteConfig, num_heads: int, head_dim: int, context_dim: int, *, layer: int = 0
+        cls, config: SiteConfig, num_heads: int, head_dim: int, context_dim: int, *, layer: int = 0, **more: Any
     ) -> HeadGraphConv:
         """Builds the graph and convolution a `SiteConfig` names, for the layer of that index in its stack.
 
-        A layer has only `layer` layers before it: `cross_layer` is cut to that.
+        A layer has only `layer` layers before it: `cross_layer` is cut to that. `more` goes to the constructor of a
+        subclass.
 
         Example:
             >>> HeadGraphConv.from_config(SiteConfig(topology="star"), 5, 3, 7).edge_index.shape
@@ -117,6 +126,8 @@ class HeadGraphConv(MessagePassing):
             cross_layer=min(config.cross_layer, layer),
             norm=config.norm,
             backend=config.backend,
+            top_edges=config.top_edges,
+            **more,
         )
 
     @property
@@ -137,31 +148,56 @@ class HeadGraphConv(MessagePassing):
         if self.gain is not None:
             nn.init.ones_(self.gain)
 
-    def forward(self, z: Tensor, context: Tensor | None = None, earlier: Sequence[Tensor] = ()) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        earlier: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+    ) -> Tensor:
         """Passes messages between the nodes `z [*, H, D]` under the context `[*, M]`."""
-        self._check_nodes(z, earlier)
-        weights = self.edges(context).to(z.dtype)  # [*, R, E] or [R, E]
         if self.fusion is None:
-            return self._add_messages(z, self._senders(z, earlier), weights[..., 0, :])
-        nodes = z
+            self._check_nodes(z, earlier)
+            return self._add_messages(z, self._senders(z, earlier), self.edge_weight(context, 0, active).to(z.dtype))
+        return self._fuse(z, self.messages(z, context, earlier, active))
+
+    def messages(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        earlier: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Returns m^(1), ..., m^(R), `[*, H, D]` each: what heads receive in each round; z^(r) = z^(r-1) + m^(r)."""
+        self._check_nodes(z, earlier)
+        weights = self._weights(context, active).to(z.dtype)  # [*, R, E] or [R, E]
+        received = []
         for index in range(self.rounds):
-            message = self._add_messages(None, self._senders(nodes, earlier), weights[..., index, :])  # [*, H, D]
-            z = z + (1 + self.fusion[index]).to(message.dtype) * message
-            nodes = nodes + message
-        return z
+            received.append(self._add_messages(None, self._senders(z, earlier), weights[..., index, :]))  # [*, H, D]
+            z = z + received[-1]
+        return received
 
-    def edge_weight(self, context: Tensor | None = None, index: int = 0) -> Tensor:
-        """Returns alpha of round `index`: `[*, E]` for a context `[*, M]`, `[E]` for static edges."""
-        return self.edges(context)[..., index, :]
+    def edge_weight(self, context: Tensor | None = None, index: int = 0, active: Tensor | None = None) -> Tensor:
+        """Returns alpha of round `index`: `[*, E]` for a context `[*, M]` or active heads `[*, H]`, else `[E]`."""
+        return self._weights(context, active)[..., index, :]
 
-    def adjacency(self, context: Tensor | None = None, index: int = 0) -> Tensor:
+    def adjacency(self, context: Tensor | None = None, index: int = 0, active: Tensor | None = None) -> Tensor:
         """Returns alpha of round `index` as a matrix `[*, H, senders]`: rows receive, absent edges are zero."""
-        return self._dense(self.edge_weight(context, index))
+        return self._dense(self.edge_weight(context, index, active))
+
+    @property
+    def is_linear(self) -> bool:
+        """True when a message is a multiple of what its sender holds, neither normalised nor shifted."""
+        return self.gain is None
 
     def mixing(self, context: Tensor | None = None) -> Tensor:
-        """Returns the linear map `[*, H, H]` of all rounds, z' = mixing z (only without `norm` and `cross_layer`)."""
-        if self.gain is not None or self.cross_layer:
-            raise ValueError("Expected a linear graph of one layer (got norm or cross_layer). Do build it without.")
+        """Returns the linear map `[*, H, H]` of all rounds, z' = mixing z.
+
+        Raises:
+            ValueError: a graph with `norm`, `cross_layer` or embeddings, which is not such a map.
+        """
+        if not self.is_linear or self.cross_layer:
+            raise ValueError("Expected a linear graph of one layer (got another). Do drop norm and cross_layer.")
         dtype = self.edges.bias.dtype if context is None else context.dtype
         eye = torch.eye(self.num_heads, dtype=dtype, device=self.edge_index.device)  # [H, H]
         tokens = () if context is None or self.edges.weight is None else context.shape[:-1]
@@ -170,6 +206,30 @@ class HeadGraphConv(MessagePassing):
     def message(self, x_j: Tensor, alpha: Tensor) -> Tensor:
         """The message of each edge: its weight times its sender, `[*, E, D]`."""
         return alpha.unsqueeze(-1) * x_j
+
+    def _fuse(self, z: Tensor, messages: list[Tensor]) -> Tensor:
+        for index, message in enumerate(messages):
+            factor = 1.0 if self.fusion is None else (1 + self.fusion[index]).to(message.dtype)
+            z = z + factor * message
+        return z
+
+    def _weights(self, context: Tensor | None, active: Tensor | None) -> Tensor:
+        weights = self.edges(context)  # [*, R, E] or [R, E]
+        if self.top_edges is not None:
+            weights = self._strongest(weights)
+        if active is None:
+            return weights
+        # Heads of earlier layers that were off there send zeros: only the receiver counts.
+        sending = F.pad(active, (0, self.num_senders - self.num_heads), value=True)  # [*, S]
+        senders, receivers = self.edge_index
+        linked = sending.index_select(-1, senders) & active.index_select(-1, receivers)  # [*, E]
+        return weights * linked.unsqueeze(-2)  # [*, R, E]
+
+    def _strongest(self, alpha: Tensor) -> Tensor:
+        size = self._dense(alpha.detach().abs())  # [*, R, H, S]
+        best = size.argsort(dim=-1, descending=True, stable=True)[..., : self.top_edges]  # [*, R, H, k]
+        kept = torch.zeros_like(size).scatter(-1, best, 1.0).flatten(-2).index_select(-1, self.places)  # [*, R, E]
+        return alpha - (alpha * (1 - kept)).detach()
 
     def _senders(self, nodes: Tensor, earlier: Sequence[Tensor]) -> Tensor:
         senders = torch.cat((nodes, *earlier[: self.cross_layer]), dim=-2) if self.cross_layer else nodes  # [*, S, D]
@@ -233,10 +293,13 @@ def _with_earlier_layers(graph: Data, cross_layer: int) -> Tensor:
     return edge_index[:, order]
 
 
-def _check_conv(graph: Data, head_dim: int, context_dim: int, cross_layer: int, backend: str) -> None:
+def _check_conv(
+    graph: Data, head_dim: int, context_dim: int, cross_layer: int, backend: str, top_edges: int | None
+) -> None:
     if not isinstance(graph, Data):
         raise TypeError(f"Expected a PyG Data (got {type(graph).__name__}). Do build it with head_graph(num_heads).")
-    sizes = (("head_dim", head_dim, 1), ("context_dim", context_dim, 1), ("cross_layer", cross_layer, 0))
+    sizes = [("head_dim", head_dim, 1), ("context_dim", context_dim, 1), ("cross_layer", cross_layer, 0)]
+    sizes += [] if top_edges is None else [("top_edges", top_edges, 1)]
     for name, value, low in sizes:
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"Expected {name} to be an int >= {low} (got {value!r}). Do pass its size.")

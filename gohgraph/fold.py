@@ -34,8 +34,9 @@ def fold(module: Module) -> Module:
 
     Raises:
         TypeError: no `MultiHeadAttention` and none inside.
-        ValueError: no output graph, or one that does not fold: token edges differ from token to token, RMS-normalised
-            messages are not linear in the heads, earlier layers' heads have no part in this projection.
+        ValueError: no output graph, or one that does not fold: token edges and routed heads differ from token to
+            token, normalised or shifted messages are not linear in the heads, earlier layers' heads have no part in
+            this projection.
 
     Example:
         >>> from gohgraph.graph import head_graph
@@ -49,6 +50,8 @@ def fold(module: Module) -> Module:
         raise TypeError(f"Expected a MultiHeadAttention or a model of them (got {type(module).__name__}). Do pass one.")
     for block in blocks:
         _check(block.output_graph)
+        if block.router is not None:
+            raise ValueError("Expected attention without a router (got one: heads differ by token). Do not fold it.")
     for block in blocks:
         mixing = deepcopy(block.output_graph).double().mixing()  # [H, H]
         weight = block.output.weight.double().unflatten(1, (block.num_heads, block.head_dim))  # [M, H, D]
@@ -65,7 +68,7 @@ def _check(graph: nn.Module | None) -> None:
         raise ValueError(f"Expected a HeadGraphConv at the output site (got {got}). Do fold static head graphs only.")
     reasons = {
         "edges that depend on the token": graph.edges.weight is not None,
-        "normalised messages, which are not linear": graph.gain is not None,
+        "normalised or shifted messages, which are not linear": not graph.is_linear,
         "senders from other layers": graph.cross_layer > 0,
     }
     for reason, holds in reasons.items():

@@ -11,14 +11,16 @@ from gohgraph.config import TransformerConfig
 IGNORED_TARGET = -100
 
 
-def positions_and_mask(tokens: Tensor, past: int, keep_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Returns positions `[T]` or `[B, T]` of new tokens `[B, T]` after `past` ones, and their mask for attention.
+def positions_and_masks(
+    tokens: Tensor, past: int, keep_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns positions `[T]` or `[B, T]` of new tokens `[B, T]` after `past` ones, and the masks of attention.
 
-    The token mask `[B, past + T]` becomes a mask over keys `[B, 1, 1, past + T]`.
+    The token mask `[B, past + T]` becomes a mask over keys `[B, 1, 1, past + T]` and one of the new tokens `[B, T]`.
     """
     new = tokens.shape[1]
     if keep_mask is None:
-        return torch.arange(past, past + new, device=tokens.device), None  # [T]
+        return torch.arange(past, past + new, device=tokens.device), None, None  # [T]
     if keep_mask.dtype != torch.bool or keep_mask.shape != (tokens.shape[0], past + new):
         raise ValueError(
             f"Expected a bool keep_mask of shape [{tokens.shape[0]}, {past + new}] "
@@ -26,7 +28,7 @@ def positions_and_mask(tokens: Tensor, past: int, keep_mask: Tensor | None) -> t
         )
     # Counting real tokens gives a sequence the same positions whichever side it is padded on.
     positions = (keep_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]  # [B, T]
-    return positions, keep_mask[:, None, None, :]  # [B, 1, 1, S]
+    return positions, keep_mask[:, None, None, :], keep_mask[:, past:]  # [B, 1, 1, S], [B, T]
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +13,10 @@ from gohgraph.checkpoint import PretrainedMixin
 from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.embeddings import TokenEmbedding
 from gohgraph.generation import beam_search, check_count, check_sampling, sample
-from gohgraph.inputs import check_ids, check_length, check_tokens, next_token_loss, positions_and_mask, widened
+from gohgraph.inputs import check_ids, check_length, check_tokens, next_token_loss, positions_and_masks, widened
 from gohgraph.objects import FeedForward, MultiHeadAttention
-from gohgraph.stacks import Stack
-
-
-class ModelOutput(NamedTuple):
-    """What a model returns.
-
-    Args:
-        logits: `[B, T, V]`, or `[B, classes]` of a classifier.
-        loss: mean cross entropy in nats, `None` without targets; targets of -100 do not count.
-    """
-
-    logits: Tensor
-    loss: Tensor | None = None
+from gohgraph.outputs import ModelOutput, model_output
+from gohgraph.stacks import Stack, StackOutput
 
 
 class LanguageModel(PretrainedMixin, nn.Module):
@@ -41,7 +29,7 @@ class LanguageModel(PretrainedMixin, nn.Module):
         tokens `[B, T]` -> logits `[B, T, V]`.
 
     Example:
-        >>> from gohgraph.config import HeadGraphConfig
+        >>> from gohgraph.graph_config import HeadGraphConfig
         >>> shape = dict(d_model=32, num_heads=4, num_layers=2, d_ff=64)
         >>> model = LanguageModel(TransformerConfig(256, **shape, head_graph=HeadGraphConfig()))
         >>> tokens = torch.tensor([list(b"heads talk to heads")])
@@ -78,16 +66,16 @@ class LanguageModel(PretrainedMixin, nn.Module):
             caches: from `decoder.new_caches()`, extended in place.
 
         Returns:
-            `ModelOutput` of logits `[B, T, V]` and, with targets, the loss.
+            `ModelOutput` of logits `[B, T, V]`, with targets the loss, and what the routers did.
         """
         check_tokens(tokens, self.config.vocab_size)
         past = len(caches[0][0]) if caches else 0
         check_length(self.config, past + tokens.shape[1])
-        positions, mask = positions_and_mask(tokens, past, keep_mask)
+        positions, mask, real = positions_and_masks(tokens, past, keep_mask)
         x = self.embedding(tokens, positions)  # [B, T, M]
-        x = self.decoder(x, keep_mask=mask, positions=positions, caches=caches)
-        logits = F.linear(x, self.embedding.tokens.weight) if self.head is None else self.head(x)
-        return ModelOutput(logits, next_token_loss(logits, targets))
+        decoded = self.decoder(x, keep_mask=mask, positions=positions, caches=caches, token_mask=real)
+        logits = _logits(self, decoded.x)
+        return model_output(logits, next_token_loss(logits, targets), [decoded], self.config.head_graph)
 
     @torch.no_grad()
     def generate(
@@ -171,11 +159,12 @@ class Transformer(PretrainedMixin, nn.Module):
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         initialize(self, config.num_layers)
 
-    def encode(self, source: Tensor, keep_mask: Tensor | None = None) -> Tensor:
-        """Returns the encoder's output `[B, S, M]` for source tokens `[B, S]` under a token mask `[B, S]`."""
+    def encode(self, source: Tensor, keep_mask: Tensor | None = None) -> StackOutput:
+        """Returns the encoder's output, x `[B, S, M]`, for source tokens `[B, S]` under a token mask `[B, S]`."""
         check_tokens(source, self.config.vocab_size)
-        positions, mask = positions_and_mask(source, 0, keep_mask)
-        return self.encoder(self.embedding(source, positions), keep_mask=mask, positions=positions)
+        positions, mask, real = positions_and_masks(source, 0, keep_mask)
+        x = self.embedding(source, positions)  # [B, S, M]
+        return self.encoder(x, keep_mask=mask, positions=positions, token_mask=real)
 
     def decode(
         self,
@@ -185,16 +174,22 @@ class Transformer(PretrainedMixin, nn.Module):
         keep_mask: Tensor | None = None,
         memory_keep_mask: Tensor | None = None,
         caches: list[tuple[KeyValueCache, ...]] | None = None,
-    ) -> Tensor:
-        """Returns logits `[B, T, V]` after each target token, given the encoder's output; masks are token masks."""
+    ) -> StackOutput:
+        """Returns the decoder's output, x `[B, T, M]`, given the encoder's `[B, S, M]`; masks are token masks."""
         check_tokens(target, self.config.vocab_size)
         past = len(caches[0][0]) if caches else 0
         check_length(self.config, past + target.shape[1])
-        positions, mask = positions_and_mask(target, past, keep_mask)
+        positions, mask, real = positions_and_masks(target, past, keep_mask)
         cross = None if memory_keep_mask is None else memory_keep_mask[:, None, None, :]  # [B, 1, 1, S]
-        x = self.embedding(target, positions)
-        x = self.decoder(x, memory, keep_mask=mask, memory_keep_mask=cross, positions=positions, caches=caches)
-        return F.linear(x, self.embedding.tokens.weight) if self.head is None else self.head(x)
+        return self.decoder(
+            self.embedding(target, positions),  # [B, T, M]
+            memory,
+            keep_mask=mask,
+            memory_keep_mask=cross,
+            positions=positions,
+            caches=caches,
+            token_mask=real,
+        )
 
     def forward(
         self,
@@ -206,9 +201,10 @@ class Transformer(PretrainedMixin, nn.Module):
         target_keep_mask: Tensor | None = None,
     ) -> ModelOutput:
         """Predicts the token after each target token (teacher forcing); -100 in `targets` is ignored."""
-        memory = self.encode(source, source_keep_mask)
-        logits = self.decode(target, memory, keep_mask=target_keep_mask, memory_keep_mask=source_keep_mask)
-        return ModelOutput(logits, next_token_loss(logits, targets))
+        encoded = self.encode(source, source_keep_mask)
+        decoded = self.decode(target, encoded.x, keep_mask=target_keep_mask, memory_keep_mask=source_keep_mask)
+        logits = _logits(self, decoded.x)
+        return model_output(logits, next_token_loss(logits, targets), [encoded, decoded], self.config.head_graph)
 
     @torch.no_grad()
     def generate(
@@ -234,13 +230,14 @@ class Transformer(PretrainedMixin, nn.Module):
         check_count("num_beams", num_beams)
         check_length(self.config, max_new_tokens)
         check_ids(self.config.vocab_size, bos=bos, eos=eos)
-        memory = self.encode(source, source_keep_mask).repeat_interleave(num_beams, dim=0)  # [B*K, S, M]
+        memory = self.encode(source, source_keep_mask).x.repeat_interleave(num_beams, dim=0)  # [B*K, S, M]
         mask = None if source_keep_mask is None else source_keep_mask.repeat_interleave(num_beams, dim=0)
         caches = self.decoder.new_caches()
 
         def step(tokens: Tensor, rows: Tensor) -> Tensor:
             reorder_all(caches, rows)
-            return self.decode(tokens.unsqueeze(1), memory, memory_keep_mask=mask, caches=caches)[:, -1]
+            decoded = self.decode(tokens.unsqueeze(1), memory, memory_keep_mask=mask, caches=caches)
+            return _logits(self, decoded.x[:, -1])
 
         return beam_search(
             step,
@@ -294,12 +291,15 @@ class Classifier(PretrainedMixin, nn.Module):
             features = inputs  # [B, T]
         else:
             features = self._patches(inputs)  # [B, T, C*P*P]
-        positions, mask = positions_and_mask(features, 0, keep_mask)
-        x = self.encoder(self.embedding(features, positions), keep_mask=mask, positions=positions)  # [B, T, M]
+        positions, mask, real = positions_and_masks(features, 0, keep_mask)
+        x = self.embedding(features, positions)  # [B, T, M]
+        encoded = self.encoder(x, keep_mask=mask, positions=positions, token_mask=real)
+        x = encoded.x
         keep = x.new_ones(x.shape[:2]) if keep_mask is None else keep_mask.to(x.dtype)
         pooled = torch.einsum("btm,bt->bm", x, keep) / keep.sum(dim=1, keepdim=True).clamp(min=1)  # [B, M]
         logits = self.head(pooled)
-        return ModelOutput(logits, None if targets is None else F.cross_entropy(widened(logits), targets))
+        cross_entropy = None if targets is None else F.cross_entropy(widened(logits), targets)
+        return model_output(logits, cross_entropy, [encoded], self.config.transformer.head_graph)
 
     def _patches(self, images: Tensor) -> Tensor:
         side, channels = self.config.patch_size, self.config.channels
@@ -311,6 +311,10 @@ class Classifier(PretrainedMixin, nn.Module):
         if not images.is_floating_point():
             raise TypeError(f"Expected images of a floating dtype (got {images.dtype}). Do pass images.float() / 255.")
         return F.unfold(images, side, stride=side).transpose(1, 2)  # [B, T, C*P*P]
+
+
+def _logits(model: LanguageModel | Transformer, x: Tensor) -> Tensor:
+    return F.linear(x, model.embedding.tokens.weight) if model.head is None else model.head(x)  # [B, T, V]
 
 
 def initialize(model: nn.Module, num_layers: int) -> None:

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.cache import KeyValueCache
+from gohgraph.experts import alignment_loss
+from gohgraph.routing import Routing
 from gohgraph.scores import mixed_attention, wide_heads_for
+
+
+class Heads(NamedTuple):
+    """What the heads of an attention block did.
+
+    Args:
+        outputs: `[B, T, H, D]`, after messages and times their gates: what the output projection reads.
+        routing: the router's decisions, `None` without one.
+        alignment_loss: scalar, of graph experts with `alignment`, else `None`.
+    """
+
+    outputs: Tensor
+    routing: Routing | None = None
+    alignment_loss: Tensor | None = None
 
 
 class MultiHeadAttention(nn.Module):
@@ -18,10 +35,11 @@ class MultiHeadAttention(nn.Module):
     .. math::
         a_i = q_i k_i^T / \sqrt{D} \;\to\; a' = \mathrm{score\_graph}(a, x), \qquad
         z_i = \mathrm{softmax}(a'_i)\, v_i \;\to\; z' = \mathrm{output\_graph}(z, x), \qquad
-        y(t) = \sum_i W_O^i z'_i(t)
+        y(t) = \sum_i g_i(t)\, W_O^i z'_i(t)
 
-    With both slots empty this is the attention of Vaswani et al. 2017 (equation 1 and section 3.2.2). A slot takes any
-    module `(nodes [*, H, F], context [*, M]) -> nodes`; the context x(t) is this block's own input.
+    With all slots empty this is the attention of Vaswani et al. 2017 (equation 1 and section 3.2.2), g = 1. A graph
+    slot takes any module `(nodes [*, H, F], context [*, M]) -> nodes`; the context x(t) is this block's own input.
+    Beside a router it is called with `active=` bool `[*, H]` too, with `cross_layer` also with `earlier`.
 
     Args:
         d_model: M.
@@ -34,19 +52,21 @@ class MultiHeadAttention(nn.Module):
         output_graph: messages between head outputs, e.g. a `HeadGraphConv`, or `None`.
         score_graph: messages between attention scores before the softmax, or `None`. A one-round graph of in-degree up
             to 4 runs as attention over wider heads (`wide`, a `WideHeads`; set it to `None` to force the eager form).
+        router: a `HeadRouter`, which chooses and weighs the heads of every token, or `None`: all work, g = 1. Messages
+            at both sites then flow on the induced subgraph of a token's active heads.
 
     Shape:
-        x `[B, T, M]` -> (y `[B, T, M]`, head outputs z' `[B, T, H, D]`).
+        x `[B, T, M]` -> (y `[B, T, M]`, `Heads` with outputs `[B, T, H, D]`).
 
     Raises:
-        ValueError: M not a multiple of H, G not a divisor of H, a graph over another number of heads.
+        ValueError: M not a multiple of H, G not a divisor of H, a graph or router over another number of heads.
 
     Example:
         >>> import gohgraph as goh
         >>> graph = goh.HeadGraphConv(goh.head_graph(4), head_dim=8, context_dim=32)
         >>> attention = MultiHeadAttention(32, 4, causal=True, output_graph=graph)
         >>> y, heads = attention(torch.randn(2, 5, 32))
-        >>> y.shape, heads.shape
+        >>> y.shape, heads.outputs.shape
         (torch.Size([2, 5, 32]), torch.Size([2, 5, 4, 8]))
     """
 
@@ -62,10 +82,11 @@ class MultiHeadAttention(nn.Module):
         rotary: nn.Module | None = None,
         output_graph: nn.Module | None = None,
         score_graph: nn.Module | None = None,
+        router: nn.Module | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_attention(d_model, num_heads, num_kv_heads, output_graph, score_graph)
+        _check_attention(d_model, num_heads, num_kv_heads, output_graph, score_graph, router)
         self.d_model, self.num_heads, self.num_kv_heads = d_model, num_heads, num_kv_heads
         self.head_dim, self.dropout, self.causal = d_model // num_heads, dropout, causal
         self.query = nn.Linear(d_model, d_model, bias=bias)
@@ -75,6 +96,7 @@ class MultiHeadAttention(nn.Module):
         self.rotary = rotary
         self.output_graph = output_graph
         self.score_graph = score_graph
+        self.router = router
         self.wide = wide_heads_for(score_graph)
 
     def forward(
@@ -86,7 +108,8 @@ class MultiHeadAttention(nn.Module):
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
         earlier: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, Tensor]:
+        token_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Heads]:
         """Attends from `x` to itself, or to `memory` (cross attention).
 
         Args:
@@ -97,14 +120,17 @@ class MultiHeadAttention(nn.Module):
             positions: `[T]` or `[B, T]` for the rotary; `None` counts on from the cache.
             cache: keys and values of the tokens before, extended in place; causality then counts from its length.
             earlier: head outputs of the layers before, nearest first, for a graph with `cross_layer`.
+            token_mask: bool `[B, T]`, True = a real token of `x`; losses of router and experts leave out the others.
 
         Returns:
-            The output `[B, T, M]` and the head outputs after messages `[B, T, H, D]`.
+            The output `[B, T, M]` and the `Heads`.
 
         Raises:
             ValueError: a mask that is not bool or has not four dimensions.
         """
         _check_mask(keep_mask)
+        routing = None if self.router is None else self.router(x, token_mask)
+        active = {} if routing is None else {"active": routing.active}
         past = 0 if cache is None else len(cache)
         q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, D]
         if positions is None and self.rotary is not None:
@@ -112,10 +138,11 @@ class MultiHeadAttention(nn.Module):
         if self.rotary is not None:
             q = self.rotary(q, positions)
         k, v = self._keys_values(x if memory is None else memory, positions, cache)  # [B, S, G, D] each
-        z = self._attend(q, k, v, x, keep_mask)  # [B, T, H, D]
-        if self.output_graph is not None:
-            z = self.output_graph(z, x, earlier) if earlier else self.output_graph(z, x)
-        return self.output(z.flatten(-2)), z  # [B, T, H*D] -> [B, T, M]
+        z = self._attend(q, k, v, x, keep_mask, active)  # [B, T, H, D]
+        z, alignment = self._pass_messages(z, x, earlier, active, token_mask)
+        if routing is not None:
+            z = z * routing.gates.unsqueeze(-1).to(z.dtype)
+        return self.output(z.flatten(-2)), Heads(z, routing, alignment)  # [B, T, H*D] -> [B, T, M]
 
     def _keys_values(
         self, source: Tensor, positions: Tensor | None, cache: KeyValueCache | None
@@ -127,7 +154,28 @@ class MultiHeadAttention(nn.Module):
             k = self.rotary(k, positions)
         return (k, v) if cache is None else cache.update(k, v)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, keep_mask: Tensor | None) -> Tensor:
+    def _pass_messages(
+        self,
+        z: Tensor,
+        x: Tensor,
+        earlier: Sequence[Tensor],
+        active: dict[str, Tensor],
+        token_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.output_graph is None:
+            return z, None
+        passed = self.output_graph(z, x, *((earlier,) if earlier else ()), **active)
+        if not isinstance(passed, tuple):
+            return passed, None
+        counted = active.get("active")  # [B, T, H]
+        if token_mask is not None:
+            real = token_mask.unsqueeze(-1)  # [B, T, 1]
+            counted = real if counted is None else real & counted
+        return passed[0], alignment_loss(z, passed[1], counted)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, keep_mask: Tensor | None, active: dict[str, Tensor]
+    ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         tokens, keys = q.shape[1], k.shape[1]
         # One query may see every key there is; a full square without padding leaves causality to the kernel.
@@ -137,11 +185,11 @@ class MultiHeadAttention(nn.Module):
         if self.score_graph is None:
             return _plain_attention(q, k, v, keep_mask, dropout, is_causal)
         if self.wide is not None and tokens > 1:
-            alpha = self.score_graph.edge_weight(x)  # [B, T, E] or [E]
+            alpha = self.score_graph.edge_weight(x, **active)  # [B, T, E] or [E]
             return self.wide(q, k, v, alpha, keep_mask, is_causal, dropout)
         if is_causal:
             keep_mask = _causal_mask(tokens, keys, q.device)
-        return mixed_attention(q, k, v, self.score_graph, x, keep_mask, dropout)
+        return mixed_attention(q, k, v, self.score_graph, x, keep_mask, dropout, **active)
 
     def extra_repr(self) -> str:
         return (
@@ -222,7 +270,12 @@ def _check_mask(keep_mask: Tensor | None) -> None:
 
 
 def _check_attention(
-    d_model: int, num_heads: int, num_kv_heads: int, output_graph: nn.Module | None, score_graph: nn.Module | None
+    d_model: int,
+    num_heads: int,
+    num_kv_heads: int,
+    output_graph: nn.Module | None,
+    score_graph: nn.Module | None,
+    router: nn.Module | None,
 ) -> None:
     if num_heads < 1 or d_model % num_heads:
         raise ValueError(
@@ -232,11 +285,11 @@ def _check_attention(
         raise ValueError(
             f"Expected num_kv_heads to divide num_heads = {num_heads} (got {num_kv_heads}). Do choose a divisor."
         )
-    for name, graph in (("output_graph", output_graph), ("score_graph", score_graph)):
-        heads = getattr(graph, "num_heads", num_heads)
+    for name, slot in (("output_graph", output_graph), ("score_graph", score_graph), ("router", router)):
+        heads = getattr(slot, "num_heads", num_heads)
         if heads != num_heads:
             raise ValueError(
-                f"Expected {name} over {num_heads} heads (got {heads}). Do build it with head_graph({num_heads})."
+                f"Expected {name} over {num_heads} heads (got {heads}). Do build it for {num_heads} heads."
             )
-    if getattr(score_graph, "cross_layer", 0) or getattr(score_graph, "gain", None) is not None:
+    if getattr(score_graph, "cross_layer", 0) or not getattr(score_graph, "is_linear", True):
         raise ValueError("Expected a score_graph without norm and cross_layer (got one). Do set both off.")

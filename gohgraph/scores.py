@@ -21,6 +21,7 @@ def mixed_attention(
     context: Tensor,
     keep_mask: Tensor | None = None,
     dropout: float = 0.0,
+    **active: Tensor,
 ) -> Tensor:
     r"""Attention with messages between scores, on materialised scores.
 
@@ -39,6 +40,7 @@ def mixed_attention(
         context: `[B, T, M]`.
         keep_mask: bool, broadcastable to `[B, H, T, S]`, True = may attend; a row without any gives zeros.
         dropout: probability of dropping an attention weight.
+        **active: `active=` bool `[B, T, H]` for a graph under a router; heads that are off neither send nor receive.
 
     Returns:
         Head outputs `[B, T, H, D]`.
@@ -46,7 +48,7 @@ def mixed_attention(
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # [B, S, H, D]
     scores = torch.einsum("bthd,bshd->bths", q * q.shape[-1] ** -0.5, k)  # [B, T, H, S]
-    scores = score_graph(scores, context).transpose(1, 2)  # [B, H, T, S]
+    scores = score_graph(scores, context, **active).transpose(1, 2)  # [B, H, T, S]
     if keep_mask is not None:
         scores = scores.masked_fill(~keep_mask, float("-inf"))
     weights = scores.softmax(dim=-1)
@@ -86,7 +88,7 @@ class WideHeads(nn.Module):
 
     def __init__(self, conv: HeadGraphConv) -> None:
         super().__init__()
-        if conv.rounds != 1 or conv.cross_layer or conv.gain is not None:
+        if conv.rounds != 1 or conv.cross_layer or not conv.is_linear:
             raise ValueError("Expected a linear score graph of one round (got another). Do use mixed_attention.")
         senders, slots = _senders_and_slots(conv)
         self.register_buffer("senders", senders, persistent=False)

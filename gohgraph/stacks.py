@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from gohgraph.cache import KeyValueCache
-from gohgraph.config import SiteConfig, TransformerConfig
+from gohgraph.config import TransformerConfig
 from gohgraph.conv import HeadGraphConv
 from gohgraph.embeddings import RotaryPositions
-from gohgraph.objects import FeedForward, MultiHeadAttention
+from gohgraph.experts import GraphExperts
+from gohgraph.graph_config import SiteConfig
+from gohgraph.objects import FeedForward, Heads, MultiHeadAttention
+from gohgraph.routing import HeadRouter, Routing
 from gohgraph.sublayers import NORMS, Residual
 
 
@@ -25,12 +29,12 @@ class EncoderLayer(nn.Module):
         layer: index in the stack; graphs with `cross_layer` reach back at most so far.
 
     Shape:
-        x `[B, T, M]` -> (`[B, T, M]`, head outputs `[B, T, H, D]`).
+        x `[B, T, M]` -> (`[B, T, M]`, a tuple of the `Heads` of its attention).
 
     Example:
         >>> import torch
-        >>> x, heads = EncoderLayer(TransformerConfig(7, d_model=8, num_heads=2, d_ff=16))(torch.randn(1, 3, 8))
-        >>> heads.shape
+        >>> x, (heads,) = EncoderLayer(TransformerConfig(7, d_model=8, num_heads=2, d_ff=16))(torch.randn(1, 3, 8))
+        >>> heads.outputs.shape
         torch.Size([1, 3, 2, 4])
     """
 
@@ -47,11 +51,14 @@ class EncoderLayer(nn.Module):
         positions: Tensor | None = None,
         caches: tuple[KeyValueCache, ...] = (),
         earlier: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the layer's output and its head outputs; arguments as in `MultiHeadAttention`."""
+        token_mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Heads, ...]]:
+        """Returns the layer's output and what its heads did; arguments as in `MultiHeadAttention`."""
         cache = caches[0] if caches else None
-        x, heads = self.attention(x, keep_mask=keep_mask, positions=positions, cache=cache, earlier=earlier)
-        return self.feed_forward(x), heads
+        x, heads = self.attention(
+            x, keep_mask=keep_mask, positions=positions, cache=cache, earlier=earlier, token_mask=token_mask
+        )
+        return self.feed_forward(x), (heads,)
 
 
 class DecoderLayer(nn.Module):
@@ -65,7 +72,7 @@ class DecoderLayer(nn.Module):
         layer: index in the stack.
 
     Shape:
-        x `[B, T, M]`, memory `[B, S, M]` -> (`[B, T, M]`, self attention's head outputs `[B, T, H, D]`).
+        x `[B, T, M]`, memory `[B, S, M]` -> (`[B, T, M]`, the `Heads` of self attention and of cross attention).
 
     Example:
         >>> import torch
@@ -77,7 +84,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: TransformerConfig, *, layer: int = 0) -> None:
         super().__init__()
         self.attention = _residual(_attention(config, layer, causal=True), config)
-        self.cross_attention = _residual(_attention(config, 0, cross=True), config)
+        self.cross_attention = _residual(_attention(config, layer, cross=True), config)
         self.feed_forward = _residual(_feed_forward(config), config)
 
     def forward(
@@ -90,12 +97,29 @@ class DecoderLayer(nn.Module):
         positions: Tensor | None = None,
         caches: tuple[KeyValueCache, ...] = (),
         earlier: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the layer's output and its head outputs; masks broadcast to `[B, H, T, T]` and `[B, H, T, S]`."""
+        token_mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Heads, ...]]:
+        """Returns the output and what the heads did; masks broadcast to `[B, H, T, T]` and `[B, H, T, S]`."""
         own, cross = caches if caches else (None, None)
-        x, heads = self.attention(x, keep_mask=keep_mask, positions=positions, cache=own, earlier=earlier)
-        x, _ = self.cross_attention(x, memory, keep_mask=memory_keep_mask, cache=cross)
-        return self.feed_forward(x), heads
+        x, heads = self.attention(
+            x, keep_mask=keep_mask, positions=positions, cache=own, earlier=earlier, token_mask=token_mask
+        )
+        x, more = self.cross_attention(x, memory, keep_mask=memory_keep_mask, cache=cross, token_mask=token_mask)
+        return self.feed_forward(x), (heads, more)
+
+
+class StackOutput(NamedTuple):
+    """What a stack returns.
+
+    Args:
+        x: `[B, T, M]`.
+        routings: of every routed attention, in model order; empty without routers.
+        alignment_losses: of every graph experts with `alignment`, in model order.
+    """
+
+    x: Tensor
+    routings: tuple[Routing, ...] = ()
+    alignment_losses: tuple[Tensor, ...] = ()
 
 
 class Stack(nn.Module):
@@ -106,7 +130,7 @@ class Stack(nn.Module):
         kind: `"encoder"`, `"causal"` (decoder-only) or `"decoder"` (with cross attention).
 
     Shape:
-        x `[B, T, M]` -> `[B, T, M]`.
+        x `[B, T, M]` -> `StackOutput` with x `[B, T, M]`.
 
     Raises:
         ValueError: unknown kind.
@@ -114,7 +138,7 @@ class Stack(nn.Module):
     Example:
         >>> import torch
         >>> config = TransformerConfig(7, d_model=8, num_heads=2, num_layers=2, d_ff=16)
-        >>> Stack(config, "causal")(torch.randn(1, 3, 8)).shape
+        >>> Stack(config, "causal")(torch.randn(1, 3, 8)).x.shape
         torch.Size([1, 3, 8])
     """
 
@@ -134,14 +158,17 @@ class Stack(nn.Module):
 
     def forward(
         self, x: Tensor, *memory: Tensor, caches: list[tuple[KeyValueCache, ...]] | None = None, **masks: Tensor | None
-    ) -> Tensor:
+    ) -> StackOutput:
         """Passes `x` through all layers; further arguments go to each layer."""
         earlier: tuple[Tensor, ...] = ()
+        routings, alignments = [], []
         for index, layer in enumerate(self.layers):
             own = () if caches is None else caches[index]
-            x, heads = layer(x, *memory, caches=own, earlier=earlier, **masks)
-            earlier = (heads, *earlier)[: self.cross_layer]
-        return self.norm(x)
+            x, blocks = layer(x, *memory, caches=own, earlier=earlier, **masks)
+            earlier = (blocks[0].outputs, *earlier)[: self.cross_layer]
+            routings += [heads.routing for heads in blocks if heads.routing is not None]
+            alignments += [heads.alignment_loss for heads in blocks if heads.alignment_loss is not None]
+        return StackOutput(self.norm(x), tuple(routings), tuple(alignments))
 
     def new_caches(self) -> list[tuple[KeyValueCache, ...]]:
         """Returns empty key/value caches for incremental decoding, one tuple a layer."""
@@ -164,6 +191,7 @@ def _attention(
     config: TransformerConfig, layer: int, *, causal: bool = False, cross: bool = False
 ) -> MultiHeadAttention:
     graphs = config.head_graph
+    routing = graphs.routing if graphs else None
     return MultiHeadAttention(
         config.d_model,
         config.num_heads,
@@ -172,12 +200,17 @@ def _attention(
         dropout=config.dropout,
         causal=causal,
         rotary=RotaryPositions(config.head_dim) if config.positions == "rotary" and not cross else None,
-        output_graph=_graph(graphs.outputs, config, layer) if graphs else None,
+        # Cross attention is handed no heads of earlier layers.
+        output_graph=_graph(graphs.outputs, config, 0 if cross else layer) if graphs else None,
         score_graph=_graph(graphs.scores, config, 0) if graphs else None,
+        router=HeadRouter.from_config(routing, config.d_model, config.num_heads, layer=layer) if routing else None,
     )
 
 
 def _graph(site: SiteConfig | None, config: TransformerConfig, layer: int) -> HeadGraphConv | None:
     if site is None:
         return None
-    return HeadGraphConv.from_config(site, config.num_heads, config.head_dim, config.d_model, layer=layer)
+    sizes = (config.num_heads, config.head_dim, config.d_model)
+    if site.num_shared is None:
+        return HeadGraphConv.from_config(site, *sizes, layer=layer)
+    return GraphExperts.from_config(site, *sizes, layer=layer, alignment=config.head_graph.alignment > 0)

@@ -33,7 +33,7 @@ def test_fold_is_exact(topology, rounds, activation, edges, settings):
     assert attention.output_graph is None and not any("graph" in name for name in attention.state_dict())
     y, heads = attention(x)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    assert heads.shape == (2, 7, H, D)
+    assert heads.outputs.shape == (2, 7, H, D)
     assert bias is None or torch.equal(attention.output.bias, bias)
 
 
@@ -77,7 +77,7 @@ def test_fold_inside_a_recording_is_not_recorded():
 
 REFUSED = {
     "edges that depend on the token": {"edges": "token"},
-    "normalised messages": {"norm": True},
+    "normalised or shifted messages": {"norm": True},
     "senders from other layers": {"cross_layer": 1},
 }
 

@@ -87,8 +87,8 @@ def test_padding_on_the_right_changes_nothing(graph, settings):
     keep = torch.arange(T) < torch.tensor([[T], [3]])
     other = torch.where(keep, tokens, random_tokens(T))
     targets = torch.where(keep, targets, -100)
-    logits, loss = model(tokens, targets, keep_mask=keep)
-    logits_of_other, loss_of_other = model(other, targets, keep_mask=keep)
+    logits, loss, *_ = model(tokens, targets, keep_mask=keep)
+    logits_of_other, loss_of_other, *_ = model(other, targets, keep_mask=keep)
     assert_equal_to(logits[keep], logits_of_other[keep])
     assert_equal_to(logits[1, :3], model(tokens[1:, :3]).logits[0])
     gradients = [torch.autograd.grad(x, list(model.parameters())) for x in (loss, loss_of_other)]
@@ -115,7 +115,7 @@ def test_loss_is_the_mean_over_targets(is_double):
     model = model if is_double else model.bfloat16()
     tokens, targets = random_tokens(T), random_tokens(T)
     targets[0, 2:5] = -100
-    logits, loss = model(tokens, targets)
+    logits, loss, *_ = model(tokens, targets)
     log_p = logits.to(torch.float64).log_softmax(dim=-1)
     expected = [-log_p[b, t, targets[b, t]] for b in range(B) for t in range(T) if targets[b, t] >= 0]
     tolerance = 1e-10 if is_double else 1e-5
@@ -240,7 +240,7 @@ def test_classifier_reads_patches_row_by_row():
     ]
     seen = []
     model.embedding.tokens.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    logits, loss = model(images, torch.tensor([2, 0]))
+    logits, loss, *_ = model(images, torch.tensor([2, 0]))
     assert torch.equal(seen[0], torch.stack(patches, dim=1))
     assert_equal_to(loss, -logits.log_softmax(dim=-1)[[0, 1], [2, 0]].mean())
     assert not torch.allclose(model(images.transpose(2, 3)).logits, logits)

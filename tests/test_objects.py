@@ -103,7 +103,7 @@ def test_output_is_the_sum_over_heads_of_the_mixed_readout():
     plain = copy.deepcopy(attention)
     plain.output_graph = None
     x = torch.randn(B, T, M).double()
-    _, z = plain(x)
+    z = plain(x)[1].outputs
     slots = attention.output.weight.unflatten(1, (H, D))  # [M, H, D]
     mix = attention.output_graph.adjacency(x) + torch.eye(H).double()
     expected = torch.einsum("mid,btij,btjd->btm", slots, mix, z) + attention.output.bias

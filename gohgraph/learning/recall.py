@@ -162,7 +162,7 @@ class RecallModel(nn.Module):
     def forward(self, cues: Tensor, values: Tensor) -> Tensor:
         """Returns the logits of the query's value."""
         tokens = torch.cat((cues, values.unsqueeze(-1)), dim=-1) + self.offsets  # [B, T, 3]
-        x = self.encoder(self.embedding(tokens).sum(dim=-2))  # [B, T, M]
+        x = self.encoder(self.embedding(tokens).sum(dim=-2)).x  # [B, T, M]
         return self.head(x[:, -1])
 
 

@@ -1,0 +1,91 @@
+"""What every configuration shares: a plain dictionary form, and checks that name the value they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+
+class Config:
+    """What every configuration shares: a plain dictionary form that refuses unknown keys."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a dictionary of plain JSON values."""
+        return {name: _plain(getattr(self, name)) for name in _names(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]):
+        """Builds the configuration from `to_dict`'s form.
+
+        Raises:
+            TypeError: `values` is not a dictionary.
+            ValueError: an unknown key, or a value the constructor refuses.
+        """
+        if not isinstance(values, dict):
+            raise TypeError(f"Expected a dictionary for {cls.__name__} (got {type(values).__name__}). Do pass one.")
+        unknown = sorted(set(values) - set(_names(cls)), key=str)
+        if unknown:
+            raise ValueError(
+                f"Expected keys of {cls.__name__} among {sorted(_names(cls))} (got {unknown}). Do remove them, "
+                "or use the gohgraph version that wrote them."
+            )
+        missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in values]
+        if missing:
+            raise ValueError(f"Expected {missing} in a dictionary for {cls.__name__} (got none). Do add them.")
+        return cls(**cls._nested(values))
+
+    @classmethod
+    def _nested(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return values
+
+
+def _names(config: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(config)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_dict()
+    if isinstance(value, dict):
+        return dict(value)
+    return [list(item) if isinstance(item, tuple) else item for item in value] if isinstance(value, tuple) else value
+
+
+def _is_required(definition: dataclasses.Field) -> bool:
+    return definition.default is dataclasses.MISSING and definition.default_factory is dataclasses.MISSING
+
+
+def default_of(definition: dataclasses.Field) -> Any:
+    """Returns the default value of a dataclass field that has one."""
+    made = definition.default_factory
+    return definition.default if made is dataclasses.MISSING else made()
+
+
+def check_int(config: Any, name: str, *, low: int) -> None:
+    """Raises `TypeError` unless a field is a whole number, `ValueError` where it is below `low`."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Expected {name} to be an int (got {value!r}). Do pass a whole number.")
+    if value < low:
+        raise ValueError(f"Expected {name} >= {low} (got {value}). Do raise it.")
+
+
+def check_bool(config: Any, *names: str) -> None:
+    """Raises `TypeError` for a field that is neither True nor False."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise TypeError(f"Expected {name} to be True or False (got {getattr(config, name)!r}). Do pass a bool.")
+
+
+def check_choice(config: Any, name: str, choices: tuple) -> None:
+    """Raises `ValueError` for a field that is none of the choices."""
+    if getattr(config, name) not in choices:
+        raise ValueError(f"Expected {name} of {list(choices)} (got {getattr(config, name)!r}). Do choose one of them.")
+
+
+def check_weight(config: Any, name: str) -> None:
+    """Raises `ValueError` for a field that is not a finite number of at least 0."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"Expected a finite {name} >= 0 (got {value!r}). Do pass e.g. 0.01, or 0 for none.")
