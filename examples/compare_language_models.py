@@ -1,17 +1,19 @@
-"""Compares plain attention with head graphs on text: equal parameters, tuned learning rates, several seeds.
+"""Compares plain attention with head graphs and routed heads on text: equal parameters, tuned rates, several seeds.
 
     python examples/compare_language_models.py --run runs/compare --jobs 2
+    python examples/compare_language_models.py --run runs/routing --variants plain moh-75 moh-50 outputs outputs-moh-75
 
 All variants read the same tokens in the same order. The lighter models' feed-forward is widened to the heaviest one's
 parameter count. Learning rates are chosen for each variant: the three best of a grid in short pilot runs, on a seed
-that is not reported, are trained in full on the first seed, and the best of them on all others. An interrupted
-comparison goes on where it stopped when it is called again.
+that is not reported, are trained in full on the first seed, and the best of them on all others. A grid of three or
+fewer needs no pilots. An interrupted comparison goes on where it stopped when it is called again.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,11 +21,11 @@ from typing import Any
 
 import torch
 
-from gohgraph import HeadGraphConfig, LanguageModel, SiteConfig, TransformerConfig
+from gohgraph import HeadGraphConfig, LanguageModel, RoutingConfig, SiteConfig, TransformerConfig
 from gohgraph.command_line import ArgumentParser, run
 from gohgraph.drawing import draw_curves
-from gohgraph.learning.corpus import load_corpus, sample_batch
-from gohgraph.learning.language import VOCAB_SIZE, next_token_loss, window_losses
+from gohgraph.learning.corpus import evaluation_batches, load_corpus, sample_batch
+from gohgraph.learning.language import VOCAB_SIZE, next_token_output, window_losses
 from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.matching import count_parameters, match_parameters
 from gohgraph.learning.sweep import sweep
@@ -31,13 +33,20 @@ from gohgraph.learning.sweep import sweep
 PILOT_SEED, FINALISTS = 1000, 3
 EVALUATIONS = 8
 VALIDATION_WINDOWS = 256
+LOAD_WINDOWS = 64
 RING = SiteConfig.ring(4)
-VARIANTS = {
-    "plain": None,
-    "outputs": HeadGraphConfig(),
-    "scores": HeadGraphConfig(outputs=None, scores=RING),
-    "both": HeadGraphConfig(scores=RING),
+# By the number of heads: a quarter of them are shared, the first kind of graph experts too.
+VARIANTS: dict[str, Callable[[int], HeadGraphConfig | None]] = {
+    "plain": lambda heads: None,
+    "outputs": lambda heads: HeadGraphConfig(),
+    "scores": lambda heads: HeadGraphConfig(outputs=None, scores=RING),
+    "both": lambda heads: HeadGraphConfig(scores=RING),
+    "moh-75": lambda heads: HeadGraphConfig.moh(heads // 4, heads // 2),
+    "moh-50": lambda heads: HeadGraphConfig.moh(heads // 4, heads // 4),
+    "outputs-moh-75": lambda heads: HeadGraphConfig(routing=RoutingConfig(heads // 4, heads // 2)),
+    **{f"experts-{r}": partial(lambda heads, r: HeadGraphConfig.graph_experts(heads // 4, r), r=r) for r in (1, 2, 3)},
 }
+BASIC = ["plain", "outputs", "scores", "both"]
 SMOKE = {"steps": 8, "pilot_steps": 2, "d_model": 16, "num_heads": 4, "num_layers": 1, "length": 16, "batch_size": 2}
 
 
@@ -52,17 +61,12 @@ def compare(flags: argparse.Namespace) -> None:
         vars(flags).update(SMOKE)
     if min(flags.steps, flags.pilot_steps) < 2:
         raise ValueError("Expected --steps and --pilot-steps of at least 2 (got fewer). Do raise them.")
+    if flags.num_heads % 4:
+        raise ValueError(f"Expected --num-heads that 4 divides (got {flags.num_heads}). Do change it.")
     folder, configs = Path(flags.run), _configs(flags)
     common = {"data": flags.data, "length": flags.length, "batch_size": flags.batch_size}
-    tasks = {name: {"config": config.to_dict(), **common} for name, config in configs.items()}
-    pilots = {
-        _key(name, rate): {**task, "steps": flags.pilot_steps, "learning_rate": rate, "seed": PILOT_SEED}
-        for name, task in tasks.items()
-        for rate in flags.learning_rates
-    }
-    tried = sweep(partial(_train, str(folder / "pilots")), pilots, folder / "pilot-results", jobs=flags.jobs)
-    # The best rate of a short run need not be that of a long one.
-    finalists = {name: _best(tried, name, flags.learning_rates)[:FINALISTS] for name in configs}
+    tasks = {name: {"name": name, "config": config.to_dict(), **common} for name, config in configs.items()}
+    finalists = _finalists(tasks, flags, folder)
     full = {
         _key(name, rate, seed): {**task, "steps": flags.steps, "learning_rate": rate, "seed": seed}
         for name, task in tasks.items()
@@ -82,6 +86,21 @@ def compare(flags: argparse.Namespace) -> None:
     print(f"{table}\ncurves of seed {flags.seeds[0]}: {folder / 'curves.png'}")
 
 
+def _finalists(
+    tasks: dict[str, dict[str, Any]], flags: argparse.Namespace, folder: Path
+) -> dict[str, list[float]]:
+    """The learning rates of each variant that are trained in full: the best rate of a short run need not be theirs."""
+    if len(flags.learning_rates) <= FINALISTS:
+        return {name: flags.learning_rates for name in tasks}
+    pilots = {
+        _key(name, rate): {**task, "steps": flags.pilot_steps, "learning_rate": rate, "seed": PILOT_SEED}
+        for name, task in tasks.items()
+        for rate in flags.learning_rates
+    }
+    tried = sweep(partial(_train, str(folder / "pilots")), pilots, folder / "pilot-results", jobs=flags.jobs)
+    return {name: _best(tried, name, flags.learning_rates)[:FINALISTS] for name in tasks}
+
+
 def _configs(flags: argparse.Namespace) -> dict[str, TransformerConfig]:
     configs = {
         name: TransformerConfig(
@@ -91,7 +110,7 @@ def _configs(flags: argparse.Namespace) -> dict[str, TransformerConfig]:
             num_layers=flags.num_layers,
             d_ff=4 * flags.d_model,
             max_length=flags.length,
-            head_graph=VARIANTS[name],
+            head_graph=VARIANTS[name](flags.num_heads),
         )
         for name in flags.variants
     }
@@ -101,6 +120,7 @@ def _configs(flags: argparse.Namespace) -> dict[str, TransformerConfig]:
 
 def _train(
     folder: str,
+    name: str,
     config: dict[str, Any],
     data: str,
     length: int,
@@ -113,14 +133,12 @@ def _train(
     torch.manual_seed(seed)
     corpus = load_corpus(data)
     model = LanguageModel(TransformerConfig.from_dict(config))
-    graphs = config["head_graph"] or {}
-    sites = [site for site in ("outputs", "scores") if graphs.get(site)]
-    path = Path(folder) / f"{'-'.join(sites) or 'plain'}-{learning_rate:g}-{seed}"
+    path = Path(folder) / _key(name, learning_rate, seed)
     every = max(1, steps // EVALUATIONS)
     return train(
         model,
         partial(sample_batch, corpus.train, batch_size=batch_size, length=length, seed=seed),
-        next_token_loss,
+        next_token_output,
         TrainConfig(
             steps=steps,
             learning_rate=learning_rate,
@@ -133,16 +151,24 @@ def _train(
             device="cpu",
         ),
         path,
-        evaluate=partial(_validation_loss, corpus.validation, length),
+        evaluate=partial(_evaluate, corpus.validation, length),
         resume=(path / "config.json").exists(),
         settings={"model": config},
         description=path.name,
     )
 
 
-def _validation_loss(validation: torch.Tensor, length: int, model: torch.nn.Module) -> dict[str, float]:
+def _evaluate(validation: torch.Tensor, length: int, model: torch.nn.Module) -> dict[str, float]:
     losses = window_losses(model, validation, batch_size=16, length=length, limit=VALIDATION_WINDOWS)
-    return {"validation_loss": losses.mean().item()}
+    inputs, _ = next(evaluation_batches(validation, batch_size=LOAD_WINDOWS, length=length, limit=LOAD_WINDOWS))
+    routing = model(inputs).routing
+    uneven = [_variation(layer.load[model.config.head_graph.routing.num_shared :]) for layer in routing]
+    return {"validation_loss": losses.mean().item(), **({"unevenness": max(uneven)} if uneven else {})}
+
+
+def _variation(load: torch.Tensor) -> float:
+    """Standard deviation of the loads of routed heads over their mean."""
+    return (load.std(unbiased=False) / load.mean()).item()
 
 
 def _key(name: str, rate: float, seed: int = PILOT_SEED) -> str:
@@ -177,7 +203,18 @@ def _table(
         difference = "" if name == reference else _spread(ahead, signed=True)
         parameters = count_parameters(LanguageModel(config))
         lines.append(f"| {name} | {parameters:,} | {config.d_ff} | {rates[name]:g} | {cells} | {difference} |")
+    lines += _load_lines(list(configs), histories, seeds)
     return "\n".join(lines) + "\n"
+
+
+def _load_lines(
+    names: list[str], histories: dict[tuple[str, int], list[dict[str, Any]]], seeds: list[int]
+) -> list[str]:
+    """How uneven the load of routed heads is at the end, in the worst layer of the worst seed."""
+    ends = {name: [histories[name, seed][-1].get("unevenness") for seed in seeds] for name in names}
+    worst = [f"{name} {max(values):.2f}" for name, values in ends.items() if None not in values]
+    what = "Coefficient of variation of routed heads' load at the end, worst layer of the worst seed: "
+    return ["", what + ", ".join(worst) + "."] if worst else []
 
 
 def _validated(history: list[dict[str, Any]]) -> list[float]:
@@ -194,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--run", default="runs/compare", help="folder of results, continued if it is there (default: %(default)s)")
     add("--data", default="python-docs", help="a corpus by name, or a text file (default: %(default)s)")
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="the first is the reference")
+    add("--variants", nargs="+", choices=VARIANTS, default=BASIC, help="the first is the reference")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--steps", type=int, default=4000, help="of every full run (default: %(default)s)")
     add("--pilot-steps", type=int, default=600, help="of the runs that choose the rate (default: %(default)s)")

@@ -82,7 +82,8 @@ class RoutingConfig(Config):
         top_k: routed heads a token uses: one number, or a tuple with one for each layer of a stack; 0 when all heads
             are shared.
         straight_through: gates of 0 and 1, as in `HeadRouter`.
-        balance_loss: weight of the load-balance loss in a model's training loss (0.01 in MoH).
+        balance_loss: weight of the load-balance loss in a model's training loss (MoH's 0.01 is 0.01 k here: its loss
+            is k times ours).
         z_loss: weight of the router z-loss there (0.001 in ST-MoE, arXiv 2202.08906).
         bias_rate: how fast the balance bias moves, per step; 0 for no bias (arXiv 2408.15664 takes 0.001, and no
             `balance_loss`).
@@ -98,7 +99,7 @@ class RoutingConfig(Config):
     num_shared: int
     top_k: int | tuple[int, ...]
     straight_through: bool = False
-    balance_loss: float = 0.01
+    balance_loss: float = 0.04
     z_loss: float = 0.0
     bias_rate: float = 0.0
 

@@ -47,6 +47,25 @@ def test_table_results_and_going_on(example, text, tmp_path, capsys):
     assert table in capsys.readouterr().out
 
 
+def test_routed_variants_tell_their_load(example, text, tmp_path):
+    names = ["plain", "moh-75", "moh-50", "outputs-moh-75", "experts-1", "experts-3"]
+    assert example.main(smoke(text, tmp_path / "run", "--seeds", "0", "--variants", *names)) == 0
+    *rows, _, load = (tmp_path / "run" / "table.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:]] == names
+    told = dict(item.split() for item in load.partition(": ")[2].rstrip(".").split(", "))
+    assert list(told) == ["moh-75", "moh-50", "outputs-moh-75"]
+    assert all(0 <= float(value) < 2 for value in told.values())
+    assert not (tmp_path / "run" / "pilots").exists()
+
+
+def test_many_rates_are_tried_in_pilots_first(example, text, tmp_path):
+    rates = ["1e-3", "2e-3", "1e-2", "2e-2"]
+    flags = smoke(text, tmp_path / "run", "--seeds", "0", "--variants", "plain", "--learning-rates", *rates)
+    assert example.main(flags) == 0
+    assert len(list((tmp_path / "run" / "pilot-results").glob("*.json"))) == 4
+    assert len(list((tmp_path / "run" / "results").glob("*.json"))) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
