@@ -28,8 +28,8 @@ class HeadGraphConv(MessagePassing):
     With `rounds = R > 1` the update is repeated, m^(r) being the sum in round r, and the rounds are fused by learned
     coefficients: z' = z + sum_r (1 + f_r) m^(r). All of s, W and f start at zero, so a new graph returns its input bit
     for bit. The nodes may be head outputs (features: head_dim) or attention scores (features: keys); a token's
-    messages stay with the token. Under a router, a token's graph is the induced subgraph of its active heads: the others
-    neither send nor receive.
+    messages stay with the token. Under a router, a token's graph is the induced subgraph of its active heads: the
+    others neither send nor receive.
 
     Differs from `torch_geometric.nn.GATv2Conv`: weights are signed and not normalised over senders, come from a context
     shared by all edges and not from pairs of nodes, and nodes carry batch dimensions `[*, H, D]`.
@@ -48,6 +48,7 @@ class HeadGraphConv(MessagePassing):
         backend: `"dense"`, one batched matrix product (trains faster), or `"pyg"`, `propagate`, the definition.
         top_edges: per token, every head keeps so many of its incoming edges, those of the largest |alpha|; `None` for
             all. The weights of the others become zero but still get their gradients, so that none is lost for good.
+            Under a router the edges of the induced subgraph compete.
 
     Shape:
         z `[*, H, D]`, context `[*, M]`, earlier: w tensors `[*, H, D]` (nearest layer first), active: bool `[*, H]`, or
@@ -215,15 +216,15 @@ class HeadGraphConv(MessagePassing):
 
     def _weights(self, context: Tensor | None, active: Tensor | None) -> Tensor:
         weights = self.edges(context)  # [*, R, E] or [R, E]
-        if self.top_edges is not None:
-            weights = self._strongest(weights)
-        if active is None:
-            return weights
+        if active is not None:
+            weights = weights * self._linked(active).unsqueeze(-2)  # [*, R, E]
+        return weights if self.top_edges is None else self._strongest(weights)
+
+    def _linked(self, active: Tensor) -> Tensor:
         # Heads of earlier layers that were off there send zeros: only the receiver counts.
         sending = F.pad(active, (0, self.num_senders - self.num_heads), value=True)  # [*, S]
         senders, receivers = self.edge_index
-        linked = sending.index_select(-1, senders) & active.index_select(-1, receivers)  # [*, E]
-        return weights * linked.unsqueeze(-2)  # [*, R, E]
+        return sending.index_select(-1, senders) & active.index_select(-1, receivers)  # [*, E]
 
     def _strongest(self, alpha: Tensor) -> Tensor:
         size = self._dense(alpha.detach().abs())  # [*, R, H, S]

@@ -28,9 +28,9 @@ class GraphExperts(HeadGraphConv):
     send nothing, whatever their embeddings.
 
     Source: the analogue over heads of GaCLLM (Du et al. 2024, arXiv 2402.08859), where a language model aggregates the
-    neighbours in a bipartite user-item graph, L rounds, with a prompt for each kind of node, and the descriptions of all
-    rounds are aligned and fused. Differs: aggregation is a signed sum; the alignment is between first and last round of
-    a head by their cosine, not between texts and graph embeddings.
+    neighbours in a bipartite user-item graph, L rounds, with a prompt for each kind of node, and the descriptions of
+    all rounds are aligned and fused. Differs: aggregation is a signed sum; the alignment is between first and last
+    round of a head by their cosine, not between texts and graph embeddings.
 
     Args:
         graph, head_dim, context_dim, **options: as in `HeadGraphConv`.
@@ -106,8 +106,12 @@ class GraphExperts(HeadGraphConv):
         shared, routed = self.kind_embedding  # [D] each
         split = self.num_shared
         embeddings = torch.cat((self.head_embedding[:split] + shared, self.head_embedding[split:] + routed))  # [H, D]
-        embeddings = embeddings.repeat(1 + self.cross_layer, 1)  # [S, D]
-        return super()._senders(nodes, earlier) + embeddings.to(nodes.dtype)
+        embeddings = embeddings.repeat(1 + self.cross_layer, 1).to(nodes.dtype)  # [S, D]
+        senders = super()._senders(nodes, earlier)  # [*, S, D]
+        if self.cross_layer:
+            # A head that was off in its layer is all zero here, and sends no embedding either.
+            embeddings = torch.where(senders.ne(0).any(dim=-1, keepdim=True), embeddings, 0.0)  # [*, S, D]
+        return senders + embeddings
 
     def _reset_embeddings(self) -> None:
         nn.init.normal_(self.kind_embedding, std=0.02)
@@ -126,7 +130,9 @@ def alignment_loss(first: Tensor, last: Tensor, counted: Tensor | None = None) -
         >>> round(alignment_loss(z, 3 * z).item(), 5), round(alignment_loss(z, -z).item(), 5)
         (0.0, 2.0)
     """
-    distance = 1 - F.cosine_similarity(first, last, dim=-1)  # [*, H]
+    # Close to 1 a cosine in bfloat16 moves in steps of 1/256.
+    wide = torch.promote_types(first.dtype, torch.float32)
+    distance = 1 - F.cosine_similarity(first.to(wide), last.to(wide), dim=-1)  # [*, H]
     if counted is None:
         return distance.mean()
     counted = counted.expand_as(distance)

@@ -53,5 +53,7 @@ def _auxiliary_loss(
     if config.routing is not None:
         weighted.append((config.routing.balance_loss, [one.balance_loss for one in routing]))
         weighted.append((config.routing.z_loss, [one.z_loss for one in routing]))
-    terms = [weight * torch.stack(losses).mean() for weight, losses in weighted if weight and losses]
+    # Decoding gives no losses.
+    known = [(weight, losses) for weight, losses in weighted if weight and losses and losses[0] is not None]
+    terms = [weight * torch.stack(losses).mean() for weight, losses in known]
     return sum(terms) if terms else None

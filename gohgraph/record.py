@@ -53,6 +53,8 @@ class Recording:
 def record(model: nn.Module) -> Iterator[dict[str, Recording]]:
     """Records the edge weights of every head graph of `model` while the block runs.
 
+    They are the weights alpha as the context gives them, before a router or `top_edges` leaves any out.
+
     Args:
         model: any module that contains `HeadGraphConv`s.
 

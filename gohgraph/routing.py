@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -13,12 +14,16 @@ from gohgraph.graph_config import RoutingConfig
 
 
 class Routing(NamedTuple):
-    """What a router decided for the tokens it saw. Means are over real tokens, and over ranks where ranks share them.
+    """What a router decided for the tokens it saw.
+
+    Means are over real tokens, and over ranks where ranks share them; they are `None` in decoding, where a token is not
+    worth the time they take.
 
     Args:
         gates: weight of every head, `[*, H]`, float32 at least; 0 where it is off.
         active: bool `[*, H]`, True where a head works for the token.
-        balance_loss: scalar, 1 at perfect balance and more otherwise; 0 without routed heads.
+        balance_loss: scalar, 1 at perfect balance, more where the heads chosen more often are those of the higher
+            scores, at most h_r / k; 0 without routed heads or real tokens.
         z_loss: scalar, mean squared log-sum-exp of the routed logits (ST-MoE, arXiv 2202.08906, equation 5).
         load: share of tokens each head is active for, `[H]`, detached; 1 for shared heads.
         entropy: mean entropy of the routed scores p of a token, nats in [0, log h_r], detached.
@@ -26,10 +31,10 @@ class Routing(NamedTuple):
 
     gates: Tensor
     active: Tensor
-    balance_loss: Tensor
-    z_loss: Tensor
-    load: Tensor
-    entropy: Tensor
+    balance_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    load: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 class HeadRouter(nn.Module):
@@ -41,9 +46,10 @@ class HeadRouter(nn.Module):
         g = \mathrm{concat}(w_0 s,\; w_1 r) \\
         L_\text{balance} &= (h_r / k) \sum_i f_i P_i
 
-    f_i is the share of tokens that chose routed head i, P_i the mean of p_i. With zero weights and k = h_r every gate
-    is exactly 1: plain attention, bit for bit. Without shared heads g = w_1 r, without routed ones g = w_0 s. Ties go
-    to the head of the lower index.
+    f_i is the share of tokens that chose routed head i, P_i the mean of p_i. Where f and P are equally ordered, 1 is
+    the minimum (Chebyshev's sum inequality); where they disagree the loss may lie a little below. With zero weights and
+    k = h_r every gate is exactly 1: plain attention, bit for bit. Without shared heads g = w_1 r, without routed ones
+    g = w_0 s. Ties go to the head of the lower index.
 
     Source: MoH (Jin et al. 2024, arXiv 2410.11842, equations 5 to 8). Differs in the renormalised gates being scaled by
     k, and shared ones by h_s, as its released code does and the paper does not say; and in the factor of the loss: that
@@ -56,8 +62,8 @@ class HeadRouter(nn.Module):
         top_k: k in 1..h_r; 0 when all heads are shared. May be set later (`router.top_k = 3`).
         straight_through: gates are 1 or 0 forward and g backward, to continue from a model trained without a router
             (MoH, section 3.4): with k = h_r that model is not changed at all, whatever the weights.
-        balance_bias: adds a bias to p for the choice of heads alone (arXiv 2408.15664, equation 3); it is moved by
-            `update_balance_bias`, not by gradients.
+        bias_rate: above 0, a bias is added to p for the choice of heads alone (arXiv 2408.15664, equation 3); it is
+            moved so far a step by `update_balance_bias`, not by gradients.
 
     Attributes:
         routed, shared, kinds: W_r `[h_r, M]`, W_s `[h_s, M]`, W_h `[2, M]`.
@@ -68,7 +74,7 @@ class HeadRouter(nn.Module):
         x `[*, M]`, keep_mask bool `[*]` (True = a real token) -> `Routing` of gates `[*, H]`.
 
     Raises:
-        ValueError: sizes out of range.
+        ValueError: sizes or bias_rate out of range.
 
     Example:
         >>> router = HeadRouter(d_model=16, num_heads=8, num_shared=2, top_k=3)
@@ -85,18 +91,20 @@ class HeadRouter(nn.Module):
         top_k: int,
         *,
         straight_through: bool = False,
-        balance_bias: bool = False,
+        bias_rate: float = 0.0,
     ) -> None:
         super().__init__()
         _check_int("d_model", d_model, 1)
         _check_int("num_heads", num_heads, 1)
         _check_int("num_shared", num_shared, 0, num_heads)
+        if not bias_rate >= 0:
+            raise ValueError(f"Expected bias_rate >= 0 (got {bias_rate!r}). Do pass e.g. 0.001, or 0 for no bias.")
         self.num_heads, self.num_shared, self.num_routed = num_heads, num_shared, num_heads - num_shared
-        self.top_k, self.straight_through = top_k, straight_through
+        self.top_k, self.straight_through, self.bias_rate = top_k, straight_through, bias_rate
         self.routed = nn.Parameter(torch.empty(self.num_routed, d_model))
         self.shared = nn.Parameter(torch.empty(self.num_shared, d_model))
         self.kinds = nn.Parameter(torch.empty(2, d_model))
-        self.register_buffer("balance_bias", torch.zeros(self.num_routed) if balance_bias else None)
+        self.register_buffer("balance_bias", torch.zeros(self.num_routed) if bias_rate > 0 else None)
         self.process_group: Any = None
         self.reset_parameters()
 
@@ -114,7 +122,7 @@ class HeadRouter(nn.Module):
             config.num_shared,
             config.top_k if isinstance(config.top_k, int) else config.top_k[layer],
             straight_through=config.straight_through,
-            balance_bias=config.bias_rate > 0,
+            bias_rate=config.bias_rate,
         )
 
     @property
@@ -139,58 +147,94 @@ class HeadRouter(nn.Module):
         if self.balance_bias is not None:
             nn.init.zeros_(self.balance_bias)
 
-    def forward(self, x: Tensor, keep_mask: Tensor | None = None) -> Routing:
-        """Chooses and weighs the heads of each token of `x [*, M]`; `keep_mask [*]` leaves padding out of the means."""
-        if x.shape[-1] != self.kinds.shape[1] or (keep_mask is not None and keep_mask.shape != x.shape[:-1]):
-            mask = "none" if keep_mask is None else list(keep_mask.shape)
-            raise ValueError(
-                f"Expected x of shape [*, {self.kinds.shape[1]}] and a keep_mask of shape [*] (got {list(x.shape)} and "
-                f"{mask}). Do pass the attention block's input and its token mask."
-            )
+    def forward(self, x: Tensor, keep_mask: Tensor | None = None, *, statistics: bool = True) -> Routing:
+        """Chooses and weighs the heads of each token of `x [*, M]`.
+
+        Args:
+            x: `[*, M]`.
+            keep_mask: bool `[*]`, True = a real token: padding is left out of the means.
+            statistics: False leaves out all means.
+        """
+        self._check(x, keep_mask)
         # A choice between close scores must not depend on the eight bits of bfloat16.
         with _no_autocast(x.device):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            routed, shared, kinds = (F.linear(x, w.to(x.dtype)) for w in (self.routed, self.shared, self.kinds))
-            p = routed.softmax(dim=-1)  # [*, h_r]
-            chosen = self._choose(p.detach())  # [*, h_r]
-            r = _scaled_softmax(routed.masked_fill(~chosen, float("-inf")), self.top_k)  # [*, h_r]
+            # One product for all three: in decoding, calls cost more than numbers.
+            weight = torch.cat((self.routed, self.shared, self.kinds)).to(x.dtype)  # [h_r + h_s + 2, M]
+            logits = F.linear(x, weight)  # [*, h_r + h_s + 2]
+            is_one = logits.shape[:-1].numel() == 1 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+            if is_one and not statistics:
+                return self._of_one_token(logits)
+            routed, shared, kinds = logits.split((self.num_routed, self.num_shared, 2), dim=-1)  # [*, h_r], ...
+            chosen = self._choose(routed.detach())  # [*, h_r]
+            r = _scaled_softmax(torch.where(chosen, routed, float("-inf")), self.top_k)  # [*, h_r]
             s = _scaled_softmax(shared, self.num_shared)  # [*, h_s]
-            w = _scaled_softmax(kinds, 2)  # [*, 2]
+            w = 2 * (kinds - kinds.flip(-1)).sigmoid()  # [*, 2], the softmax of two
             gates = torch.cat((w[..., :1] * s, w[..., 1:] * r), dim=-1)  # [*, H]
-            active = torch.cat((torch.ones_like(s, dtype=torch.bool), chosen), dim=-1)  # [*, H]
+            active = F.pad(chosen, (self.num_shared, 0), value=True)  # [*, H]
             if self.straight_through:
                 gates = active.to(gates.dtype) + (gates - gates.detach())
-            return Routing(gates, active, *self._statistics(routed, p, chosen, keep_mask))
+            return Routing(gates, active, *(self._statistics(routed, chosen, keep_mask) if statistics else ()))
 
     @torch.no_grad()
-    def update_balance_bias(self, load: Tensor, rate: float) -> None:
+    def update_balance_bias(self, load: Tensor) -> None:
         r"""Moves the balance bias towards equal loads after an optimizer step.
 
         .. math:: b_i \leftarrow b_i + u\, \mathrm{sign}(\overline{\text{load}} - \text{load}_i)
 
+        u is `bias_rate`; 0.001 in arXiv 2408.15664 (section 4.2).
+
         Args:
             load: `[H]`, of all tokens of the step (`Routing.load`, averaged over micro-batches).
-            rate: u; 0.001 in arXiv 2408.15664 (section 4.2).
 
         Raises:
             ValueError: a router without balance bias.
         """
         if self.balance_bias is None:
-            raise ValueError("Expected a router with a balance bias (got none). Do build it with balance_bias=True.")
+            raise ValueError("Expected a router with a balance bias (got none). Do build it with bias_rate=0.001.")
         routed = load[self.num_shared :].to(self.balance_bias)
-        self.balance_bias += rate * (routed.mean() - routed).sign()
+        self.balance_bias += self.bias_rate * (routed.mean() - routed).sign()
 
-    def _choose(self, p: Tensor) -> Tensor:
+    def _check(self, x: Tensor, keep_mask: Tensor | None) -> None:
+        is_mask = keep_mask is None or (keep_mask.dtype == torch.bool and keep_mask.shape == x.shape[:-1])
+        if x.shape[-1] != self.kinds.shape[1] or not is_mask:
+            mask = "none" if keep_mask is None else f"{keep_mask.dtype} {list(keep_mask.shape)}"
+            raise ValueError(
+                f"Expected x of shape [*, {self.kinds.shape[1]}] and a bool keep_mask of shape [*] (got "
+                f"{list(x.shape)} and {mask}). Do pass the attention block's input and its token mask."
+            )
+
+    def _choose(self, routed: Tensor) -> Tensor:
         if self.top_k == self.num_routed:
-            return torch.ones_like(p, dtype=torch.bool)
-        scores = p if self.balance_bias is None else p + self.balance_bias
+            return torch.ones_like(routed, dtype=torch.bool)
+        # Logits rank as p does, and still where p is too small for a float.
+        scores = routed if self.balance_bias is None else routed.softmax(dim=-1) + self.balance_bias
         best = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]  # [*, k]
-        return torch.zeros_like(p, dtype=torch.bool).scatter(-1, best, True)
+        return torch.zeros_like(routed, dtype=torch.bool).scatter(-1, best, True)
+
+    def _of_one_token(self, logits: Tensor) -> Routing:
+        """The same without gradients for one token: with so few numbers, forty calls of torch are what takes time."""
+        numbers, split = logits.flatten().tolist(), self.num_routed
+        routed, shared, kinds = numbers[:split], numbers[split:-2], numbers[-2:]
+        scores = routed
+        if self.balance_bias is not None:
+            scores = [p + b for p, b in zip(_scaled_shares(routed, 1), self.balance_bias.tolist(), strict=True)]
+        best = sorted(range(split), key=scores.__getitem__, reverse=True)[: self.top_k]
+        tilt = math.tanh((kinds[0] - kinds[1]) / 2)
+        gates = [(1 + tilt) * s for s in _scaled_shares(shared, self.num_shared)] + [0.0] * split
+        active = [True] * self.num_shared + [False] * split
+        for head, r in zip(best, _scaled_shares([routed[head] for head in best], self.top_k), strict=True):
+            gates[self.num_shared + head], active[self.num_shared + head] = (1 - tilt) * r, True
+        if self.straight_through:
+            gates = [float(works) for works in active]
+        shape = (*logits.shape[:-1], self.num_heads)
+        return Routing(logits.new_tensor(gates).view(shape), torch.tensor(active).view(shape))  # [*, H] each
 
     def _statistics(
-        self, routed: Tensor, p: Tensor, chosen: Tensor, keep_mask: Tensor | None
+        self, routed: Tensor, chosen: Tensor, keep_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns balance loss, z-loss, load and entropy."""
+        p = routed.softmax(dim=-1)  # [*, h_r]
         zero, shared = p.new_zeros(()), p.new_ones(self.num_shared)
         if self.num_routed == 0:
             return zero, zero, shared, zero
@@ -200,7 +244,7 @@ class HeadRouter(nn.Module):
         each = torch.cat(of_token, dim=-1)  # [*, 2*h_r + 3]
         if keep_mask is not None:
             each = torch.where(keep_mask.unsqueeze(-1), each, 0.0)
-        sums = self._over_ranks(each.flatten(0, -2).sum(dim=0))  # [2*h_r + 3]
+        sums = self._over_ranks(each.reshape(-1, each.shape[-1]).sum(dim=0))  # [2*h_r + 3]
         mean = sums[:-1] / sums[-1].detach().clamp(min=1)
         f, mass = mean[: self.num_routed], mean[self.num_routed : -2]  # [h_r] each
         balance = self.num_routed / self.top_k * (f * mass).sum()
@@ -215,10 +259,14 @@ class HeadRouter(nn.Module):
         ranks = torch.distributed.get_world_size(self.process_group)
         return total + ranks * (sums - sums.detach())
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group can be neither copied nor pickled: a copy of the router is on its own.
+        return {**self.__dict__, "process_group": None}
+
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, num_shared={self.num_shared}, top_k={self.top_k}, "
-            f"straight_through={self.straight_through}, balance_bias={self.balance_bias is not None}"
+            f"straight_through={self.straight_through}, bias_rate={self.bias_rate}"
         )
 
 
@@ -241,12 +289,21 @@ def _scaled_softmax(logits: Tensor, total: int) -> Tensor:
     if logits.shape[-1] == 0:
         return logits
     weights = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp()
-    return weights * (total / weights.sum(dim=-1, keepdim=True))
+    # torch takes a number / tensor as a reciprocal times the number, and 41 * (1 / 41) is not 1.
+    return weights * total / weights.sum(dim=-1, keepdim=True)
+
+
+def _scaled_shares(logits: list[float], total: int) -> list[float]:
+    largest = max(logits, default=0.0)
+    weights = [math.exp(logit - largest) for logit in logits]
+    whole = sum(weights)
+    return [weight * total / whole for weight in weights]
 
 
 def _no_autocast(device: torch.device) -> Any:
     known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    enabled = known and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def _check_int(name: str, value: int, low: int, high: int | None = None) -> None:

@@ -10,11 +10,12 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from gohgraph import HeadGraphConfig, HeadGraphConv, SiteConfig, TransformerConfig
+from gohgraph import HeadGraphConfig, HeadGraphConv, RoutingConfig, SiteConfig, TransformerConfig
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-10}
 
-# Every way of running head graphs: sparse scores prefill as wide heads, complete and two-round ones eagerly.
+# Every way of running head graphs: sparse scores prefill as wide heads, complete and two-round ones eagerly; then with
+# fewer edges or heads for each token.
 GRAPHS = {
     "plain": None,
     "outputs": HeadGraphConfig(),
@@ -25,6 +26,10 @@ GRAPHS = {
     "scores-pyg": HeadGraphConfig(None, SiteConfig.ring(2, backend="pyg")),
     "rounds": HeadGraphConfig(SiteConfig(rounds=2), SiteConfig.ring(2, rounds=2)),
     "cross-layer": HeadGraphConfig(SiteConfig(cross_layer=1, norm=True), SiteConfig.ring(3, rank=3)),
+    "top-edges": HeadGraphConfig(SiteConfig(top_edges=2), SiteConfig.ring(3, top_edges=2)),
+    "moh": HeadGraphConfig.moh(2, 2),
+    "moh-outputs": HeadGraphConfig(SiteConfig(), SiteConfig.ring(2), RoutingConfig(2, 2)),
+    "experts": HeadGraphConfig.graph_experts(2, rounds=2, top_k=2, alignment=0.1),
 }
 
 

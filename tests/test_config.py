@@ -6,7 +6,7 @@ import json
 import pytest
 from helpers import GRAPHS, small_config
 
-from gohgraph import ClassifierConfig, HeadGraphConfig, HeadGraphConv, SiteConfig, TransformerConfig
+from gohgraph import ClassifierConfig, HeadGraphConfig, HeadGraphConv, RoutingConfig, SiteConfig, TransformerConfig
 
 EDGES = ((0, 1), (1, 2), (2, 0))
 CONFIGS = [
@@ -15,6 +15,11 @@ CONFIGS = [
     TransformerConfig(7, head_graph=HeadGraphConfig(SiteConfig(EDGES), SiteConfig("small-world", {"rewire": 0.5}))),
     ClassifierConfig(small_config("rounds"), num_classes=3, patch_size=2, channels=1),
     HeadGraphConfig(None, None),
+    HeadGraphConfig.moh(1, (4, 1, 3), straight_through=True, balance_loss=0.5, z_loss=0.001, bias_rate=0.01),
+    HeadGraphConfig.graph_experts(2, rounds=3, top_k=(1, 2, 3), alignment=0.2, rank=3),
+    small_config("moh", num_layers=2),
+    RoutingConfig(2, 4),
+    RoutingConfig(5, (0, 0)),
     SiteConfig(topology=()),
 ]
 
@@ -55,6 +60,56 @@ def test_repr_shows_what_differs_from_the_defaults():
     assert eval(repr(site)) == site
 
 
+def test_moh_is_routing_without_messages():
+    config = HeadGraphConfig.moh(2, 3, z_loss=0.1)
+    assert config.outputs is None and config.scores is None and config.alignment == 0
+    assert config.routing == RoutingConfig(2, 3, z_loss=0.1)
+
+
+def test_graph_experts_are_bipartite_between_kinds():
+    config = HeadGraphConfig.graph_experts(3, top_k=2, alignment=0.1, edges="static")
+    site = SiteConfig("bipartite", {"num_shared": 3}, rounds=2, num_shared=3, edges="static")
+    assert config.outputs == site and config.scores is None and config.alignment == 0.1
+    assert config.routing == RoutingConfig(3, 2)
+    assert HeadGraphConfig.graph_experts(3).routing is None and HeadGraphConfig.graph_experts(3, 5).outputs.rounds == 5
+
+
+def test_budgets_come_back_as_a_tuple():
+    config = small_config("moh", num_layers=2)
+    graphs = HeadGraphConfig.moh(1, [3, 4])
+    assert graphs.routing.top_k == (3, 4) and hash(graphs.routing) == hash(RoutingConfig(1, (3, 4)))
+    config = dataclasses.replace(config, head_graph=graphs)
+    again = TransformerConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.head_graph.routing.top_k == (3, 4)
+
+
+@pytest.mark.parametrize("shared,top_k", [(0, 5), (0, 1), (2, 3), (4, 1), (5, 0), (2, (1, 2, 3)), (5, (0, 0, 0))])
+def test_every_possible_budget_is_accepted(shared, top_k):
+    graphs = HeadGraphConfig.moh(shared, top_k)
+    assert TransformerConfig(13, 30, 5, num_layers=3, head_graph=graphs).head_graph is graphs
+
+
+@pytest.mark.parametrize(
+    "shared,top_k",
+    [(0, 6), (0, 0), (2, 4), (2, 0), (5, 1), (6, 0), (6, 1), (2, (1, 2)), (2, (1, 2, 3, 3)), (2, (1, 0, 3)),
+     (2, (1, 4, 3)), (5, (0, 1, 0))],
+)  # fmt: skip
+def test_budgets_that_do_not_fit_heads_or_layers_are_refused(shared, top_k):
+    graphs = HeadGraphConfig.moh(shared, top_k)
+    with pytest.raises(ValueError, match=r"^Expected .*\(got .*\)\. Do "):
+        TransformerConfig(13, 30, 5, num_layers=3, head_graph=graphs)
+
+
+@pytest.mark.parametrize("site", [None, SiteConfig()])
+def test_an_alignment_needs_experts(site):
+    with pytest.raises(ValueError, match="^Expected outputs with num_shared for an alignment"):
+        HeadGraphConfig(site, alignment=0.1)
+
+
+def routing(**change):
+    return RoutingConfig(**{"num_shared": 2, "top_k": 3, **change})
+
+
 def transformer(**change):
     return TransformerConfig(**{"vocab_size": 13, "d_model": 30, "num_heads": 5, **change})
 
@@ -85,6 +140,17 @@ REFUSED = [
     (classifier, "channels", [0, None]),
     (HeadGraphConfig, "outputs", ["ring", {}, HeadGraphConfig()]),
     (HeadGraphConfig, "scores", ["ring", SiteConfig(norm=True), SiteConfig(cross_layer=1)]),
+    (HeadGraphConfig, "scores", [SiteConfig(num_shared=2)]),
+    (HeadGraphConfig, "routing", ["moh", {}, (2, 3), HeadGraphConfig()]),
+    (HeadGraphConfig, "alignment", [-0.1, float("nan"), float("inf"), True, "0.1", None]),
+    (routing, "num_shared", [-1, 2.5, True, None]),
+    (routing, "top_k", [-1, 2.5, True, None, "3", (), (3, -1), (3, 0.5), (3, True), ((3,),)]),
+    (routing, "straight_through", [1, None]),
+    (routing, "balance_loss", [-0.1, float("nan"), float("inf"), True, "0.1", None]),
+    (routing, "z_loss", [-0.1, float("nan"), None]),
+    (routing, "bias_rate", [-0.1, float("nan"), None]),
+    (SiteConfig, "top_edges", [0, -1, 1.5, True, "2"]),
+    (SiteConfig, "num_shared", [0, -1, 1.5, True]),
     (SiteConfig, "topology", [5, None, ((1, 2, 3),), ((0.5, 1),), ((True, 1),), (("0", "1"),), (3,), {"a": 1}]),
     (SiteConfig, "options", [None, [("hops", 3)], {3: 4}, {"hops": {1, 2}}]),
     (SiteConfig, "self_loops", [1, None]),
@@ -112,9 +178,9 @@ def test_unknown_keys_are_refused(config):
         type(config).from_dict({**config.to_dict(), "no_such_key": 1})
 
 
-@pytest.mark.parametrize("path", [("head_graph",), ("head_graph", "scores")])
+@pytest.mark.parametrize("path", [("head_graph",), ("head_graph", "scores"), ("head_graph", "routing")])
 def test_unknown_keys_are_refused_inside(path):
-    values = small_config("rounds").to_dict()
+    values = small_config("moh-outputs").to_dict()
     inner = values
     for name in path:
         inner = inner[name]
@@ -129,7 +195,8 @@ def test_unknown_keys_are_refused_inside(path):
         (TransformerConfig, None), (TransformerConfig, {}), (TransformerConfig, {1: 2, "a": 3}),
         (TransformerConfig, {"vocab_size": 7, "head_graph": "ring"}), (ClassifierConfig, {"num_classes": 3}),
         (ClassifierConfig, {"num_classes": 3, "transformer": None}), (HeadGraphConfig, {"outputs": 5}),
-        (SiteConfig, [1]),
+        (SiteConfig, [1]), (HeadGraphConfig, {"routing": 5}), (HeadGraphConfig, {"routing": {"num_shared": 2}}),
+        (RoutingConfig, {"num_shared": 2, "top_k": {"0": 3}}),
     ],
 )  # fmt: skip
 def test_dictionaries_of_another_form_are_refused(kind, values):

@@ -32,6 +32,7 @@ EDGES = [
     {"edges": "token", "cross_layer": 2},
     {"edges": "token", "cross_layer": 1, "rounds": 2, "norm": True},
 ]
+TOP_EDGES = {"edges": "token", "top_edges": 2}
 
 
 def make(topology="complete", options=None, *, fresh=False, dtype=torch.float64, self_loops=True, **settings):
@@ -115,16 +116,16 @@ def test_pyg_backend_calls_propagate(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["dense", "pyg"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("settings", [s for s in EDGES if s["edges"] != "frozen"], ids=str)
+@pytest.mark.parametrize("settings", [s for s in [*EDGES, TOP_EDGES] if s["edges"] != "frozen"], ids=str)
 def test_fresh_graph_returns_its_input_bit_for_bit(settings, dtype, backend):
     conv = make(fresh=True, dtype=dtype, backend=backend, **settings)
     z, x, earlier = inputs(conv, dtype)
     assert torch.equal(conv(z, x, earlier), z)
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-def test_fresh_graph_learns(rank):
-    conv = make(fresh=True, rank=rank)
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"top_edges": 1}], ids=str)
+def test_fresh_graph_learns(settings):
+    conv = make(fresh=True, **settings)
     z, x, _ = inputs(conv)
     conv(z, x).square().sum().backward()
     assert conv.edges.bias.grad.abs().min() > 0
@@ -234,6 +235,84 @@ def test_autocast_bfloat16(settings):
     assert all(p.grad.dtype == torch.float32 for p in conv.parameters())
 
 
+def strongest_of(alpha, conv, count):
+    """Edges kept, `[*, E]`: the `count` of largest |alpha| into each head, one token and one receiver at a time."""
+    kept = torch.zeros_like(alpha, dtype=torch.bool)
+    for own, marks in zip(alpha.reshape(-1, alpha.shape[-1]), kept.view(-1, alpha.shape[-1]), strict=True):
+        for i in range(H):
+            into = [e for e, receiver in enumerate(conv.edge_index[1].tolist()) if receiver == i]
+            marks[sorted(into, key=lambda e: -own[e].abs())[:count]] = True
+    return kept
+
+
+TOP = [{}, {"edges": "static"}, {"rounds": 2}, {"cross_layer": 1}, {"rank": 2, "norm": True, "activation": None}]
+
+
+@pytest.mark.parametrize("backend", ["dense", "pyg"])
+@pytest.mark.parametrize("top_edges", [1, 2, 3])
+@pytest.mark.parametrize("settings", TOP, ids=str)
+@pytest.mark.parametrize("graph", ["complete", "random", "star"])
+def test_only_the_strongest_edges_carry_messages(graph, settings, top_edges, backend):
+    conv = make(*GRAPHS[graph], top_edges=top_edges, backend=backend, **settings)
+    whole = copy.deepcopy(conv)
+    whole.top_edges = None
+    z, x, earlier = inputs(conv)
+    for r in range(conv.rounds):
+        alpha = whole.edge_weight(x, r)
+        kept = strongest_of(alpha, conv, top_edges)
+        assert torch.equal(conv.edge_weight(x, r), torch.where(kept, alpha, 0.0))
+        into = torch.zeros(*alpha.shape[:-1], H, dtype=torch.long)
+        into.index_add_(-1, conv.edge_index[1], kept.long())
+        assert (into == conv.edge_index[1].bincount(minlength=H).clamp(max=top_edges)).all()
+    if conv.rounds == 1:
+        cut = copy.deepcopy(whole)
+        cut.edges.forward = lambda context: torch.where(kept, alpha, 0.0).unsqueeze(-2)
+        assert torch.equal(conv(z, x, earlier), cut(z, x, earlier))
+        assert not torch.allclose(conv(z, x, earlier), whole(z, x, earlier))
+
+
+@pytest.mark.parametrize("backend", ["dense", "pyg"])
+def test_dropped_edges_are_zero_in_the_jacobian_and_still_learn(backend):
+    conv = make(top_edges=2, backend=backend)
+    z, x, _ = inputs(conv)
+    jacobian = torch.autograd.functional.jacobian(lambda z: conv(z, x), z)
+    size = torch.einsum("btidbtje->btij", jacobian.abs())  # [B, T, H, H]
+    kept = conv.adjacency(x).ne(0) | torch.eye(H, dtype=torch.bool)
+    assert torch.equal(size > 0, kept) and not kept.all()
+    # The gradient of an edge is that of the sum with all its edges, dropped or not.
+    own = torch.autograd.grad((conv(z, x) ** 2).sum(), conv.edges.bias)[0]
+    alpha, y = conv.edges(x).squeeze(-2), conv(z, x).detach()
+    j, i = conv.edge_index
+    expected = (2 * (y[:, :, i] * z[:, :, j]).sum(-1) * (1 - alpha**2)).sum(dim=(0, 1))
+    torch.testing.assert_close(own[0], expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("settings", TOP, ids=str)
+@pytest.mark.parametrize("graph", ["complete", "random"])
+def test_as_many_top_edges_as_there_are_change_no_bit(graph, settings):
+    conv = make(*GRAPHS[graph], top_edges=2 * H, **settings)
+    whole = copy.deepcopy(conv)
+    whole.top_edges = None
+    z, x, earlier = inputs(conv)
+    for own, expected in zip(
+        values_and_gradients(conv, conv, z, x, earlier), values_and_gradients(whole, whole, z, x, earlier), strict=True
+    ):
+        assert torch.equal(own, expected)
+
+
+def test_top_edges_compete_among_active_heads():
+    conv = make(top_edges=2)
+    z, x, _ = inputs(conv)
+    active = (torch.arange(H) != 3).expand(B, T, H)
+    linked = active[..., conv.edge_index[0]] & active[..., conv.edge_index[1]]
+    alpha = torch.where(linked, conv.edges(x).squeeze(-2), 0.0)
+    weight = conv.edge_weight(x, active=active)
+    assert torch.equal(weight, torch.where(strongest_of(alpha, conv, 2), alpha, 0.0))
+    into = torch.zeros(B, T, H, dtype=torch.long).index_add_(-1, conv.edge_index[1], weight.ne(0).long())
+    assert into[0, 0].tolist() == [2, 2, 2, 0, 2]
+    assert torch.equal(conv(z, x, active=active)[:, :, 3], z[:, :, 3])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["dense", "pyg"])
 def test_compiles_to_one_graph(backend):
@@ -265,6 +344,8 @@ def test_exports(backend):
         ({"rounds": 0}, ValueError, "Expected rounds >= 1"),
         ({"cross_layer": -1}, ValueError, "Expected cross_layer"),
         ({"backend": "cuda"}, ValueError, "Expected backend"),
+        ({"top_edges": 0}, ValueError, "Expected top_edges"),
+        ({"top_edges": True}, ValueError, "Expected top_edges"),
     ],
 )
 def test_impossible_options(settings, error, match):

@@ -91,6 +91,17 @@ def test_what_does_not_fold_is_refused_and_left_alone(reason):
     assert attention.output_graph is graph and torch.equal(attention.output.weight, weight)
 
 
+@pytest.mark.parametrize("router", [None, goh.HeadRouter(M, H, 2, 2)], ids=["all-heads", "routed"])
+def test_experts_and_routed_heads_do_not_fold(router):
+    experts = goh.GraphExperts(head_graph(H, "bipartite", num_shared=2), D, M, 2, edges="static", rounds=1)
+    graph = experts if router is None else HeadGraphConv(head_graph(H), D, M, edges="static")
+    attention = MultiHeadAttention(M, H, output_graph=graph, router=router)
+    before = attention.output.weight.clone()
+    with pytest.raises(ValueError, match=r"^Expected .*\(got (normalised or shifted messages|one: heads differ).* Do "):
+        fold(attention)
+    assert attention.output_graph is graph and torch.equal(attention.output.weight, before)
+
+
 @pytest.mark.parametrize("output_graph", [None, nn.Identity()], ids=["none", "another-module"])
 def test_fold_needs_a_head_graph(output_graph):
     with pytest.raises(ValueError, match="^Expected a HeadGraphConv at the output site"):

@@ -15,18 +15,18 @@ PACKAGE = ROOT / "gohgraph"
 # Lowest first: a module imports from lines before its own, and from its own line only what stands to its left.
 ORDER = [
     ["config_base", "graph_config", "config"],
-    ["topologies", "graph", "edges", "cache", "generation", "checkpoint", "figures", "command_line"],
+    ["topologies", "graph", "edges", "cache", "generation", "checkpoint", "figures", "command_line", "graph_flags"],
     ["inputs"],
-    ["conv", "routing", "baselines"],
+    ["conv", "routing", "load", "baselines"],
     ["experts"],
-    ["scores", "embeddings", "objects"],
+    ["scores", "skipping", "embeddings", "objects"],
     ["sublayers", "stacks"],
     ["outputs", "models", "fold"],
     ["dropin", "convert"],
     ["record"],
     ["analysis"],
-    ["curves", "drawing"],
-    ["learning", "parallel"],
+    ["curves", "load_chart", "drawing"],
+    ["learning", "parallel", "benchmarks"],
 ]
 PLACE = {module: place for place, module in enumerate(module for line in ORDER for module in line)}
 

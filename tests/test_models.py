@@ -15,7 +15,7 @@ VARIANTS = [
     *((graph, {}) for graph in GRAPHS),
     *((graph, {"positions": p}) for p in ("learned", "sinusoidal", "none") for graph in ("plain", "rounds")),
     ("cross-layer", {"positions": "learned"}),
-    *((graph, GQA) for graph in ("plain", "outputs", "scores-ring", "scores-complete", "rounds")),
+    *((graph, GQA) for graph in ("plain", "outputs", "scores-ring", "scores-complete", "rounds", "moh-outputs")),
     ("outputs", {"norm_first": False, "norm": "rms", "activation": "swiglu", "tie_embeddings": True, "bias": False}),
 ]
 IDS = [f"{graph}-{'-'.join(map(str, settings.values()))}" for graph, settings in VARIANTS]
@@ -139,7 +139,7 @@ def test_generation_stops_when_all_rows_have_ended():
     assert model.generate(prompt, 11, temperature=0, eos=eos).tolist() == [[*prompt[0].tolist(), eos]]
 
 
-@pytest.mark.parametrize("graph", ["plain", "outputs", "scores-ring", "scores-complete", "rounds", "cross-layer"])
+@pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("positions", ["rotary", "sinusoidal"])
 def test_translation_equals_uncached_greedy(graph, positions):
     model, source = translator(graph, positions=positions), random_tokens(11, batch=3)
@@ -155,7 +155,7 @@ def test_translation_equals_uncached_greedy(graph, positions):
     assert torch.equal(found, target)
 
 
-@pytest.mark.parametrize("graph", ["plain", "outputs", "scores-ring", "cross-layer"])
+@pytest.mark.parametrize("graph", ["plain", "outputs", "scores-ring", "cross-layer", "moh-outputs", "experts"])
 @pytest.mark.parametrize("num_beams", [2, 5])
 def test_cached_beams_equal_uncached(graph, num_beams):
     model, source = translator(graph), random_tokens(11, batch=7)
@@ -173,7 +173,7 @@ def test_cached_beams_equal_uncached(graph, num_beams):
     assert len(found.unique(dim=0)) > 1
 
 
-@pytest.mark.parametrize("graph", ["plain", "outputs", "scores-ring", "cross-layer"])
+@pytest.mark.parametrize("graph", ["plain", "outputs", "scores-ring", "cross-layer", "moh-outputs", "experts"])
 @pytest.mark.parametrize("num_beams", [2, 5])
 def test_beams_of_a_batch_equal_each_source_alone(graph, num_beams):
     model = translator(graph)
