@@ -13,6 +13,11 @@ from gohgraph.cache import KeyValueCache
 from gohgraph.experts import alignment_loss
 from gohgraph.routing import Routing
 from gohgraph.scores import mixed_attention, wide_heads_for
+from gohgraph.skipping import ActiveHeads, project_all
+
+# Numbers per row that heads which are off need not read, from which leaving them out pays on a CPU: below, it costs more
+# calls than it saves. Between 0.28 and 0.33 million by `tools/benchmark.py routing`, at batch 1 and 4, one thread or two.
+SKIP_FROM_UNREAD = 300_000
 
 
 class Heads(NamedTuple):
@@ -53,7 +58,8 @@ class MultiHeadAttention(nn.Module):
         score_graph: messages between attention scores before the softmax, or `None`. A one-round graph of in-degree up
             to 4 runs as attention over wider heads (`wide`, a `WideHeads`; set it to `None` to force the eager form).
         router: a `HeadRouter`, which chooses and weighs the heads of every token, or `None`: all work, g = 1. Messages
-            at both sites then flow on the induced subgraph of a token's active heads.
+            at both sites then flow on the induced subgraph of a token's active heads. In decoding, heads that are off
+            are not computed (`skip`: `None` where that was measured to pay, True wherever it can be done, False never).
 
     Shape:
         x `[B, T, M]` -> (y `[B, T, M]`, `Heads` with outputs `[B, T, H, D]`).
@@ -97,6 +103,7 @@ class MultiHeadAttention(nn.Module):
         self.output_graph = output_graph
         self.score_graph = score_graph
         self.router = router
+        self.skip: bool | None = None
         self.wide = wide_heads_for(score_graph)
 
     def forward(
@@ -129,27 +136,53 @@ class MultiHeadAttention(nn.Module):
             ValueError: a mask that is not bool or has not four dimensions.
         """
         _check_mask(keep_mask)
-        routing = None if self.router is None else self.router(x, token_mask)
+        routing = None
+        if self.router is not None:
+            decodes = cache is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
+            routing = self.router(x, token_mask, statistics=not decodes)
         active = {} if routing is None else {"active": routing.active}
         past = 0 if cache is None else len(cache)
-        q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, D]
+        keys = past if memory is not None and past else past + (x if memory is None else memory).shape[1]
+        heads = ActiveHeads(routing.active) if self._skips(x, keys) else None
+        if heads is None:
+            q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, D]
+        else:
+            q = heads.project(x, self.query, self.head_dim)  # [B, T, H, D]
         if positions is None and self.rotary is not None:
             positions = torch.arange(past, past + x.shape[1], device=x.device)
         if self.rotary is not None:
             q = self.rotary(q, positions)
-        k, v = self._keys_values(x if memory is None else memory, positions, cache)  # [B, S, G, D] each
-        z = self._attend(q, k, v, x, keep_mask, active)  # [B, T, H, D]
+        k, v = self._keys_values(x if memory is None else memory, positions, cache, heads)  # [B, S, G, D] each
+        if heads is None:
+            z = self._attend(q, k, v, x, keep_mask, active)  # [B, T, H, D]
+        else:
+            z = heads.attend(q, k, v, x, keep_mask, self.score_graph)  # [B, T, H, D]
         z, alignment = self._pass_messages(z, x, earlier, active, token_mask)
         if routing is not None:
             z = z * routing.gates.unsqueeze(-1).to(z.dtype)
-        return self.output(z.flatten(-2)), Heads(z, routing, alignment)  # [B, T, H*D] -> [B, T, M]
+        y = self.output(z.flatten(-2)) if heads is None else heads.read_out(z, self.output)  # [B, T, M]
+        return y, Heads(z, routing, alignment)
+
+    def _skips(self, x: Tensor, keys: int) -> bool:
+        """Whether heads that are off are left out: in decoding only, by default where that was measured to pay."""
+        if self.router is None or self.skip is False or x.shape[1] != 1:
+            return False
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or (self.training and self.dropout):
+            return False
+        off = 1 - self.router.num_active / self.num_heads
+        unread = off * (keys * self.num_kv_heads * self.head_dim + self.d_model**2 / x.shape[0])
+        return self.skip or (x.device.type == "cpu" and unread >= SKIP_FROM_UNREAD)
 
     def _keys_values(
-        self, source: Tensor, positions: Tensor | None, cache: KeyValueCache | None
+        self, source: Tensor, positions: Tensor | None, cache: KeyValueCache | None, heads: ActiveHeads | None
     ) -> tuple[Tensor, Tensor]:
         if cache is not None and cache.is_filled:
             return cache.read()
-        k, v = (f(source).unflatten(-1, (self.num_kv_heads, self.head_dim)) for f in (self.key, self.value))
+        if heads is not None and source.shape[1] == 1:
+            # Later tokens may need the keys of any head: none is left out.
+            k, v = (project_all(source, linear, self.head_dim) for linear in (self.key, self.value))
+        else:
+            k, v = (f(source).unflatten(-1, (self.num_kv_heads, self.head_dim)) for f in (self.key, self.value))
         if self.rotary is not None:
             k = self.rotary(k, positions)
         return (k, v) if cache is None else cache.update(k, v)
@@ -292,4 +325,6 @@ def _check_attention(
                 f"Expected {name} over {num_heads} heads (got {heads}). Do build it for {num_heads} heads."
             )
     if getattr(score_graph, "cross_layer", 0) or not getattr(score_graph, "is_linear", True):
-        raise ValueError("Expected a score_graph without norm and cross_layer (got one). Do set both off.")
+        raise ValueError(
+            "Expected a score_graph without norm, cross_layer and embeddings (got one). Do build it without."
+        )
