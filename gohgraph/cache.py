@@ -52,6 +52,25 @@ class KeyValueCache:
         keys, values = self._keys[:, :, : self._length], self._values[:, :, : self._length]  # [B, G, S, D] each
         return keys.transpose(1, 2), values.transpose(1, 2)  # [B, S, G, D] each
 
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens after the first `length`, as when drafted tokens are refused; their memory stays reserved.
+
+        Later tokens overwrite them, also in the views `read` and `update` have returned.
+
+        Raises:
+            ValueError: more tokens than there are, or fewer than none.
+
+        Example:
+            >>> cache = KeyValueCache()
+            >>> _ = cache.update(torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4))
+            >>> cache.truncate(2)
+            >>> len(cache)
+            2
+        """
+        if not 0 <= length <= self._length:
+            raise ValueError(f"Expected a length in 0..{self._length} (got {length}). Do keep at most all tokens.")
+        self._length = length
+
     def reorder(self, rows: Tensor) -> None:
         """Replaces batch row b by row `rows[b]`, as beam search needs."""
         if self._keys is not None:

@@ -36,6 +36,39 @@ def test_cache_copies_the_past_only_when_it_doubles():
     assert len(places) <= 5
 
 
+def test_truncate_forgets_the_tokens_after_and_copies_nothing():
+    cache = KeyValueCache()
+    keys, values = random_pair(7)
+    places = [heads.data_ptr() for heads in cache.update(keys, values)]
+    for _ in range(3):
+        cache.truncate(5)
+        assert len(cache) == 5
+        assert torch.equal(cache.read()[0], keys[:, :5]) and torch.equal(cache.read()[1], values[:, :5])
+        more = random_pair(11)
+        new_keys, new_values = cache.update(*more)
+        assert torch.equal(new_keys, torch.cat((keys[:, :5], more[0]), dim=1))
+        assert torch.equal(new_values, torch.cat((values[:, :5], more[1]), dim=1))
+        assert [heads.data_ptr() for heads in cache.read()] == places
+    cache.truncate(16)
+    assert len(cache) == 16
+
+
+def test_truncating_a_fixed_cache_to_nothing_empties_it():
+    cache = KeyValueCache(fixed=True)
+    cache.update(*random_pair(3))
+    cache.truncate(0)
+    assert not cache.is_filled
+
+
+@pytest.mark.parametrize("length", [-1, 4])
+def test_truncate_keeps_at_most_what_there_is(length):
+    cache = KeyValueCache()
+    cache.update(*random_pair(3))
+    with pytest.raises(ValueError, match=rf"Expected a length in 0..3 \(got {length}\)"):
+        cache.truncate(length)
+    assert len(cache) == 3
+
+
 def test_reorder_replaces_rows_and_appends_after():
     cache = KeyValueCache()
     keys, values = random_pair(3, batch=2)
