@@ -29,6 +29,7 @@ from gohgraph.learning.language import VOCAB_SIZE, next_token_output, window_los
 from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.matching import count_parameters, match_parameters
 from gohgraph.learning.sweep import sweep
+from gohgraph.load import load_cv
 
 PILOT_SEED, FINALISTS = 1000, 3
 EVALUATIONS = 8
@@ -161,14 +162,12 @@ def _train(
 def _evaluate(validation: torch.Tensor, length: int, model: torch.nn.Module) -> dict[str, float]:
     losses = window_losses(model, validation, batch_size=16, length=length, limit=VALIDATION_WINDOWS)
     inputs, _ = next(evaluation_batches(validation, batch_size=LOAD_WINDOWS, length=length, limit=LOAD_WINDOWS))
-    routing = model(inputs).routing
-    uneven = [_variation(layer.load[model.config.head_graph.routing.num_shared :]) for layer in routing]
-    return {"validation_loss": losses.mean().item(), **({"unevenness": max(uneven)} if uneven else {})}
-
-
-def _variation(load: torch.Tensor) -> float:
-    """Standard deviation of the loads of routed heads over their mean."""
-    return (load.std(unbiased=False) / load.mean()).item()
+    loads = [layer.load for layer in model(inputs).routing]
+    measured = {"validation_loss": losses.mean().item()}
+    if loads:
+        # Not the mean over layers: one that routes all tokens alike should not hide behind the others.
+        measured["worst_load_cv"] = load_cv(torch.stack(loads), model.config.head_graph.routing.num_shared).max().item()
+    return measured
 
 
 def _key(name: str, rate: float, seed: int = PILOT_SEED) -> str:
@@ -210,8 +209,8 @@ def _table(
 def _load_lines(
     names: list[str], histories: dict[tuple[str, int], list[dict[str, Any]]], seeds: list[int]
 ) -> list[str]:
-    """How uneven the load of routed heads is at the end, in the worst layer of the worst seed."""
-    ends = {name: [histories[name, seed][-1].get("unevenness") for seed in seeds] for name in names}
+    """How uneven the load of routed heads is at the end."""
+    ends = {name: [histories[name, seed][-1].get("worst_load_cv") for seed in seeds] for name in names}
     worst = [f"{name} {max(values):.2f}" for name, values in ends.items() if None not in values]
     what = "Coefficient of variation of routed heads' load at the end, worst layer of the worst seed: "
     return ["", what + ", ".join(worst) + "."] if worst else []

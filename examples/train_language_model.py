@@ -2,9 +2,11 @@
 
     python examples/train_language_model.py --compare
     python examples/train_language_model.py --data book.txt --sites both --score-in-degree 4 --run runs/book
+    python examples/train_language_model.py --sites none --router --compare --run runs/mixture-of-heads
+    python examples/train_language_model.py --experts --rounds 3 --router --top-k 3 --run runs/experts
 
-The run folder holds config.json, log.csv, curves.png, checkpoints, the model, sample.txt, heads.png and result.json.
-Ctrl-C stops it; the same command with --resume goes on.
+The run folder holds config.json, log.csv, curves.png, checkpoints, the model, sample.txt and result.json, of a head
+graph heads.png, and of a router load.png. Ctrl-C stops it; the same command with --resume goes on.
 """
 
 from __future__ import annotations
@@ -22,21 +24,36 @@ from typing import Any
 
 import torch
 
-from gohgraph import HeadGraphConfig, LanguageModel, SiteConfig, TransformerConfig, draw, record
+from gohgraph import LanguageModel, TransformerConfig, draw, draw_load, record
 from gohgraph.command_line import ArgumentParser, run
 from gohgraph.config import FEED_FORWARD_ACTIVATIONS, POSITIONS
 from gohgraph.drawing import draw_curves
+from gohgraph.graph_flags import add_graph_flags, graph_from_flags
 from gohgraph.learning.corpus import PYTHON_DOCS, Corpus, evaluation_batches, load_corpus, sample_batch
-from gohgraph.learning.language import VOCAB_SIZE, next_token_loss, sample_text, standard_error, window_losses
+from gohgraph.learning.language import (
+    VOCAB_SIZE,
+    head_loads,
+    next_token_output,
+    sample_text,
+    standard_error,
+    window_losses,
+)
 from gohgraph.learning.loop import TrainConfig, Training, TrainingInterrupted, train_together
 from gohgraph.learning.matching import count_parameters, match_parameters
 from gohgraph.learning.run_folder import last_folder, new_folder, step_seconds, write_text
-from gohgraph.topologies import TOPOLOGIES
+from gohgraph.load import load_cv, load_entropy
 
 # Two models of this size, trained for this long, take about two and a half minutes on one thread.
 FULL = {"d_model": 128, "num_heads": 8, "num_layers": 4, "d_ff": 512, "length": 128, "batch_size": 8, "steps": 500}
 SMOKE = {"d_model": 32, "num_heads": 4, "num_layers": 2, "d_ff": 64, "length": 32, "batch_size": 4, "steps": 20}
 WINDOWS = {False: 256, True: 16}
+# What a model is called and what it means: with messages, with routing.
+KINDS = {
+    (True, False): ("goh", "heads as a graph"),
+    (True, True): ("goh", "heads as a graph, routed by token"),
+    (False, True): ("moh", "heads routed by token"),
+    (False, False): ("plain", "plain attention"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,18 +112,7 @@ def _parser() -> ArgumentParser:
     size("--dropout", type=float, default=0.0)
     size("--activation", choices=FEED_FORWARD_ACTIVATIONS, default="gelu")
     size("--positions", choices=POSITIONS, default="rotary")
-    graph = parser.add_argument_group("head graph").add_argument
-    graph("--sites", choices=("none", "outputs", "scores", "both"), default="outputs", help="where heads send messages")
-    graph("--topology", choices=sorted(TOPOLOGIES), help="graph over head outputs (default: complete)")
-    graph("--in-degree", type=int, help="senders of each head, itself included (ring, random)")
-    graph("--score-topology", choices=sorted(TOPOLOGIES), help="graph over attention scores (default: ring)")
-    graph("--score-in-degree", type=int, help="as --in-degree, for scores (default: 2 in a ring)")
-    graph("--edges", choices=("token", "static", "frozen"), default="token", help="how edges are weighted")
-    graph("--rank", type=int, help="low rank of token edges (default: full)")
-    graph("--edge-activation", choices=("tanh", "none"), default="tanh")
-    graph("--rounds", type=int, default=1, help="rounds of message passing")
-    graph("--cross-layer", type=int, default=0, help="earlier layers whose heads send too (outputs)")
-    graph("--edge-norm", action="store_true", help="normalise messages per head (outputs)")
+    add_graph_flags(parser)
     train = parser.add_argument_group("training").add_argument
     train("--batch-size", type=int, help=f"windows in a batch (default {FULL['batch_size']})")
     train("--steps", type=int, help=f"default {FULL['steps']}")
@@ -129,33 +135,15 @@ def _check(flags: argparse.Namespace) -> None:
         raise ValueError(f"Expected --threads of at least 1 (got {flags.threads}). Do pass a positive number.")
     if len(set(flags.seeds)) < len(flags.seeds) or min(flags.seeds) < 0:
         raise ValueError(f"Expected different seeds of at least 0 (got {flags.seeds}). Do change them.")
-    if flags.sites == "none" and (flags.compare or flags.match_parameters):
-        raise ValueError("Expected a head graph to compare with (got --sites none). Do choose other --sites.")
+    if flags.sites == "none" and not flags.router and (flags.compare or flags.match_parameters):
+        raise ValueError("Expected a head graph to compare with (got --sites none). Do add --sites or --router.")
     if flags.compare and flags.match_parameters:
         raise ValueError("Expected --compare or --match-parameters (got both). Do drop one: --compare trains both.")
-    unused = {"none": ["", "score_"], "outputs": ["score_"], "scores": [""], "both": []}[flags.sites]
-    names = [prefix + name for prefix in unused for name in ("topology", "in_degree")]
-    names += ["cross_layer", "edge_norm"] if "" in unused else []
-    names += ["rank"] if flags.sites == "none" else []
-    for name in names:
-        if getattr(flags, name):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"Expected no {flag} with --sites {flags.sites} (got one). Do drop it, or add the site.")
 
 
 def _configs(flags: argparse.Namespace) -> dict[str, TransformerConfig]:
     """The models to train by name; building each checks what its configuration cannot."""
-    edges = {"edges": flags.edges, "rank": flags.rank, "rounds": flags.rounds}
-    edges["activation"] = None if flags.edge_activation == "none" else flags.edge_activation
-    outputs = scores = graph = None
-    if flags.sites in ("outputs", "both"):
-        place = _topology(flags.topology or "complete", flags.in_degree, "--in-degree")
-        outputs = SiteConfig(**place, **edges, cross_layer=flags.cross_layer, norm=flags.edge_norm)
-    if flags.sites in ("scores", "both"):
-        place = _topology(flags.score_topology or "ring", flags.score_in_degree, "--score-in-degree")
-        scores = SiteConfig(**place, **edges)
-    if flags.sites != "none":
-        graph = HeadGraphConfig(outputs=outputs, scores=scores)
+    graph = graph_from_flags(flags, flags.num_heads)
     names = ("d_model", "num_heads", "num_kv_heads", "num_layers", "d_ff", "dropout", "activation", "positions")
     shape = {name: getattr(flags, name) for name in names}
     config = TransformerConfig(VOCAB_SIZE, **shape, max_length=flags.length + 1, head_graph=graph)
@@ -163,18 +151,13 @@ def _configs(flags: argparse.Namespace) -> dict[str, TransformerConfig]:
     if graph is None:
         return {"plain": config}
     plain = match_parameters(LanguageModel, dataclasses.replace(config, head_graph=None), parameters)
-    return {"plain": plain} if flags.match_parameters else {"goh": config} | ({"plain": plain} if flags.compare else {})
+    if flags.match_parameters:
+        return {"plain": plain}
+    return {_kind(flags)[0]: config} | ({"plain": plain} if flags.compare else {})
 
 
-def _topology(name: str, in_degree: int | None, flag: str) -> dict[str, Any]:
-    if in_degree is None:
-        return {"topology": name}
-    option = {"ring": "hops", "random": "in_degree"}.get(name)
-    if option is None:
-        raise ValueError(f"Expected a ring or random topology with {flag} (got {name}). Do drop it or change topology.")
-    if in_degree < 1:
-        raise ValueError(f"Expected {flag} of at least 1, the head itself (got {in_degree}). Do raise it.")
-    return {"topology": name, "options": {option: in_degree - 1}}
+def _kind(flags: argparse.Namespace) -> tuple[str, str]:
+    return KINDS[flags.sites != "none", flags.router]
 
 
 def _check_length(corpus: Corpus, flags: argparse.Namespace) -> None:
@@ -219,13 +202,15 @@ def _training(config: TransformerConfig, corpus: Corpus, seed: int, leaf: Path, 
     return Training(
         model,
         partial(sample_batch, corpus.train, seed=seed, **windows),
-        next_token_loss,
+        next_token_output,
         TrainConfig(
             **{name: getattr(flags, name) for name in same},
             warmup=min(100, flags.steps // 10) if flags.warmup is None else flags.warmup,
             eval_every=max(1, flags.steps // 10) if flags.eval_every is None else flags.eval_every,
             checkpoint_every=max(1, flags.steps // 5) if flags.checkpoint_every is None else flags.checkpoint_every,
             log_every=1 if flags.smoke else 10,
+            # The plain side of a comparison has no heads to leave out.
+            anneal_top_k=(flags.anneal_top_k or 0) if _is_routed(config) else 0,
             seed=seed,
         ),
         leaf,
@@ -250,13 +235,24 @@ def _finish(training: Training, corpus: Corpus, leaf: Path, flags: argparse.Name
         "seconds": training.seconds,
         "step_seconds": statistics.median(steps),
     }
+    graph = model.config.head_graph
+    if _is_routed(model.config):
+        load = head_loads(model, corpus.validation, **windows, limit=WINDOWS[flags.smoke])  # [L, H]
+        shared = graph.routing.num_shared
+        cv, entropy = load_cv(load, shared).mean().item(), load_entropy(load, shared).mean().item()
+        result |= {"load": load.tolist(), "load_cv": cv, "load_entropy": entropy}
+        draw_load(load, leaf / "load.png", num_shared=shared, title="load of heads over validation text")
     write_text(leaf / "result.json", json.dumps(result, indent=2))
     write_text(leaf / "sample.txt", sample_text(model, corpus.validation, length=flags.length))
-    if model.config.head_graph is not None:
+    if graph is not None and (graph.outputs is not None or graph.scores is not None):
         with record(model) as heads:
             window_losses(model, corpus.validation, **windows, limit=WINDOWS[flags.smoke])
         draw(heads, leaf / "heads.png", title="mean edge weights over validation text")
     return {**result, "losses": losses, "steps": steps, "log": training.folder.rows}
+
+
+def _is_routed(config: TransformerConfig) -> bool:
+    return config.head_graph is not None and config.head_graph.routing is not None
 
 
 def _report(trained: dict[str, dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
@@ -264,33 +260,40 @@ def _report(trained: dict[str, dict[str, Any]], folder: Path, flags: argparse.Na
     head = f"{'model':<16} {'parameters':>10} {'validation loss':>17} {'step [ms]':>10} {'ratio':>6} {'time [s]':>8}"
     print(f"\n{head}\n{'-' * len(head)}")
     for name, result in trained.items():
-        beside = trained[name.replace("goh", "plain")] if flags.compare else None
+        beside = trained[name.replace(_kind(flags)[0], "plain")] if flags.compare else None
         pairs = zip(result["steps"], beside["steps"], strict=True) if beside else ()
         ratio = f"{statistics.median(own / other for own, other in pairs):.3f}" if beside else "-"
         loss = f"{result['validation_loss']:.4f} ± {result['standard_error']:.4f}"
         step = f"{result['step_seconds'] * 1e3:.1f}"
         name = folder.name if name == "." else name
         print(f"{name:<16} {result['parameters']:>10,} {loss:>17} {step:>10} {ratio:>6} {result['seconds']:>8.1f}")
-    print("goh: heads as a graph; plain: plain attention; ± standard error over the validation text")
+    kinds = dict([_kind(flags), KINDS[False, False]])
+    legend = "; ".join(f"{name}: {meaning}" for name, meaning in kinds.items())
+    print(f"{legend}; ± standard error over the validation text")
+    for name, result in trained.items():
+        if "load" in result:
+            name, load = folder.name if name == "." else name, f"load CV {result['load_cv']:.3f}"
+            print(f"routing of {name}: {load}, load entropy {result['load_entropy']:.3f} (balanced: 0 and 1)")
     if flags.compare:
         print(_verdict(trained))
     if len(trained) > 1:
         draw_curves({name: result["log"] for name, result in trained.items()}, folder / "curves.png")
-    pictures = [folder / "curves.png", *sorted(folder.rglob("heads.png"))]
+    pictures = [folder / "curves.png", *sorted(folder.rglob("heads.png")), *sorted(folder.rglob("load.png"))]
     print("pictures: " + ", ".join(str(path) for path in pictures))
 
 
 def _verdict(trained: dict[str, dict[str, Any]]) -> str:
     """Which is better: by the same windows of the validation text, or by the same seeds when there are several."""
-    graphs = [result for name, result in trained.items() if name.endswith("goh")]
+    kind = next(name.split("/")[-1] for name in trained if not name.endswith("plain"))
+    graphs = [result for name, result in trained.items() if name.endswith(kind)]
     plains = [result for name, result in trained.items() if name.endswith("plain")]
     gains = [plain["losses"] - graph["losses"] for graph, plain in zip(graphs, plains, strict=True)]
     values = torch.stack([gain.mean() for gain in gains]) if len(gains) > 1 else gains[0]
     gain, error = values.mean().item(), standard_error(values)
     basis = f"{len(gains)} seeds" if len(gains) > 1 else "one seed; another one may say otherwise: --seeds 0 1 2"
     if not abs(gain) > 2 * error:
-        return f"no difference beyond noise: goh is ahead by {gain:+.4f} ± {error:.4f} nats ({basis})"
-    return f"better: {'goh' if gain > 0 else 'plain'}, by {abs(gain):.4f} ± {error:.4f} nats ({basis})"
+        return f"no difference beyond noise: {kind} is ahead by {gain:+.4f} ± {error:.4f} nats ({basis})"
+    return f"better: {kind if gain > 0 else 'plain'}, by {abs(gain):.4f} ± {error:.4f} nats ({basis})"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from gohgraph.experts import GraphExperts
 from gohgraph.fold import fold
 from gohgraph.graph import head_graph
 from gohgraph.graph_config import HeadGraphConfig, RoutingConfig, SiteConfig
+from gohgraph.load_chart import draw_load
 from gohgraph.models import Classifier, LanguageModel, Transformer
 from gohgraph.objects import FeedForward, Heads, MultiHeadAttention
 from gohgraph.outputs import ModelOutput
@@ -37,6 +38,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "draw",
+    "draw_load",
     "fold",
     "head_graph",
     "record",

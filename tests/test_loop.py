@@ -15,7 +15,7 @@ from torch import nn
 
 from gohgraph import HeadGraphConfig, LanguageModel, SiteConfig, TransformerConfig
 from gohgraph.learning.corpus import sample_batch
-from gohgraph.learning.language import next_token_loss, window_losses
+from gohgraph.learning.language import next_token_output, window_losses
 from gohgraph.learning.loop import TrainConfig, Training, TrainingInterrupted, train, train_together
 from gohgraph.learning.optim import parameter_groups
 from gohgraph.learning.run_folder import last_folder, new_folder
@@ -60,7 +60,7 @@ def interrupted_at(number: int):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder, trained = tmp_path_factory.mktemp("runs") / "whole", model()
-    return trained, train(trained, batch, next_token_loss, CONFIG, folder, evaluate=evaluate), folder
+    return trained, train(trained, batch, next_token_output, CONFIG, folder, evaluate=evaluate), folder
 
 
 def test_it_learns_and_leaves_a_run_folder(uninterrupted):
@@ -83,12 +83,12 @@ def test_it_learns_and_leaves_a_run_folder(uninterrupted):
 def test_resumed_equals_uninterrupted_with_dropout(uninterrupted, tmp_path, step):
     whole, rows, _ = uninterrupted
     with pytest.raises(TrainingInterrupted, match=f"step {step + 1}"):
-        train(model(), interrupted_at(step), next_token_loss, CONFIG, tmp_path, evaluate=evaluate)
+        train(model(), interrupted_at(step), next_token_output, CONFIG, tmp_path, evaluate=evaluate)
     assert (tmp_path / "checkpoints" / f"step-{step + 1:06d}").is_dir()
     torch.manual_seed(1234)
     resumed = model()
     torch.rand(17)
-    again = train(resumed, batch, next_token_loss, CONFIG, tmp_path, evaluate=evaluate, resume=True)
+    again = train(resumed, batch, next_token_output, CONFIG, tmp_path, evaluate=evaluate, resume=True)
     assert learned(again) == learned(rows)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
@@ -103,22 +103,22 @@ def test_resuming_cuts_off_the_log_after_the_checkpoint(uninterrupted, tmp_path)
         return batch(index)
 
     with pytest.raises(RuntimeError, match="power cut"):
-        train(model(), failing, next_token_loss, CONFIG, tmp_path, evaluate=evaluate)
+        train(model(), failing, next_token_output, CONFIG, tmp_path, evaluate=evaluate)
     assert "\n15," in (tmp_path / "log.csv").read_text()
-    again = train(model(), batch, next_token_loss, CONFIG, tmp_path, evaluate=evaluate, resume=True)
+    again = train(model(), batch, next_token_output, CONFIG, tmp_path, evaluate=evaluate, resume=True)
     assert learned(again) == learned(rows)
     assert (tmp_path / "log.csv").read_text().count("\n15,") == 1
 
 
 def test_a_finished_run_resumes_to_the_same_log(uninterrupted):
     _, rows, folder = uninterrupted
-    assert train(model(), batch, next_token_loss, CONFIG, folder, evaluate=evaluate, resume=True) == rows
+    assert train(model(), batch, next_token_output, CONFIG, folder, evaluate=evaluate, resume=True) == rows
 
 
 def test_turns_do_not_disturb_each_other(uninterrupted, tmp_path):
     _, rows, _ = uninterrupted
     trainings = [
-        Training(model(), batch, next_token_loss, CONFIG, tmp_path / name, evaluate=evaluate) for name in ("a", "b")
+        Training(model(), batch, next_token_output, CONFIG, tmp_path / name, evaluate=evaluate) for name in ("a", "b")
     ]
     for history in train_together(trainings, block=4):
         assert learned(history) == learned(rows)
@@ -130,7 +130,7 @@ def test_interrupted_turns_all_resume(uninterrupted, tmp_path):
     def start(data, resume=False):
         common = {"evaluate": evaluate, "resume": resume}
         return [
-            Training(model(), source, next_token_loss, CONFIG, tmp_path / name, **common)
+            Training(model(), source, next_token_output, CONFIG, tmp_path / name, **common)
             for name, source in (("a", batch), ("b", data))
         ]
 
@@ -159,7 +159,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
 def test_further_measures_get_columns_of_their_own(tmp_path):
     measure = lambda model: {"validation_loss": 1.0, "accuracy": 0.5}  # noqa: E731
     seen = []
-    train(model(), batch, next_token_loss, changed(steps=5, eval_every=2, log_every=1), tmp_path, evaluate=measure,
+    train(model(), batch, next_token_output, changed(steps=5, eval_every=2, log_every=1), tmp_path, evaluate=measure,
           on_evaluate=seen.append)  # fmt: skip
     assert [row["step"] for row in seen] == [2, 4, 5]
     with open(tmp_path / "log.csv", newline="") as file:
@@ -168,7 +168,7 @@ def test_further_measures_get_columns_of_their_own(tmp_path):
 
 def test_bf16_trains_and_leaves_the_model_as_it_was(tmp_path):
     trained, fresh = model(0.0), model(0.0)
-    rows = train(trained, batch, next_token_loss, changed(precision="bf16"), tmp_path)
+    rows = train(trained, batch, next_token_output, changed(precision="bf16"), tmp_path)
     assert rows[-1]["loss"] < rows[0]["loss"] and trained.embedding.tokens.weight.dtype == torch.float32
     # Without the run's autocast again: exactly what a float32 model of these weights computes.
     fresh.load_state_dict(trained.state_dict())
@@ -179,35 +179,35 @@ def test_a_fresh_run_does_not_overwrite_one(uninterrupted):
     _, _, folder = uninterrupted
     before = (folder / "log.csv").read_bytes()
     with pytest.raises(ValueError, match="Expected a folder without a run"):
-        train(model(), batch, next_token_loss, CONFIG, folder)
+        train(model(), batch, next_token_output, CONFIG, folder)
     assert (folder / "log.csv").read_bytes() == before
 
 
 def test_resuming_without_a_run(tmp_path):
     with pytest.raises(ValueError, match="Expected a run to resume"):
-        train(model(), batch, next_token_loss, CONFIG, tmp_path / "none", resume=True)
+        train(model(), batch, next_token_output, CONFIG, tmp_path / "none", resume=True)
     assert not (tmp_path / "none").exists()
 
 
 def test_resuming_with_another_configuration_names_the_keys(tmp_path):
     settings = {"model": {"d_model": 14, "outputs": {"rank": None}}, "flags": {"run": "here"}}
-    train(model(), batch, next_token_loss, changed(steps=5), tmp_path, settings=settings)
+    train(model(), batch, next_token_output, changed(steps=5), tmp_path, settings=settings)
     other = {"model": {"d_model": 14, "outputs": {"rank": 3}}, "flags": {"run": "there"}}
     with pytest.raises(ValueError, match=r"model.outputs.rank = 3 for None; training.learning_rate = 0.5 for 0.01"):
         faster = changed(steps=5, learning_rate=0.5)
-        train(model(), batch, next_token_loss, faster, tmp_path, settings=other, resume=True)
+        train(model(), batch, next_token_output, faster, tmp_path, settings=other, resume=True)
     same = changed(steps=5, checkpoint_every=2, keep_checkpoints=1, log_every=1)
-    train(model(), batch, next_token_loss, same, tmp_path, settings={**settings, "flags": {}}, resume=True)
+    train(model(), batch, next_token_output, same, tmp_path, settings={**settings, "flags": {}}, resume=True)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "scheduler.bin", "trainer.json"])
 def test_a_damaged_checkpoint_is_named(tmp_path, name):
-    train(model(), batch, next_token_loss, changed(steps=8), tmp_path)
+    train(model(), batch, next_token_output, changed(steps=8), tmp_path)
     last = tmp_path / "checkpoints" / "step-000008"
     content = (last / name).read_bytes()
     (last / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="Expected a whole checkpoint .*step-000008") as error:
-        train(model(), batch, next_token_loss, changed(steps=8), tmp_path, resume=True)
+        train(model(), batch, next_token_output, changed(steps=8), tmp_path, resume=True)
     assert "\n" not in str(error.value)
 
 
@@ -226,15 +226,15 @@ def test_a_half_written_checkpoint_is_not_taken(uninterrupted, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "save_state", failing)
         with pytest.raises(OSError, match="disk full"):
-            train(model(), batch, next_token_loss, CONFIG, tmp_path, evaluate=evaluate)
+            train(model(), batch, next_token_output, CONFIG, tmp_path, evaluate=evaluate)
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-000007"]
-    again = train(model(), batch, next_token_loss, CONFIG, tmp_path, evaluate=evaluate, resume=True)
+    again = train(model(), batch, next_token_output, CONFIG, tmp_path, evaluate=evaluate, resume=True)
     assert learned(again) == learned(rows)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     def loss(model, tensors):
-        return next_token_loss(model, tensors) * (math.nan if torch.equal(tensors[0], batch(3)[0]) else 1)
+        return next_token_output(model, tensors).loss * (math.nan if torch.equal(tensors[0], batch(3)[0]) else 1)
 
     with pytest.raises(FloatingPointError, match="finite loss .got nan at step 4"):
         train(model(), batch, loss, changed(checkpoint_every=5), tmp_path)
@@ -251,7 +251,7 @@ def test_accelerate_missing_names_the_extra(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"gohgraph\[train\]"):
-        train(model(), batch, next_token_loss, CONFIG, tmp_path / "run")
+        train(model(), batch, next_token_output, CONFIG, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -261,7 +261,7 @@ def test_impossible_devices_and_precisions_touch_nothing(tmp_path):
         wrong.append(changed(device="cuda"))
     for config in wrong:
         with pytest.raises(ValueError, match="Expected"):
-            train(model(), batch, next_token_loss, config, tmp_path / "run")
+            train(model(), batch, next_token_output, config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

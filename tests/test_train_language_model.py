@@ -13,6 +13,8 @@ import torch
 from helpers import load_script
 
 from gohgraph import LanguageModel
+from gohgraph.load import load_cv
+from gohgraph.routing import routers
 
 TINY = "--d-model 14 --num-heads 7 --num-layers 2 --d-ff 13 --length 17 --batch-size 3 --steps 11 --device cpu".split()
 
@@ -87,6 +89,50 @@ def test_compare_trains_both_on_the_same_data_with_equal_parameters(main, tmp_pa
     assert configs[0]["data"] == configs[1]["data"] and configs[0]["training"] == configs[1]["training"]
 
 
+def test_a_router_shows_its_load(main, tmp_path, capsys):
+    flags = "--router --num-shared 2 --top-k 3 1 --balance-loss 0.02 --z-loss 0.001 --bias-rate 0.01 --anneal-top-k 5"
+    assert main("--run", "out", *flags.split()) == 0
+    folder, shown = tmp_path / "out", capsys.readouterr().out
+    model = LanguageModel.from_pretrained(folder / "model")
+    routing = {"num_shared": 2, "top_k": [3, 1], "balance_loss": 0.02, "z_loss": 0.001, "bias_rate": 0.01}
+    assert model.config.to_dict()["head_graph"]["routing"] == {**routing, "straight_through": False}
+    assert all(router.balance_bias.abs().max() > 0 for router in routers(model))
+    assert json.loads((folder / "config.json").read_text())["training"]["anneal_top_k"] == 5
+    result = json.loads((folder / "result.json").read_text())
+    load = torch.tensor(result["load"], dtype=torch.float64)
+    assert load.shape == (2, 7) and (load[:, :2] == 1).all()
+    torch.testing.assert_close(load[:, 2:].sum(1), torch.tensor([3.0, 1.0]).double(), rtol=0, atol=1e-6)
+    assert result["load_cv"] == pytest.approx(load_cv(load, 2).mean().item())
+    assert f"routing of out: load CV {result['load_cv']:.3f}, load entropy {result['load_entropy']:.3f}" in shown
+    assert "heads as a graph, routed by token" in shown and "out/heads.png" in shown and "out/load.png" in shown
+    with open(folder / "log.csv", newline="") as file:
+        row = list(csv.DictReader(file))[-1]
+    assert all(row[name] for name in ("balance_loss", "z_loss", "load_cv", "load_entropy", "router_entropy"))
+
+
+def test_routing_without_messages_is_compared_with_plain(main, tmp_path, capsys):
+    assert main("--sites", "none", "--router", "--anneal-top-k", "3", "--compare", "--run", "out") == 0
+    shown, folder = capsys.readouterr().out, tmp_path / "out"
+    results = {name: json.loads((folder / name / "result.json").read_text()) for name in ("moh", "plain")}
+    counts = [result["parameters"] for result in results.values()]
+    assert abs(counts[0] - counts[1]) <= 2 * 14 + 1 and all(f"{count:,}" in shown for count in counts)
+    graph = LanguageModel.from_pretrained(folder / "moh" / "model").config.head_graph
+    assert graph.outputs is graph.scores is None and (graph.routing.num_shared, graph.routing.top_k) == (2, 3)
+    assert [path.name for path in folder.rglob("load.png")] == ["load.png"] and not list(folder.rglob("heads.png"))
+    assert "load" not in results["plain"] and "moh: heads routed by token; plain: plain attention" in shown
+    assert "goh" not in shown and ("better: moh" in shown or "better: plain" in shown or "moh is ahead" in shown)
+    assert main("--sites", "none", "--router", "--match-parameters", "--run", "plain") == 0
+    assert log(tmp_path / "plain") == log(folder / "plain")
+
+
+def test_graph_experts(main, tmp_path):
+    assert main("--experts", "--rounds", "3", "--alignment", "0.1", "--top-edges", "2", "--router", "--run", "out") == 0
+    graph = LanguageModel.from_pretrained(tmp_path / "out" / "model").config.head_graph
+    assert (graph.outputs.topology, graph.outputs.num_shared, graph.outputs.rounds) == ("bipartite", 2, 3)
+    assert graph.outputs.top_edges == 2 and graph.alignment == 0.1 and graph.routing.num_shared == 2
+    assert (tmp_path / "out" / "heads.png").exists() and (tmp_path / "out" / "load.png").exists()
+
+
 def test_the_verdict_is_what_was_measured(script):
     def trained(goh, plain):
         return {"goh": {"losses": torch.tensor(goh)}, "plain": {"losses": torch.tensor(plain)}}
@@ -109,9 +155,9 @@ def test_seeds_have_folders_of_their_own(main, tmp_path):
     assert losses[0] != losses[1] and (tmp_path / "out" / "curves.png").exists()
 
 
-@pytest.mark.parametrize("flags", [(), ("--compare",), ("--seeds", "0", "1")])
+@pytest.mark.parametrize("flags", ["", "--compare", "--seeds 0 1", "--router --bias-rate 0.01 --anneal-top-k 9"])
 def test_ctrl_c_and_resume_equal_an_uninterrupted_run(script, main, tmp_path, monkeypatch, capsys, flags):
-    flags = ("--dropout", "0.1", *flags)
+    flags = ["--dropout", "0.1", *flags.split()]
     assert main("--run", "whole", *flags) == 0
     steps = []
 
@@ -147,6 +193,12 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(script, main, tmp_path, mo
         (["--sites", "scores", "--topology", "ring"], "no --topology with --sites scores"),
         (["--sites", "none", "--rank", "2"], "no --rank with --sites none"),
         (["--sites", "none", "--compare"], "head graph to compare"),
+        (["--top-k", "3"], "no --top-k without --router"),
+        (["--router", "--top-k", "6"], "top_k of at least 1 and at most"),
+        (["--router", "--top-k", "3", "2", "1"], "one top_k for each of 2 layers"),
+        (["--router", "--anneal-top-k", "11"], "anneal_top_k below steps = 11"),
+        (["--router", "--balance-loss", "-1"], "balance_loss"),
+        (["--experts", "--num-shared", "9"], "num_shared"),
         (["--compare", "--match-parameters"], "got both"),
         (["--precision", "fp16"], "on the CPU"),
         (["--threads", "0"], "--threads"),

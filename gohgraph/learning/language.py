@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.learning.corpus import evaluation_batches
+from gohgraph.outputs import ModelOutput
 
 VOCAB_SIZE = 256
 
@@ -31,10 +32,14 @@ def decode(tokens: Tensor) -> str:
     return bytes(tokens.tolist()).decode("utf-8", "replace")
 
 
-def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns the mean cross entropy, in nats, of `(inputs [B, T], targets [B, T])`: a loss for `train`."""
+def next_token_output(model: nn.Module, batch: tuple[Tensor, Tensor]) -> ModelOutput:
+    """Returns a language model's output for `(inputs [B, T], targets [B, T])`: a loss for `train`.
+
+    It carries the loss (mean cross entropy in nats, plus the weighted losses of routers and graph experts) and what
+    the routers did.
+    """
     inputs, targets = batch
-    return model(inputs, targets=targets).loss
+    return model(inputs, targets=targets)
 
 
 @torch.no_grad()
@@ -66,6 +71,41 @@ def window_losses(
         each = F.cross_entropy(logits.transpose(1, 2), targets.to(device), reduction="none")  # [B, T]
         losses.append(each.double().mean(dim=1).cpu())
     return torch.cat(losses)
+
+
+@torch.no_grad()
+def head_loads(model: nn.Module, data: Tensor, *, batch_size: int, length: int, limit: int | None = None) -> Tensor:
+    """Measures which heads a routed language model uses on the fixed windows of `evaluation_batches`.
+
+    Args:
+        model: used as it is; call `model.eval()` first.
+        data: bytes `[N]`.
+        batch_size, length, limit: as in `evaluation_batches`.
+
+    Returns:
+        Share of tokens each head is active for, float64 `[L, H]`, one row for each router, on the CPU.
+
+    Raises:
+        ValueError: the model has no routers.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> shape = dict(d_model=8, num_heads=4, num_layers=1, d_ff=8, head_graph=goh.HeadGraphConfig.moh(1, 2))
+        >>> model = goh.LanguageModel(goh.TransformerConfig(256, **shape)).eval()
+        >>> load = head_loads(model, torch.arange(100, dtype=torch.uint8), batch_size=2, length=10)
+        >>> load[0, 0].item(), round(load[0, 1:].sum().item(), 6)
+        (1.0, 2.0)
+    """
+    device = next(model.parameters()).device
+    total, windows = 0.0, 0
+    for inputs, _ in evaluation_batches(data, batch_size=batch_size, length=length, limit=limit):
+        routing = model(inputs.to(device)).routing
+        if not routing:
+            raise ValueError("Expected a model with routers (got none). Do build it with HeadGraphConfig.moh(...).")
+        # The last batch may hold fewer windows than the others.
+        total = total + len(inputs) * torch.stack([one.load for one in routing]).double().cpu()  # [L, H]
+        windows += len(inputs)
+    return total / windows
 
 
 def sample_text(model: nn.Module, data: Tensor, *, length: int, samples: int = 4, seed: int = 0) -> str:

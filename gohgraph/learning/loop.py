@@ -9,11 +9,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from gohgraph.learning.interrupts import TrainingInterrupted, interrupts
 from gohgraph.learning.train_config import TrainConfig
-from gohgraph.learning.training import Row, Training
+from gohgraph.learning.training import Loss, Row, Training
 
 __all__ = ["TrainConfig", "Training", "TrainingInterrupted", "train", "train_together"]
 
@@ -21,7 +21,7 @@ __all__ = ["TrainConfig", "Training", "TrainingInterrupted", "train", "train_tog
 def train(
     model: nn.Module,
     batch: Callable[[int], Any],
-    loss: Callable[[nn.Module, Any], Tensor],
+    loss: Loss,
     config: TrainConfig,
     folder: str | os.PathLike[str],
     *,
@@ -40,7 +40,9 @@ def train(
         model: trained in place; ends on the device it was trained on.
         batch: tensors of a micro-batch, a pure function of its number: the step, unless gradients are accumulated or
             several processes train; then they count on, each process taking its own.
-        loss: scalar loss of `(model, tensors)`; it calls the model it is given, which may be compiled or distributed.
+        loss: of `(model, tensors)`; it calls the model it is given, which may be compiled or distributed. Returns a
+            scalar tensor, or an output with that as `.loss` and, as `.routing`, the `Routing` of every router in the
+            order of `routers(model)`, such as `ModelOutput`. Routers with a balance bias need the latter.
         config: everything else about the training.
         folder: the run folder, made if missing; one that already holds a run is refused unless it is resumed.
         evaluate: measures the model in eval mode without gradients, e.g. `{"validation_loss": 1.23}`.
@@ -53,7 +55,9 @@ def train(
     Returns:
         The log, one row per `log_every` steps and per evaluation: step, loss (mean since the row before, in nats where
         it is a cross entropy), validation_loss or None, lr, tokens_per_second, seconds (of training alone), and
-        whatever else `evaluate` returns.
+        whatever else `evaluate` returns. Where `loss` returns a routing, also means over the same steps and over
+        layers: balance_loss, z_loss, load_cv and load_entropy (see `gohgraph.load`; of the load of each step), and
+        router_entropy (of a token's scores, in nats).
 
     Raises:
         ImportError: accelerate is not installed.

@@ -26,6 +26,8 @@ class TrainConfig:
         betas: of AdamW, each in [0, 1).
         grad_clip: largest gradient norm, `None` for no limit.
         graph_lr_factor: learning rate of head graphs, as a multiple of the others'.
+        anneal_top_k: steps over which every router's k falls linearly, rounded, from all its routed heads to its own
+            budget, fewer than `steps`; 0 for that budget at once. Under `compile`, every k is compiled anew.
         accumulate: batches whose gradients make one step.
         eval_every, log_every, checkpoint_every: steps between evaluations, log rows and checkpoints.
         keep_checkpoints: how many of the last checkpoints are kept.
@@ -50,6 +52,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float | None = 1.0
     graph_lr_factor: float = 1.0
+    anneal_top_k: int = 0
     accumulate: int = 1
     eval_every: int = 100
     log_every: int = 10
@@ -63,7 +66,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "eval_every", "log_every", "checkpoint_every", "keep_checkpoints"):
             self._check_int(name, low=1)
-        for name in ("warmup", "seed"):
+        for name in ("warmup", "anneal_top_k", "seed"):
             self._check_int(name, low=0)
         self._check_number("learning_rate", low=0, above=True)
         self._check_number("min_lr_ratio", low=0, high=1)
@@ -71,8 +74,11 @@ class TrainConfig:
         self._check_number("graph_lr_factor", low=0)
         if self.grad_clip is not None:
             self._check_number("grad_clip", low=0, above=True)
-        if self.warmup >= self.steps:
-            raise ValueError(f"Expected warmup below steps = {self.steps} (got {self.warmup}). Do shorten it.")
+        for name in ("warmup", "anneal_top_k"):
+            if getattr(self, name) >= self.steps:
+                raise ValueError(
+                    f"Expected {name} below steps = {self.steps} (got {getattr(self, name)}). Do shorten it."
+                )
         betas = tuple(self.betas) if isinstance(self.betas, (tuple, list)) else ()
         if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
             raise ValueError(f"Expected two betas in [0, 1) (got {self.betas!r}). Do pass e.g. (0.9, 0.95).")

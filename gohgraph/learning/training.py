@@ -24,10 +24,13 @@ from tqdm import tqdm
 from gohgraph.drawing import draw_curves
 from gohgraph.learning.accelerator import make_accelerator
 from gohgraph.learning.optim import make_optimizer
+from gohgraph.learning.router_training import RouterTraining
 from gohgraph.learning.run_folder import CURVES, STATE, RunFolder
 from gohgraph.learning.train_config import TrainConfig
 
 Row = dict[str, Any]
+# What a model is trained on: a scalar tensor, or an output with `.loss` and `.routing`.
+Loss = Callable[[nn.Module, Any], Any]
 
 
 class Training:
@@ -43,7 +46,7 @@ class Training:
         self,
         model: nn.Module,
         batch: Callable[[int], Any],
-        loss: Callable[[nn.Module, Any], Tensor],
+        loss: Loss,
         config: TrainConfig,
         folder: str | os.PathLike[str],
         *,
@@ -56,6 +59,8 @@ class Training:
         self.batch, self.loss, self.config, self.description = batch, loss, config, description
         self.evaluate, self.on_evaluate = evaluate, on_evaluate
         self.accelerator = make_accelerator(config)
+        several = self.accelerator.num_processes > 1
+        self.routing = RouterTraining(model, config.anneal_top_k, torch.distributed.group.WORLD if several else None)
         self.folder = RunFolder(folder, {"training": config.to_dict(), **(settings or {})})
         if self.accelerator.is_main_process:
             self.folder.open(resume=resume)
@@ -108,13 +113,14 @@ class Training:
         self.accelerator.save_state(str(self.folder.path / "checkpoints" / ".new"))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            state = {"seconds": self.seconds, "losses": self._losses}
+            state = {"seconds": self.seconds, "losses": self._losses, "routing": self.routing.pending}
             self.folder.commit_checkpoint(self.step, state, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Ends the progress bar, draws curves.png and takes accelerate's wrapping off the model."""
+        """Ends the progress bar, draws curves.png, gives routers their budgets and takes off accelerate's wrapping."""
         self.bar.close()
+        self.routing.close()
         if self.accelerator.is_main_process and self.folder.rows:
             draw_curves({self.description or self.folder.path.name: self.folder.rows}, self.folder.path / CURVES)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -122,20 +128,26 @@ class Training:
     def _train_step(self) -> None:
         accelerator, config = self.accelerator, self.config
         _seed_step(config.seed, self.step, accelerator.process_index)
+        if self.routing.begin(self.step) and config.compile:
+            # Each k is another graph, and torch gives up compiling after a few of the same code.
+            torch.compiler.reset()
         total = 0.0
         for number in range(config.accumulate):
             tensors = self._batch(number)
             last = number + 1 == config.accumulate
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
-                    loss = self.loss(self.callable, tensors) / config.accumulate
+                    output = self.loss(self.callable, tensors)
+                loss = (output if isinstance(output, Tensor) else output.loss) / config.accumulate
                 accelerator.backward(loss)
+            self.routing.observe(() if isinstance(output, Tensor) else output.routing)
             total = total + loss.detach()
         if config.grad_clip is not None:
             accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
+        self.routing.end()
         self._new.append(total)
         self.step += 1
 
@@ -163,13 +175,17 @@ class Training:
                 )
         self._losses += losses
         self._new = []
+        self.routing.read()
 
     def _log(self) -> None:
         rate = self._tokens / max(self.seconds - self._row_seconds, 1e-9)
         row = {"step": self.step, "loss": sum(self._losses) / len(self._losses), "validation_loss": None}
         row["lr"] = self.config.learning_rate * self.config.learning_rate_factor(self.step - 1)
         row |= {"tokens_per_second": round(rate, 1), "seconds": round(self.seconds, 6)}
-        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
+        routing = self.routing.row()
+        row |= routing
+        balance = f", load CV {routing['load_cv']:.2f}" if routing else ""
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}{balance}, {rate:,.0f} tokens/s", refresh=False)
         self._losses, self._tokens, self._row_seconds = [], 0, self.seconds
         evaluated = self.evaluate is not None and self._is_due(self.config.eval_every)
         if evaluated:
@@ -195,6 +211,7 @@ class Training:
                 state = json.loads((checkpoints[-1] / STATE).read_text(encoding="utf-8"))
                 self.accelerator.load_state(str(checkpoints[-1]))
                 self.step, self.seconds, self._losses = state["step"], state["seconds"], state["losses"]
+                self.routing.pending = state["routing"]
             # Pickle, zip, safetensors, JSON and torch each have errors of their own for a damaged file.
             except Exception as error:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
