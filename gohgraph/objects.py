@@ -15,8 +15,8 @@ from gohgraph.routing import Routing
 from gohgraph.scores import mixed_attention, wide_heads_for
 from gohgraph.skipping import ActiveHeads, project_all
 
-# Numbers per row that heads which are off need not read, from which leaving them out pays on a CPU: below, it costs more
-# calls than it saves. Between 0.28 and 0.33 million by `tools/benchmark.py routing`, at batch 1 and 4, one thread or two.
+# Numbers per row that need not be read for heads that are off, from which leaving these out pays on a CPU; with fewer
+# the calls cost more. Between 0.28 and 0.33 million by `tools/benchmark.py routing` at batch 1 and 4, two threads.
 SKIP_FROM_UNREAD = 300_000
 
 

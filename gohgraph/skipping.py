@@ -74,7 +74,7 @@ class ActiveHeads:
     ) -> Tensor:
         """Attention of active heads: q `[B, 1, H, D]`, k, v `[B, S, G, D]`, mask as in attention -> `[B, 1, H, D]`."""
         groups = q.shape[2] // k.shape[2]
-        runs = [_runs([head // groups for head in heads]) for heads in self._lists]
+        runs = [cut_into_runs([head // groups for head in heads]) for heads in self._lists]
         index = self.rows.unsqueeze(-1)  # [B, A, 1]
         q = (q[:, 0] * q.shape[-1] ** -0.5).gather(1, index.expand(-1, -1, q.shape[-1]))  # [B, A, D]
         scores = _products(q, k.permute(0, 2, 3, 1), runs)  # [B, A, S]
@@ -137,15 +137,19 @@ def _calls(lists: list[list[int]]) -> list[tuple[slice | list[int], Run]]:
     return [
         (slice(None) if len(rows) == len(lists) else list(rows), run)
         for rows, heads in together.items()
-        for run in _runs(heads)
+        for run in cut_into_runs(heads)
     ]
 
 
-def _runs(heads: list[int]) -> list[Run]:
+def cut_into_runs(heads: list[int]) -> list[Run]:
     """Cuts sorted heads into runs of equal steps.
 
-    To copy the heads out instead would cost as much as skipping saves. Any two heads are a run; none is left alone
-    where that can be helped, since one head is read by one core.
+    To copy the heads out instead would cost as much as skipping saves. Any two heads are a run; the last is not left
+    alone where the run before it can give one, since one head is read by one core.
+
+    Example:
+        >>> [tuple(run) for run in cut_into_runs([0, 1, 2, 5])]
+        [(0, 1, 2), (2, 3, 2)]
     """
     ends: list[int] = []
     while (start := ends[-1] if ends else 0) < len(heads):

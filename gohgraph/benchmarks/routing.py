@@ -3,9 +3,9 @@
 Timed is the attention sublayer of a causal layer (norm, attention with router and key/value cache, residual) in eval
 mode without gradients, on the last token of a context: the cache holds the others, with random keys and values. All
 forms have the weights of the plain one and see the same tokens, another in every round, and router weights so large
-that a token's active heads are its own. A call decodes one token through four such sublayers, each with weights and a cache
-of its own: as in a model, no long context is found in the processor's cache because it has just been read. Each round
-runs every row once, in shuffled order, and gives one ratio of plain's time to its own; shown are their median and
+that a token's active heads are its own. A call decodes one token through four such sublayers, each with weights and a
+cache of its own: as in a model, no long context is found in the processor's cache because it has just been read. Each
+round runs every row once, in shuffled order, and gives one ratio of plain's time to its own; shown are their median and
 quartiles.
 
 Of H heads H/4 are shared and always active; at 25 % active, half of those that are. Skipping is `attention.skip`: off
