@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from gohgraph.cache import KeyValueCache
 from gohgraph.experts import alignment_loss
+from gohgraph.grouping import LARGEST_SHARE, TokenGroups, group_tokens, grouped_attention, may_pay
 from gohgraph.routing import Routing
 from gohgraph.scores import mixed_attention, wide_heads_for
-from gohgraph.skipping import ActiveHeads, project_all
+from gohgraph.skipping import ActiveHeads, only_multiplies, project_all
 
 # Numbers per row that need not be read for heads that are off, from which leaving these out pays on a CPU; with fewer
 # the calls cost more. Between 0.28 and 0.33 million by `tools/benchmark.py routing` at batch 1 and 4, two threads.
@@ -58,8 +59,9 @@ class MultiHeadAttention(nn.Module):
         score_graph: messages between attention scores before the softmax, or `None`. A one-round graph of in-degree up
             to 4 runs as attention over wider heads (`wide`, a `WideHeads`; set it to `None` to force the eager form).
         router: a `HeadRouter`, which chooses and weighs the heads of every token, or `None`: all work, g = 1. Messages
-            at both sites then flow on the induced subgraph of a token's active heads. In decoding, heads that are off
-            are not computed (`skip`: `None` where that was measured to pay, True wherever it can be done, False never).
+            at both sites then flow on the induced subgraph of a token's active heads. Heads that are off are left out:
+            in decoding altogether, of more tokens their attention (`skip`: `None` where that was measured to pay, True
+            wherever it can be done, False never).
 
     Shape:
         x `[B, T, M]` -> (y `[B, T, M]`, `Heads` with outputs `[B, T, H, D]`).
@@ -165,13 +167,28 @@ class MultiHeadAttention(nn.Module):
 
     def _skips(self, x: Tensor, keys: int) -> bool:
         """Whether heads that are off are left out: in decoding only, by default where that was measured to pay."""
-        if self.router is None or self.skip is False or x.shape[1] != 1:
+        if self.router is None or self.skip is False or x.shape[1] != 1 or not len(x):
             return False
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or (self.training and self.dropout):
             return False
         off = 1 - self.router.num_active / self.num_heads
         unread = off * (keys * self.num_kv_heads * self.head_dim + self.d_model**2 / x.shape[0])
-        return self.skip or (x.device.type == "cpu" and unread >= SKIP_FROM_UNREAD)
+        if not self.skip and (x.device.type != "cpu" or unread < SKIP_FROM_UNREAD):
+            return False
+        # Weights are read by head, past the modules that hold them: these must do nothing else, nor autocast.
+        projections = (self.query, self.key, self.value, self.output)
+        return not torch.is_autocast_enabled(x.device.type) and all(map(only_multiplies, projections))
+
+    def _groups(self, q: Tensor, k: Tensor, active: Tensor | None = None) -> TokenGroups | None:
+        """The tokens of each routed head where these are to attend for their own alone, else `None`."""
+        if active is None or self.skip is False or q.shape[1] == 1 or not len(q) or torch.compiler.is_compiling():
+            return None
+        if self.router.num_active == self.num_heads:
+            return None
+        if self.skip is None and not may_pay(q, k.shape[1], self.causal):
+            return None
+        groups = group_tokens(active, self.router.num_shared)
+        return groups if self.skip or groups.share(q.shape[1]) <= LARGEST_SHARE[self.causal] else None
 
     def _keys_values(
         self, source: Tensor, positions: Tensor | None, cache: KeyValueCache | None, heads: ActiveHeads | None
@@ -210,6 +227,9 @@ class MultiHeadAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, keep_mask: Tensor | None, active: dict[str, Tensor]
     ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
+        groups = None if dropout or self.score_graph is not None else self._groups(q, k, **active)
+        if groups is not None:
+            return grouped_attention(q, k, v, groups, keep_mask, self.causal)
         tokens, keys = q.shape[1], k.shape[1]
         # One query may see every key there is; a full square without padding leaves causality to the kernel.
         is_causal = self.causal and tokens > 1 and tokens == keys and keep_mask is None

@@ -163,7 +163,7 @@ class HeadRouter(nn.Module):
             weight = torch.cat((self.routed, self.shared, self.kinds)).to(x.dtype)  # [h_r + h_s + 2, M]
             logits = F.linear(x, weight)  # [*, h_r + h_s + 2]
             is_one = logits.shape[:-1].numel() == 1 and x.device.type == "cpu" and not torch.compiler.is_compiling()
-            if is_one and not statistics:
+            if is_one and not statistics and not torch.is_grad_enabled():
                 return self._of_one_token(logits)
             routed, shared, kinds = logits.split((self.num_routed, self.num_shared, 2), dim=-1)  # [*, h_r], ...
             chosen = self._choose(routed.detach())  # [*, h_r]
@@ -207,18 +207,19 @@ class HeadRouter(nn.Module):
     def _choose(self, routed: Tensor) -> Tensor:
         if self.top_k == self.num_routed:
             return torch.ones_like(routed, dtype=torch.bool)
-        # Logits rank as p does, and still where p is too small for a float.
-        scores = routed if self.balance_bias is None else routed.softmax(dim=-1) + self.balance_bias
-        best = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]  # [*, k]
+        best = self._scores(routed).argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]  # [*, k]
         return torch.zeros_like(routed, dtype=torch.bool).scatter(-1, best, True)
+
+    def _scores(self, routed: Tensor) -> Tensor:
+        """What heads are chosen by: logits rank as p does, and still where p is too small for a float."""
+        return routed if self.balance_bias is None else routed.softmax(dim=-1) + self.balance_bias
 
     def _of_one_token(self, logits: Tensor) -> Routing:
         """The same without gradients for one token: with so few numbers, forty calls of torch are what takes time."""
         numbers, split = logits.flatten().tolist(), self.num_routed
         routed, shared, kinds = numbers[:split], numbers[split:-2], numbers[-2:]
-        scores = routed
-        if self.balance_bias is not None:
-            scores = [p + b for p, b in zip(_scaled_shares(routed, 1), self.balance_bias.tolist(), strict=True)]
+        # Rounded as for many tokens: in float64 heads of equal bias and tiny p would not be ties.
+        scores = self._scores(logits.flatten()[:split]).tolist()
         best = sorted(range(split), key=scores.__getitem__, reverse=True)[: self.top_k]
         tilt = math.tanh((kinds[0] - kinds[1]) / 2)
         gates = [(1 + tilt) * s for s in _scaled_shares(shared, self.num_shared)] + [0.0] * split

@@ -19,7 +19,7 @@ ORDER = [
     ["inputs"],
     ["conv", "routing", "load", "baselines"],
     ["experts"],
-    ["scores", "skipping", "embeddings", "objects"],
+    ["scores", "skipping", "grouping", "embeddings", "objects"],
     ["sublayers", "stacks"],
     ["outputs", "models", "fold"],
     ["dropin", "convert"],

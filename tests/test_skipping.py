@@ -19,7 +19,7 @@ B, S, H, D = 3, 11, 6, 10
 M = H * D
 
 
-def attention(shared=2, top_k=2, output=None, score=None, dtype=torch.float64, **settings):
+def attention(shared=2, top_k=2, output=None, score=None, messages=None, dtype=torch.float64, **settings):
     """Routed attention with weights far from their start; every token chooses other heads."""
     graph = goh.head_graph(H)
     module = goh.MultiHeadAttention(
@@ -27,7 +27,7 @@ def attention(shared=2, top_k=2, output=None, score=None, dtype=torch.float64, *
         H,
         causal=True,
         output_graph=None if output is None else output(graph),
-        score_graph=None if score is None else goh.HeadGraphConv(goh.head_graph(H, **score), D, M),
+        score_graph=None if score is None else goh.HeadGraphConv(goh.head_graph(H, **score), D, M, **(messages or {})),
         router=goh.HeadRouter(M, H, shared, top_k, **settings.pop("router", {})),
         **settings,
     )
@@ -55,6 +55,7 @@ def assert_skipping_changes_nothing(module, x, **arguments):
     full, skipped = (decoded(module, x, skip, **arguments) for skip in (False, True))
     for expected, actual in zip(full, skipped, strict=True):
         assert_equal_to(actual, expected)
+    assert skipped[1].shape == (*x[:, arguments.get("prompt", 3) :].shape[:2], H, D)
     off = skipped[1].abs().sum(dim=-1).eq(0)  # [B, T, H]
     assert torch.equal(off.sum(dim=-1), torch.full_like(off[..., 0].int(), H - module.router.num_active).long())
 
@@ -80,6 +81,9 @@ def tokens(batch=B, dtype=torch.float64):
         {"router": {"bias_rate": 0.1}},
         {"score": {"topology": "ring", "hops": 2}},
         {"score": {"topology": "complete"}, "num_kv_heads": 2},
+        {"score": {"topology": "complete"}, "messages": {"top_edges": 2}},
+        {"score": {"topology": "complete"}, "messages": {"rounds": 2, "backend": "pyg"}},
+        {"num_kv_heads": 2, "bias": False, "rotary": RotaryPositions(D), "shared": 1, "top_k": 2},
     ],
     ids=str,
 )
@@ -126,9 +130,10 @@ def test_padding_and_rows_without_keys(score):
     assert_equal_to(skipped[2], module.output.bias.expand(S - 3, -1))
 
 
-def test_a_mask_of_each_head():
-    module, x, cache = attention(), tokens(), KeyValueCache()
-    keep = torch.rand(B, H, 1, S) < 0.7
+@pytest.mark.parametrize("shape", [(B, H, 1, S), (1, H, 1, S), (1, 1, 1, S), (B, 1, 1, 1), (1, H, 1, 1)])
+def test_masks_of_each_head_and_masks_that_broadcast(shape):
+    module, x, cache = attention(num_kv_heads=2), tokens(), KeyValueCache()
+    keep = torch.rand(shape) < 0.7
     outputs = []
     with torch.no_grad():
         module(x[:, :-1], cache=cache)
@@ -139,9 +144,21 @@ def test_a_mask_of_each_head():
     assert_equal_to(outputs[1], outputs[0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("keys", [S - 2, S + 5])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_mask_over_other_keys_is_refused(skip, keys):
+    module, x, cache = attention(), tokens(), KeyValueCache()
+    module.skip = skip
+    module(x[:, :-1], cache=cache)
+    with pytest.raises(RuntimeError):
+        module(x[:, -1:], cache=cache, keep_mask=torch.ones(B, 1, 1, keys, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("keys", [1, 7])
-def test_cross_attention_reads_its_fixed_cache(keys):
-    module = attention()
+@pytest.mark.parametrize("settings", [{}, {"num_kv_heads": 2}, {"score": {"topology": "ring"}}], ids=str)
+def test_cross_attention_reads_its_fixed_cache(settings, keys):
+    module = attention(**settings)
     module.causal = False
     assert_skipping_changes_nothing(module, tokens(), memory=torch.randn(B, keys, M).double(), prompt=1)
 
@@ -154,27 +171,44 @@ def test_narrow_floats(dtype, tolerance):
     assert (skipped - full).abs().max() <= tolerance * full.abs().max()
 
 
-@pytest.mark.parametrize("batch", [1, B])
+def spoil(module, cache, active, place):
+    """Writes NaN over what only heads that are off would read."""
+    unread = ~active[:, 0].unflatten(-1, (module.num_kv_heads, -1)).any(dim=-1)  # [B, G]
+    features = (~active.any(dim=0)).flatten().repeat_interleave(D)  # [H*D], off in every row
+    if place in ("keys", "values"):
+        assert unread.any()
+        cache.read()[place == "values"].masked_fill_(unread[:, None, :, None], float("nan"))
+    elif place == "output":
+        module.output.weight.masked_fill_(features, float("nan"))
+    elif place == "query":
+        module.query.weight.masked_fill_(features.unsqueeze(1), float("nan"))
+    else:
+        module.query.bias.masked_fill_(features, float("nan"))
+
+
+@pytest.mark.parametrize("place", ["keys", "values", "query", "query bias", "output"])
+@pytest.mark.parametrize("settings", [{}, {"num_kv_heads": 3}, {"score": {"topology": "complete"}}], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("crosses", [False, True])
 @torch.no_grad()
-def test_nothing_of_heads_that_are_off_is_read(batch):
-    """NaN in their cached keys and values, and for one row in their weights, too, does not reach the output."""
-    module, x, cache = attention(), tokens(batch), KeyValueCache()
-    module.skip = True
-    module(x[:, :-1], cache=cache)
-    expected, heads = module(x[:, -1:], cache=cache)
-    cache.truncate(S - 1)
-    keys, values = cache.read()
-    off = ~heads.routing.active[:, 0]  # [B, H]
-    for past in (keys, values):
-        past.masked_fill_(off[:, None, :, None], float("nan"))
-    if batch == 1:
-        features = off[0].repeat_interleave(D)  # [H*D]
-        module.query.weight[features], module.query.bias[features] = float("nan"), float("nan")
-        module.output.weight[:, features] = float("nan")
-    assert_equal_to(module(x[:, -1:], cache=cache)[0], expected)
-    module.skip = False
-    cache.truncate(S - 1)
-    assert module(x[:, -1:], cache=cache)[0].isnan().any()
+def test_nothing_of_heads_that_are_off_is_read(settings, batch, crosses, place):
+    module, x = attention(shared=1, top_k=1, **settings), tokens(batch)
+    # torch returns zeros where no score in a row is a number and there are fewer than it reads at once, 8.
+    memory = torch.randn(batch, 13, M).double() if crosses else None
+    cache = KeyValueCache(fixed=crosses)
+
+    def last(skip):
+        module.skip = skip
+        if not crosses:
+            cache.truncate(S - 1)
+        return module(x[:, -1:], memory, cache=cache)
+
+    module(x[:, :-1], memory, cache=cache)
+    expected, heads = last(skip=True)
+    assert_equal_to(last(skip=False)[0], expected)
+    spoil(module, cache, heads.routing.active, place)
+    assert_equal_to(last(skip=True)[0], expected)
+    assert last(skip=False)[0].isnan().any()
 
 
 def test_where_heads_are_left_out(monkeypatch):
@@ -186,7 +220,8 @@ def test_where_heads_are_left_out(monkeypatch):
         module.skip = True
         assert module._skips(one, S) and not module._skips(x, S)
         assert not module.train()._skips(one, S)
-        module.eval()
+        module.dropout = 0.0
+        assert module._skips(one, S) and not module.eval()._skips(one[:, :0], S)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert not module._skips(one, S)
         monkeypatch.undo()
@@ -195,6 +230,87 @@ def test_where_heads_are_left_out(monkeypatch):
     module.skip = True
     assert not module._skips(one, S)
     assert not goh.MultiHeadAttention(M, H)._skips(one, 10**9)
+
+
+@torch.no_grad()
+def test_from_how_many_unread_numbers_heads_are_left_out(monkeypatch):
+    module, one = attention(shared=1, top_k=2, num_kv_heads=2), tokens(5)[:, -1:]
+    # Half of the heads are off: half of the keys, and of the weights, which the five rows share.
+    unread = (7 * 2 * D + M * M / 5) / 2
+    monkeypatch.setattr(objects, "SKIP_FROM_UNREAD", unread)
+    assert module._skips(one, 7) and not module._skips(one, 6)
+    assert not module._skips(one.to("meta"), 7)
+    asked = []
+    monkeypatch.setattr(module, "_skips", lambda x, keys: asked.append(keys))
+    self_cache, fixed = KeyValueCache(), KeyValueCache(fixed=True)
+    for _ in range(2):
+        module(one, cache=self_cache)
+        module(one, torch.randn(5, 7, M).double(), cache=fixed)
+    assert asked == [1, 7, 2, 7]
+
+
+class Doubled(torch.nn.Linear):
+    """A projection that does more than multiply, as adapters do."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replace(module, name):
+    linear = Doubled(M, M).double()
+    linear.load_state_dict(getattr(module, name).state_dict())
+    setattr(module, name, linear)
+
+
+def add_hook(module, name):
+    getattr(module, name).register_forward_hook(lambda linear, inputs, y: 2 * y)
+
+
+def add_pre_hook(module, name):
+    getattr(module, name).register_forward_pre_hook(lambda linear, inputs: (2 * inputs[0],))
+
+
+def patch(module, name):
+    linear = getattr(module, name)
+    linear.forward = lambda x: 2 * torch.nn.Linear.forward(linear, x)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "output"])
+@pytest.mark.parametrize("change", [replace, add_hook, add_pre_hook, patch])
+def test_projections_that_do_more_than_multiply_are_called(change, name):
+    module, x = attention(), tokens()
+    before = decoded(module, x, True)[0]
+    change(module, name)
+    full, skipped = (decoded(module, x, skip)[0] for skip in (False, True))
+    assert torch.equal(skipped, full) and not torch.allclose(skipped, before)
+
+
+@pytest.mark.parametrize("batch", [1, B])
+def test_autocast_decodes_with_all_heads(batch):
+    module, x = attention(dtype=torch.float32), tokens(batch, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        full, skipped = (decoded(module, x, skip)[0] for skip in (False, True))
+    assert skipped.dtype == torch.bfloat16 and torch.equal(skipped, full)
+
+
+@pytest.mark.parametrize("skip", [None, True])
+@torch.no_grad()
+def test_an_empty_batch(skip):
+    module, x, cache = attention(), tokens(0), KeyValueCache()
+    module.skip = skip
+    assert module(x[:, :-1], cache=cache)[0].shape == (0, S - 1, M)
+    assert module(x[:, -1:], cache=cache)[1].outputs.shape == (0, 1, H, D)
+
+
+def test_gates_without_statistics_keep_their_gradients():
+    router, x = goh.HeadRouter(M, H, 2, 2), torch.randn(1, 1, M)
+    gradients = []
+    for statistics in (True, False):
+        router.zero_grad()
+        router(x, statistics=statistics).gates.square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in router.parameters()])
+    for expected, actual in zip(*gradients, strict=True):
+        assert expected.any() and torch.equal(actual, expected)
 
 
 def test_skip_is_no_part_of_the_weights():
@@ -221,6 +337,25 @@ def test_gates_of_one_token_equal_those_of_many(shared, top_k, bias_rate, straig
             assert_equal_to(one.gates, general.gates)
             if scale == 0:
                 assert torch.equal(one.gates[one.active], torch.ones_like(one.gates[one.active])) or top_k < H - shared
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("bias_rate", [0.0, 0.1])
+@torch.no_grad()
+def test_one_token_breaks_ties_as_many_do(monkeypatch, bias_rate, straight_through):
+    router = goh.HeadRouter(5, 7, 1, 3, bias_rate=bias_rate, straight_through=straight_through)
+    for scale in (1, 20):
+        for _ in range(100):
+            router.routed.copy_(scale * torch.randint(-1, 2, (6, 5)))
+            if bias_rate:
+                router.balance_bias.copy_(0.1 * torch.randint(-1, 2, (6,)))
+            x = torch.randint(-1, 2, (1, 1, 5)).float()
+            general = router(x)
+            with monkeypatch.context() as patched:
+                patched.setattr(router, "_choose", None)
+                one = router(x, statistics=False)
+            assert torch.equal(one.active, general.active)
+            torch.testing.assert_close(one.gates, general.gates, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("graph", [name for name, config in GRAPHS.items() if config and config.routing])
