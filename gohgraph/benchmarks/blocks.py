@@ -2,8 +2,9 @@
 
 A size is d_model/heads/length/batch. Timed are two parts, causal, without dropout: `attention` (norm, attention,
 residual) and `block` (that and the feed-forward). All forms have the weights of the plain one; edges are random, not
-zero. Forward runs in eval mode without gradients; forward+backward gives gradients of input and weights. Each round
-runs every form once, in shuffled order, and gives one ratio to plain; shown are their median and quartiles.
+zero. moh-50 is Mixture-of-Head attention with 50 % active heads, moh-50-all the same computed for all heads. Forward
+runs in eval mode without gradients; forward+backward gives gradients of input and weights. Each round runs every form
+once, in shuffled order, and gives one ratio to plain; shown are their median and quartiles.
 
 Peak memory is that of forward+backward above what was live before, gradients included: on CUDA
 `max_memory_allocated`, on CPU the running sum of the allocations and frees that `torch.profiler` records.
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gohgraph.benchmarks.decoding import budget
 from gohgraph.benchmarks.flags import add_shared_flags, check_shared_flags, numbers_of, place
 from gohgraph.benchmarks.timing import WARM_UP, Call, interleaved, markdown_table, ratios
 from gohgraph.config import TransformerConfig
@@ -48,15 +50,27 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """One form of attention; `change` is applied to its `MultiHeadAttention` once the edges have their weights."""
+    """One form of attention.
+
+    Args:
+        head_graph: its graphs.
+        change: applied to its `MultiHeadAttention` once the edges have their weights.
+        fewest_heads: of a size that can be measured.
+        active: percentage of heads that work for a token, under a router; `None` for no router.
+    """
 
     head_graph: HeadGraphConfig | None = None
     change: Callable[[nn.Module], object] = lambda attention: None
     fewest_heads: int = 1
+    active: int | None = None
 
 
 def _force_eager(attention: nn.Module) -> None:
     attention.wide = None
+
+
+def _force_all_heads(attention: nn.Module) -> None:
+    attention.skip = False
 
 
 def _score_ring(in_degree: int, *change: Callable) -> Variant:
@@ -72,6 +86,8 @@ VARIANTS = {
     "output-ring4": Variant(HeadGraphConfig(SiteConfig.ring(4)), fewest_heads=4),
     **{f"score-ring{k}": _score_ring(k) for k in (2, 3, 4)},
     **{f"score-ring{k}-eager": _score_ring(k, _force_eager) for k in (2, 3, 4)},
+    **{f"moh-{percent}": Variant(fewest_heads=4, active=percent) for percent in (75, 50, 25)},
+    "moh-50-all": Variant(None, _force_all_heads, fewest_heads=4, active=50),
 }
 
 
@@ -118,10 +134,13 @@ def build(name: str, size: Size) -> nn.Module:
     plain = EncoderLayer(config, causal=True)
     if name == "torch":
         return TorchLayer(plain, size)
-    layer = EncoderLayer(replace(config, head_graph=variant.head_graph), causal=True)
+    graphs = variant.head_graph
+    if variant.active is not None:
+        graphs = HeadGraphConfig(outputs=None, routing=budget(size.num_heads, variant.active))
+    layer = EncoderLayer(replace(config, head_graph=graphs, num_layers=1), causal=True)
     layer.load_state_dict(plain.state_dict(), strict=False)
     for key, parameter in layer.named_parameters():
-        if ".edges." in key:
+        if ".edges." in key or ".router." in key:
             nn.init.normal_(parameter, std=0.02)
     variant.change(layer.attention.object)
     return layer
