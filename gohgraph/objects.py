@@ -17,8 +17,8 @@ from gohgraph.scores import mixed_attention, wide_heads_for
 from gohgraph.skipping import ActiveHeads, only_multiplies, project_all
 
 # Numbers per row that need not be read for heads that are off, from which leaving these out pays on a CPU; with fewer
-# the calls cost more. Between 0.28 and 0.33 million by `tools/benchmark.py routing` at batch 1 and 4, two threads.
-SKIP_FROM_UNREAD = 300_000
+# the calls cost more. Between 0.33 and 0.39 million by `tools/benchmark.py routing`, two threads.
+SKIP_FROM_UNREAD = 350_000
 
 
 class Heads(NamedTuple):
