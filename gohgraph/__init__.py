@@ -4,12 +4,13 @@ from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.conv import HeadGraphConv
 from gohgraph.drawing import draw
 from gohgraph.experts import GraphExperts
+from gohgraph.feed_forward import FeedForward
 from gohgraph.fold import fold
 from gohgraph.graph import head_graph
 from gohgraph.graph_config import HeadGraphConfig, RoutingConfig, SiteConfig
 from gohgraph.load_chart import draw_load
 from gohgraph.models import Classifier, LanguageModel, Transformer
-from gohgraph.objects import FeedForward, Heads, MultiHeadAttention
+from gohgraph.objects import Heads, MultiHeadAttention
 from gohgraph.outputs import ModelOutput
 from gohgraph.record import record
 from gohgraph.routing import HeadRouter, Routing

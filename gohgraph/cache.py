@@ -9,6 +9,8 @@ from torch import Tensor
 class KeyValueCache:
     """Keys and values of one attention block, grown token by token: plain per-head tensors, with or without graphs.
 
+    A graph whose messages depend on the key's token keeps what it needs of each beside them.
+
     Memory is reserved in doubling steps, so a token costs no copy of the past on average. Each head's keys lie together
     (`[B, G, S, D]`, read as `[B, S, G, D]`): a token's attention reads them in one stretch, on a CPU twice as fast.
 
@@ -26,8 +28,7 @@ class KeyValueCache:
     def __init__(self, fixed: bool = False) -> None:
         self.fixed = fixed
         self._length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._kept: list[Tensor] = []
 
     def __len__(self) -> int:
         return self._length
@@ -37,20 +38,22 @@ class KeyValueCache:
         """True once a fixed cache holds its keys and values."""
         return self.fixed and self._length > 0
 
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends `[B, T, G, D]` and returns all keys and values so far, `[B, S, G, D]` each."""
-        end = self._length + keys.shape[1]
-        if self._keys is None or end > self._keys.shape[2]:
-            self._keys, self._values = self._grown(self._keys, keys, end), self._grown(self._values, values, end)
-        self._keys[:, :, self._length : end] = keys.transpose(1, 2)  # [B, G, T, D]
-        self._values[:, :, self._length : end] = values.transpose(1, 2)
+    def update(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Appends keys, values and whatever else is kept, `[B, T, G, D]`, and returns all so far, `[B, S, G, D]` each.
+
+        G and D may differ between what is kept, not between calls.
+        """
+        end = self._length + new[0].shape[1]
+        if not self._kept or end > self._kept[0].shape[2]:
+            self._kept = [self._grown(index, tensor, end) for index, tensor in enumerate(new)]
+        for kept, tensor in zip(self._kept, new, strict=True):
+            kept[:, :, self._length : end] = tensor.transpose(1, 2)  # [B, G, T, D]
         self._length = end
         return self.read()
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Returns the keys and values so far, `[B, S, G, D]` each."""
-        keys, values = self._keys[:, :, : self._length], self._values[:, :, : self._length]  # [B, G, S, D] each
-        return keys.transpose(1, 2), values.transpose(1, 2)  # [B, S, G, D] each
+    def read(self) -> tuple[Tensor, ...]:
+        """Returns the keys, the values and whatever else is kept, `[B, S, G, D]` each."""
+        return tuple(kept[:, :, : self._length].transpose(1, 2) for kept in self._kept)
 
     def truncate(self, length: int) -> None:
         """Forgets all tokens after the first `length`, as when drafted tokens are refused; their memory stays reserved.
@@ -73,15 +76,14 @@ class KeyValueCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Replaces batch row b by row `rows[b]`, as beam search needs."""
-        if self._keys is not None:
-            self._keys, self._values = self._keys[rows], self._values[rows]
+        self._kept = [kept[rows] for kept in self._kept]
 
-    def _grown(self, old: Tensor | None, new: Tensor, length: int) -> Tensor:
+    def _grown(self, index: int, new: Tensor, length: int) -> Tensor:
         size = length if self.fixed else max(2 * length, 64)
         batch, _, heads, features = new.shape
         grown = new.new_empty(batch, heads, size, features)  # [B, G, size, D]
-        if old is not None:
-            grown[:, :, : self._length] = old[:, :, : self._length]
+        if self._kept:
+            grown[:, :, : self._length] = self._kept[index][:, :, : self._length]
         return grown
 
 

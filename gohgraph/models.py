@@ -12,9 +12,10 @@ from gohgraph.cache import KeyValueCache, padded, reorder_all
 from gohgraph.checkpoint import PretrainedMixin
 from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.embeddings import TokenEmbedding
+from gohgraph.feed_forward import FeedForward
 from gohgraph.generation import beam_search, check_count, check_sampling, sample
 from gohgraph.inputs import check_ids, check_length, check_tokens, next_token_loss, positions_and_masks, widened
-from gohgraph.objects import FeedForward, MultiHeadAttention
+from gohgraph.objects import MultiHeadAttention
 from gohgraph.outputs import ModelOutput, model_output
 from gohgraph.stacks import Stack, StackOutput
 

@@ -1,24 +1,25 @@
-"""The objects of a transformer: multi-head attention, whose heads may form graphs, and the feed-forward."""
+"""Multi-head attention, whose heads may form graphs: the first of the two objects of a transformer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.cache import KeyValueCache
 from gohgraph.experts import alignment_loss
 from gohgraph.grouping import LARGEST_SHARE, TokenGroups, group_tokens, grouped_attention, may_pay
 from gohgraph.routing import Routing
-from gohgraph.scores import mixed_attention, wide_heads_for
+from gohgraph.scores import causal_mask, mixed_attention, plain_attention, wide_heads_for
 from gohgraph.skipping import ActiveHeads, only_multiplies, project_all
 
 # Numbers per row that need not be read for heads that are off, from which leaving these out pays on a CPU; with fewer
 # the calls cost more. Between 0.33 and 0.39 million by `tools/benchmark.py routing`, two threads.
 SKIP_FROM_UNREAD = 350_000
+INNER_SITES = ("queries", "keys", "values", "weights")
 
 
 class Heads(NamedTuple):
@@ -44,8 +45,10 @@ class MultiHeadAttention(nn.Module):
         y(t) = \sum_i g_i(t)\, W_O^i z'_i(t)
 
     With all slots empty this is the attention of Vaswani et al. 2017 (equation 1 and section 3.2.2), g = 1. A graph
-    slot takes any module `(nodes [*, H, F], context [*, M]) -> nodes`; the context x(t) is this block's own input.
-    Beside a router it is called with `active=` bool `[*, H]` too, with `cross_layer` also with `earlier`.
+    slot takes any module `(nodes [*, H, F], context=[*, M]) -> nodes`; the context x(t) is this block's own input.
+    Beside a router it is called with `active=` bool `[*, H]` too, with `cross_layer` also with `earlier`. Where messages
+    between maps depend on the key's token, the module says so (`is_keyed`) and is called with `key_state=` what its
+    method `key_state` made of the keys' tokens, `[B, S, M] -> [B, S, U]`; a cache keeps it.
 
     Args:
         d_model: M.
@@ -62,12 +65,16 @@ class MultiHeadAttention(nn.Module):
             at both sites then flow on the induced subgraph of a token's active heads. Heads that are off are left out:
             in decoding altogether, of more tokens their attention (`skip`: `None` where that was measured to pay, True
             wherever it can be done, False never).
+        inner_graphs: graphs at further sites by name: `"queries"`, `"keys"`, `"values"`, before attention and rotary
+            positions (nodes are the key/value heads at the last two, the context is the token's own), and `"weights"`,
+            the maps `[B, T, H, S]` after the softmax, which are held in memory then.
 
     Shape:
         x `[B, T, M]` -> (y `[B, T, M]`, `Heads` with outputs `[B, T, H, D]`).
 
     Raises:
-        ValueError: M not a multiple of H, G not a divisor of H, a graph or router over another number of heads.
+        ValueError: M not a multiple of H, G not a divisor of H, a graph or router over another number of heads, an
+            unknown site.
 
     Example:
         >>> import gohgraph as goh
@@ -91,10 +98,14 @@ class MultiHeadAttention(nn.Module):
         output_graph: nn.Module | None = None,
         score_graph: nn.Module | None = None,
         router: nn.Module | None = None,
+        inner_graphs: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_attention(d_model, num_heads, num_kv_heads, output_graph, score_graph, router)
+        inner_graphs = inner_graphs or {}
+        _check_sizes(d_model, num_heads, num_kv_heads)
+        _check_graphs(num_heads, num_kv_heads, inner_graphs, output_graph=output_graph, score_graph=score_graph)
+        _check_heads("router", router, num_heads)
         self.d_model, self.num_heads, self.num_kv_heads = d_model, num_heads, num_kv_heads
         self.head_dim, self.dropout, self.causal = d_model // num_heads, dropout, causal
         self.query = nn.Linear(d_model, d_model, bias=bias)
@@ -105,6 +116,7 @@ class MultiHeadAttention(nn.Module):
         self.output_graph = output_graph
         self.score_graph = score_graph
         self.router = router
+        self.inner_graphs = nn.ModuleDict(inner_graphs)
         self.skip: bool | None = None
         self.wide = wide_heads_for(score_graph)
 
@@ -143,20 +155,21 @@ class MultiHeadAttention(nn.Module):
             decodes = cache is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
             routing = self.router(x, token_mask, statistics=not decodes)
         active = {} if routing is None else {"active": routing.active}
-        past = 0 if cache is None else len(cache)
-        keys = past if memory is not None and past else past + (x if memory is None else memory).shape[1]
+        source, past = x if memory is None else memory, 0 if cache is None else len(cache)
+        keys = past if memory is not None and past else past + source.shape[1]
         heads = ActiveHeads(routing.active) if self._skips(x, keys) else None
         if heads is None:
             q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, D]
         else:
             q = heads.project(x, self.query, self.head_dim)  # [B, T, H, D]
+        q = self._inner("queries", q, x, **active)
         if positions is None and self.rotary is not None:
             positions = torch.arange(past, past + x.shape[1], device=x.device)
         if self.rotary is not None:
             q = self.rotary(q, positions)
-        k, v = self._keys_values(x if memory is None else memory, positions, cache, heads)  # [B, S, G, D] each
+        k, v, *states = self._keys_values(source, positions, cache, heads)  # [B, S, G, D] each
         if heads is None:
-            z = self._attend(q, k, v, x, keep_mask, active)  # [B, T, H, D]
+            z = self._attend(q, k, v, x, keep_mask, active, states)  # [B, T, H, D]
         else:
             z = heads.attend(q, k, v, x, keep_mask, self.score_graph)  # [B, T, H, D]
         z, alignment = self._pass_messages(z, x, earlier, active, token_mask)
@@ -170,6 +183,8 @@ class MultiHeadAttention(nn.Module):
         if self.router is None or self.skip is False or x.shape[1] != 1 or not len(x):
             return False
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or (self.training and self.dropout):
+            return False
+        if len(self.inner_graphs) or self._keyed():
             return False
         off = 1 - self.router.num_active / self.num_heads
         unread = off * (keys * self.num_kv_heads * self.head_dim + self.d_model**2 / x.shape[0])
@@ -192,7 +207,8 @@ class MultiHeadAttention(nn.Module):
 
     def _keys_values(
         self, source: Tensor, positions: Tensor | None, cache: KeyValueCache | None, heads: ActiveHeads | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
+        """Keys, values, and the state `[B, S, 1, U]` of every graph that depends on the keys' tokens."""
         if cache is not None and cache.is_filled:
             return cache.read()
         if heads is not None and source.shape[1] == 1:
@@ -200,9 +216,20 @@ class MultiHeadAttention(nn.Module):
             k, v = (project_all(source, linear, self.head_dim) for linear in (self.key, self.value))
         else:
             k, v = (f(source).unflatten(-1, (self.num_kv_heads, self.head_dim)) for f in (self.key, self.value))
+        k, v = self._inner("keys", k, source), self._inner("values", v, source)
         if self.rotary is not None:
             k = self.rotary(k, positions)
-        return (k, v) if cache is None else cache.update(k, v)
+        kept = (k, v, *(graph.key_state(source).unsqueeze(2) for graph in self._keyed()))
+        return kept if cache is None else cache.update(*kept)
+
+    def _inner(self, site: str, nodes: Tensor, context: Tensor, **active: Tensor) -> Tensor:
+        return self.inner_graphs[site](nodes, context, **active) if site in self.inner_graphs else nodes
+
+    def _map_graphs(self) -> tuple[nn.Module | None, nn.Module | None]:
+        return self.score_graph, self.inner_graphs["weights"] if "weights" in self.inner_graphs else None
+
+    def _keyed(self) -> list[nn.Module]:
+        return [graph for graph in self._map_graphs() if getattr(graph, "is_keyed", False)]
 
     def _pass_messages(
         self,
@@ -224,89 +251,54 @@ class MultiHeadAttention(nn.Module):
         return passed[0], alignment_loss(z, passed[1], counted)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, keep_mask: Tensor | None, active: dict[str, Tensor]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        keep_mask: Tensor | None,
+        active: dict[str, Tensor],
+        states: Sequence[Tensor],
     ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        groups = None if dropout or self.score_graph is not None else self._groups(q, k, **active)
+        on_scores, on_weights = self._map_graphs()
+        has_no_maps = on_scores is on_weights is None
+        groups = self._groups(q, k, **active) if has_no_maps and not dropout else None
         if groups is not None:
             return grouped_attention(q, k, v, groups, keep_mask, self.causal)
         tokens, keys = q.shape[1], k.shape[1]
         # One query may see every key there is; a full square without padding leaves causality to the kernel.
         is_causal = self.causal and tokens > 1 and tokens == keys and keep_mask is None
         if self.causal and tokens > 1 and not is_causal:
-            keep_mask = _and(_causal_mask(tokens, keys, q.device), keep_mask)
-        if self.score_graph is None:
-            return _plain_attention(q, k, v, keep_mask, dropout, is_causal)
-        if self.wide is not None and tokens > 1:
-            alpha = self.score_graph.edge_weight(x, **active)  # [B, T, E] or [E]
-            return self.wide(q, k, v, alpha, keep_mask, is_causal, dropout)
+            keep_mask = _and(causal_mask(tokens, keys, q.device), keep_mask)
+        if has_no_maps:
+            return plain_attention(q, k, v, keep_mask, dropout, is_causal)
+        if self.wide is not None and on_weights is None and (tokens > 1 or states):
+            alpha = on_scores.edge_weight(x, **active)  # [B, T, E] or [E]
+            beta = states[0].squeeze(2) if states else None  # [B, S, E]
+            return self.wide(q, k, v, alpha, keep_mask, is_causal, dropout, beta)
         if is_causal:
-            keep_mask = _causal_mask(tokens, keys, q.device)
-        return mixed_attention(q, k, v, self.score_graph, x, keep_mask, dropout, **active)
+            keep_mask = causal_mask(tokens, keys, q.device)
+        mixes = self._bound(x, active, states)
+        return mixed_attention(q, k, v, *mixes, keep_mask, dropout)
+
+    def _bound(
+        self, x: Tensor, active: dict[str, Tensor], states: Sequence[Tensor]
+    ) -> list[Callable[[Tensor], Tensor] | None]:
+        """The graphs over scores and over weights as functions of their nodes alone."""
+        left = iter(states)
+        keyed = self._keyed()
+        return [
+            graph
+            and partial(graph, context=x, **active, **({"key_state": next(left).squeeze(2)} if graph in keyed else {}))
+            for graph in self._map_graphs()
+        ]
 
     def extra_repr(self) -> str:
         return (
             f"d_model={self.d_model}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"causal={self.causal}, dropout={self.dropout}"
         )
-
-
-class FeedForward(nn.Module):
-    r"""Position-wise feed-forward, FF(x) = W_2 f(W_1 x), or W_2 (silu(W_1 x) * W_3 x) for SwiGLU.
-
-    Sources: Vaswani et al. 2017, equation 2; SwiGLU: Shazeer 2020 (arXiv 2002.05202).
-
-    Args:
-        d_model: M.
-        d_ff: inner width F. SwiGLU has three matrices: two thirds of a ReLU's width give equal parameters.
-        activation: `"relu"`, `"gelu"` (exact) or `"swiglu"`.
-        bias: biases in the projections.
-        dropout: probability of dropping an inner unit in training.
-
-    Shape:
-        x `[*, M]` -> `[*, M]`.
-
-    Raises:
-        ValueError: unknown activation.
-
-    Example:
-        >>> FeedForward(8, 21, "swiglu")(torch.randn(2, 3, 8)).shape
-        torch.Size([2, 3, 8])
-    """
-
-    def __init__(
-        self, d_model: int, d_ff: int, activation: str = "gelu", *, bias: bool = True, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        functions = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}
-        if activation not in functions:
-            raise ValueError(f"Expected activation of {list(functions)} (got {activation!r}). Do choose one of them.")
-        self.function = functions[activation]
-        self.inner = nn.Linear(d_model, d_ff, bias=bias)
-        self.gate = nn.Linear(d_model, d_ff, bias=bias) if activation == "swiglu" else None
-        self.outer = nn.Linear(d_ff, d_model, bias=bias)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the feed-forward to every token."""
-        hidden = self.function(self.inner(x))  # [*, F]
-        if self.gate is not None:
-            hidden = hidden * self.gate(x)
-        return self.outer(self.dropout(hidden))
-
-
-def _plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, keep_mask: Tensor | None, dropout: float, is_causal: bool
-) -> Tensor:
-    grouped = q.shape[2] != k.shape[2]
-    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # [B, H, T, D], [B, G, S, D]
-    z = F.scaled_dot_product_attention(q, k, v, keep_mask, dropout, is_causal=is_causal, enable_gqa=grouped)
-    return z.transpose(1, 2)  # [B, T, H, D]
-
-
-def _causal_mask(tokens: int, keys: int, device: torch.device) -> Tensor:
-    rows = torch.arange(keys - tokens, keys, device=device).unsqueeze(1)  # [T, 1]
-    return torch.arange(keys, device=device) <= rows  # [T, S]
 
 
 def _and(mask: Tensor, other: Tensor | None) -> Tensor:
@@ -322,14 +314,7 @@ def _check_mask(keep_mask: Tensor | None) -> None:
         )
 
 
-def _check_attention(
-    d_model: int,
-    num_heads: int,
-    num_kv_heads: int,
-    output_graph: nn.Module | None,
-    score_graph: nn.Module | None,
-    router: nn.Module | None,
-) -> None:
+def _check_sizes(d_model: int, num_heads: int, num_kv_heads: int) -> None:
     if num_heads < 1 or d_model % num_heads:
         raise ValueError(
             f"Expected d_model to be a multiple of num_heads = {num_heads} (got {d_model}). Do change either."
@@ -338,13 +323,21 @@ def _check_attention(
         raise ValueError(
             f"Expected num_kv_heads to divide num_heads = {num_heads} (got {num_kv_heads}). Do choose a divisor."
         )
-    for name, slot in (("output_graph", output_graph), ("score_graph", score_graph), ("router", router)):
-        heads = getattr(slot, "num_heads", num_heads)
-        if heads != num_heads:
+
+
+def _check_graphs(num_heads: int, num_kv_heads: int, inner: Mapping[str, nn.Module], **slots: nn.Module | None) -> None:
+    if unknown := sorted(set(inner) - set(INNER_SITES)):
+        raise ValueError(f"Expected inner_graphs of {list(INNER_SITES)} (got {unknown}). Do choose among them.")
+    for name, graph in {**slots, **inner}.items():
+        _check_heads(name, graph, num_kv_heads if name in ("keys", "values") else num_heads)
+    for name, graph in {"score_graph": slots["score_graph"], **inner}.items():
+        if getattr(graph, "cross_layer", 0) or (name == "score_graph" and not getattr(graph, "is_linear", True)):
             raise ValueError(
-                f"Expected {name} over {num_heads} heads (got {heads}). Do build it for {num_heads} heads."
+                f"Expected a {name} without norm, cross_layer and embeddings (got one). Do build it without."
             )
-    if getattr(score_graph, "cross_layer", 0) or not getattr(score_graph, "is_linear", True):
-        raise ValueError(
-            "Expected a score_graph without norm, cross_layer and embeddings (got one). Do build it without."
-        )
+
+
+def _check_heads(name: str, module: nn.Module | None, num_heads: int) -> None:
+    heads = getattr(module, "num_heads", num_heads)
+    if heads != num_heads:
+        raise ValueError(f"Expected {name} over {num_heads} heads (got {heads}). Do build it for {num_heads} heads.")

@@ -1,6 +1,8 @@
-"""Attention over heads whose scores were mixed by a graph, in the form that is fastest and exact."""
+"""The forms of attention: plain, and over heads whose maps are mixed by a graph, wide or eager."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,39 +10,53 @@ from torch import Tensor, nn
 
 from gohgraph.conv import HeadGraphConv
 
+Mix = Callable[[Tensor], Tensor]
+
 # Wide heads cost about in-degree times the plain attention core and hold no map of scores: on a CPU less than mixing
 # whole maps from length 1024 on, as much at 512. On denser graphs their widened keys outgrow the maps.
 WIDEST_IN_DEGREE = 4
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, keep_mask: Tensor | None, dropout: float, is_causal: bool
+) -> Tensor:
+    """Returns `[B, T, H, D]` of torch's attention for q `[B, T, H, D]`, k, v `[B, S, G, D]` and masks as below."""
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # [B, H, T, D], [B, G, S, D]
+    z = F.scaled_dot_product_attention(q, k, v, keep_mask, dropout, is_causal=is_causal, enable_gqa=grouped)
+    return z.transpose(1, 2)  # [B, T, H, D]
+
+
+def causal_mask(tokens: int, keys: int, device: torch.device) -> Tensor:
+    """Returns the mask `[T, S]` of the last T of S tokens, each seeing those up to itself."""
+    rows = torch.arange(keys - tokens, keys, device=device).unsqueeze(1)  # [T, 1]
+    return torch.arange(keys, device=device) <= rows  # [T, S]
 
 
 def mixed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    score_graph: nn.Module,
-    context: Tensor,
+    mix_scores: Mix | None = None,
+    mix_weights: Mix | None = None,
     keep_mask: Tensor | None = None,
     dropout: float = 0.0,
-    **active: Tensor,
 ) -> Tensor:
-    r"""Attention with messages between scores, on materialised scores.
+    r"""Attention with messages between scores, between the weights they become, or both, on materialised maps.
 
-    .. math:: z_i(t) = \sum_s \mathrm{softmax}_s\big(\mathrm{graph}(a(t, s))_i\big)\, v_i(s), \qquad
+    .. math:: z_i(t) = \sum_s f_\text{weights}\big(\mathrm{softmax}_s f_\text{scores}(a(t, s))\big)_i\, v_i(s), \qquad
         a_i(t, s) = q_i(t) \cdot k_i(s) / \sqrt{D}
 
-    The nodes of `score_graph` are the heads, their features the scores over keys: any module that maps nodes
-    `[B, T, H, S]` and a context to nodes fits. In decode (T = 1) this is the cheapest form, on long sequences it holds
-    T x S x H scores. Source: talking heads (arXiv 2003.02436) where the weights are static, DCMHA (2405.08553) where
-    they depend on the token; here edges are limited to the graph and scores are mixed before the softmax only.
+    The nodes of a graph are the heads, their features the scores or weights over keys. In decode (T = 1) this is the
+    cheapest form, on long sequences it holds T x S x H numbers a map. Source: talking heads (arXiv 2003.02436) where
+    edges are static, DCMHA (2405.08553) where they depend on the token; both mix scores and weights.
 
     Args:
         q: queries `[B, T, H, D]`.
         k, v: keys and values `[B, S, G, D]`, G dividing H.
-        score_graph: e.g. a `HeadGraphConv`.
-        context: `[B, T, M]`.
+        mix_scores, mix_weights: functions of nodes `[B, T, H, S]`, e.g. `partial(conv, context=x)`.
         keep_mask: bool, broadcastable to `[B, H, T, S]`, True = may attend; a row without any gives zeros.
         dropout: probability of dropping an attention weight.
-        **active: `active=` bool `[B, T, H]` for a graph under a router; heads that are off neither send nor receive.
 
     Returns:
         Head outputs `[B, T, H, D]`.
@@ -48,12 +64,14 @@ def mixed_attention(
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # [B, S, H, D]
     scores = torch.einsum("bthd,bshd->bths", q * q.shape[-1] ** -0.5, k)  # [B, T, H, S]
-    scores = score_graph(scores, context, **active).transpose(1, 2)  # [B, H, T, S]
+    scores = (scores if mix_scores is None else mix_scores(scores)).transpose(1, 2)  # [B, H, T, S]
     if keep_mask is not None:
         scores = scores.masked_fill(~keep_mask, float("-inf"))
     weights = scores.softmax(dim=-1)
     if keep_mask is not None:
         weights = weights.masked_fill(~keep_mask.any(dim=-1, keepdim=True), 0.0)
+    if mix_weights is not None:
+        weights = mix_weights(weights.transpose(1, 2)).transpose(1, 2)  # [B, H, T, S]
     weights = F.dropout(weights, dropout).to(v.dtype)
     return torch.einsum("bhts,bshd->bthd", weights, v)  # [B, T, H, D]
 
@@ -109,22 +127,32 @@ class WideHeads(nn.Module):
         keep_mask: Tensor | None = None,
         is_causal: bool = False,
         dropout: float = 0.0,
+        beta: Tensor | None = None,
     ) -> Tensor:
-        """Returns head outputs `[B, T, H, D]` for q `[B, T, H, D]`, k, v `[B, S, G, D]`, alpha `[B, T, E]` or `[E]`."""
+        """Returns head outputs `[B, T, H, D]` for q `[B, T, H, D]`, k, v `[B, S, G, D]`, alpha `[B, T, E]` or `[E]`.
+
+        With weights of the keys' side too, beta `[B, S, E]`, K'_i(s) concatenates (1 + beta_ji(s)) k_j(s).
+        """
         head_dim, groups = q.shape[-1], q.shape[2] // k.shape[2]
-        mix = F.pad(alpha, (0, 1)).index_select(-1, self.slots.flatten())  # [B, T, H*k]
-        mix = mix.unflatten(-1, self.slots.shape).to(q.dtype) + self.identity.to(q.dtype)  # [B, T, H, k]
+        mix = self._of_slots(alpha).to(q.dtype) + self.identity.to(q.dtype)  # [B, T, H, k]
         senders, shape = self.senders.flatten(), self.senders.shape  # [H*k]
         # index_select and not indexing: its backward adds whole heads, not single elements.
         wide_q = q.index_select(2, senders).unflatten(2, shape)  # [B, T, H, k, D]
         wide_q = (wide_q * mix.unsqueeze(-1)).flatten(-2)  # [B, T, H, k*D]
-        wide_k = k.index_select(2, senders // groups).unflatten(2, shape).flatten(-2)  # [B, S, H, k*D]
+        wide_k = k.index_select(2, senders // groups).unflatten(2, shape)  # [B, S, H, k, D]
+        if beta is not None:
+            wide_k = wide_k * (1 + self._of_slots(beta)).unsqueeze(-1).to(k.dtype)
+        wide_k = wide_k.flatten(-2)  # [B, S, H, k*D]
         wide_v = F.pad(v.repeat_interleave(groups, dim=2), (0, wide_k.shape[-1] - head_dim))  # [B, S, H, k*D]
         wide_q, wide_k, wide_v = (x.transpose(1, 2) for x in (wide_q, wide_k, wide_v))  # [B, H, T, k*D]
         z = F.scaled_dot_product_attention(
             wide_q, wide_k, wide_v, keep_mask, dropout, is_causal=is_causal, scale=head_dim**-0.5
         )
         return z[..., :head_dim].transpose(1, 2)  # [B, T, H, D]
+
+    def _of_slots(self, weights: Tensor) -> Tensor:
+        slots = F.pad(weights, (0, 1)).index_select(-1, self.slots.flatten())  # [*, H*k]
+        return slots.unflatten(-1, self.slots.shape)  # [*, H, k]
 
 
 def wide_heads_for(score_graph: nn.Module | None) -> WideHeads | None:

@@ -12,8 +12,9 @@ from gohgraph.config import TransformerConfig
 from gohgraph.conv import HeadGraphConv
 from gohgraph.embeddings import RotaryPositions
 from gohgraph.experts import GraphExperts
+from gohgraph.feed_forward import FeedForward
 from gohgraph.graph_config import SiteConfig
-from gohgraph.objects import FeedForward, Heads, MultiHeadAttention
+from gohgraph.objects import Heads, MultiHeadAttention
 from gohgraph.routing import HeadRouter, Routing
 from gohgraph.sublayers import NORMS, Residual
 

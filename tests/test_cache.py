@@ -22,6 +22,17 @@ def test_cache_returns_all_tokens_in_order(fixed):
     assert all(map(torch.equal, cache.read(), (keys, values)))
 
 
+def test_cache_keeps_further_tensors_of_each_token():
+    cache, parts = KeyValueCache(), []
+    for tokens in (7, 61, 131):
+        parts.append((*random_pair(tokens), torch.randn(2, tokens, 1, 11)))
+        kept = cache.update(*parts[-1])
+        expected = [torch.cat(given, dim=1) for given in zip(*parts, strict=True)]
+        assert all(map(torch.equal, kept, expected))
+    cache.reorder(torch.tensor([1, 0]))
+    assert all(map(torch.equal, cache.read(), [tensor.flip(0) for tensor in expected]))
+
+
 def test_cache_does_not_change_what_it_was_given():
     cache, (keys, values) = KeyValueCache(), random_pair(3)
     before = keys.clone()

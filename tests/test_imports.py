@@ -19,7 +19,7 @@ ORDER = [
     ["inputs"],
     ["conv", "routing", "load", "baselines"],
     ["experts"],
-    ["scores", "skipping", "grouping", "embeddings", "objects"],
+    ["scores", "skipping", "grouping", "embeddings", "feed_forward", "objects"],
     ["sublayers", "stacks"],
     ["outputs", "models", "fold"],
     ["dropin", "convert"],
