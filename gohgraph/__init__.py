@@ -7,18 +7,20 @@ from gohgraph.experts import GraphExperts
 from gohgraph.feed_forward import FeedForward
 from gohgraph.fold import fold
 from gohgraph.graph import head_graph
-from gohgraph.graph_config import HeadGraphConfig, RoutingConfig, SiteConfig
+from gohgraph.graph_config import HeadGraphConfig, RoutingConfig
 from gohgraph.load_chart import draw_load
 from gohgraph.models import Classifier, LanguageModel, Transformer
 from gohgraph.objects import Heads, MultiHeadAttention
 from gohgraph.outputs import ModelOutput
 from gohgraph.record import record
 from gohgraph.routing import HeadRouter, Routing
+from gohgraph.site_config import BaselineConfig, SiteConfig
 from gohgraph.stacks import DecoderLayer, EncoderLayer, Stack
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaselineConfig",
     "Classifier",
     "ClassifierConfig",
     "DecoderLayer",

@@ -49,7 +49,7 @@ def _plain(value: Any) -> Any:
         return value.to_dict()
     if isinstance(value, dict):
         return dict(value)
-    return [list(item) if isinstance(item, tuple) else item for item in value] if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _is_required(definition: dataclasses.Field) -> bool:

@@ -13,7 +13,7 @@ from torch_geometric.nn import MessagePassing
 
 from gohgraph.edges import EdgeWeights
 from gohgraph.graph import head_graph
-from gohgraph.graph_config import SiteConfig
+from gohgraph.site_config import SiteConfig
 
 BACKENDS = ("dense", "pyg")
 

@@ -23,6 +23,16 @@ __all__ = ["draw", "draw_curves", "graph_titles"]
 DIVERGING = ("#084a91", "#2f7ebc", "#94c4df", "#ececec", "#fdae6b", "#e8590c", "#9c3203")
 FAINT = "#d4d4d4"
 RING_GAP = 0.46
+# What the slots of `MultiHeadAttention` are called under a circle, in the order of the rows.
+SITES = {
+    "output_graph": "outputs",
+    "score_graph": "scores",
+    "inner_graphs.weight": "weights",
+    "inner_graphs.query": "queries",
+    "inner_graphs.key": "keys",
+    "inner_graphs.value": "values",
+}
+SITE = re.compile(rf"({'|'.join(map(re.escape, SITES))})(\.\d+)?$")
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,8 @@ def _panels(heads: Mapping[str, Any]) -> list[_Panel]:
 
 
 def _site(name: str) -> str:
-    return "scores" if "score" in name.rsplit(".", 1)[-1] else "outputs"
+    found = SITE.search(name)
+    return SITES.get(found[1], "outputs") if found else "outputs"
 
 
 def graph_titles(names: list[str]) -> list[str]:
@@ -139,7 +150,8 @@ def graph_titles(names: list[str]) -> list[str]:
         >>> graph_titles(["decoder.layers.0.attention.object.score_graph"])
         ['layer 0 scores']
     """
-    numbers = [re.findall(r"\.(\d+)(?=\.|$)", f".{name}") for name in names]
+    # In a chain of modules at one site the last number tells which of them, not which layer.
+    numbers = [re.findall(r"\.(\d+)(?=\.|$)", f".{SITE.sub('', name)}") for name in names]
     short = [
         f"layer {found[-1]} {'cross ' if 'cross' in name else ''}{_site(name)}" if found else name
         for name, found in zip(names, numbers, strict=True)
@@ -153,7 +165,7 @@ def graph_titles(names: list[str]) -> list[str]:
 
 def _grid(panels: list[_Panel]) -> tuple[list[list[_Panel]], int, float]:
     """Rows of panels, each site on rows of its own, how many are in a row, and their size in inches."""
-    groups = [[panel for panel in panels if panel.site == site] for site in ("outputs", "scores")]
+    groups = [[panel for panel in panels if panel.site == site] for site in SITES.values()]
     groups = [group for group in groups if group]
     most = max(map(len, groups))
     heads = max(panel.num_heads * (1 + 0.4 * panel.rings) for panel in panels)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from gohgraph.conv import HeadGraphConv
-from gohgraph.graph_config import SiteConfig
+from gohgraph.site_config import SiteConfig
 
 
 class GraphExperts(HeadGraphConv):

@@ -11,6 +11,7 @@ from torch import nn
 
 from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.conv import HeadGraphConv
+from gohgraph.graph_config import SITES
 from gohgraph.objects import MultiHeadAttention
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -80,4 +81,5 @@ def _without_output_graphs(config: TransformerConfig | ClassifierConfig) -> Tran
     if isinstance(config, ClassifierConfig):
         return dataclasses.replace(config, transformer=_without_output_graphs(config.transformer))
     graphs = dataclasses.replace(config.head_graph, outputs=None)
-    return dataclasses.replace(config, head_graph=graphs if graphs.scores is not None else None)
+    is_left = any(getattr(graphs, site) is not None for site in SITES)
+    return dataclasses.replace(config, head_graph=graphs if is_left else None)

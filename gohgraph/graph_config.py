@@ -1,76 +1,14 @@
-"""Configurations of head graphs: the graph at each site of attention, and the routing of heads."""
+"""Configurations of head graphs: what stands at each site of attention, and the routing of heads."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from gohgraph.config_base import Config, check_bool, check_choice, check_int, check_weight, default_of
+from gohgraph.config_base import Config, check_bool, check_int, check_weight
+from gohgraph.site_config import BaselineConfig, Site, SiteConfig, parts_of, site_from_dict
 
-
-@dataclass(frozen=True)
-class SiteConfig(Config):
-    """The head graph at one site of attention: who may send to whom, and how edges are weighted.
-
-    Args:
-        topology: a name of `head_graph`, or the edges as (sender, receiver) pairs.
-        options: keyword options of a named topology, e.g. `{"hops": 3}`.
-        self_loops: adds i -> i to every head.
-        edges, rank, activation, rounds, cross_layer, norm, backend, top_edges: as in `HeadGraphConv`.
-        num_shared: makes the graph `GraphExperts`, whose first `num_shared` heads are nodes of one kind and the others
-            of another; `None` for nodes of one kind.
-
-    Raises:
-        ValueError: a value of the wrong kind; the graph itself is checked when it is built.
-
-    Example:
-        >>> SiteConfig.ring(4)
-        SiteConfig(topology='ring', options={'hops': 3})
-    """
-
-    topology: str | tuple[tuple[int, int], ...] = "complete"
-    options: dict[str, Any] = field(default_factory=dict)
-    self_loops: bool = True
-    edges: str = "token"
-    rank: int | None = None
-    activation: str | None = "tanh"
-    rounds: int = 1
-    cross_layer: int = 0
-    norm: bool = False
-    backend: str = "dense"
-    top_edges: int | None = None
-    num_shared: int | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.topology, str):
-            object.__setattr__(self, "topology", _pairs(self.topology))
-        if not isinstance(self.options, dict) or not all(map(_is_option, self.options, self.options.values())):
-            raise TypeError(
-                f"Expected options to be a dictionary of numbers by name (got {self.options!r}). Do pass e.g. "
-                "{'hops': 3}."
-            )
-        object.__setattr__(self, "options", dict(self.options))
-        check_bool(self, "self_loops", "norm")
-        check_int(self, "rounds", low=1)
-        check_int(self, "cross_layer", low=0)
-        check_choice(self, "edges", ("token", "static", "frozen"))
-        check_choice(self, "activation", ("tanh", None))
-        check_choice(self, "backend", ("dense", "pyg"))
-        for name in ("rank", "top_edges", "num_shared"):
-            if getattr(self, name) is not None:
-                check_int(self, name, low=1)
-
-    @classmethod
-    def ring(cls, in_degree: int, **settings: Any) -> SiteConfig:
-        """Returns a ring where every head receives from itself and the `in_degree - 1` heads before it."""
-        return cls(topology="ring", options={"hops": in_degree - 1}, **settings)
-
-    def __repr__(self) -> str:
-        changed = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        default = SiteConfig.__dataclass_fields__
-        shown = [f"{name}={value!r}" for name, value in changed if value != default_of(default[name])]
-        return f"SiteConfig({', '.join(shown)})"
+SITES = ("outputs", "scores", "queries", "keys", "values", "weights")
 
 
 @dataclass(frozen=True)
@@ -129,46 +67,51 @@ class RoutingConfig(Config):
 
 @dataclass(frozen=True)
 class HeadGraphConfig(Config):
-    """The head graphs of an attention block, at its heads' outputs, at their scores, or both, and who is in them.
+    """The head graphs of an attention block, at its heads' outputs, at scores or further sites, and who is in them.
+
+    A site takes a `SiteConfig`, a `BaselineConfig`, a tuple of them for one after another, or `None` for nothing.
 
     Args:
-        outputs: messages between head outputs, read out in place of concatenating heads; `None` for none.
-        scores: messages between attention scores before the softmax; `None` for none.
+        outputs: messages between head outputs, read out in place of concatenating heads.
+        scores: messages between attention scores before the softmax.
         routing: Mixture-of-Head routing; messages then flow among the active heads of a token only. `None`: all work.
         alignment: weight, in a model's training loss, of the alignment between heads before and after all rounds of
             messages (`outputs` with `num_shared` only, see `GraphExperts`).
+        queries, keys, values: messages between heads before attention, among key/value heads for the last two.
+        weights: messages between attention weights after the softmax.
 
     Raises:
-        TypeError: a site that is not a `SiteConfig`, a routing that is not a `RoutingConfig`.
-        ValueError: a score graph with `norm`, `cross_layer` or `num_shared`, which scores do not have; an alignment
-            without graph experts.
+        TypeError: a site or a routing of another type.
+        ValueError: a graph with `norm`, `cross_layer` or `num_shared` where its nodes do not have them, `keyed` edges
+            elsewhere than at scores, an alignment without graph experts.
 
     Example:
         >>> HeadGraphConfig(scores=SiteConfig.ring(2)).outputs
         SiteConfig()
     """
 
-    outputs: SiteConfig | None = field(default_factory=SiteConfig)
-    scores: SiteConfig | None = None
+    outputs: Site | None = field(default_factory=SiteConfig)
+    scores: Site | None = None
     routing: RoutingConfig | None = None
     alignment: float = 0.0
+    queries: Site | None = None
+    keys: Site | None = None
+    values: Site | None = None
+    weights: Site | None = None
 
     def __post_init__(self) -> None:
-        for name in ("outputs", "scores"):
-            site = getattr(self, name)
-            if site is not None and not isinstance(site, SiteConfig):
-                raise TypeError(f"Expected {name} to be a SiteConfig or None (got {site!r}). Do pass SiteConfig().")
-        if self.scores is not None and (self.scores.norm or self.scores.cross_layer or self.scores.num_shared):
-            raise ValueError(
-                "Expected a score graph without norm, cross_layer and num_shared (got one). Do set them off."
-            )
+        for name in SITES:
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            for part in parts_of(getattr(self, name)):
+                _check_site(name, part)
         if self.routing is not None and not isinstance(self.routing, RoutingConfig):
             raise TypeError(
                 f"Expected routing to be a RoutingConfig or None (got {self.routing!r}). Do pass e.g. "
                 "RoutingConfig(num_shared=2, top_k=4)."
             )
         check_weight(self, "alignment")
-        if self.alignment and (self.outputs is None or self.outputs.num_shared is None):
+        if self.alignment and getattr(self.outputs, "num_shared", None) is None:
             raise ValueError("Expected outputs with num_shared for an alignment (got none). Do use graph_experts.")
 
     @classmethod
@@ -216,24 +159,21 @@ class HeadGraphConfig(Config):
 
     @classmethod
     def _nested(cls, values: dict[str, Any]) -> dict[str, Any]:
-        parts = {"outputs": SiteConfig, "scores": SiteConfig, "routing": RoutingConfig}
-        made = {name: parts[name].from_dict(values[name]) for name in parts if values.get(name) is not None}
+        made = {name: site_from_dict(values[name]) for name in SITES if values.get(name) is not None}
+        if values.get("routing") is not None:
+            made["routing"] = RoutingConfig.from_dict(values["routing"])
         return {**values, **made}
 
 
-def _pairs(topology: Any) -> tuple[tuple[int, int], ...]:
-    if not isinstance(topology, (list, tuple)) or not all(map(_is_edge, topology)):
-        raise TypeError(
-            f"Expected topology to be a name or (sender, receiver) pairs of ints (got {topology!r}). Do pass e.g. "
-            "'ring' or [(0, 1), (1, 0)]."
+def _check_site(name: str, part: Any) -> None:
+    if not isinstance(part, (SiteConfig, BaselineConfig)):
+        raise TypeError(f"Expected {name} to be a SiteConfig or None (got {part!r}). Do pass SiteConfig().")
+    if isinstance(part, BaselineConfig):
+        return
+    if part.keyed and name != "scores":
+        raise ValueError(f"Expected keyed edges at scores only (got them at {name}). Do set keyed off.")
+    has_features = name in ("outputs", "queries", "keys", "values")
+    if part.cross_layer and name != "outputs" or (part.norm or part.num_shared) and not has_features:
+        raise ValueError(
+            f"Expected a graph at {name} without norm, cross_layer and num_shared (got one). Do set them off."
         )
-    return tuple((j, i) for j, i in topology)
-
-
-def _is_edge(pair: Any) -> bool:
-    # The exact type: True and 1.5 would pass as 1.
-    return isinstance(pair, (list, tuple)) and [type(head) for head in pair] == [int, int]
-
-
-def _is_option(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and (value is None or isinstance(value, (int, float, str)))

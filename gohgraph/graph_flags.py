@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gohgraph.graph_config import HeadGraphConfig, RoutingConfig, SiteConfig
+from gohgraph.graph_config import HeadGraphConfig, RoutingConfig
+from gohgraph.site_config import SiteConfig
 from gohgraph.topologies import TOPOLOGIES
 
 SITES = ("none", "outputs", "scores", "both")
@@ -56,7 +57,7 @@ def graph_from_flags(flags: argparse.Namespace, num_heads: int) -> HeadGraphConf
         >>> parser = argparse.ArgumentParser()
         >>> add_graph_flags(parser)
         >>> graph_from_flags(parser.parse_args("--sites none --router".split()), num_heads=8)
-        HeadGraphConfig(outputs=None, scores=None, routing=RoutingConfig(num_shared=2, top_k=4, ...), alignment=0.0)
+        HeadGraphConfig(outputs=None, scores=None, routing=RoutingConfig(num_shared=2, top_k=4, ...), ...)
     """
     _check(flags)
     edges = {"edges": flags.edges, "rank": flags.rank, "top_edges": flags.top_edges}

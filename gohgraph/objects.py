@@ -19,7 +19,7 @@ from gohgraph.skipping import ActiveHeads, only_multiplies, project_all
 # Numbers per row that need not be read for heads that are off, from which leaving these out pays on a CPU; with fewer
 # the calls cost more. Between 0.33 and 0.39 million by `tools/benchmark.py routing`, two threads.
 SKIP_FROM_UNREAD = 350_000
-INNER_SITES = ("queries", "keys", "values", "weights")
+INNER_SITES = ("query", "key", "value", "weight")
 
 
 class Heads(NamedTuple):
@@ -46,9 +46,9 @@ class MultiHeadAttention(nn.Module):
 
     With all slots empty this is the attention of Vaswani et al. 2017 (equation 1 and section 3.2.2), g = 1. A graph
     slot takes any module `(nodes [*, H, F], context=[*, M]) -> nodes`; the context x(t) is this block's own input.
-    Beside a router it is called with `active=` bool `[*, H]` too, with `cross_layer` also with `earlier`. Where messages
-    between maps depend on the key's token, the module says so (`is_keyed`) and is called with `key_state=` what its
-    method `key_state` made of the keys' tokens, `[B, S, M] -> [B, S, U]`; a cache keeps it.
+    Beside a router it is called with `active=` bool `[*, H]` too, with `cross_layer` also with `earlier`. Where
+    messages between maps depend on the key's token, the module says so (`is_keyed`) and is called with `key_state=`
+    what its method `key_state` made of the keys' tokens, `[B, S, M] -> [B, S, U]`; a cache keeps it.
 
     Args:
         d_model: M.
@@ -65,8 +65,8 @@ class MultiHeadAttention(nn.Module):
             at both sites then flow on the induced subgraph of a token's active heads. Heads that are off are left out:
             in decoding altogether, of more tokens their attention (`skip`: `None` where that was measured to pay, True
             wherever it can be done, False never).
-        inner_graphs: graphs at further sites by name: `"queries"`, `"keys"`, `"values"`, before attention and rotary
-            positions (nodes are the key/value heads at the last two, the context is the token's own), and `"weights"`,
+        inner_graphs: graphs at further sites by name: `"query"`, `"key"`, `"value"`, before attention and rotary
+            positions (nodes are the key/value heads at the last two, the context is the token's own), and `"weight"`,
             the maps `[B, T, H, S]` after the softmax, which are held in memory then.
 
     Shape:
@@ -162,7 +162,7 @@ class MultiHeadAttention(nn.Module):
             q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, D]
         else:
             q = heads.project(x, self.query, self.head_dim)  # [B, T, H, D]
-        q = self._inner("queries", q, x, **active)
+        q = self._inner("query", q, x, **active)
         if positions is None and self.rotary is not None:
             positions = torch.arange(past, past + x.shape[1], device=x.device)
         if self.rotary is not None:
@@ -216,7 +216,7 @@ class MultiHeadAttention(nn.Module):
             k, v = (project_all(source, linear, self.head_dim) for linear in (self.key, self.value))
         else:
             k, v = (f(source).unflatten(-1, (self.num_kv_heads, self.head_dim)) for f in (self.key, self.value))
-        k, v = self._inner("keys", k, source), self._inner("values", v, source)
+        k, v = self._inner("key", k, source), self._inner("value", v, source)
         if self.rotary is not None:
             k = self.rotary(k, positions)
         kept = (k, v, *(graph.key_state(source).unsqueeze(2) for graph in self._keyed()))
@@ -226,7 +226,7 @@ class MultiHeadAttention(nn.Module):
         return self.inner_graphs[site](nodes, context, **active) if site in self.inner_graphs else nodes
 
     def _map_graphs(self) -> tuple[nn.Module | None, nn.Module | None]:
-        return self.score_graph, self.inner_graphs["weights"] if "weights" in self.inner_graphs else None
+        return self.score_graph, self.inner_graphs["weight"] if "weight" in self.inner_graphs else None
 
     def _keyed(self) -> list[nn.Module]:
         return [graph for graph in self._map_graphs() if getattr(graph, "is_keyed", False)]
@@ -329,7 +329,7 @@ def _check_graphs(num_heads: int, num_kv_heads: int, inner: Mapping[str, nn.Modu
     if unknown := sorted(set(inner) - set(INNER_SITES)):
         raise ValueError(f"Expected inner_graphs of {list(INNER_SITES)} (got {unknown}). Do choose among them.")
     for name, graph in {**slots, **inner}.items():
-        _check_heads(name, graph, num_kv_heads if name in ("keys", "values") else num_heads)
+        _check_heads(name, graph, num_kv_heads if name in ("key", "value") else num_heads)
     for name, graph in {"score_graph": slots["score_graph"], **inner}.items():
         if getattr(graph, "cross_layer", 0) or (name == "score_graph" and not getattr(graph, "is_linear", True)):
             raise ValueError(

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from gohgraph.cache import KeyValueCache
 from gohgraph.config import TransformerConfig
-from gohgraph.conv import HeadGraphConv
 from gohgraph.embeddings import RotaryPositions
-from gohgraph.experts import GraphExperts
 from gohgraph.feed_forward import FeedForward
-from gohgraph.graph_config import SiteConfig
+from gohgraph.graph_config import HeadGraphConfig
 from gohgraph.objects import Heads, MultiHeadAttention
 from gohgraph.routing import HeadRouter, Routing
+from gohgraph.site_config import parts_of
+from gohgraph.sites import build_site
 from gohgraph.sublayers import NORMS, Residual
+
+NO_GRAPHS = HeadGraphConfig(outputs=None)
 
 
 class EncoderLayer(nn.Module):
@@ -154,8 +156,8 @@ class Stack(nn.Module):
         else:
             self.layers = nn.ModuleList(EncoderLayer(config, causal=kind == "causal", layer=i) for i in indices)
         self.norm = NORMS[config.norm](config.d_model, eps=1e-5) if config.norm_first else nn.Identity()
-        graph = config.head_graph.outputs if config.head_graph is not None else None
-        self.cross_layer = 0 if graph is None else graph.cross_layer
+        outputs = parts_of((config.head_graph or NO_GRAPHS).outputs)
+        self.cross_layer = max((getattr(part, "cross_layer", 0) for part in outputs), default=0)
 
     def forward(
         self, x: Tensor, *memory: Tensor, caches: list[tuple[KeyValueCache, ...]] | None = None, **masks: Tensor | None
@@ -191,8 +193,14 @@ def _feed_forward(config: TransformerConfig) -> FeedForward:
 def _attention(
     config: TransformerConfig, layer: int, *, causal: bool = False, cross: bool = False
 ) -> MultiHeadAttention:
-    graphs = config.head_graph
-    routing = graphs.routing if graphs else None
+    graphs = config.head_graph or NO_GRAPHS
+    routing, key_heads = graphs.routing, config.num_kv_heads
+    inner = {
+        "query": build_site(graphs.queries, config),
+        "key": build_site(graphs.keys, config, num_heads=key_heads),
+        "value": build_site(graphs.values, config, num_heads=key_heads),
+        "weight": build_site(graphs.weights, config),
+    }
     return MultiHeadAttention(
         config.d_model,
         config.num_heads,
@@ -202,16 +210,8 @@ def _attention(
         causal=causal,
         rotary=RotaryPositions(config.head_dim) if config.positions == "rotary" and not cross else None,
         # Cross attention is handed no heads of earlier layers.
-        output_graph=_graph(graphs.outputs, config, 0 if cross else layer) if graphs else None,
-        score_graph=_graph(graphs.scores, config, 0) if graphs else None,
+        output_graph=build_site(graphs.outputs, config, layer=0 if cross else layer),
+        score_graph=build_site(graphs.scores, config),
         router=HeadRouter.from_config(routing, config.d_model, config.num_heads, layer=layer) if routing else None,
+        inner_graphs={site: graph for site, graph in inner.items() if graph is not None},
     )
-
-
-def _graph(site: SiteConfig | None, config: TransformerConfig, layer: int) -> HeadGraphConv | None:
-    if site is None:
-        return None
-    sizes = (config.num_heads, config.head_dim, config.d_model)
-    if site.num_shared is None:
-        return HeadGraphConv.from_config(site, *sizes, layer=layer)
-    return GraphExperts.from_config(site, *sizes, layer=layer, alignment=config.head_graph.alignment > 0)

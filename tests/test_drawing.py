@@ -56,6 +56,19 @@ def test_a_real_model_from_recording_to_file(tmp_path):
     assert os.listdir(tmp_path) == ["heads.png"]
 
 
+def test_every_site_has_rows_of_its_own():
+    sites = {"outputs": (goh.BaselineConfig("norm"), goh.SiteConfig()), "scores": goh.SiteConfig.ring(2)}
+    sites |= {site: goh.SiteConfig.ring(3) for site in ("queries", "keys", "values", "weights")}
+    config = goh.TransformerConfig(
+        256, d_model=20, num_heads=5, num_layers=2, d_ff=7, positions="none", head_graph=goh.HeadGraphConfig(**sites)
+    )
+    with goh.record(model := goh.LanguageModel(config)) as heads:
+        model(torch.randint(256, (2, 11)))
+    titles = [axis.get_title() for axis in draw(heads).axes if axis.get_title()]
+    order = ("outputs", "scores", "weights", "queries", "keys", "values")
+    assert titles == [f"layer {layer} {site}" for site in order for layer in range(2)]
+
+
 def test_arrows_run_from_sender_to_receiver():
     figure = draw({"layers.0.output_graph": recording(4, [(1, 3)], [0.5])})
     lines, tips, circles = parts(figure.axes[0])

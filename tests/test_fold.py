@@ -122,16 +122,16 @@ def test_fold_refuses_what_is_no_attention(wrong):
 SHAPE = {"d_model": M, "num_heads": H, "num_layers": 3, "d_ff": 7}
 
 
-@pytest.mark.parametrize("scores", [None, goh.SiteConfig.ring(2)], ids=["outputs", "both"])
+@pytest.mark.parametrize("others", [{}, {"scores": goh.SiteConfig.ring(2)}, {"values": goh.SiteConfig()}], ids=str)
 @torch.no_grad()
-def test_a_folded_model_is_the_same_function_and_reloads(scores, tmp_path):
-    graphs = goh.HeadGraphConfig(goh.SiteConfig(edges="static", rounds=2), scores)
+def test_a_folded_model_is_the_same_function_and_reloads(others, tmp_path):
+    graphs = goh.HeadGraphConfig(goh.SiteConfig(edges="static", rounds=2), **others)
     model = trained_like(goh.LanguageModel(goh.TransformerConfig(11, **SHAPE, head_graph=graphs)))
     tokens = torch.randint(11, (2, 7))
     expected = model(tokens).logits
     assert fold(model) is model
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-10, atol=1e-10)
-    assert model.config.head_graph == (scores and goh.HeadGraphConfig(None, scores))
+    assert model.config.head_graph == (goh.HeadGraphConfig(None, **others) if others else None)
     model.save_pretrained(tmp_path)
     assert torch.equal(goh.LanguageModel.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
 

@@ -30,7 +30,8 @@ from gohgraph.benchmarks.flags import add_shared_flags, check_shared_flags, numb
 from gohgraph.benchmarks.timing import WARM_UP, Call, interleaved, markdown_table, ratios
 from gohgraph.config import TransformerConfig
 from gohgraph.fold import fold
-from gohgraph.graph_config import HeadGraphConfig, SiteConfig
+from gohgraph.graph_config import HeadGraphConfig
+from gohgraph.site_config import SiteConfig
 from gohgraph.stacks import EncoderLayer
 
 DEFAULT_SIZES = ("512/8/512/2", "1024/16/256/2", "256/8/1024/2")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gohgraph.benchmarks.timing import Call
 from gohgraph.cache import KeyValueCache
 from gohgraph.config import TransformerConfig
-from gohgraph.graph_config import HeadGraphConfig, RoutingConfig, SiteConfig
+from gohgraph.graph_config import HeadGraphConfig, RoutingConfig
+from gohgraph.site_config import SiteConfig
 from gohgraph.stacks import EncoderLayer
 
 SKIPPING = {"off": False, "on": True, "auto": None}

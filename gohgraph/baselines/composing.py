@@ -1,0 +1,87 @@
+"""Dynamically composable heads: attention maps composed by the query's token and by the key's."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Composition(nn.Module):
+    r"""The Compose function of DCMHA on scores or on weights, in its low-rank form.
+
+    .. math::
+        A'(t, s) &= A(t, s) + \big(M^q(t) + M^k(s)\big) A(t, s), \qquad
+        M = w_2 w_1^T + \mathrm{diag}(g) \\
+        [w_1; w_2] &= W_2\, \mathrm{gelu}(W_1 x), \qquad w_1 \leftarrow w_1 / \mathrm{rms}_\text{heads}(w_1), \qquad
+        g = \tanh(W_g x)
+
+    A holds all heads of a pair of tokens, w_1 and w_2 are `[H, R]`; M^q is made of the query's token and M^k of the
+    key's, with weights of their own. Both read the original A. Masked weights stay zero, rows are not renormalised.
+
+    Source: DCMHA (Xiao et al. 2024, arXiv 2405.08553), as its released code computes it, whose released models leave
+    out the static projection; the gates start as in its PyTorch code (in its JAX code ten times smaller). Nearly
+    neutral at the start.
+
+    Args:
+        num_heads: H.
+        head_dim: D, not used.
+        context_dim: M.
+        rank: R.
+
+    Shape:
+        maps `[B, T, H, S]`, context `[B, T, M]`, key_state `[B, S, U]` -> `[B, T, H, S]`.
+
+    Raises:
+        ValueError: a rank below 1.
+
+    Example:
+        >>> compose = Composition(num_heads=5, head_dim=4, context_dim=20)
+        >>> maps, x, source = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 20), torch.randn(2, 7, 20)
+        >>> compose(maps, x, key_state=compose.key_state(source)).shape
+        torch.Size([2, 3, 5, 7])
+    """
+
+    is_keyed = True
+
+    def __init__(self, num_heads: int, head_dim: int, context_dim: int, *, rank: int = 2) -> None:
+        super().__init__()
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"Expected rank >= 1 (got {rank!r}). Do pass e.g. 2.")
+        self.num_heads, self.rank = num_heads, rank
+        hidden = 2 * rank * num_heads
+        # The first of two is made of the query's token, the second of the key's.
+        self.inner = nn.Parameter(torch.empty(2, hidden, context_dim))
+        self.outer = nn.Parameter(torch.empty(2, hidden, hidden))
+        self.gate = nn.Parameter(torch.empty(2, num_heads, context_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights as the released code does."""
+        hidden, width = self.inner.shape[1:]
+        nn.init.normal_(self.inner, std=(2 / (width + hidden)) ** 0.5)
+        nn.init.normal_(self.outer, std=0.02 / (hidden**0.5 * (self.num_heads + self.rank)))
+        nn.init.normal_(self.gate, std=0.05 * (2 / (width + self.num_heads)) ** 0.5)
+
+    def key_state(self, source: Tensor) -> Tensor:
+        """Returns M^k of the keys' tokens, `[B, S, M] -> [B, S, H*H]`."""
+        return self._mixing(source, 1).flatten(-2)  # [B, S, H*H]
+
+    def forward(self, z: Tensor, context: Tensor, active: Tensor | None = None, *, key_state: Tensor) -> Tensor:
+        """Composes maps `[B, T, H, S]`; heads that are off send nothing."""
+        sent = z if active is None else z * active.unsqueeze(-1)  # [B, T, H, S]
+        by_key = key_state.unflatten(-1, (self.num_heads, self.num_heads)).to(z.dtype)  # [B, S, H, H]
+        from_query = self._mixing(context, 0).to(z.dtype) @ sent  # [B, T, H, S]
+        from_key = torch.einsum("bsij,btjs->btis", by_key, sent)  # [B, T, H, S]
+        return z + from_query + from_key
+
+    def _mixing(self, x: Tensor, side: int) -> Tensor:
+        hidden = F.gelu(F.linear(x, self.inner[side]))  # [*, 2*R*H]
+        pair = F.linear(hidden, self.outer[side]).unflatten(-1, (2, self.rank, self.num_heads))  # [*, 2, R, H]
+        senders, receivers = pair.unbind(dim=-3)  # [*, R, H] each
+        senders = F.rms_norm(senders, (self.num_heads,), eps=1e-6)
+        gate = F.linear(x, self.gate[side]).tanh()  # [*, H]
+        return receivers.transpose(-1, -2) @ senders + torch.diag_embed(gate)  # [*, H, H]
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, rank={self.rank}"

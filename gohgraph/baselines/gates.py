@@ -1,0 +1,69 @@
+"""Gates on head outputs: each head weighs itself, none hears of another."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GRAINS = ("head", "element")
+
+
+class SigmoidGate(nn.Module):
+    r"""A sigmoid gate on every head, or on every feature of every head, from the block's input.
+
+    .. math:: z'_i(t) = \sigma(W_i x(t)) \odot z_i(t)
+
+    With `rank = r`, W = W_2 W_1. As published it is not neutral at the start: W is drawn as a linear layer of the
+    transformer (N(0, 0.02²)), so gates begin near one half.
+
+    Source: Gated Attention (arXiv 2505.06708, section 2.3, position G1): `"head"` is its headwise, `"element"` its
+    elementwise gate. Differs: a low rank is not in the paper.
+
+    Args:
+        num_heads: H.
+        head_dim: D.
+        context_dim: M.
+        grain: `"head"`, one gate a head, or `"element"`, one for each of its features.
+        rank: r >= 1 for a low-rank W, `None` for full rank.
+
+    Shape:
+        z `[*, H, D]`, context `[*, M]` -> `[*, H, D]`.
+
+    Raises:
+        ValueError: an unknown grain, a rank below 1.
+
+    Example:
+        >>> gate = SigmoidGate(num_heads=5, head_dim=4, context_dim=20, grain="head")
+        >>> gate(torch.randn(2, 3, 5, 4), torch.randn(2, 3, 20)).shape, gate.weight.shape
+        (torch.Size([2, 3, 5, 4]), torch.Size([5, 20]))
+    """
+
+    def __init__(
+        self, num_heads: int, head_dim: int, context_dim: int, *, grain: str = "element", rank: int | None = None
+    ) -> None:
+        super().__init__()
+        if grain not in GRAINS:
+            raise ValueError(f"Expected grain of {list(GRAINS)} (got {grain!r}). Do choose one of them.")
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"Expected rank >= 1 or None for full rank (got {rank!r}). Do pass e.g. 16.")
+        self.num_heads, self.grain = num_heads, grain
+        gates = num_heads if grain == "head" else num_heads * head_dim
+        self.weight = nn.Parameter(torch.empty(gates, context_dim if rank is None else rank))
+        self.down = None if rank is None else nn.Parameter(torch.empty(rank, context_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws W from N(0, 0.02²); of a low rank, the product has about this size."""
+        nn.init.normal_(self.weight, std=0.02)
+        if self.down is not None:
+            nn.init.normal_(self.down, std=len(self.down) ** -0.5)
+
+    def forward(self, z: Tensor, context: Tensor, active: Tensor | None = None) -> Tensor:
+        """Weighs the nodes `z [*, H, D]`; `active` changes nothing, no head hears of another."""
+        low = context if self.down is None else F.linear(context, self.down)  # [*, M] or [*, r]
+        gates = F.linear(low, self.weight).sigmoid().to(z.dtype)  # [*, H] or [*, H*D]
+        return z * gates.unflatten(-1, (self.num_heads, -1))  # [*, H, D]
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, grain={self.grain!r}, rank={None if self.down is None else len(self.down)}"

@@ -1,0 +1,49 @@
+"""Normalisation of head outputs, head by head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class HeadNorm(nn.Module):
+    r"""RMS normalisation of every head's output, with a gain for each of its features.
+
+    .. math:: z'_i(t) = \gamma_i \odot z_i(t) \,/\, \sqrt{\mathrm{mean}_d\, z_{id}(t)^2 + \epsilon}
+
+    Not neutral: heads enter the output projection at equal size whatever they found.
+
+    Source: the head-level normalisation of RetNet (arXiv 2307.08621, equation 8) and of the Differential Transformer
+    (arXiv 2410.05258, section 2.1). Differs: gains are not shared between heads.
+
+    Args:
+        num_heads: H.
+        head_dim: D.
+        context_dim: M, not used.
+        eps: epsilon.
+
+    Shape:
+        z `[*, H, D]` -> `[*, H, D]`.
+
+    Example:
+        >>> z = HeadNorm(num_heads=5, head_dim=4, context_dim=20)(torch.randn(2, 3, 5, 4))
+        >>> bool((z.square().mean(-1) - 1).abs().max() < 1e-3)
+        True
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, context_dim: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.num_heads, self.eps = num_heads, eps
+        self.gain = nn.Parameter(torch.ones(num_heads, head_dim))
+
+    def reset_parameters(self) -> None:
+        """Sets all gains to 1."""
+        nn.init.ones_(self.gain)
+
+    def forward(self, z: Tensor, context: Tensor | None = None, active: Tensor | None = None) -> Tensor:
+        """Normalises the nodes `z [*, H, D]`."""
+        return F.rms_norm(z, z.shape[-1:], eps=self.eps) * self.gain.to(z.dtype)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, eps={self.eps}"
