@@ -2,6 +2,7 @@
 
     python tools/benchmark.py --sizes 512/8/512/2 --repeats 30 --only output score-ring2 --markdown benchmark.md
     python tools/benchmark.py routing --sizes 512/8 --contexts 512 8192
+    python tools/benchmark.py quality --tasks text two-cues --variants plain element-gate outputs
 
 The first argument names what is measured, `blocks` without one; each is a module of `gohgraph.benchmarks`, which says
 how it measures.
@@ -21,11 +22,11 @@ from types import ModuleType
 import torch
 from tqdm import tqdm
 
-from gohgraph.benchmarks import blocks, routing
+from gohgraph.benchmarks import blocks, quality, routing
 from gohgraph.benchmarks.timing import machine
 from gohgraph.command_line import ArgumentParser, run
 
-COMMANDS = {"blocks": blocks, "routing": routing}
+COMMANDS = {"blocks": blocks, "routing": routing, "quality": quality}
 DEFAULT = "blocks"
 
 
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def benchmark(command: ModuleType, flags: argparse.Namespace) -> None:
     """Measures and prints the tables."""
+    if hasattr(command, "run"):
+        command.run(flags)
+        return
     cases = command.cases(flags)
     torch.set_num_threads(flags.threads)
     texts, rows = [machine(flags.device, flags.dtype, flags.threads, flags.repeats)], []

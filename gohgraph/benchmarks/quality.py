@@ -1,0 +1,214 @@
+"""What head graphs and their opponents learn: equal parameters, equal data, tuned rates, several seeds.
+
+On every task the lighter models' feed-forward is widened to the heaviest one's parameter count, all variants start from
+the same base weights and see the same batches in the same order. Each variant is trained at every learning rate of one
+grid on the first seed, and at the best of them on all others. Plain attention is also trained for fewer and for more
+steps: where its losses meet a variant's tells how many steps it needs for the same, and where they stand after the same
+time tells what the variant is worth at equal time. Differences are taken seed by seed; +- is a 95 % interval (Student's
+t over the seeds). Step times are medians of interleaved rounds on one thread, when nothing else is run.
+
+An interrupted benchmark goes on where it stopped when it is called again with the same --run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gohgraph.baselines.presets import PRESETS, preset
+from gohgraph.benchmarks.flags import check_at_least
+from gohgraph.benchmarks.quality_report import Entry, draw_quality, quality_table
+from gohgraph.benchmarks.tasks import TASKS, Task
+from gohgraph.benchmarks.timing import interleaved, machine, ratios
+from gohgraph.benchmarks.trials import TrainingStep, Trial, first_model, run_trial
+from gohgraph.config import TransformerConfig
+from gohgraph.learning.matching import count_parameters, match_parameters
+from gohgraph.learning.sweep import sweep
+
+PLAIN = "plain"
+BASIC = ["plain", "head-gate", "element-gate", "norm-element-gate", "talking-heads", "dcmha", "outputs", "scores"]
+BUDGETS = (0.5, 1.5, 2.0)
+TIMED_ROUNDS = 20
+SMOKE = {"steps": 4, "seeds": [0, 1], "rates": [4e-3], "budgets": [2.0], "tasks": ["two-cues"], "rounds": 2}
+SMOKE |= {"variants": ["plain", "outputs"]}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of this benchmark."""
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs/quality"), help="folder, continued if it is there (%(default)s)")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
+    add("--variants", nargs="+", choices=PRESETS, default=BASIC, metavar="NAME", help=f"of {' '.join(PRESETS)}")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="(default: 0 1 2 3 4)")
+    add("--rates", nargs="+", type=float, help="the grid of learning rates (default: each task's own)")
+    add("--steps", type=int, help="of a full run (default: each task's own)")
+    add("--budgets", nargs="*", type=float, default=list(BUDGETS), help="of plain attention, times the steps")
+    add("--data", help="text of the task 'text': a corpus by name, or a file")
+    add("--rounds", type=int, default=TIMED_ROUNDS, help="of timing (default: %(default)s)")
+    add("--jobs", type=int, default=2, help="processes of one thread each (default: %(default)s)")
+    add("--smoke", action="store_true", help="a tiny benchmark, to see that it runs")
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Trains what is missing, then times, writes and prints the tables."""
+    if flags.smoke:
+        vars(flags).update(SMOKE)
+    _check(flags)
+    print(machine("cpu", "float32", 1, flags.rounds))
+    texts, entries = [], {}
+    for name in flags.tasks:
+        contest = Contest(name, flags)
+        entries[name] = contest.entries()
+        texts.append(quality_table(name, contest.task, flags.seeds, entries[name], contest.plain_curve()))
+        print("\n" + texts[-1])
+    _write(flags, texts, entries)
+
+
+class Contest:
+    """All runs of one task.
+
+    Args:
+        name: of the task.
+        flags: of the command line.
+    """
+
+    def __init__(self, name: str, flags: argparse.Namespace) -> None:
+        self.name, self.flags = name, flags
+        self.options = _options(name, flags)
+        self.task: Task = TASKS[name](**self.options)
+        self.configs = equal_configs(self.task, flags.variants)
+        self.rates = self._best_rates()
+        self.results = self._train([self._trial(v, s) for s in flags.seeds for v in self.configs])
+
+    def entries(self) -> dict[str, Entry]:
+        """Returns what was found of every variant, plain attention first."""
+        times = self._times()
+        found = {}
+        for variant, config in self.configs.items():
+            logs = [self.results[self._trial(variant, seed).name] for seed in self.flags.seeds]
+            parameters = count_parameters(self.task.model(config))
+            found[variant] = Entry(parameters, config.d_ff, self.rates[variant], logs, times[variant])
+        return found
+
+    def plain_curve(self) -> dict[float, float]:
+        """Returns plain attention's mean measure by budget, from runs of their own, over the first three seeds."""
+        seeds = self.flags.seeds[:3]
+        trials = [self._trial(PLAIN, seed, budget) for budget in self.flags.budgets for seed in seeds]
+        found = {**self._train(trials), **self.results}
+        return {
+            budget: sum(self._end(found[self._trial(PLAIN, seed, budget).name]) for seed in seeds) / len(seeds)
+            for budget in sorted({1.0, *self.flags.budgets})
+        }
+
+    def _best_rates(self) -> dict[str, float]:
+        seed, grid = self.flags.seeds[0], self.task.learning_rates
+        first = self._train([Trial(self.name, variant, rate, seed) for variant in self.configs for rate in grid])
+        ends = {key: self._end(log) for key, log in first.items()}
+        return {
+            variant: min(grid, key=lambda rate: ends[Trial(self.name, variant, rate, seed).name])
+            for variant in self.configs
+        }
+
+    def _trial(self, variant: str, seed: int, budget: float = 1.0) -> Trial:
+        return Trial(self.name, variant, self.rates[variant], seed, budget)
+
+    def _train(self, trials: list[Trial]) -> dict[str, list[dict[str, Any]]]:
+        plain = self.configs[PLAIN].to_dict()
+        runs = {
+            trial.name: {
+                "name": trial.name,
+                "task": self.name,
+                "options": self.options,
+                "config": self.configs[trial.variant].to_dict(),
+                "plain": plain,
+                "rate": trial.rate,
+                "seed": trial.seed,
+                "steps": max(2, round(self.task.steps * trial.budget)),
+            }
+            for trial in trials
+        }
+        function = partial(run_trial, str(self.flags.run / "runs"))
+        return sweep(function, runs, self.flags.run / "results", jobs=self.flags.jobs)
+
+    def _times(self) -> dict[str, list[float]]:
+        """Seconds of a training step as ratios to plain attention: lower quartile, median and upper quartile."""
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        calls = {
+            variant: TrainingStep(self.task, first_model(self.task, config, self.configs[PLAIN], 0))
+            for variant, config in self.configs.items()
+        }
+        try:
+            with tqdm(total=len(calls) * (self.flags.rounds + 2), unit="step", desc=f"time of {self.name}") as bar:
+                seconds = interleaved(calls, self.flags.rounds, bar)
+        finally:
+            torch.set_num_threads(threads)
+        return {variant: ratios(own, seconds[PLAIN]) for variant, own in seconds.items()}
+
+    def _end(self, log: list[dict[str, Any]]) -> float:
+        return log[-1][self.task.measure]
+
+
+def equal_configs(task: Task, variants: list[str]) -> dict[str, TransformerConfig]:
+    """Returns the variants' configurations by name, plain attention first, widened to the heaviest one's parameters.
+
+    Example:
+        >>> task = TASKS["two-cues"]()
+        >>> configs = equal_configs(task, ["plain", "outputs"])
+        >>> [configs[name].d_ff for name in configs]
+        [161, 128]
+    """
+    names = [PLAIN, *(name for name in variants if name != PLAIN)]
+    bare = task.config()
+    configs = {name: dataclasses.replace(bare, head_graph=preset(name, task.num_heads)) for name in names}
+    heaviest = max(count_parameters(task.model(config)) for config in configs.values())
+    return {name: match_parameters(task.model, config, heaviest) for name, config in configs.items()}
+
+
+def _options(name: str, flags: argparse.Namespace) -> dict[str, Any]:
+    options: dict[str, Any] = {} if flags.steps is None else {"steps": flags.steps}
+    if flags.rates is not None:
+        options["learning_rates"] = list(flags.rates)
+    if name == "text" and flags.data is not None:
+        options["data"] = flags.data
+    return options
+
+
+def _write(flags: argparse.Namespace, texts: list[str], entries: dict[str, dict[str, Entry]]) -> None:
+    (flags.run / "tables.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    measures = {name: TASKS[name].measure for name in entries}
+    with open(flags.run / "results.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["task", "variant", "parameters", "d_ff", "rate", "time_ratio", "seed", "measure", "value"])
+        for name, found in entries.items():
+            for variant, entry in found.items():
+                for seed, value in zip(flags.seeds, entry.ends(measures[name]), strict=True):
+                    about = (entry.parameters, entry.d_ff, entry.rate, round(entry.time_ratio, 4))
+                    writer.writerow([name, variant, *about, seed, measures[name], value])
+    saved = {name: {v: dataclasses.asdict(entry) for v, entry in found.items()} for name, found in entries.items()}
+    (flags.run / "results.json").write_text(json.dumps(saved, indent=1), encoding="utf-8")
+    draw_quality(entries, measures, flags.run / "quality.png")
+    print(f"\npicture: {flags.run / 'quality.png'}; every run: {flags.run / 'results.csv'}")
+
+
+def _check(flags: argparse.Namespace) -> None:
+    for name, low in (("jobs", 1), ("rounds", 2)):
+        check_at_least(name, getattr(flags, name), low)
+    if flags.steps is not None:
+        check_at_least("steps", flags.steps, 2)
+    for name in ("seeds", "variants", "tasks"):
+        values = getattr(flags, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"Expected different --{name} (got {values}). Do name each once.")
+    for name in ("rates", "budgets"):
+        if not all(0 < value < float("inf") for value in getattr(flags, name) or ()):
+            raise ValueError(f"Expected --{name} above 0 (got {getattr(flags, name)}). Do pass e.g. 0.5.")
