@@ -8,6 +8,8 @@ from gohgraph.feed_forward import FeedForward
 from gohgraph.fold import fold
 from gohgraph.graph import head_graph
 from gohgraph.graph_config import HeadGraphConfig, RoutingConfig
+from gohgraph.keyed import KeyedGraphConv
+from gohgraph.learned_topology import LearnedTopologyConv
 from gohgraph.load_chart import draw_load
 from gohgraph.models import Classifier, LanguageModel, Transformer
 from gohgraph.objects import Heads, MultiHeadAttention
@@ -31,7 +33,9 @@ __all__ = [
     "HeadGraphConv",
     "HeadRouter",
     "Heads",
+    "KeyedGraphConv",
     "LanguageModel",
+    "LearnedTopologyConv",
     "ModelOutput",
     "MultiHeadAttention",
     "Routing",

@@ -20,6 +20,7 @@ class SiteConfig(Config):
         edges, rank, activation, rounds, cross_layer, norm, backend, top_edges: as in `HeadGraphConv`.
         num_shared: makes the graph `GraphExperts`, whose first `num_shared` heads are nodes of one kind and the others
             of another; `None` for nodes of one kind.
+        in_degree: makes the topology learned, see `LearnedTopologyConv`: heads are to keep so many incoming edges.
         keyed: edges between scores have a weight of the key's token too, see `KeyedGraphConv`.
 
     Raises:
@@ -43,6 +44,7 @@ class SiteConfig(Config):
     top_edges: int | None = None
     num_shared: int | None = None
     keyed: bool = False
+    in_degree: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.topology, str):
@@ -55,9 +57,11 @@ class SiteConfig(Config):
         check_choice(self, "edges", ("token", "static", "frozen"))
         check_choice(self, "activation", ("tanh", None))
         check_choice(self, "backend", ("dense", "pyg"))
-        for name in ("rank", "top_edges", "num_shared"):
+        for name in ("rank", "top_edges", "num_shared", "in_degree"):
             if getattr(self, name) is not None:
                 check_int(self, name, low=1)
+        if sum((self.num_shared is not None, self.in_degree is not None, self.keyed)) > 1:
+            raise ValueError("Expected one of num_shared, in_degree and keyed (got more). Do set the others off.")
 
     @classmethod
     def ring(cls, in_degree: int, **settings: Any) -> SiteConfig:

@@ -11,6 +11,7 @@ from gohgraph.config import TransformerConfig
 from gohgraph.conv import HeadGraphConv
 from gohgraph.experts import GraphExperts
 from gohgraph.keyed import KeyedGraphConv
+from gohgraph.learned_topology import LearnedTopologyConv
 from gohgraph.site_config import BaselineConfig, Site, SiteConfig, parts_of
 
 
@@ -65,6 +66,8 @@ def _build(part: SiteConfig | BaselineConfig, config: TransformerConfig, heads: 
         return _baseline(part, sizes)
     if part.num_shared is not None:
         return GraphExperts.from_config(part, *sizes, layer=layer, alignment=config.head_graph.alignment > 0)
+    if part.in_degree is not None:
+        return LearnedTopologyConv.from_config(part, *sizes, layer=layer, in_degree=part.in_degree)
     return (KeyedGraphConv if part.keyed else HeadGraphConv).from_config(part, *sizes, layer=layer)
 
 

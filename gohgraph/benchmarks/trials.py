@@ -14,6 +14,7 @@ from torch import nn
 from gohgraph.benchmarks.tasks import TASKS, Task
 from gohgraph.benchmarks.timing import Call
 from gohgraph.config import TransformerConfig
+from gohgraph.learned_topology import LearnedTopologyConv
 from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.optim import make_optimizer
 
@@ -75,6 +76,7 @@ def run_trial(
     own, path = TASKS[task](**options), Path(folder) / name
     model = first_model(own, TransformerConfig.from_dict(config), TransformerConfig.from_dict(plain), seed)
     every = max(1, steps // EVALUATIONS)
+    learns_topology = any(isinstance(module, LearnedTopologyConv) for module in model.modules())
     log = train(
         model,
         partial(own.batch, seed=seed),
@@ -83,6 +85,7 @@ def run_trial(
             steps=steps,
             learning_rate=rate,
             warmup=steps // 20,
+            anneal_in_degree=steps // 2 if learns_topology else 0,
             eval_every=every,
             checkpoint_every=every,
             keep_checkpoints=1,

@@ -28,6 +28,8 @@ class TrainConfig:
         graph_lr_factor: learning rate of head graphs, as a multiple of the others'.
         anneal_top_k: steps over which every router's k falls linearly, rounded, from all its routed heads to its own
             budget, fewer than `steps`; 0 for that budget at once. Under `compile`, every k is compiled anew.
+        anneal_in_degree: steps over which learned topologies lose their weakest edges, until every head has its budget
+            of them, fewer than `steps`; 0 keeps all edges.
         accumulate: batches whose gradients make one step.
         eval_every, log_every, checkpoint_every: steps between evaluations, log rows and checkpoints.
         keep_checkpoints: how many of the last checkpoints are kept.
@@ -53,6 +55,7 @@ class TrainConfig:
     grad_clip: float | None = 1.0
     graph_lr_factor: float = 1.0
     anneal_top_k: int = 0
+    anneal_in_degree: int = 0
     accumulate: int = 1
     eval_every: int = 100
     log_every: int = 10
@@ -66,7 +69,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "eval_every", "log_every", "checkpoint_every", "keep_checkpoints"):
             self._check_int(name, low=1)
-        for name in ("warmup", "anneal_top_k", "seed"):
+        for name in ("warmup", "anneal_top_k", "anneal_in_degree", "seed"):
             self._check_int(name, low=0)
         self._check_number("learning_rate", low=0, above=True)
         self._check_number("min_lr_ratio", low=0, high=1)
@@ -74,7 +77,7 @@ class TrainConfig:
         self._check_number("graph_lr_factor", low=0)
         if self.grad_clip is not None:
             self._check_number("grad_clip", low=0, above=True)
-        for name in ("warmup", "anneal_top_k"):
+        for name in ("warmup", "anneal_top_k", "anneal_in_degree"):
             if getattr(self, name) >= self.steps:
                 raise ValueError(
                     f"Expected {name} below steps = {self.steps} (got {getattr(self, name)}). Do shorten it."

@@ -26,6 +26,7 @@ from gohgraph.learning.accelerator import make_accelerator
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.learning.router_training import RouterTraining
 from gohgraph.learning.run_folder import CURVES, STATE, RunFolder
+from gohgraph.learning.topology_training import TopologyTraining
 from gohgraph.learning.train_config import TrainConfig
 
 Row = dict[str, Any]
@@ -61,6 +62,7 @@ class Training:
         self.accelerator = make_accelerator(config)
         several = self.accelerator.num_processes > 1
         self.routing = RouterTraining(model, config.anneal_top_k, torch.distributed.group.WORLD if several else None)
+        self.topology = TopologyTraining(model, config.anneal_in_degree)
         self.folder = RunFolder(folder, {"training": config.to_dict(), **(settings or {})})
         if self.accelerator.is_main_process:
             self.folder.open(resume=resume)
@@ -131,6 +133,7 @@ class Training:
         if self.routing.begin(self.step) and config.compile:
             # Each k is another graph, and torch gives up compiling after a few of the same code.
             torch.compiler.reset()
+        self.topology.begin(self.step)
         total = 0.0
         for number in range(config.accumulate):
             tensors = self._batch(number)
