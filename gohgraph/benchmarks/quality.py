@@ -165,7 +165,7 @@ def equal_configs(task: Task, variants: list[str]) -> dict[str, TransformerConfi
         >>> task = TASKS["two-cues"]()
         >>> configs = equal_configs(task, ["plain", "outputs"])
         >>> [configs[name].d_ff for name in configs]
-        [161, 128]
+        [160, 128]
     """
     names = [PLAIN, *(name for name in variants if name != PLAIN)]
     bare = task.config()
