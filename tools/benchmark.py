@@ -4,7 +4,7 @@
     python tools/benchmark.py routing --sizes 512/8 --contexts 512 8192
     python tools/benchmark.py quality --tasks text two-cues --variants plain element-gate outputs
 
-The first argument names what is measured, `blocks` without one; each is a module of `gohgraph.benchmarks`, which says
+The first argument names what is measured, `speed` without one; each is a module of `gohgraph.benchmarks`, which says
 how it measures.
 """
 
@@ -22,12 +22,12 @@ from types import ModuleType
 import torch
 from tqdm import tqdm
 
-from gohgraph.benchmarks import blocks, quality, routing
+from gohgraph.benchmarks import memory, quality, routing, scaling, speed
 from gohgraph.benchmarks.timing import machine
 from gohgraph.command_line import ArgumentParser, run
 
-COMMANDS = {"blocks": blocks, "routing": routing, "quality": quality}
-DEFAULT = "blocks"
+COMMANDS = {"speed": speed, "memory": memory, "scaling": scaling, "routing": routing, "quality": quality}
+DEFAULT = "speed"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
