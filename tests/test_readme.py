@@ -1,4 +1,4 @@
-"""The README runs: its Python blocks, and every command it shows exists with the flags it shows."""
+"""The README runs: its Python blocks, and every command in it and in docs exists with the flags it shows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, *pages: Path) -> list[str]:
+    text = "\n".join(page.read_text() for page in pages or PAGES[:1])
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks("bash", *PAGES)).replace("\\\n", " ").splitlines()
     # Environment variables may stand before a command.
     lines = [re.sub(r"^(\w+=\S+\s+)+", "", line) for line in lines]
     return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
@@ -47,8 +48,14 @@ def test_make_targets_exist():
     assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
 
-def test_linked_files_exist():
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)|src=\"([^\"]+)\"", TEXT)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_files_and_sections_exist(page):
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)|src=\"([^\"]+)\"", page.read_text())
     assert links
     for link in (a or b for a, b in links):
-        assert (ROOT / link.split("#")[0]).exists(), link
+        name, _, section = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if section:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.MULTILINE)
+            assert section in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
