@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from gohgraph.benchmarks.tasks import TASKS
-from gohgraph.benchmarks.tasks.associative import ManyQueries, TwoHops
+from gohgraph.benchmarks.tasks.associative import ManyQueries
 from gohgraph.benchmarks.tasks.base import generator_of
 from gohgraph.benchmarks.tasks.find_block import DOT, HASH, FindBlock
+from gohgraph.benchmarks.tasks.two_hops import TwoHops
 
 EPISODES = 101
 
@@ -44,14 +45,20 @@ def test_queries_of_mqar_come_early_by_a_power_law():
 
 
 def test_two_hops_lead_from_the_query_to_the_answer():
-    task = TwoHops(num_chains=4, num_symbols=13)
-    inputs, targets = drawn(task)
-    for row, target, places in zip(inputs.tolist(), targets.tolist(), asked(targets), strict=True):
-        follows = dict(zip(row[0:16:2], row[1:16:2], strict=True))
-        assert len(follows) == 8 and row[16] == 0 and places == [17, 18, 19, 20]
-        assert all(target[place] == follows[follows[row[place]]] for place in places)
+    pairs, answers = drawn(TwoHops(num_chains=4, num_symbols=13))
+    assert pairs.shape == (EPISODES, 12, 2) and answers.shape == (EPISODES, 4)
+    for row, answer in zip(pairs.tolist(), answers.tolist(), strict=True):
+        listed, asked_for = dict(row[:8]), [symbol for symbol, unknown in row[8:] if unknown == 0]
+        assert len(listed) == 8 and 0 not in listed
+        assert answer == [listed[listed[symbol]] for symbol in asked_for]
         # No first symbol is what another one leads to: an answer is always two hops away.
-        assert not {row[place] for place in places} & set(follows.values())
+        assert not set(asked_for) & set(listed.values())
+
+
+def test_pairs_are_listed_in_any_order():
+    pairs, _ = drawn(TwoHops(num_chains=4, num_symbols=13))
+    firsts = torch.tensor([[pair[0] in {q for q, _ in row[8:]} for pair in row[:8]] for row in pairs.tolist()])
+    assert (firsts.float().mean(dim=0) - 0.5).abs().max() < 0.2
 
 
 @pytest.mark.parametrize("size", [(3, 5, 2), (7, 8, 3)], ids=str)
@@ -72,8 +79,9 @@ def test_one_block_holds_the_question(size):
         assert set(target[: -task.block_length]) == {-100}
 
 
-@pytest.mark.parametrize("task", [ManyQueries(), TwoHops(), FindBlock()], ids=lambda task: type(task).__name__)
-def test_episodes_depend_on_seed_and_number_alone(task):
+@pytest.mark.parametrize("name", ["mqar", "two-hops", "find-block", "two-cues"])
+def test_episodes_depend_on_seed_and_number_alone(name):
+    task = TASKS[name]()
     first = task.batch(3, seed=0)
     torch.rand(7)
     assert all(map(torch.equal, first, task.batch(3, seed=0)))
@@ -95,14 +103,14 @@ def test_a_model_is_trained_and_measured(name):
 
 
 def test_errors_and_losses_are_those_of_the_asked_positions():
-    task = TwoHops(num_chains=3, num_symbols=11, batch_size=64)
+    task = FindBlock(num_blocks=3, batch_size=64)
     model = task.model(task.config()).eval()
     inputs, targets = task.draw(512, generator_of(-1, 0))
     with torch.no_grad():
-        logits = model(inputs).logits[:, -3:]
+        logits = model(inputs).logits[:, -5:]
         found = task.evaluate(model)
-    answers = targets[:, -3:]
-    assert found["error"] == (logits.argmax(-1) != answers).float().mean().item()
+    answers = targets[:, -5:]
+    assert found["error"] == (logits.argmax(-1) != answers).double().mean().item()
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
     assert found["validation_loss"] == pytest.approx(expected.item(), rel=1e-5)
 

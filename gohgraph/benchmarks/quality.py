@@ -33,8 +33,11 @@ from gohgraph.learning.matching import count_parameters, match_parameters
 from gohgraph.learning.sweep import sweep
 
 PLAIN = "plain"
-BASIC = ["plain", "head-gate", "element-gate", "norm-element-gate", "talking-heads", "dcmha", "outputs", "scores"]
-BUDGETS = (0.5, 1.5, 2.0)
+# Every opponent that is not another one's smaller form, then head graphs at every site.
+BASIC = ["plain", "head-gate", "element-gate", "head-norm", "norm-element-gate", "talking-heads", "dcmha"]
+BASIC += ["knocking-heads", "mea", "moh-75", "static-graph", "frozen-graph"]
+BASIC += ["outputs", "norm-outputs", "scores", "values", "both", "outputs-values"]
+BUDGETS = (0.5, 2.0, 4.0)
 TIMED_ROUNDS = 20
 SMOKE = {"steps": 4, "seeds": [0, 1], "rates": [4e-3], "budgets": [2.0], "tasks": ["two-cues"], "rounds": 2}
 SMOKE |= {"variants": ["plain", "outputs"]}

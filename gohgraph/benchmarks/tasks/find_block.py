@@ -41,7 +41,7 @@ class FindBlock(EpisodeTask):
     num_layers: int = 3
     batch_size: int = 64
     steps: int = 2000
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    learning_rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3)
     num_blocks: int = 8
     block_length: int = 5
     num_asked: int = 2
