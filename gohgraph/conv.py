@@ -191,18 +191,24 @@ class HeadGraphConv(MessagePassing):
         """True when a message is a multiple of what its sender holds, neither normalised nor shifted."""
         return self.gain is None
 
-    def mixing(self, context: Tensor | None = None) -> Tensor:
-        """Returns the linear map `[*, H, H]` of all rounds, z' = mixing z.
+    @property
+    def is_mixing(self) -> bool:
+        """True when all rounds together are a linear map of the heads' own nodes, see `mixing`."""
+        return self.is_linear and not self.cross_layer
+
+    def mixing(self, context: Tensor | None = None, active: Tensor | None = None) -> Tensor:
+        """Returns the linear map `[*, H, H]` of all rounds, z' = mixing z, for a context `[*, M]`.
 
         Raises:
             ValueError: a graph with `norm`, `cross_layer` or embeddings, which is not such a map.
         """
-        if not self.is_linear or self.cross_layer:
+        if not self.is_mixing:
             raise ValueError("Expected a linear graph of one layer (got another). Do drop norm and cross_layer.")
         dtype = self.edges.bias.dtype if context is None else context.dtype
         eye = torch.eye(self.num_heads, dtype=dtype, device=self.edge_index.device)  # [H, H]
-        tokens = () if context is None or self.edges.weight is None else context.shape[:-1]
-        return self(eye.expand(*tokens, -1, -1), context)  # [*, H, H]
+        varying = context if self.edges.weight is not None else active
+        tokens = () if varying is None else varying.shape[:-1]
+        return self(eye.expand(*tokens, -1, -1), context, active=active)  # [*, H, H]
 
     def message(self, x_j: Tensor, alpha: Tensor) -> Tensor:
         """The message of each edge: its weight times its sender, `[*, E, D]`."""

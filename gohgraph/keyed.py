@@ -43,6 +43,8 @@ class KeyedGraphConv(HeadGraphConv):
     """
 
     is_keyed = True
+    # Its map of the nodes is another one for every key.
+    is_mixing = False
 
     def __init__(self, graph: Data, head_dim: int, context_dim: int, **options: Any) -> None:
         super().__init__(graph, head_dim, context_dim, **options)

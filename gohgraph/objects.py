@@ -15,6 +15,7 @@ from gohgraph.grouping import LARGEST_SHARE, TokenGroups, group_tokens, grouped_
 from gohgraph.routing import Routing
 from gohgraph.scores import causal_mask, mixed_attention, plain_attention, wide_heads_for
 from gohgraph.skipping import ActiveHeads, only_multiplies, project_all
+from gohgraph.tiled import may_tile, tiled_attention, tiles_pay
 
 # Numbers per row that need not be read for heads that are off, from which leaving these out pays on a CPU; with fewer
 # the calls cost more. Between 0.33 and 0.39 million by `tools/benchmark.py routing`, two threads.
@@ -59,8 +60,10 @@ class MultiHeadAttention(nn.Module):
         causal: token t attends to s <= t only.
         rotary: `RotaryPositions` for queries and keys, or `None`.
         output_graph: messages between head outputs, e.g. a `HeadGraphConv`, or `None`.
-        score_graph: messages between attention scores before the softmax, or `None`. A one-round graph of in-degree up
-            to 4 runs as attention over wider heads (`wide`, a `WideHeads`; set it to `None` to force the eager form).
+        score_graph: messages between attention scores before the softmax, or `None`. Linear ones run in tiles of
+            queries (`tiled`: `None` where that was measured to pay, True wherever it can be done, False never); where
+            they do not, a one-round graph of in-degree up to 4 runs as attention over wider heads (`wide`, a
+            `WideHeads`; set it to `None` to force the eager form).
         router: a `HeadRouter`, which chooses and weighs the heads of every token, or `None`: all work, g = 1. Messages
             at both sites then flow on the induced subgraph of a token's active heads. Heads that are off are left out:
             in decoding altogether, of more tokens their attention (`skip`: `None` where that was measured to pay, True
@@ -118,6 +121,7 @@ class MultiHeadAttention(nn.Module):
         self.router = router
         self.inner_graphs = nn.ModuleDict(inner_graphs)
         self.skip: bool | None = None
+        self.tiled: bool | None = None
         self.wide = wide_heads_for(score_graph)
 
     def forward(
@@ -273,6 +277,9 @@ class MultiHeadAttention(nn.Module):
             keep_mask = _and(causal_mask(tokens, keys, q.device), keep_mask)
         if has_no_maps:
             return plain_attention(q, k, v, keep_mask, dropout, is_causal)
+        if self._tiles(q, k, dropout):
+            mixes = [graph if graph is None else graph.mixing(x, **active) for graph in (on_scores, on_weights)]
+            return tiled_attention(q, k, v, *mixes, keep_mask, is_causal)
         if self.wide is not None and on_weights is None and (tokens > 1 or states):
             alpha = on_scores.edge_weight(x, **active)  # [B, T, E] or [E]
             beta = states[0].squeeze(2) if states else None  # [B, S, E]
@@ -281,6 +288,14 @@ class MultiHeadAttention(nn.Module):
             keep_mask = causal_mask(tokens, keys, q.device)
         mixes = self._bound(x, active, states)
         return mixed_attention(q, k, v, *mixes, keep_mask, dropout)
+
+    def _tiles(self, q: Tensor, k: Tensor, dropout: float) -> bool:
+        if self.tiled is False or not may_tile(q, k, dropout):
+            return False
+        # Graphs of other kinds, and PyG's backend, are run as they are.
+        graphs = [graph for graph in self._map_graphs() if graph is not None]
+        mix = all(getattr(graph, "is_mixing", False) and graph.backend == "dense" for graph in graphs)
+        return mix and (bool(self.tiled) or tiles_pay(k))
 
     def _bound(
         self, x: Tensor, active: dict[str, Tensor], states: Sequence[Tensor]

@@ -86,7 +86,8 @@ def test_decode_is_the_last_token_of_the_whole(size, name, part):
     assert seen == [size.length] * 3
 
 
-FORMS = [("output", "output-pyg"), *((f"score-ring{k}", f"score-ring{k}-eager") for k in (2, 3, 4))]
+SCORES = ("score-ring2", "score-ring4", "score-complete")
+FORMS = [("output", "output-pyg"), *((name, f"{name}-eager") for name in SCORES)]
 
 
 @pytest.mark.parametrize("pair", FORMS)
@@ -101,7 +102,7 @@ def test_two_forms_of_one_graph_agree_and_differ_from_plain(size, pair):
 def test_variants_are_what_their_names_say(size):
     ours = [name for name, variant in forms.VARIANTS.items() if variant.foreign is None]
     attention = {name: forms.build(name, size).attention.object for name in ours}
-    assert attention["score-ring3"].wide.in_degree == 3 and attention["score-ring3-eager"].wide is None
+    assert attention["score-ring4"].wide.in_degree == 4 and attention["score-ring4-eager"].wide is None
     assert attention["output-folded"].output_graph is None and attention["output-pyg"].output_graph.backend == "pyg"
     assert attention["output-ring4"].output_graph.edge_index.shape == (2, 4 * size.num_heads)
     assert torch.equal(attention["plain"].query.weight, attention["output"].query.weight)

@@ -77,7 +77,7 @@ def test_wide_equals_propagate_on_scores(graph, self_loops, kv_heads, causal, ma
 def test_eager_equals_propagate_on_scores(graph, rounds):
     topology = GRAPHS.get(graph, (graph, {}))
     fast = attention(*topology, rounds=rounds, causal=True)
-    fast.wide = None
+    fast.wide, fast.tiled = None, False
     definition = attention(*topology, backend="pyg", rounds=rounds, causal=True)
     x = torch.randn(B, T, M).double()
     assert_same(values_and_gradients(fast, x), values_and_gradients(definition, x))

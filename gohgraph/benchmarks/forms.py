@@ -127,7 +127,12 @@ def x_transformers_layer(plain: EncoderLayer, size: Size, *, talking: bool = Fal
     return XLayer(plain, talking=talking)
 
 
+def _force_wide(attention: nn.Module) -> None:
+    attention.tiled = False
+
+
 def _force_eager(attention: nn.Module) -> None:
+    attention.tiled = False
     attention.wide = None
 
 
@@ -139,6 +144,10 @@ def _score_ring(in_degree: int, *change: Callable) -> Variant:
     return Variant(HeadGraphConfig(outputs=None, scores=SiteConfig.ring(in_degree)), *change, fewest_heads=in_degree)
 
 
+def _score_complete(*change: Callable) -> Variant:
+    return Variant(HeadGraphConfig(outputs=None, scores=SiteConfig()), *change)
+
+
 VARIANTS = {
     "plain": Variant(),
     "torch": Variant(foreign=TorchLayer),
@@ -147,8 +156,11 @@ VARIANTS = {
     "output-pyg": Variant(HeadGraphConfig(SiteConfig(backend="pyg"))),
     "output-folded": Variant(HeadGraphConfig(SiteConfig(edges="static")), fold),
     "output-ring4": Variant(HeadGraphConfig(SiteConfig.ring(4)), fewest_heads=4),
-    **{f"score-ring{k}": _score_ring(k) for k in (2, 3, 4)},
-    **{f"score-ring{k}-eager": _score_ring(k, _force_eager) for k in (2, 3, 4)},
+    **{f"score-ring{k}": _score_ring(k) for k in (2, 4)},
+    **{f"score-ring{k}-wide": _score_ring(k, _force_wide) for k in (2, 4)},
+    **{f"score-ring{k}-eager": _score_ring(k, _force_eager) for k in (2, 4)},
+    "score-complete": _score_complete(),
+    "score-complete-eager": _score_complete(_force_eager),
     **{f"moh-{percent}": Variant(fewest_heads=4, active=percent) for percent in (75, 50, 25)},
     "talking-heads": Variant(HeadGraphConfig(None, MIXING, weights=MIXING)),
     "x-talking-heads": Variant(foreign=partial(x_transformers_layer, talking=True)),

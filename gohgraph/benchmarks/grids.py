@@ -12,7 +12,7 @@ from gohgraph.benchmarks.timing import markdown_table
 OURS = ("plain", "output", "output-ring4", "score-ring2", "talking-heads")
 FORMS = (*OURS, "torch", "x-transformers", "x-talking-heads")
 # Forms that hold whole maps of scores, and how many of them at a time, forward and backward.
-MAPS = {"talking-heads": 8, "x-talking-heads": 8}
+MAPS = {"x-talking-heads": 8}
 LARGEST_MAPS = 8 * 2**30
 
 

@@ -1,0 +1,210 @@
+"""Attention with messages between its maps, a few queries at a time: no map is ever whole in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Numbers of a tile of maps (rows * H * S) that stay in a core's cache between its products, and the rows between which
+# products are neither too flat to be fast nor waste much above the diagonal. Flat from a half to the double of each.
+TILE_NUMBERS = 2**19
+FEWEST_ROWS, MOST_ROWS = 64, 128
+
+
+# From so many keys on tiles are the fastest form of every graph on a CPU.
+TILED_FROM_KEYS = 256
+
+
+class Tile(NamedTuple):
+    """Some queries of one sequence, and the keys they may see.
+
+    Args:
+        item: index in the batch.
+        rows: the queries.
+        keys: the number of keys, from the first one.
+    """
+
+    item: int
+    rows: slice
+    keys: int
+
+
+def tiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mix_scores: Tensor | None = None,
+    mix_weights: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    r"""Attention with linear messages between scores, between the weights they become, or both, in tiles of queries.
+
+    .. math:: P_i(t, s) = \mathrm{softmax}_s \sum_j w_{ij}(t)\, q_j(t) \cdot k_j(s) / \sqrt{D}, \qquad
+        z_i(t) = \sum_s \sum_j u_{ij}(t)\, P_j(t, s)\, v_i(s)
+
+    with w = `mix_scores` and u = `mix_weights`. Equal to `mixed_attention`, its slow reference, at the price of about
+    plain attention for every graph up to the complete one. Backward computes the maps again, tile by tile, so memory
+    grows with T and not with T x S. Gradients are for one backward pass: second ones need `mixed_attention`.
+
+    Source: tiles and recomputation as in FlashAttention (arXiv 2205.14135); here a tile holds the maps of all heads and
+    whole rows, so that its softmax is the ordinary one.
+
+    Args:
+        q: queries `[B, T, H, D]`.
+        k, v: keys and values `[B, S, G, D]`, G dividing H.
+        mix_scores, mix_weights: w and u, `[B, T, H, H]` or `[H, H]`, rows receive; `None` for the identity.
+        keep_mask: bool, broadcastable to `[B, H, T, S]`, True = may attend; a row without any gives zeros.
+        is_causal: query t sees keys up to t; T = S. Not beside a mask.
+
+    Returns:
+        Head outputs `[B, T, H, D]`.
+
+    Raises:
+        ValueError: a mask beside `is_causal`.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 7, 5, 4)
+        >>> tiled_attention(q, k, v, torch.randn(2, 7, 5, 5), is_causal=True).shape
+        torch.Size([2, 7, 5, 4])
+    """
+    if is_causal and keep_mask is not None:
+        raise ValueError("Expected keep_mask or is_causal (got both). Do make causality part of the mask.")
+    batch, tokens, heads, head_dim = q.shape
+    groups = heads // k.shape[2]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # [B, S, H, D]
+    mixes = [w if w is None else w.to(q.dtype).expand(batch, tokens, -1, -1) for w in (mix_scores, mix_weights)]
+    if keep_mask is not None:
+        keep_mask = keep_mask.expand(batch, heads, tokens, k.shape[1])  # [B, H, T, S]
+    # Inputs have one dtype; autocast would turn only some of the products inside into another.
+    with torch.autocast(q.device.type, enabled=False):
+        return _TiledAttention.apply(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), *mixes, keep_mask, is_causal)
+
+
+def may_tile(q: Tensor, k: Tensor, dropout: float) -> bool:
+    """Whether `tiled_attention` can stand in for `mixed_attention`: gradients are first ones, nothing is traced.
+
+    Second gradients are asked for as of torch's own attention, by `sdpa_kernel(SDPBackend.MATH)`.
+    """
+    if dropout or q.shape[1] == 1 or not q.numel() or not k.shape[1] or torch.compiler.is_compiling():
+        return False
+    return torch.backends.cuda.flash_sdp_enabled()
+
+
+def tiles_pay(k: Tensor) -> bool:
+    """Whether tiles were measured to be the fastest form for keys `[B, S, G, D]`."""
+    return k.device.type == "cpu" and k.shape[1] >= TILED_FROM_KEYS
+
+
+def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) -> Iterator[Tile]:
+    """Yields the tiles that cover all queries of all sequences.
+
+    Example:
+        >>> [tile.keys for tile in tiles_of(1, 300, 8, 300, is_causal=True)]
+        [128, 256, 300]
+    """
+    rows = min(MOST_ROWS, max(FEWEST_ROWS, TILE_NUMBERS // (heads * keys)))
+    for item in range(batch):
+        for start in range(0, tokens, rows):
+            stop = min(start + rows, tokens)
+            yield Tile(item, slice(start, stop), stop if is_causal else keys)
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mix_scores: Tensor | None,
+        mix_weights: Tensor | None,
+        keep_mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        z = torch.empty_like(q)
+        values = v.transpose(1, 2).contiguous()  # [B, H, S, D]
+        keys = k.permute(0, 2, 3, 1).contiguous()  # [B, H, D, S]
+        for tile in tiles_of(*q.shape[:3], k.shape[1], is_causal):
+            _, weights = _maps(q, keys, mix_scores, keep_mask, is_causal, tile)
+            if mix_weights is not None:
+                weights = torch.bmm(mix_weights[tile.item, tile.rows], weights)  # [t, H, n]
+            found = torch.bmm(weights.transpose(0, 1), values[tile.item, :, : tile.keys])  # [H, t, D]
+            z[tile.item, tile.rows] = found.transpose(0, 1)  # [t, H, D]
+        return z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.is_causal = inputs
+        ctx.save_for_backward(*tensors, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mix_scores, mix_weights, keep_mask, z = ctx.saved_tensors
+        grads = _Gradients(q, k, v, mix_scores, mix_weights)
+        keys = k.permute(0, 2, 3, 1).contiguous()  # [B, H, D, S]
+        values = v.permute(0, 2, 3, 1).contiguous()  # [B, H, D, S]
+        # sum_s P dP for every row, without another pass over the maps; messages between weights need that pass.
+        products = None if mix_weights is not None else (grad * z).sum(dim=-1, keepdim=True)  # [B, T, H, 1]
+        for tile in tiles_of(*q.shape[:3], k.shape[1], ctx.is_causal):
+            b, rows, n = tile
+            scores, weights = _maps(q, keys, mix_scores, keep_mask, ctx.is_causal, tile)
+            dz = grad[b, rows].transpose(0, 1)  # [H, t, D]
+            dweights = torch.bmm(dz, values[b, :, :, :n]).transpose(0, 1)  # [t, H, n]
+            if mix_weights is None:
+                grads.v[b, :, :, :n] += torch.bmm(dz.transpose(1, 2), weights.transpose(0, 1))  # [H, D, n]
+                dscores = dweights.sub_(products[b, rows]).mul_(weights)  # [t, H, n]
+            else:
+                mixed = torch.bmm(mix_weights[b, rows], weights)  # [t, H, n]
+                grads.v[b, :, :, :n] += torch.bmm(dz.transpose(1, 2), mixed.transpose(0, 1))  # [H, D, n]
+                grads.mix_weights[b, rows] = torch.bmm(dweights, weights.transpose(1, 2))  # [t, H, H]
+                dweights = torch.bmm(mix_weights[b, rows].transpose(1, 2), dweights)  # [t, H, n]
+                product = (dweights * weights).sum(dim=-1, keepdim=True)  # [t, H, 1]
+                dscores = dweights.sub_(product).mul_(weights)  # [t, H, n]
+            if mix_scores is not None:
+                grads.mix_scores[b, rows] = torch.bmm(dscores, scores.permute(1, 2, 0))  # [t, H, H]
+                dscores = torch.bmm(mix_scores[b, rows].transpose(1, 2), dscores)  # [t, H, n]
+            dscores = dscores.transpose(0, 1)  # [H, t, n]
+            grads.q[b, rows] = torch.bmm(dscores, k[b, :n].transpose(0, 1)).transpose(0, 1)  # [t, H, D]
+            grads.k[b, :, :, :n] += torch.bmm(q[b, rows].permute(1, 2, 0), dscores)  # [H, D, n]
+        return (*grads.of_inputs(), None, None)
+
+
+class _Gradients:
+    """Gradients of the inputs; those of keys and values, to which every tile adds, lie as products are fastest."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, mix_scores: Tensor | None, mix_weights: Tensor | None
+    ) -> None:
+        self.q = torch.empty_like(q)
+        self.k, self.v = (x.new_zeros(x.permute(0, 2, 3, 1).shape) for x in (k, v))  # [B, H, D, S]
+        mixes = (mix_scores, mix_weights)
+        self.mix_scores, self.mix_weights = (w if w is None else w.new_empty(w.shape) for w in mixes)
+
+    def of_inputs(self) -> tuple[Tensor | None, ...]:
+        k, v = (x.permute(0, 3, 1, 2) for x in (self.k, self.v))  # [B, S, H, D]
+        return self.q, k, v, self.mix_scores, self.mix_weights
+
+
+def _maps(
+    q: Tensor, keys: Tensor, mix_scores: Tensor | None, keep_mask: Tensor | None, is_causal: bool, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """Scores `[H, t, n]` before messages, and the weights `[t, H, n]` after them, of a tile."""
+    b, rows, n = tile
+    scores = torch.bmm(q[b, rows].transpose(0, 1), keys[b, :, :, :n])  # [H, t, n]
+    mixed = scores.transpose(0, 1)  # [t, H, n]
+    mixed = mixed.clone() if mix_scores is None else torch.bmm(mix_scores[b, rows], mixed)
+    if is_causal:
+        size = rows.stop - rows.start
+        later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1).unsqueeze(1)  # [t, 1, t]
+        mixed[..., rows].masked_fill_(later, float("-inf"))
+    if keep_mask is None:
+        return scores, mixed.softmax(dim=-1)
+    keep = keep_mask[b, :, rows, :n].transpose(0, 1)  # [t, H, n]
+    weights = mixed.masked_fill_(~keep, float("-inf")).softmax(dim=-1)
+    return scores, weights.masked_fill_(~keep.any(dim=-1, keepdim=True), 0.0)
