@@ -253,15 +253,16 @@ class HeadGraphConv(MessagePassing):
         if z is None or z.dim() == 2 or adjacency.shape[:-2] != z.shape[:-2]:
             received = adjacency @ senders  # [*, H, D]
             return received if z is None else z + received
-        batch = z.shape[:-2]
+        nodes = z.reshape(-1, *z.shape[-2:])  # [N, H, D]
+        sending = nodes if senders is z else senders.reshape(-1, *senders.shape[-2:])  # [N, S, D]
         # One call adds and multiplies: no pass over memory beyond the product itself.
-        added = torch.baddbmm(z.flatten(0, -3), adjacency.flatten(0, -3), senders.flatten(0, -3))  # [N, H, D]
-        return added.unflatten(0, batch)  # [*, H, D]
+        added = torch.baddbmm(nodes, adjacency.reshape(-1, *adjacency.shape[-2:]), sending)  # [N, H, D]
+        return added.view(z.shape)  # [*, H, D]
 
     def _dense(self, alpha: Tensor) -> Tensor:
         if not self.is_complete:
             alpha = F.pad(alpha, (0, 1)).index_select(-1, self.slots)  # [*, H*S]
-        return alpha.unflatten(-1, (self.num_heads, self.num_senders))  # [*, H, S]
+        return alpha.reshape(*alpha.shape[:-1], self.num_heads, self.num_senders)  # [*, H, S]
 
     def _check_nodes(self, z: Tensor, earlier: Sequence[Tensor]) -> None:
         if z.dim() < 2 or z.shape[-2] != self.num_heads:

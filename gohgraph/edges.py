@@ -91,8 +91,8 @@ class EdgeWeights(nn.Module):
         if self.down is not None:
             low = F.linear(context, self.down.flatten(0, 1)).unflatten(-1, (self.rounds, -1))  # [*, R, r]
             return activate(torch.einsum("...rk,rek->...re", low, self.weight) + self.bias)  # [*, R, E]
-        alpha = F.linear(context, self.weight.flatten(0, 1), self.bias.flatten())  # [*, R*E]
-        return activate(alpha).unflatten(-1, (self.rounds, self.num_edges))  # [*, R, E]
+        alpha = F.linear(context, self.weight.view(-1, self.context_dim), self.bias.view(-1))  # [*, R*E]
+        return activate(alpha).view(*context.shape[:-1], self.rounds, self.num_edges)  # [*, R, E]
 
     def extra_repr(self) -> str:
         rank = "full" if self.rank is None else self.rank

@@ -61,10 +61,14 @@ def mixed_attention(
     Returns:
         Head outputs `[B, T, H, D]`.
     """
-    groups = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # [B, S, H, D]
-    scores = torch.einsum("bthd,bshd->bths", q * q.shape[-1] ** -0.5, k)  # [B, T, H, S]
-    scores = (scores if mix_scores is None else mix_scores(scores)).transpose(1, 2)  # [B, H, T, S]
+    # Query heads of one group follow one another: they read their keys and values as more queries of one head.
+    batch, tokens, heads, _ = q.shape
+    grouped = (batch, k.shape[2], -1, q.shape[-1])
+    queries = (q * q.shape[-1] ** -0.5).transpose(1, 2).reshape(grouped)  # [B, G, H/G*T, D]
+    maps = (batch, heads, tokens, k.shape[1])
+    scores = (queries @ k.permute(0, 2, 3, 1)).view(maps)  # [B, H, T, S]
+    if mix_scores is not None:
+        scores = mix_scores(scores.transpose(1, 2)).transpose(1, 2)  # [B, H, T, S]
     if keep_mask is not None:
         scores = scores.masked_fill(~keep_mask, float("-inf"))
     weights = scores.softmax(dim=-1)
@@ -72,8 +76,8 @@ def mixed_attention(
         weights = weights.masked_fill(~keep_mask.any(dim=-1, keepdim=True), 0.0)
     if mix_weights is not None:
         weights = mix_weights(weights.transpose(1, 2)).transpose(1, 2)  # [B, H, T, S]
-    weights = F.dropout(weights, dropout).to(v.dtype)
-    return torch.einsum("bhts,bshd->bthd", weights, v)  # [B, T, H, D]
+    weights = F.dropout(weights, dropout).to(v.dtype).reshape(*grouped[:3], k.shape[1])  # [B, G, H/G*T, S]
+    return (weights @ v.transpose(1, 2)).view(*maps[:3], -1).transpose(1, 2)  # [B, T, H, D]
 
 
 class WideHeads(nn.Module):
