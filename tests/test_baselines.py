@@ -9,7 +9,7 @@ from helpers import assert_equal_to, trained_like
 from torch import nn
 
 import gohgraph as goh
-from gohgraph.baselines import Composition, HeadNorm, KnockingHeads, SigmoidGate
+from gohgraph.baselines import Composition, HeadNorm, KnockingHeads, OwnContext, SigmoidGate, SoftmaxMessages
 from gohgraph.sites import build_site
 
 B, T, S, H, D, M = 2, 7, 11, 5, 6, 13
@@ -73,6 +73,46 @@ def test_knocking_heads_equal_their_formula(form):
         head = z[b, t, h].numpy()
         expected[b, t, h] = head @ up if form == "linear" else 2 * ((head @ up) * sigmoid(head @ gate)) @ down
     assert_equal_to(knock(z), torch.from_numpy(expected))
+
+
+def test_softmax_messages_equal_their_formula():
+    module, z, x = randomised(SoftmaxMessages(H, D, M)), nodes(), contexts()
+    expected = z.clone()
+    for b, t, i in np.ndindex(B, T, H):
+        scores = np.exp([(module.weight[i * H + j] @ x[b, t]).item() for j in range(H)])
+        for j in range(H):
+            expected[b, t, i] += module.gain[i].detach() * scores[j] / scores.sum() * z[b, t, j]
+    assert_equal_to(module(z, x), expected)
+
+
+def test_heads_that_are_off_neither_send_nor_receive_softmax_messages():
+    module, z, x = randomised(SoftmaxMessages(H, D, M)), nodes(), contexts()
+    active = torch.rand(B, T, H) < 0.6
+    active[0, 0] = False
+    found = module(z, x, active=active)
+    assert torch.equal(found[~active], z[~active]) and found.isfinite().all()
+    other = z.clone()
+    other[~active] = torch.randn_like(other[~active])
+    torch.testing.assert_close(module(other, x, active=active)[active], found[active])
+
+
+def test_own_context_is_a_head_graph_under_its_nodes():
+    module, z, x = randomised(OwnContext(H, D, M)), nodes(), contexts()
+    assert_equal_to(module(z, x), module.conv(z, context=z.reshape(B, T, H * D)))
+    assert not torch.equal(module(z, x), z)
+
+
+@pytest.mark.parametrize("module", [SoftmaxMessages, OwnContext])
+def test_other_messages_start_as_the_identity_and_open(module):
+    torch.manual_seed(0)
+    made, z, x = module(H, D, M), nodes().float(), contexts().float()
+    assert torch.equal(made(z, x), z)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        made(z, x).square().mean().backward()
+        optimizer.step()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in made.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,7 +19,7 @@ ORDER = [
     ["inputs"],
     ["conv", "routing", "load", "baselines"],
     ["experts", "keyed", "learned_topology", "sites"],
-    ["scores", "skipping", "grouping", "embeddings", "feed_forward", "objects"],
+    ["scores", "tiled", "skipping", "grouping", "embeddings", "feed_forward", "objects"],
     ["sublayers", "stacks"],
     ["outputs", "models", "fold"],
     ["dropin", "convert"],

@@ -8,6 +8,14 @@ attention is a `HeadRouter`: `gohgraph.baselines.presets` has them all.
 from gohgraph.baselines.composing import Composition
 from gohgraph.baselines.gates import SigmoidGate
 from gohgraph.baselines.knocking import KnockingHeads
+from gohgraph.baselines.messages import OwnContext, SoftmaxMessages
 from gohgraph.baselines.norms import HeadNorm
 
-BASELINES = {"gate": SigmoidGate, "norm": HeadNorm, "knocking": KnockingHeads, "composition": Composition}
+BASELINES = {
+    "gate": SigmoidGate,
+    "norm": HeadNorm,
+    "knocking": KnockingHeads,
+    "composition": Composition,
+    "softmax": SoftmaxMessages,
+    "own-context": OwnContext,
+}

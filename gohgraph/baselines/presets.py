@@ -63,6 +63,8 @@ HEAD_GRAPHS: dict[str, Preset] = {
     "outputs-ring-4": _outputs(SiteConfig.ring(4)),
     "outputs-learned-4": _outputs(SiteConfig(in_degree=4)),
     "outputs-top-4": _outputs(SiteConfig(top_edges=4)),
+    "outputs-softmax": _outputs(BaselineConfig("softmax")),
+    "outputs-own-context": _outputs(BaselineConfig("own-context")),
     "outputs-gates-only": _outputs(SiteConfig("empty")),
     "outputs-no-loops": _outputs(SiteConfig(self_loops=False)),
     "outputs-rank-16": _outputs(SiteConfig(rank=16)),
