@@ -3,6 +3,7 @@
 from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.conv import HeadGraphConv
 from gohgraph.drawing import draw
+from gohgraph.dropin import GraphMultiheadAttention
 from gohgraph.experts import GraphExperts
 from gohgraph.feed_forward import FeedForward
 from gohgraph.fold import fold
@@ -29,6 +30,7 @@ __all__ = [
     "EncoderLayer",
     "FeedForward",
     "GraphExperts",
+    "GraphMultiheadAttention",
     "HeadGraphConfig",
     "HeadGraphConv",
     "HeadRouter",

@@ -55,7 +55,8 @@ def mixed_attention(
         q: queries `[B, T, H, D]`.
         k, v: keys and values `[B, S, G, D]`, G dividing H.
         mix_scores, mix_weights: functions of nodes `[B, T, H, S]`, e.g. `partial(conv, context=x)`.
-        keep_mask: bool, broadcastable to `[B, H, T, S]`, True = may attend; a row without any gives zeros.
+        keep_mask: bool, broadcastable to `[B, H, T, S]`, True = may attend; a row without any gives zeros. Or a float,
+            added to the mixed scores, as torch's masks are.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -69,6 +70,8 @@ def mixed_attention(
     scores = (queries @ k.permute(0, 2, 3, 1)).view(maps)  # [B, H, T, S]
     if mix_scores is not None:
         scores = mix_scores(scores.transpose(1, 2)).transpose(1, 2)  # [B, H, T, S]
+    if keep_mask is not None and keep_mask.is_floating_point():
+        scores, keep_mask = scores + keep_mask, keep_mask > float("-inf")
     if keep_mask is not None:
         scores = scores.masked_fill(~keep_mask, float("-inf"))
     weights = scores.softmax(dim=-1)
@@ -137,6 +140,17 @@ class WideHeads(nn.Module):
 
         With weights of the keys' side too, beta `[B, S, E]`, K'_i(s) concatenates (1 + beta_ji(s)) k_j(s).
         """
+        head_dim = q.shape[-1]
+        wide_q, wide_k, wide_v = (x.transpose(1, 2) for x in self.widen(q, k, v, alpha, beta))  # [B, H, T, k*D]
+        z = F.scaled_dot_product_attention(
+            wide_q, wide_k, wide_v, keep_mask, dropout, is_causal=is_causal, scale=head_dim**-0.5
+        )
+        return z[..., :head_dim].transpose(1, 2)  # [B, T, H, D]
+
+    def widen(
+        self, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns Q', K' and the padded V, `[B, T or S, H, k*D]` each, for any attention of scale 1/sqrt(D)."""
         head_dim, groups = q.shape[-1], q.shape[2] // k.shape[2]
         mix = self._of_slots(alpha).to(q.dtype) + self.identity.to(q.dtype)  # [B, T, H, k]
         senders, shape = self.senders.flatten(), self.senders.shape  # [H*k]
@@ -148,11 +162,7 @@ class WideHeads(nn.Module):
             wide_k = wide_k * (1 + self._of_slots(beta)).unsqueeze(-1).to(k.dtype)
         wide_k = wide_k.flatten(-2)  # [B, S, H, k*D]
         wide_v = F.pad(v.repeat_interleave(groups, dim=2), (0, wide_k.shape[-1] - head_dim))  # [B, S, H, k*D]
-        wide_q, wide_k, wide_v = (x.transpose(1, 2) for x in (wide_q, wide_k, wide_v))  # [B, H, T, k*D]
-        z = F.scaled_dot_product_attention(
-            wide_q, wide_k, wide_v, keep_mask, dropout, is_causal=is_causal, scale=head_dim**-0.5
-        )
-        return z[..., :head_dim].transpose(1, 2)  # [B, T, H, D]
+        return wide_q, wide_k, wide_v
 
     def _of_slots(self, weights: Tensor) -> Tensor:
         slots = F.pad(weights, (0, 1)).index_select(-1, self.slots.flatten())  # [*, H*k]

@@ -56,16 +56,30 @@ def build_site(
         torch.Size([5, 4])
     """
     heads = config.num_heads if num_heads is None else num_heads
-    parts = [_build(part, config, heads, layer) for part in parts_of(site)]
+    alignment = config.head_graph is not None and config.head_graph.alignment > 0
+    return site_module(site, (heads, config.head_dim, config.d_model), layer=layer, alignment=alignment)
+
+
+def site_module(
+    site: Site | None, sizes: tuple[int, int, int], *, layer: int = 0, alignment: bool = False
+) -> nn.Module | None:
+    """Builds the module of one site over nodes of given sizes (H, D, M), `None` where the site is empty.
+
+    Example:
+        >>> site_module(SiteConfig.ring(2), (5, 3, 7)).edge_index.shape
+        torch.Size([2, 10])
+    """
+    parts = [_build(part, sizes, layer, alignment) for part in parts_of(site)]
     return None if not parts else parts[0] if len(parts) == 1 else Chain(parts)
 
 
-def _build(part: SiteConfig | BaselineConfig, config: TransformerConfig, heads: int, layer: int) -> nn.Module:
-    sizes = (heads, config.head_dim, config.d_model)
+def _build(
+    part: SiteConfig | BaselineConfig, sizes: tuple[int, int, int], layer: int, alignment: bool
+) -> nn.Module:
     if isinstance(part, BaselineConfig):
         return _baseline(part, sizes)
     if part.num_shared is not None:
-        return GraphExperts.from_config(part, *sizes, layer=layer, alignment=config.head_graph.alignment > 0)
+        return GraphExperts.from_config(part, *sizes, layer=layer, alignment=alignment)
     if part.in_degree is not None:
         return LearnedTopologyConv.from_config(part, *sizes, layer=layer, in_degree=part.in_degree)
     return (KeyedGraphConv if part.keyed else HeadGraphConv).from_config(part, *sizes, layer=layer)

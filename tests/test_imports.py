@@ -20,6 +20,7 @@ ORDER = [
     ["conv", "routing", "load", "baselines"],
     ["experts", "keyed", "learned_topology", "sites"],
     ["scores", "tiled", "skipping", "grouping", "embeddings", "feed_forward", "objects"],
+    ["head_sites"],
     ["sublayers", "stacks"],
     ["outputs", "models", "fold"],
     ["dropin", "convert"],
