@@ -2,6 +2,7 @@
 
 from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.conv import HeadGraphConv
+from gohgraph.convert import Report, convert, load_converted, save_converted, unconvert
 from gohgraph.drawing import draw
 from gohgraph.dropin import GraphMultiheadAttention
 from gohgraph.experts import GraphExperts
@@ -40,15 +41,20 @@ __all__ = [
     "LearnedTopologyConv",
     "ModelOutput",
     "MultiHeadAttention",
+    "Report",
     "Routing",
     "RoutingConfig",
     "SiteConfig",
     "Stack",
     "Transformer",
     "TransformerConfig",
+    "convert",
     "draw",
     "draw_load",
     "fold",
     "head_graph",
+    "load_converted",
     "record",
+    "save_converted",
+    "unconvert",
 ]

@@ -1,0 +1,171 @@
+"""What a conversion finds in a model and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gohgraph.graph_config import HeadGraphConfig
+from gohgraph.head_sites import HeadSites
+from gohgraph.routing import HeadRouter
+from gohgraph.sites import site_module
+
+CONVERSION = "head_graph_conversion"
+SLOTS = ("output_graph", "score_graph", "router")
+
+
+@dataclass(frozen=True)
+class Block:
+    """An attention block that can take head graphs.
+
+    Args:
+        name: of its module in the model.
+        num_heads, head_dim, d_model: H, D, and M of its context.
+        like: a tensor of the dtype and on the device of its weights.
+        projection: the output projection, or `None` where it was not found.
+        attach: puts slots into the block; takes `output_graph`, `score_graph` and `router`.
+        no_scores: why it takes no score graph; empty where it does.
+    """
+
+    name: str
+    num_heads: int
+    head_dim: int
+    d_model: int
+    like: Tensor
+    projection: nn.Module | None
+    attach: Callable[..., None]
+    no_scores: str = ""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was put into a model; a converted model carries it as `head_graph_conversion`.
+
+    Args:
+        config: the graphs of every block.
+        sizes: H, D and M of every block, by the name of its attention module.
+        projections: names of the output projections, by the same; those not found are left out.
+    """
+
+    config: HeadGraphConfig
+    sizes: dict[str, tuple[int, int, int]]
+    projections: dict[str, str]
+
+
+@dataclass
+class Search:
+    """The attention blocks of a model that were found, and why others were not."""
+
+    blocks: dict[str, Block] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def add(self, block: Block) -> None:
+        """Takes in a block."""
+        self.blocks[block.name] = block
+
+    def covers(self, name: str) -> bool:
+        """Whether a block found stands at that name, inside it or around it."""
+        prefixes = [other + "." for other in self.blocks]
+        return any((name + ".").startswith(prefix) or prefix.startswith(name + ".") for prefix in prefixes)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `convert` did.
+
+    Args:
+        model: the model, changed in place.
+        replaced: names of the attention modules that have head graphs now, in model order.
+        skipped: names of those that have not, with the reason.
+
+    Example:
+        >>> report = Report(nn.Linear(2, 3), ["attention"], {})
+        >>> report.parameters, report.trainable
+        (9, 9)
+    """
+
+    model: nn.Module
+    replaced: list[str]
+    skipped: dict[str, str]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, head graphs included."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def head_graph_parameters(self) -> int:
+        """Parameters of the head graphs and routers alone."""
+        return sum(parameter.numel() for _, parameter in head_graph_parameters(self.model))
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that are trained."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def __str__(self) -> str:
+        lines = [
+            f"head graphs in {len(self.replaced)} attention modules: {self.head_graph_parameters:,} of "
+            f"{self.parameters:,} parameters ({self.head_graph_parameters / max(1, self.parameters):.2%}), "
+            f"{self.trainable:,} trainable ({self.trainable / max(1, self.parameters):.2%})"
+        ]
+        return "\n".join(lines + [f"left as it was: {name}: {reason}" for name, reason in self.skipped.items()])
+
+
+def build_slots(config: HeadGraphConfig, block: Block, layer: int) -> dict[str, nn.Module | None]:
+    """Builds what `config` puts into a block, in its dtype and on its device."""
+    sizes = (block.num_heads, block.head_dim, block.d_model)
+    slots = slots_of(config, sizes, layer)
+    dtype = block.like.dtype if block.like.is_floating_point() else torch.get_default_dtype()
+    return {name: slot and slot.to(block.like.device, dtype) for name, slot in slots.items()}
+
+
+def slots_of(config: HeadGraphConfig, sizes: tuple[int, int, int], layer: int) -> dict[str, nn.Module | None]:
+    """Builds the slots of one attention block of sizes (H, D, M)."""
+    routing, (num_heads, _, d_model) = config.routing, sizes
+    return {
+        "output_graph": site_module(config.outputs, sizes),
+        "score_graph": site_module(config.scores, sizes),
+        "router": routing and HeadRouter.from_config(routing, d_model, num_heads, layer=layer),
+    }
+
+
+def sites_at(model: nn.Module, name: str) -> HeadSites:
+    """Returns what holds the slots of the attention module of that name; of several copies, as PEFT makes, the last."""
+    return [module for module in model.get_submodule(name).modules() if isinstance(module, HeadSites)][-1]
+
+
+def converted(model: nn.Module) -> tuple[nn.Module, Conversion]:
+    """Returns the module that was converted, `model` or one inside it, and what was put into it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if CONVERSION in module.__dict__:
+            return module, module.__dict__[CONVERSION]
+    raise ValueError(f"Expected a converted model (got {type(model).__name__}, which is not). Do convert it first.")
+
+
+def head_sites(model: nn.Module) -> dict[str, HeadSites]:
+    """Returns everything in a model that holds slots for head graphs, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, HeadSites)}
+
+
+def head_graph_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Returns the parameters of the slots of a converted model, or of our own attention blocks, by name."""
+    from gohgraph.objects import MultiHeadAttention
+
+    holders = [module for module in model.modules() if isinstance(module, (HeadSites, MultiHeadAttention))]
+    inside = {id(p) for holder in holders for slot in _slots_in(holder) for p in slot.parameters()}
+    return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in inside]
+
+
+def _slots_in(holder: Any) -> list[nn.Module]:
+    inner = getattr(holder, "inner_graphs", None)
+    slots = [getattr(holder, name) for name in SLOTS]
+    return [slot for slot in slots if slot is not None] + ([] if inner is None else [inner])

@@ -1,0 +1,180 @@
+"""Puts head graphs into a model, in place and without changing what it computes, and takes them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import nn
+
+from gohgraph.convert import fused_qkv, hugging_face, own_models, projections, torch_modules
+from gohgraph.convert.blocks import (
+    CONVERSION,
+    Block,
+    Conversion,
+    Report,
+    Search,
+    build_slots,
+    head_graph_parameters,
+    head_sites,
+)
+from gohgraph.graph_config import HeadGraphConfig
+from gohgraph.site_config import parts_of
+
+Model = TypeVar("Model", bound=nn.Module)
+Where = Callable[[str], bool] | str | Sequence[str] | None
+# In order: what one finds, the others leave alone.
+FAMILIES = (torch_modules, hugging_face, fused_qkv, projections)
+WHOLE_MODELS_ONLY = ("queries", "keys", "values", "weights")
+
+
+def convert(
+    model: nn.Module,
+    config: HeadGraphConfig | None = None,
+    *,
+    where: Where = None,
+    freeze_backbone: bool = False,
+    example: dict[str, Any] | None = None,
+) -> Report:
+    r"""Gives the attention of an existing model head graphs, in place; new ones change nothing it computes.
+
+    It finds `torch.nn.MultiheadAttention`; all attention of Hugging Face transformers that goes by its attention
+    interface (Llama, Qwen, Mistral, GPT-2, GPT-NeoX, BERT, RoBERTa, ViT, T5, Whisper, BART and most others), with
+    eager, sdpa, flash or flex attention; timm's attention with fused queries, keys and values; gohgraph's own models;
+    and, for output graphs alone, attention that ends in a projection of a usual name (BLOOM, Falcon, GPT-J, ...).
+    The context of the edges is the attention module's own input.
+
+    Args:
+        model: changed in place. Parameters stay the very same objects.
+        config: graphs and routing of every attention module; `None` for `HeadGraphConfig()`, a complete graph between
+            head outputs. Foreign models take `outputs`, `scores` and `routing`, without `cross_layer`, `keyed` and
+            `alignment`. A router changes what the model computes unless it is `straight_through` and all heads work.
+        where: which attention modules: a function of their names, or patterns such as `"*.layers.[0-3].*"`; `None` for
+            all.
+        freeze_backbone: only head graphs and routers are trained.
+        example: inputs of one forward pass of a transformers model that is neither for tokens, images nor audio.
+
+    Returns:
+        A `Report`: the model, the names replaced, and those skipped with the reason.
+
+    Raises:
+        ValueError: nothing was found that could be converted, a model that is converted already, a configuration its
+            attention cannot have.
+        ImportError: transformers is older than 5.0.
+
+    Example:
+        >>> import torch
+        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, batch_first=True), 2)
+        >>> x = torch.randn(2, 5, 32)
+        >>> before = model.eval()(x)
+        >>> report = convert(model)
+        >>> report.replaced, torch.allclose(model(x), before, atol=1e-6)
+        (['layers.0.self_attn', 'layers.1.self_attn'], True)
+    """
+    config = HeadGraphConfig() if config is None else config
+    _check(model, config)
+    if own_models.is_own(model):
+        if where is not None:
+            raise ValueError("Expected where=None for a model of gohgraph (got one). Do give all its layers graphs.")
+        report = Report(model, own_models.give(model, config), {})
+    else:
+        report = _convert(model, config, _chooser(where), example)
+    if freeze_backbone:
+        model.requires_grad_(False)
+        for _, parameter in head_graph_parameters(model):
+            parameter.requires_grad_(True)
+    return report
+
+
+def unconvert(model: Model) -> Model:
+    """Takes all head graphs and routers out of a model that `convert` changed; the backbone keeps its weights.
+
+    Example:
+        >>> model = nn.TransformerEncoderLayer(32, 4)
+        >>> _ = convert(model)
+        >>> type(unconvert(model).self_attn).__name__
+        'MultiheadAttention'
+    """
+    if own_models.is_own(model):
+        own_models.give(model, None)
+        return model
+    for family in FAMILIES:
+        family.undo(model)
+    for module in model.modules():
+        module.__dict__.pop(CONVERSION, None)
+    return model
+
+
+def find_blocks(model: nn.Module, example: dict[str, Any] | None = None) -> Search:
+    """Returns all attention blocks of a foreign model that can take head graphs."""
+    search = Search()
+    for family in FAMILIES:
+        family.find(model, search, example)
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    search.blocks = dict(sorted(search.blocks.items(), key=lambda item: order[item[0]]))
+    search.skipped = {name: reason for name, reason in search.skipped.items() if not search.covers(name)}
+    return search
+
+
+def _convert(
+    model: nn.Module, config: HeadGraphConfig, chosen: Callable[[str], bool], example: dict[str, Any] | None
+) -> Report:
+    search = find_blocks(model, example)
+    skipped = dict(search.skipped)
+    blocks: list[Block] = []
+    for name, block in search.blocks.items():
+        if not chosen(name):
+            skipped[name] = "where leaves it out"
+        elif config.scores is not None and block.no_scores:
+            skipped[name] = block.no_scores
+        else:
+            blocks.append(block)
+    if not blocks:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4]) or "no attention at all"
+        raise ValueError(
+            f"Expected attention that can be given head graphs (got none in {type(model).__name__}: {reasons}). Do see "
+            "the families that convert names, or use GraphMultiheadAttention."
+        )
+    if config.routing is not None:
+        for block in blocks:
+            config.routing.check_heads(block.num_heads, len(blocks))
+    names = {id(module): name for name, module in model.named_modules()}
+    found = {block.name: names[id(block.projection)] for block in blocks if block.projection is not None}
+    # All are built before any is attached: what cannot be built leaves the model as it was.
+    slots = [build_slots(config, block, layer) for layer, block in enumerate(blocks)]
+    for block, own in zip(blocks, slots, strict=True):
+        block.attach(**own)
+    sizes = {block.name: (block.num_heads, block.head_dim, block.d_model) for block in blocks}
+    model.__dict__[CONVERSION] = Conversion(config, sizes, found)
+    return Report(model, [block.name for block in blocks], skipped)
+
+
+def _chooser(where: Where) -> Callable[[str], bool]:
+    if where is None:
+        return lambda name: True
+    if callable(where):
+        return where
+    patterns = (where,) if isinstance(where, str) else tuple(where)
+    return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check(model: nn.Module, config: HeadGraphConfig) -> None:
+    if not isinstance(config, HeadGraphConfig):
+        raise TypeError(f"Expected a HeadGraphConfig or None (got {config!r}). Do pass HeadGraphConfig().")
+    if own_models.is_own(model):
+        if getattr(model.config, "transformer", model.config).head_graph is not None:
+            raise ValueError("Expected a model without head graphs (got one that has). Do unconvert it first.")
+        return
+    if head_sites(model):
+        raise ValueError("Expected a model without head graphs (got one that has). Do unconvert it first.")
+    sites = [name for name in WHOLE_MODELS_ONLY if getattr(config, name) is not None]
+    parts = [*parts_of(config.outputs), *parts_of(config.scores)]
+    options = ["cross_layer"] if any(getattr(part, "cross_layer", 0) for part in parts) else []
+    options += ["keyed"] if any(getattr(part, "keyed", False) for part in parts) else []
+    options += ["alignment"] if config.alignment else []
+    if sites or options:
+        raise ValueError(
+            f"Expected outputs, scores and routing of single layers for a {type(model).__name__} (got "
+            f"{', '.join(sites + options)}). Do leave them out: gohgraph's own models have them."
+        )

@@ -1,0 +1,115 @@
+"""Output graphs in any attention that ends in a projection of its concatenated heads: a hook before that projection.
+
+For attention that calls no function of transformers' interface and is none of torch's or timm's: BLOOM, Falcon, GPT-J,
+DeBERTa and the like, and modules people wrote themselves.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gohgraph.convert.attention_interface import CHILD, CONTEXT, HOOKS, detach, hidden_states
+from gohgraph.convert.blocks import Block, Search
+from gohgraph.head_sites import HeadSites
+
+# Where the projection is called so, and what the number of heads is called.
+PROJECTIONS = ("o_proj", "out_proj", "c_proj", "proj", "to_out", "out_lin", "dense", "wo", "o", "output.dense")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
+NO_SCORES = "its scores are out of reach: no attention interface"
+
+
+class ProjectionGraphs(HeadSites):
+    """The head graphs before an output projection, which hands its input over; its module has them as a child."""
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Passes messages between heads concatenated in `z [*, H*D]` under the context `x [*, M]`."""
+        heads = z.unflatten(-1, (self.num_heads, -1))  # [B, T, H, D]
+        return self.pass_messages(heads, x, self.route(x)).flatten(-2)  # [B, T, H*D]
+
+
+def find(model: nn.Module, search: Search, example: Any) -> None:
+    """Adds modules called attention whose projection and number of heads bear a usual name."""
+    for name, module in model.named_modules():
+        if "attention" not in type(module).__name__.lower() or search.covers(name) or isinstance(module, HeadSites):
+            continue
+        heads, path = _num_heads(module), _projection(module)
+        if heads is None or path is None or _features(module.get_submodule(path))[0] % heads:
+            search.skipped.setdefault(name, f"{type(module).__name__}, whose heads or output projection are unknown")
+            continue
+        projection = module.get_submodule(path)
+        inputs, outputs = _features(projection)
+        attach = partial(_attach, module, path, heads)
+        search.skipped.pop(name, None)
+        search.add(Block(name, heads, inputs // heads, outputs, projection.weight, projection, attach, NO_SCORES))
+
+
+def undo(model: nn.Module) -> None:
+    """Takes all head graphs before projections out."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, CHILD, None), ProjectionGraphs):
+            for hook in module.__dict__.pop("_head_graph_sources"):
+                hook.remove()
+            detach(module)
+
+
+def _attach(
+    module: nn.Module, path: str, num_heads: int, score_graph: nn.Module | None = None, **slots: nn.Module | None
+) -> None:
+    projection = module.get_submodule(path)
+    setattr(projection, CHILD, ProjectionGraphs(num_heads, **slots))
+    setattr(projection, HOOKS, [projection.register_forward_pre_hook(_pass_messages)])
+    # By their path, not the module itself: a copy of the model must find its own.
+    sources = [
+        module.register_forward_pre_hook(partial(_hand_over, path), with_kwargs=True),
+        module.register_forward_hook(partial(_check_called, path)),
+    ]
+    projection._head_graph_sources = sources
+
+
+def _hand_over(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    setattr(module.get_submodule(path), CONTEXT, hidden_states(args, kwargs))
+
+
+def _pass_messages(projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x = getattr(projection, CONTEXT, None)
+    if not isinstance(x, Tensor) or x.shape[:-1] != args[0].shape[:-1]:
+        raise RuntimeError(
+            "Expected hidden states of the tokens whose heads are projected (got none). Do convert the model with "
+            "where= that leaves this attention out, or after its layers were wrapped."
+        )
+    setattr(projection, CONTEXT, None)
+    return (getattr(projection, CHILD)(x, args[0]), *args[1:])
+
+
+def _check_called(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if getattr(module.get_submodule(path), CONTEXT, None) is not None:
+        raise RuntimeError(f"Expected attention that calls its projection {path!r} (got none). Do unconvert the model.")
+
+
+def _num_heads(module: nn.Module) -> int | None:
+    for part in (module, *module.children()):
+        for name in HEADS:
+            if isinstance(getattr(part, name, None), int):
+                return getattr(part, name)
+    return None
+
+
+def _projection(module: nn.Module) -> str | None:
+    for path in PROJECTIONS:
+        try:
+            found = module.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(getattr(found, "weight", None), torch.Tensor) and found.weight.dim() == 2:
+            return path
+    return None
+
+
+def _features(projection: nn.Module) -> tuple[int, int]:
+    """Widths in and out; transformers' Conv1D keeps its matrix the other way round."""
+    rows, columns = projection.weight.shape
+    return (columns, rows) if isinstance(projection, nn.Linear) else (rows, columns)
