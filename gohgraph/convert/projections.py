@@ -1,6 +1,6 @@
 """Output graphs in any attention that ends in a projection of its concatenated heads: a hook before that projection.
 
-For attention that calls no function of transformers' interface and is none of torch's or timm's: BLOOM, Falcon, GPT-J,
+For attention that calls no function of transformers' interface and is none of torch's or timm's: BLOOM, Falcon,
 DeBERTa and the like, and modules people wrote themselves.
 """
 

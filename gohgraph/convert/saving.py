@@ -87,11 +87,13 @@ def save_converted(model: nn.Module, folder: str | os.PathLike[str], *, backbone
             kilobytes, and loading takes the model from where it was loaded before.
 
     Raises:
-        ValueError: a model that is not converted, or one of gohgraph's own.
+        ValueError: a model that is not converted, or one of gohgraph's own; another model's backbone in the folder.
         OSError: the folder cannot be written.
     """
     if own_models.is_own(model):
         raise ValueError("Expected a foreign model (got one of gohgraph's own). Do call its save_pretrained.")
+    if not backbone and (Path(folder) / BACKBONE).exists():
+        raise ValueError(f"Expected a folder without a backbone (got {folder}, which has one). Do choose another.")
     inner, conversion = converted(model)
     blocks = {name: _described(inner, name, sizes) for name, sizes in conversion.sizes.items()}
     base = getattr(getattr(inner, "config", None), "_name_or_path", "") or ""
