@@ -10,13 +10,14 @@ from gohgraph.feed_forward import FeedForward
 from gohgraph.fold import fold
 from gohgraph.graph import head_graph
 from gohgraph.graph_config import HeadGraphConfig, RoutingConfig
+from gohgraph.importance import head_importance, share_important_heads
 from gohgraph.keyed import KeyedGraphConv
 from gohgraph.learned_topology import LearnedTopologyConv
 from gohgraph.load_chart import draw_load
 from gohgraph.models import Classifier, LanguageModel, Transformer
 from gohgraph.objects import Heads, MultiHeadAttention
 from gohgraph.outputs import ModelOutput
-from gohgraph.record import record
+from gohgraph.record import collect_routing, record
 from gohgraph.routing import HeadRouter, Routing
 from gohgraph.site_config import BaselineConfig, SiteConfig
 from gohgraph.stacks import DecoderLayer, EncoderLayer, Stack
@@ -48,13 +49,16 @@ __all__ = [
     "Stack",
     "Transformer",
     "TransformerConfig",
+    "collect_routing",
     "convert",
     "draw",
     "draw_load",
     "fold",
     "head_graph",
+    "head_importance",
     "load_converted",
     "record",
     "save_converted",
+    "share_important_heads",
     "unconvert",
 ]

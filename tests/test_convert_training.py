@@ -41,7 +41,8 @@ class Rows(torch.utils.data.Dataset):
 def trainer(model, folder, **settings):
     arguments = hf.TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=4, max_steps=6, save_steps=3, logging_steps=1,
-        lr_scheduler_type="constant", report_to=[], use_cpu=True, learning_rate=1e-2, disable_tqdm=True, seed=0, **settings,
+        lr_scheduler_type="constant", report_to=[], use_cpu=True, learning_rate=1e-2, disable_tqdm=True, seed=0,
+        **settings,
     )  # fmt: skip
     return hf.Trainer(model=model, args=arguments, train_dataset=Rows())
 

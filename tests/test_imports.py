@@ -23,7 +23,7 @@ ORDER = [
     ["head_sites"],
     ["sublayers", "stacks"],
     ["outputs", "models"],
-    ["dropin", "convert", "fold"],
+    ["dropin", "convert", "fold", "importance"],
     ["record"],
     ["analysis"],
     ["curves", "load_chart", "drawing"],

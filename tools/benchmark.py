@@ -22,11 +22,18 @@ from types import ModuleType
 import torch
 from tqdm import tqdm
 
-from gohgraph.benchmarks import memory, quality, routing, scaling, speed
+from gohgraph.benchmarks import convert, memory, quality, routing, scaling, speed
 from gohgraph.benchmarks.timing import machine
 from gohgraph.command_line import ArgumentParser, run
 
-COMMANDS = {"speed": speed, "memory": memory, "scaling": scaling, "routing": routing, "quality": quality}
+COMMANDS = {
+    "speed": speed,
+    "memory": memory,
+    "scaling": scaling,
+    "routing": routing,
+    "quality": quality,
+    "convert": convert,
+}
 DEFAULT = "speed"
 
 
