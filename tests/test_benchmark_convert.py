@@ -48,7 +48,10 @@ def test_a_smoke_run_prints_and_writes_both_tables(tool, tmp_path, capsys):
         assert row["ratio"][1] == pytest.approx(sum(ratios) / 2)
 
 
-@pytest.mark.parametrize("flags", [["--sizes", "20/3/1/7/1"], ["--sizes", "20/5"], ["--repeats", "1"], ["--kinds", "x"]])
+BAD = [["--sizes", "20/3/1/7/1"], ["--sizes", "20/5"], ["--repeats", "1"], ["--kinds", "x"]]
+
+
+@pytest.mark.parametrize("flags", BAD)
 def test_bad_input_is_one_line(tool, flags, capsys):
     assert tool.main(["convert", *flags]) == 2
     assert capsys.readouterr().err.startswith("error: Expected")

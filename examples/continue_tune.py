@@ -1,0 +1,270 @@
+"""Gives a pretrained language model head graphs and trains on, beside training on without, beside LoRA.
+
+    python examples/continue_tune.py --run runs/tune --data my.txt
+    python examples/continue_tune.py --run runs/tune-hub --model HuggingFaceTB/SmolLM2-135M --data my.txt --steps 200
+
+The model is a name or path of the Hugging Face hub, or a folder of `examples/train_language_model.py`, which makes one
+first when there is none. All variants start from it and read the same tokens in the same order; each has the learning
+rate of a grid that was best on the first seed. The routers of `moh` keep the heads that matter most to the loss, start
+as plain attention and come to their budget in the first half of the steps. An interrupted run goes on where it stopped
+when it is called again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gohgraph as goh
+from gohgraph.command_line import ArgumentParser, run
+from gohgraph.convert.conversion import find_blocks
+from gohgraph.drawing import draw_curves
+from gohgraph.importance import head_importance, share_important_heads
+from gohgraph.inputs import next_token_loss
+from gohgraph.learning.corpus import load_corpus, sample_batch
+from gohgraph.learning.language import window_losses
+from gohgraph.learning.loop import TrainConfig, train
+from gohgraph.learning.matching import count_parameters
+from gohgraph.learning.sweep import sweep
+from gohgraph.outputs import ModelOutput, model_output
+from gohgraph.stacks import StackOutput
+
+VARIANTS = {
+    "continued": "trained on, without head graphs",
+    "outputs": "trained on, with output graphs",
+    "moh": "trained on, three quarters of the heads for each token",
+    "graph-only": "output graphs alone, the model frozen",
+    "lora": "LoRA on attention of as many parameters, the model frozen",
+}
+BASE_SCRIPT = Path(__file__).with_name("train_language_model.py")
+EVALUATIONS, WINDOWS, IMPORTANCE_BATCHES = 4, 256, 16
+SMOKE = {"steps": 6, "length": 16, "batch_size": 2, "base_steps": 6, "learning_rates": [1e-3], "seeds": [0]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    return run(_parser(), tune, argv)
+
+
+def tune(flags: argparse.Namespace) -> None:
+    """Trains what is missing, then writes and prints the table."""
+    if flags.smoke:
+        vars(flags).update(SMOKE)
+    if flags.steps < 2:
+        raise ValueError(f"Expected --steps of at least 2 (got {flags.steps}). Do raise them.")
+    folder = Path(flags.run)
+    model = flags.model or _base(folder / "base", flags)
+    common = {"model": str(model), "data": flags.data, "length": flags.length, "batch_size": flags.batch_size}
+    runs = {
+        _key(name, rate, seed): {"name": name, **common, "steps": flags.steps, "learning_rate": rate, "seed": seed}
+        for name in flags.variants
+        for rate in flags.learning_rates
+        for seed in flags.seeds
+    }
+    finish = partial(sweep, partial(_train, str(folder / "runs")), folder=folder / "results", jobs=flags.jobs)
+    first = finish({key: task for key, task in runs.items() if task["seed"] == flags.seeds[0]})
+    rates = {name: _best(first, name, flags) for name in flags.variants}
+    results = finish({key: task for key, task in runs.items() if task["learning_rate"] == rates[task["name"]]})
+    found = {name: [results[_key(name, rates[name], seed)] for seed in flags.seeds] for name in flags.variants}
+    table = _table(found, rates)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    draw_curves({name: each[0]["rows"] for name, each in found.items()}, folder / "curves.png")
+    print(f"{table}\ncurves of seed {flags.seeds[0]}: {folder / 'curves.png'}")
+
+
+def _base(folder: Path, flags: argparse.Namespace) -> Path:
+    """Trains the model to start from, unless an earlier call has."""
+    if not (folder / "model").is_dir():
+        resume = ["--resume"] if (folder / "config.json").exists() else []
+        size = ["--smoke"] if flags.smoke else []
+        command = [sys.executable, str(BASE_SCRIPT), "--sites", "none", "--run", str(folder), *size, *resume]
+        print(f"the model to start from: {folder}", flush=True)
+        if subprocess.run([*command, "--steps", str(flags.base_steps)]).returncode:
+            raise ValueError(f"Expected a model to start from in {folder} (got none). Do see what its training said.")
+    return folder / "model"
+
+
+def _train(
+    folder: str,
+    name: str,
+    model: str,
+    data: str,
+    length: int,
+    batch_size: int,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    start, encode = load_language_model(model)
+    corpus = load_corpus(data)
+    texts = {part: encode(getattr(corpus, part)) for part in ("train", "validation")}
+    batch = partial(sample_batch, texts["train"], batch_size=batch_size, length=length, seed=seed)
+    evaluate = partial(_evaluate, texts["validation"], length)
+    before = evaluate(start.eval())["validation_loss"]
+    config = prepare(start, name, [batch(-1 - index) for index in range(IMPORTANCE_BATCHES)])
+    path, every = Path(folder) / _key(name, learning_rate, seed), max(1, steps // EVALUATIONS)
+    rows = train(
+        start,
+        batch,
+        partial(output_of, config),
+        TrainConfig(
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup=steps // 20,
+            # A short run stays near the model it started from: nothing is drawn to zero.
+            weight_decay=0.0,
+            anneal_top_k=steps // 2 if name == "moh" else 0,
+            eval_every=every,
+            checkpoint_every=every,
+            keep_checkpoints=1,
+            log_every=every,
+            seed=seed,
+            device="cpu",
+        ),
+        path,
+        evaluate=evaluate,
+        resume=(path / "config.json").exists(),
+        description=path.name,
+    )
+    return {"before": before, "rows": rows, "parameters": count_parameters(start)}
+
+
+def load_language_model(source: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Returns a language model and what makes token ids of bytes: gohgraph's from a folder, others from the hub."""
+    if (Path(source) / "model" / "config.json").is_file():
+        source = str(Path(source) / "model")
+    file = Path(source) / "config.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model") == "LanguageModel":
+        return goh.LanguageModel.from_pretrained(source), lambda data: data
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ImportError("Expected transformers (got none). Do pip install 'gohgraph[tune]'.") from error
+    tokenizer = AutoTokenizer.from_pretrained(source)
+
+    def encode(data: Tensor) -> Tensor:
+        text = bytes(data.tolist()).decode("utf-8", "replace")
+        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int32)
+
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), encode
+
+
+def prepare(model: nn.Module, name: str, batches: list[Any]) -> goh.HeadGraphConfig | None:
+    """Turns a plain model into a variant, in place; returns the configuration of its head graphs or routers."""
+    if name == "lora":
+        add_lora(model, goh.convert(copy.deepcopy(model)).head_graph_parameters)
+    if name in ("continued", "lora"):
+        return None
+    if name == "moh":
+        importance = head_importance(model, batches, lambda model, batch: output_of(None, model, batch).loss)
+        heads = {len(values) for values in importance.values()}
+        if len(heads) > 1 or min(heads) % 4:
+            raise ValueError(f"Expected layers of equally many heads that 4 divides (got {heads}). Do leave out moh.")
+        quarter = min(heads) // 4
+        config = goh.HeadGraphConfig.moh(quarter, 2 * quarter, straight_through=True)
+        goh.convert(model, config)
+        share_important_heads(model, importance)
+        return config
+    config = goh.HeadGraphConfig()
+    goh.convert(model, config, freeze_backbone=name == "graph-only")
+    return config
+
+
+def add_lora(model: nn.Module, parameters: int) -> None:
+    """Puts LoRA on all projections of attention, of as nearly so many parameters as ranks allow; freezes the rest."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("Expected peft (got none). Do pip install 'gohgraph[tune]'.") from error
+    own = [name for name, part in model.named_modules() if isinstance(part, goh.MultiHeadAttention)]
+    attentions = own or list(find_blocks(model).blocks)
+    matrices = {
+        f"{name}.{inner}": part.weight.shape
+        for name in attentions
+        for inner, part in model.get_submodule(name).named_modules()
+        if type(part).__name__ in ("Linear", "Conv1D")
+    }
+    rank = max(1, round(parameters / sum(sum(shape) for shape in matrices.values())))
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(matrices)), model)
+
+
+def output_of(config: goh.HeadGraphConfig | None, model: nn.Module, batch: tuple[Tensor, Tensor]) -> ModelOutput:
+    """Returns a model's output with the loss of the next token, and what its routers did, whoever made the model."""
+    inputs, targets = batch
+    if isinstance(model, goh.LanguageModel):
+        return model(inputs, targets=targets)
+    if config is None or config.routing is None:
+        logits, routings = model(input_ids=inputs, use_cache=False).logits, []
+    else:
+        with goh.collect_routing(model) as routings:
+            logits = model(input_ids=inputs, use_cache=False).logits
+    return model_output(logits, next_token_loss(logits, targets), [StackOutput(logits, tuple(routings))], config)
+
+
+def _evaluate(data: Tensor, length: int, model: nn.Module) -> dict[str, float]:
+    losses = window_losses(model, data, batch_size=16, length=length, limit=WINDOWS)
+    return {"validation_loss": losses.mean().item()}
+
+
+def _key(name: str, rate: float, seed: int) -> str:
+    return f"{name}-{rate:g}-{seed}"
+
+
+def _best(results: dict[str, Any], name: str, flags: argparse.Namespace) -> float:
+    """The learning rate of a variant whose loss on the first seed is the lowest at the end."""
+    ends = {rate: results[_key(name, rate, flags.seeds[0])]["rows"][-1] for rate in flags.learning_rates}
+    return min(ends, key=lambda rate: ends[rate]["validation_loss"])
+
+
+def _table(found: dict[str, list[dict[str, Any]]], rates: dict[str, float]) -> str:
+    """Validation loss over seeds; differences are taken seed by seed to the first variant."""
+    reference = next(iter(found))
+    ends = {name: [each["rows"][-1]["validation_loss"] for each in results] for name, results in found.items()}
+    lines = [f"| | trained parameters | learning rate | validation loss | minus {reference} |", "|" + " --- |" * 5]
+    lines.append(f"| before | | | {found[reference][0]['before']:.4f} | |")
+    for name, results in found.items():
+        ahead = [own - other for own, other in zip(ends[name], ends[reference], strict=True)]
+        difference = "" if name == reference else _spread(ahead, "+")
+        parameters = f"{results[0]['parameters']:,}"
+        lines.append(f"| {name} | {parameters} | {rates[name]:g} | {_spread(ends[name])} | {difference} |")
+    return "\n".join([*lines, "", *(f"{name}: {VARIANTS[name]}." for name in found)]) + "\n"
+
+
+def _spread(values: list[float], sign: str = "") -> str:
+    shown = f"{mean(values):{sign}.4f}"
+    return f"{shown} ± {stdev(values):.4f}" if len(values) > 1 else shown
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--run", default="runs/tune", help="folder of results, continued if it is there (default: %(default)s)")
+    add("--model", help="name or path of the hub, or a run of train_language_model.py (default: trains one)")
+    add("--data", default="python-docs", help="a corpus by name, or a text file (default: %(default)s)")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="the first is the reference")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--steps", type=int, default=250, help="of every run (default: %(default)s)")
+    add("--base-steps", type=int, default=1500, help="of the model to start from (default: %(default)s)")
+    add("--learning-rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="the grid, the same for all")
+    add("--length", type=int, default=128, help="tokens per sequence (default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="sequences per step (default: %(default)s)")
+    add("--jobs", type=int, default=2, help="processes of one thread each (default: %(default)s)")
+    add("--smoke", action="store_true", help="a tiny run, to see that it works")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
