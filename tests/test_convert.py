@@ -164,6 +164,15 @@ def test_where_and_reasons():
     assert "1.attn" in str(report)
 
 
+def test_an_attention_module_that_is_the_model():
+    for attention in (FusedAttention(20, 5), BiasedAttention(20, 5)):
+        x = torch.randn(B, T, 20)
+        before = attention(x)
+        assert len(convert(attention).replaced) == 1
+        assert torch.equal(attention(x), before) and not torch.equal(moved(attention)(x), before)
+        assert torch.equal(unconvert(attention)(x), before)
+
+
 def test_freeze_backbone_trains_head_graphs_alone():
     model = MODELS["fused"]()
     report = convert(model, HeadGraphConfig(routing=RoutingConfig(1, 4)), freeze_backbone=True)
@@ -299,6 +308,7 @@ def test_the_librarys_own_models():
     "model, config, message",
     [
         (lambda: nn.Linear(3, 5), None, "got none in Linear: no attention at all"),
+        (lambda: nn.MultiheadAttention(20, 5), None, "GraphMultiheadAttention.from_torch"),
         (lambda: far()[0], None, "Do unconvert it first"),
         (lambda: goh.LanguageModel(small_config("outputs")), None, "Do unconvert it first"),
         (MODELS["fused"], HeadGraphConfig(SiteConfig(cross_layer=1)), "got cross_layer"),

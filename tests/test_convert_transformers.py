@@ -278,6 +278,9 @@ def test_copies_have_head_graphs_of_their_own():
                 parameter.data.zero_()
         assert torch.equal(logits(model, input_ids=ids), before)
         assert not torch.equal(logits(other, input_ids=ids), before)
+        unconvert(other)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in other.modules())
+        assert torch.equal(logits(model, input_ids=ids), before)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gohgraph.graph_config import HeadGraphConfig
 from gohgraph.head_sites import HeadSites
+from gohgraph.objects import MultiHeadAttention
 from gohgraph.routing import HeadRouter
 from gohgraph.sites import site_module
 
@@ -158,8 +159,6 @@ def head_sites(model: nn.Module) -> dict[str, HeadSites]:
 
 def head_graph_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Returns the parameters of the slots of a converted model, or of our own attention blocks, by name."""
-    from gohgraph.objects import MultiHeadAttention
-
     holders = [module for module in model.modules() if isinstance(module, (HeadSites, MultiHeadAttention))]
     inside = {id(p) for holder in holders for slot in _slots_in(holder) for p in slot.parameters()}
     return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in inside]

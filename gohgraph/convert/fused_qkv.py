@@ -50,7 +50,7 @@ class GraphFusedAttention(HeadSites):
 def find(model: nn.Module, search: Search, example: Any) -> None:
     """Adds modules with timm's names that compute what the replacement computes; others stay for the projections."""
     for name, module in model.named_modules():
-        if search.covers(name) or not _looks_fused(module):
+        if not name or search.covers(name) or not _looks_fused(module):
             continue
         with torch.no_grad(), torch.random.fork_rng():
             same = _agrees(module)

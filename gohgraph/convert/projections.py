@@ -34,7 +34,9 @@ class ProjectionGraphs(HeadSites):
 def find(model: nn.Module, search: Search, example: Any) -> None:
     """Adds modules called attention whose projection and number of heads bear a usual name."""
     for name, module in model.named_modules():
-        if "attention" not in type(module).__name__.lower() or search.covers(name) or isinstance(module, HeadSites):
+        if "attention" not in type(module).__name__.lower() or search.covers(name):
+            continue
+        if isinstance(module, (HeadSites, nn.MultiheadAttention)):
             continue
         heads, path = _num_heads(module), _projection(module)
         if heads is None or path is None or _features(module.get_submodule(path))[0] % heads:

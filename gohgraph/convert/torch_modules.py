@@ -14,7 +14,9 @@ from gohgraph.dropin import GraphMultiheadAttention
 def find(model: nn.Module, search: Search, example: Any) -> None:
     """Adds every `nn.MultiheadAttention` of the model."""
     for name, module in model.named_modules():
-        if type(module) is nn.MultiheadAttention:
+        if isinstance(module, nn.MultiheadAttention) and not name:
+            search.skipped["itself"] = "no model around it: take GraphMultiheadAttention.from_torch"
+        elif type(module) is nn.MultiheadAttention:
             sizes = (module.num_heads, module.head_dim, module.embed_dim)
             weight = module.out_proj.weight
             search.add(Block(name, *sizes, weight, module.out_proj, partial(_replace, model, name)))
