@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gohgraph.routing import Routing
 from gohgraph.scores import mixed_attention, plain_attention, wide_heads_for
+from gohgraph.tiled import runs_in_tiles, tiled_attention
 
 
 class HeadSites(nn.Module):
@@ -109,6 +110,10 @@ class HeadSites(nn.Module):
         tokens, keys = q.shape[1], k.shape[1]
         if not need_weights and self.score_graph is None:
             return plain_attention(q, k, v, mask, dropout, is_causal), None
+        numbers = mask is not None and mask.is_floating_point()
+        if not need_weights and not numbers and runs_in_tiles([self.score_graph], q, k, dropout):
+            mixing = self.score_graph.mixing(x, **_active(routing))  # [B, T, H, H] or [H, H]
+            return tiled_attention(q, k, v, mixing, None, mask, is_causal), None
         if not need_weights and self.wide is not None and tokens > 1:
             return self.wide(q, k, v, self.score_weights(x, routing), mask, is_causal, dropout), None
         if is_causal:

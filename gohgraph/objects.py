@@ -15,7 +15,7 @@ from gohgraph.grouping import LARGEST_SHARE, TokenGroups, group_tokens, grouped_
 from gohgraph.routing import Routing
 from gohgraph.scores import causal_mask, mixed_attention, plain_attention, wide_heads_for
 from gohgraph.skipping import ActiveHeads, only_multiplies, project_all
-from gohgraph.tiled import may_tile, tiled_attention, tiles_pay
+from gohgraph.tiled import runs_in_tiles, tiled_attention
 
 # Numbers per row that need not be read for heads that are off, from which leaving these out pays on a CPU; with fewer
 # the calls cost more. Between 0.33 and 0.39 million by `tools/benchmark.py routing`, two threads.
@@ -277,7 +277,7 @@ class MultiHeadAttention(nn.Module):
             keep_mask = _and(causal_mask(tokens, keys, q.device), keep_mask)
         if has_no_maps:
             return plain_attention(q, k, v, keep_mask, dropout, is_causal)
-        if self._tiles(q, k, dropout):
+        if runs_in_tiles((on_scores, on_weights), q, k, dropout, self.tiled):
             mixes = [graph if graph is None else graph.mixing(x, **active) for graph in (on_scores, on_weights)]
             return tiled_attention(q, k, v, *mixes, keep_mask, is_causal)
         if self.wide is not None and on_weights is None and (tokens > 1 or states):
@@ -288,14 +288,6 @@ class MultiHeadAttention(nn.Module):
             keep_mask = causal_mask(tokens, keys, q.device)
         mixes = self._bound(x, active, states)
         return mixed_attention(q, k, v, *mixes, keep_mask, dropout)
-
-    def _tiles(self, q: Tensor, k: Tensor, dropout: float) -> bool:
-        if self.tiled is False or not may_tile(q, k, dropout):
-            return False
-        # Graphs of other kinds, and PyG's backend, are run as they are.
-        graphs = [graph for graph in self._map_graphs() if graph is not None]
-        mix = all(getattr(graph, "is_mixing", False) and graph.backend == "dense" for graph in graphs)
-        return mix and (bool(self.tiled) or tiles_pay(k))
 
     def _bound(
         self, x: Tensor, active: dict[str, Tensor], states: Sequence[Tensor]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Numbers of a tile of maps (rows * H * S) that stay in a core's cache between its products, and the rows between which
@@ -86,19 +86,28 @@ def tiled_attention(
         return _TiledAttention.apply(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), *mixes, keep_mask, is_causal)
 
 
-def may_tile(q: Tensor, k: Tensor, dropout: float) -> bool:
-    """Whether `tiled_attention` can stand in for `mixed_attention`: gradients are first ones, nothing is traced.
+def runs_in_tiles(
+    graphs: Iterable[nn.Module | None], q: Tensor, k: Tensor, dropout: float, tiled: bool | None = None
+) -> bool:
+    """Whether `tiled_attention` is to stand in for messages of these graphs between maps.
 
-    Second gradients are asked for as of torch's own attention, by `sdpa_kernel(SDPBackend.MATH)`.
+    It can where all are linear maps of the dense backend, there are several queries, no dropout and no tracing by the
+    compiler. Second gradients are asked for as of torch's own attention, by `sdpa_kernel(SDPBackend.MATH)`.
+
+    Args:
+        graphs: over scores and over weights, `None` for none.
+        q, k: queries `[B, T, H, D]` and keys `[B, S, G, D]`.
+        dropout: probability of dropping an attention weight.
+        tiled: `None` where tiles were measured to pay, True wherever they can run, False for never.
     """
-    if dropout or q.shape[1] == 1 or not q.numel() or not k.shape[1] or torch.compiler.is_compiling():
+    if tiled is False or dropout or q.shape[1] == 1 or not q.numel() or not k.shape[1]:
         return False
-    return torch.backends.cuda.flash_sdp_enabled()
-
-
-def tiles_pay(k: Tensor) -> bool:
-    """Whether tiles were measured to be the fastest form for keys `[B, S, G, D]`."""
-    return k.device.type == "cpu" and k.shape[1] >= TILED_FROM_KEYS
+    if torch.compiler.is_compiling() or not torch.backends.cuda.flash_sdp_enabled():
+        return False
+    there = [graph for graph in graphs if graph is not None]
+    if not all(getattr(graph, "is_mixing", False) and graph.backend == "dense" for graph in there):
+        return False
+    return bool(tiled) or (k.device.type == "cpu" and k.shape[1] >= TILED_FROM_KEYS)
 
 
 def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) -> Iterator[Tile]:

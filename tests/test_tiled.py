@@ -207,6 +207,20 @@ def test_other_forms_run_where_tiles_cannot(monkeypatch, case):
         assert calls
 
 
+def test_the_drop_in_takes_tiles_too(monkeypatch):
+    calls = []
+    path = "gohgraph.head_sites.tiled_attention"
+    monkeypatch.setattr(path, lambda *args: calls.append(1) or tiled_attention(*args))
+    conv = attention().score_graph.float()
+    module = goh.GraphMultiheadAttention(M, H, batch_first=True, score_graph=conv)
+    tokens = tiled.TILED_FROM_KEYS + 1
+    x, mask = torch.randn(1, tokens, M), torch.ones(tokens, tokens).triu(1).bool()
+    fast, _ = module(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)
+    slow, _ = module(x, x, x, attn_mask=mask, is_causal=True, need_weights=True)
+    assert calls == [1]
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+
+
 def test_second_gradients_are_those_of_the_maps():
     module = attention(causal=True)
     module.tiled = True
