@@ -1,5 +1,6 @@
 """Graphs-of-Heads: attention heads as the nodes of an explicit graph that passes messages between them."""
 
+from gohgraph.collect import collect_routing
 from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.conv import HeadGraphConv
 from gohgraph.convert import Report, convert, load_converted, save_converted, unconvert
@@ -17,7 +18,7 @@ from gohgraph.load_chart import draw_load
 from gohgraph.models import Classifier, LanguageModel, Transformer
 from gohgraph.objects import Heads, MultiHeadAttention
 from gohgraph.outputs import ModelOutput
-from gohgraph.record import collect_routing, record
+from gohgraph.record import record
 from gohgraph.routing import HeadRouter, Routing
 from gohgraph.site_config import BaselineConfig, SiteConfig
 from gohgraph.stacks import DecoderLayer, EncoderLayer, Stack

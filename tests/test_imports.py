@@ -17,7 +17,7 @@ ORDER = [
     ["config_base", "site_config", "graph_config", "config"],
     ["topologies", "graph", "edges", "cache", "generation", "checkpoint", "figures", "command_line", "graph_flags"],
     ["inputs"],
-    ["conv", "routing", "load", "baselines"],
+    ["conv", "routing", "collect", "load", "baselines"],
     ["experts", "keyed", "learned_topology", "sites"],
     ["scores", "tiled", "skipping", "grouping", "embeddings", "feed_forward", "objects"],
     ["head_sites"],
