@@ -258,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--steps", type=int, default=250, help="of every run (default: %(default)s)")
     add("--base-steps", type=int, default=1500, help="of the model to start from (default: %(default)s)")
-    add("--learning-rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="the grid, the same for all")
+    add("--learning-rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2], help="the grid, the same for all")
     add("--length", type=int, default=128, help="tokens per sequence (default: %(default)s)")
     add("--batch-size", type=int, default=8, help="sequences per step (default: %(default)s)")
     add("--jobs", type=int, default=2, help="processes of one thread each (default: %(default)s)")
