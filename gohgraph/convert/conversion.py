@@ -41,7 +41,7 @@ def convert(
 
     It finds `torch.nn.MultiheadAttention`; all attention of Hugging Face transformers that goes by its attention
     interface (Llama, Qwen, Mistral, GPT-2, GPT-NeoX, BERT, RoBERTa, ViT, T5, Whisper, BART and most others), with
-    eager, sdpa, flash or flex attention; timm's attention with fused queries, keys and values; gohgraph's own models;
+    eager, sdpa or flash attention; timm's attention with fused queries, keys and values; gohgraph's own models;
     and, for output graphs alone, attention that ends in a projection of a usual name (BLOOM, Falcon, DeBERTa, ...).
     The context of the edges is the attention module's own input.
 
