@@ -123,6 +123,7 @@ def _parser() -> ArgumentParser:
     train("--seeds", type=int, nargs="+", default=[0], help="one run each, in sub-folders when there are several")
     train("--eval-every", type=int, help="steps (default: a tenth of them)")
     train("--checkpoint-every", type=int, help="steps (default: a fifth of them)")
+    train("--keep-checkpoints", type=int, default=2, help="the last so many; all of them make a film (default 2)")
     train("--device", choices=("cpu", "cuda", "mps", "xpu"), help="default: the accelerator when there is one")
     train("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision")
     train("--compile", action="store_true", help="use torch.compile")
@@ -208,6 +209,7 @@ def _training(config: TransformerConfig, corpus: Corpus, seed: int, leaf: Path, 
             warmup=min(100, flags.steps // 10) if flags.warmup is None else flags.warmup,
             eval_every=max(1, flags.steps // 10) if flags.eval_every is None else flags.eval_every,
             checkpoint_every=max(1, flags.steps // 5) if flags.checkpoint_every is None else flags.checkpoint_every,
+            keep_checkpoints=flags.keep_checkpoints,
             log_every=1 if flags.smoke else 10,
             # The plain side of a comparison has no heads to leave out.
             anneal_top_k=(flags.anneal_top_k or 0) if _is_routed(config) else 0,
