@@ -298,6 +298,10 @@ def _check_class(document: dict[str, Any], model_class: type, folder: Path) -> N
 
 def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Copy the tensors into the model, names and shapes checked, in the dtypes of the file."""
+    # Inner modules first: a graph that was pruned, then the attention that runs on it.
+    for name, module in reversed(list(model.named_modules())):
+        if hasattr(module, "fit_to"):
+            module.fit_to(tensors, f"{name}." if name else "")
     own = model.state_dict(keep_vars=True)
     for name in sorted(own.keys() | tensors.keys()):
         want, have = own.get(name), tensors.get(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,9 +96,7 @@ class HeadGraphConv(MessagePassing):
         self.gain = nn.Parameter(torch.ones(self.num_senders, head_dim)) if norm else None
         # Saved with the weights, so that they never meet another graph of equally many edges.
         self.register_buffer("edge_index", edge_index)
-        slots = torch.full((self.num_heads * self.num_senders,), num_edges)
-        places = edge_index[1] * self.num_senders + edge_index[0]
-        slots[places] = torch.arange(num_edges)
+        slots, places = self._slots_and_places()
         self.register_buffer("slots", slots, persistent=False)
         self.register_buffer("places", places, persistent=False)
 
@@ -148,6 +146,40 @@ class HeadGraphConv(MessagePassing):
             nn.init.zeros_(self.fusion)
         if self.gain is not None:
             nn.init.ones_(self.gain)
+
+    @torch.no_grad()
+    def keep_edges(self, kept: Tensor) -> None:
+        """Leaves the edges of the bool mask `kept [E]` in the graph, with their weights; the others are gone for good.
+
+        Of a whole model `gohgraph.prune` does this, and rebuilds what hangs on the edges.
+        """
+        if kept.dtype != torch.bool or kept.shape != (self.edges.num_edges,):
+            raise ValueError(
+                f"Expected a bool mask of shape [{self.edges.num_edges}] (got {kept.dtype} {list(kept.shape)}). "
+                "Do pass one value for each edge."
+            )
+        kept = kept.to(self.edge_index.device)
+        self.edge_index = self.edge_index[:, kept]
+        self.edges.keep_edges(kept)
+        self.slots, self.places = self._slots_and_places()
+
+    def fit_to(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Prunes the graph to the edges saved under `prefix`, where they are some of its own; a checkpoint's loader."""
+        saved = tensors.get(prefix + "edge_index")
+        if saved is None or saved.dim() != 2 or saved.shape[1] >= self.edges.num_edges:
+            return
+        edges = {tuple(edge) for edge in saved.t().tolist()}
+        kept = torch.tensor([tuple(edge) in edges for edge in self.edge_index.t().tolist()])
+        if torch.equal(self.edge_index[:, kept], saved.to(self.edge_index.device)):
+            self.keep_edges(kept)
+
+    def _slots_and_places(self) -> tuple[Tensor, Tensor]:
+        """Of every cell of the adjacency its edge, `[H*S]` (E where there is none); of every edge its cell, `[E]`."""
+        num_edges, device = self.edges.num_edges, self.edge_index.device
+        slots = torch.full((self.num_heads * self.num_senders,), num_edges, device=device)
+        places = self.edge_index[1] * self.num_senders + self.edge_index[0]
+        slots[places] = torch.arange(num_edges, device=device)
+        return slots, places
 
     def forward(
         self,
@@ -220,11 +252,19 @@ class HeadGraphConv(MessagePassing):
             z = z + factor * message
         return z
 
-    def _weights(self, context: Tensor | None, active: Tensor | None) -> Tensor:
-        weights = self.edges(context)  # [*, R, E] or [R, E]
+    def select(self, alpha: Tensor, active: Tensor | None = None) -> Tensor:
+        """Returns the weights `[*, R, E]` with zeros where the induced subgraph or `top_edges` leaves an edge out.
+
+        Args:
+            alpha: weights of all edges, `[*, R, E]` or `[R, E]`.
+            active: bool `[*, H]`, heads that work for the token; `None` for all.
+        """
         if active is not None:
-            weights = weights * self._linked(active).unsqueeze(-2)  # [*, R, E]
-        return weights if self.top_edges is None else self._strongest(weights)
+            alpha = alpha * self._linked(active).unsqueeze(-2)  # [*, R, E]
+        return alpha if self.top_edges is None else self._strongest(alpha)
+
+    def _weights(self, context: Tensor | None, active: Tensor | None) -> Tensor:
+        return self.select(self.edges(context), active)  # [*, R, E] or [R, E]
 
     def _linked(self, active: Tensor) -> Tensor:
         # Heads of earlier layers that were off there send zeros: only the receiver counts.

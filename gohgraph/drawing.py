@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,23 +16,13 @@ import numpy as np
 
 from gohgraph.curves import draw_curves
 from gohgraph.figures import INK, WIDTH, checked_path, new_figure, save_figure
+from gohgraph.places import SITES, graph_titles, site_of
 
 __all__ = ["draw", "draw_curves", "graph_titles"]
 
 DIVERGING = ("#084a91", "#2f7ebc", "#94c4df", "#ececec", "#fdae6b", "#e8590c", "#9c3203")
 FAINT = "#d4d4d4"
 RING_GAP = 0.46
-# What the slots of `MultiHeadAttention` are called under a circle, in the order of the rows.
-SITES = {
-    "output_graph": "outputs",
-    "score_graph": "scores",
-    "inner_graphs.weight": "weights",
-    "inner_graphs.query": "queries",
-    "inner_graphs.key": "keys",
-    "inner_graphs.value": "values",
-}
-SITE = re.compile(rf"({'|'.join(map(re.escape, SITES))})(\.\d+)?$")
-
 
 @dataclass(frozen=True)
 class _Panel:
@@ -127,40 +116,8 @@ def _panels(heads: Mapping[str, Any]) -> list[_Panel]:
             )
         for number, weights in enumerate(means):
             label = title if len(means) == 1 else f"{title}, round {number + 1}"
-            panels.append(_Panel(label, _site(name), recording.num_heads, senders, receivers, weights))
+            panels.append(_Panel(label, site_of(name), recording.num_heads, senders, receivers, weights))
     return panels
-
-
-def _site(name: str) -> str:
-    found = SITE.search(name)
-    return SITES.get(found[1], "outputs") if found else "outputs"
-
-
-def graph_titles(names: list[str]) -> list[str]:
-    """Short titles of head graphs.
-
-    Args:
-        names: their module names in a model.
-
-    Returns:
-        "layer 0 outputs" and the like, preceded by the name of the stack where several stacks have such layers;
-        the names themselves where that does not tell them apart.
-
-    Example:
-        >>> graph_titles(["decoder.layers.0.attention.object.score_graph"])
-        ['layer 0 scores']
-    """
-    # In a chain of modules at one site the last number tells which of them, not which layer.
-    numbers = [re.findall(r"\.(\d+)(?=\.|$)", f".{SITE.sub('', name)}") for name in names]
-    short = [
-        f"layer {found[-1]} {'cross ' if 'cross' in name else ''}{_site(name)}" if found else name
-        for name, found in zip(names, numbers, strict=True)
-    ]
-    long = [f"{name.split('.')[0]} {title}" for name, title in zip(names, short, strict=True)]
-    for titles in (short, long):
-        if len(set(titles)) == len(titles):
-            return titles
-    return names
 
 
 def _grid(panels: list[_Panel]) -> tuple[list[list[_Panel]], int, float]:

@@ -78,6 +78,15 @@ class EdgeWeights(nn.Module):
             bound = 1.0 / math.sqrt(self.context_dim)
             nn.init.uniform_(self.down, -bound, bound)
 
+    def keep_edges(self, kept: Tensor) -> None:
+        """Leaves the weights of the edges of a bool mask `[E]`."""
+        self.num_edges = int(kept.sum())
+        for name in ("bias", "weight"):
+            old = getattr(self, name)
+            if old is not None:
+                new = old.detach()[:, kept].clone()  # [R, E'] or [R, E', M]
+                setattr(self, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
     def forward(self, context: Tensor | None = None) -> Tensor:
         """Returns the weights of all rounds and edges for each token of `context`."""
         activate = ACTIVATIONS[self.activation]

@@ -60,6 +60,11 @@ class KeyedGraphConv(HeadGraphConv):
         """Returns beta of the keys' tokens, `[B, S, M] -> [B, S, E]`."""
         return self.key_edges(source)[..., 0, :].expand(*source.shape[:-1], -1)  # [B, S, E]
 
+    def keep_edges(self, kept: Tensor) -> None:
+        """Leaves the edges of a bool mask `[E]`, on the query's and the key's side."""
+        super().keep_edges(kept)
+        self.key_edges.keep_edges(kept.to(self.edge_index.device))
+
     def reset_parameters(self) -> None:
         """Returns to the neutral start."""
         super().reset_parameters()

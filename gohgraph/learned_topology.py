@@ -76,12 +76,22 @@ class LearnedTopologyConv(HeadGraphConv):
         chosen = torch.zeros_like(order).scatter(-1, best, 1.0).flatten().index_select(0, self.places)  # [E]
         self.kept &= chosen.bool()
 
+    def keep_edges(self, kept: Tensor) -> None:
+        """Leaves the edges of a bool mask `[E]` in the graph."""
+        super().keep_edges(kept)
+        kept = kept.to(self.kept.device)
+        self.kept, self.strength = self.kept[kept], self.strength[kept]
+
+    def select(self, alpha: Tensor, active: Tensor | None = None) -> Tensor:
+        """Returns the weights `[*, R, E]` with zeros for edges that are pruned, or left out for the token."""
+        return super().select(alpha, active) * self.kept
+
     def topology(self) -> Data:
         """Returns the graph that is left, edges from sender to receiver."""
         return Data(edge_index=self.edge_index[:, self.kept], num_nodes=self.num_heads)
 
     def _weights(self, context: Tensor | None, active: Tensor | None) -> Tensor:
-        weights = super()._weights(context, active) * self.kept
+        weights = super()._weights(context, active)
         if self.training:
             seen = weights.detach().abs().flatten(0, -2).mean(dim=0)  # [E]
             self.strength.lerp_(seen.to(self.strength.dtype), 1 - MEMORY)

@@ -182,6 +182,10 @@ class MultiHeadAttention(nn.Module):
         y = self.output(z.flatten(-2)) if heads is None else heads.read_out(z, self.output)  # [B, T, M]
         return y, Heads(z, routing, alignment)
 
+    def fit_to(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Rebuilds the wide form after the score graph lost edges; see `HeadGraphConv.fit_to`."""
+        self.wide = wide_heads_for(self.score_graph)
+
     def _skips(self, x: Tensor, keys: int) -> bool:
         """Whether heads that are off are left out: in decoding only, by default where that was measured to pay."""
         if self.router is None or self.skip is False or x.shape[1] != 1 or not len(x):

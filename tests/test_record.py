@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import GRAPHS, small_config, trained_like
 
-from gohgraph import HeadGraphConv, LanguageModel, MultiHeadAttention, Transformer, record
+from gohgraph import HeadGraphConv, HeadRouter, LanguageModel, MultiHeadAttention, Transformer, head_graph, record
 
 WITH_GRAPHS = [name for name in GRAPHS if name not in ("plain", "moh")]
 
@@ -76,7 +76,7 @@ def test_hooks_are_removed_whatever_happens(error):
     try:
         with record(model) as heads:
             model(random_tokens())
-            assert hooks_left(model) == len(heads)
+            assert hooks_left(model) >= 2 * len(heads)
             if error is not None:
                 raise error
     except (RuntimeError, KeyboardInterrupt) as caught:
@@ -135,3 +135,140 @@ def test_statistics_stay_exact_in_low_precision(dtype):
 def test_a_model_without_graphs_is_refused():
     with pytest.raises(ValueError, match="^Expected a model with head graphs"), record(language_model("plain")):
         pass
+
+
+def seen_by(model, modules):
+    """What comes out of every module of a type, pass by pass."""
+    seen = {name: [] for name, module in model.named_modules() if isinstance(module, modules)}
+    for name, own in seen.items():
+        model.get_submodule(name).register_forward_hook(lambda module, inputs, result, own=own: own.append(result))
+    return seen
+
+
+@pytest.mark.parametrize("graph", [name for name in WITH_GRAPHS if name in ("moh-outputs", "experts")])
+@torch.no_grad()
+def test_gates_loads_and_outputs_are_those_of_all_tokens(graph):
+    model = language_model(graph)
+    routed, attended = seen_by(model, HeadRouter), seen_by(model, MultiHeadAttention)
+    with record(model, every_token=True) as heads:
+        for length in (7, 11):
+            model(random_tokens(length))
+    for name, recording in heads.items():
+        block = name.rpartition(".")[0]
+        gates = torch.cat([routing.gates.flatten(0, 1) for routing in routed[f"{block}.router"]])  # [N, H]
+        active = torch.cat([routing.active.flatten(0, 1) for routing in routed[f"{block}.router"]])  # [N, H]
+        outputs = torch.cat([heads.outputs.flatten(0, 1) for _, heads in attended[block]])  # [N, H, D]
+        assert recording.num_shared == 2 and len(gates) == 36
+        for actual, expected in (
+            (recording.gate, gates.mean(0)),
+            (recording.gate_std, gates.std(0, correction=0)),
+            (recording.load, active.double().mean(0)),
+            (recording.output_mean, outputs.mean(0)),
+            (recording.output_std, outputs.std(0, correction=0)),
+            (recording.output_norm, outputs.square().sum(-1).mean(0).sqrt()),
+        ):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+        assert torch.equal(recording.every["gates"], gates) and torch.equal(recording.every["active"], active)
+        assert torch.equal(recording.every["outputs"], outputs)
+
+
+@pytest.mark.parametrize("graph", WITH_GRAPHS)
+@torch.no_grad()
+def test_every_token_is_kept_when_asked(graph):
+    model = language_model(graph)
+    with record(model, every_token=True) as heads:
+        model(random_tokens(7))
+        model(random_tokens(11))
+    with record(model) as without:
+        model(random_tokens(7))
+    assert all(recording.every is None for recording in without.values())
+    for recording in heads.values():
+        weights = recording.every["weights"]
+        assert weights.shape == (recording.tokens, *recording.mean.shape)
+        torch.testing.assert_close(weights.mean(0), recording.mean, rtol=0, atol=1e-12)
+        strength = weights.square().mean(dim=(0, 1)).sqrt()
+        torch.testing.assert_close(recording.strength, strength, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_the_share_counts_edges_between_active_heads():
+    model = language_model("moh-outputs")
+    with record(model, every_token=True) as heads:
+        model(random_tokens(31))
+    for name, recording in heads.items():
+        senders, receivers = recording.edge_index
+        active = recording.every["active"]  # [N, H]
+        both = active[:, senders] & active[:, receivers]  # [N, E]
+        assert torch.equal(recording.share[0], both.double().mean(0)), name
+        assert recording.share.min() < 1
+
+
+@torch.no_grad()
+def test_the_share_counts_the_edges_a_token_keeps():
+    model = language_model("top-edges")
+    with record(model) as heads:
+        model(random_tokens(31))
+    outputs = heads["decoder.layers.0.attention.object.output_graph"]
+    # Two of five incoming edges a token, whichever they are.
+    torch.testing.assert_close(outputs.share.sum(), torch.tensor(10.0).double())
+    assert len(outputs.share.unique()) > 5 and outputs.share.max() < 1
+
+
+def test_heads_without_a_router_are_always_active():
+    model = language_model("outputs")
+    with record(model) as heads:
+        model(random_tokens())
+    for recording in heads.values():
+        assert recording.num_shared is None
+        assert recording.load.tolist() == recording.gate.tolist() == [1.0] * 5 and not recording.gate_std.any()
+
+
+def test_a_bare_convolution_is_recorded_with_its_outputs():
+    conv = trained_like(HeadGraphConv(head_graph(5), head_dim=3, context_dim=7))
+    z, x = torch.randn(11, 5, 3).double(), torch.randn(11, 7).double()
+    with record(conv) as heads:
+        out = conv(z, x)
+    (recording,) = heads.values()
+    torch.testing.assert_close(recording.output_mean, out.mean(0).detach(), rtol=0, atol=1e-12)
+
+
+def test_token_strings_are_checked():
+    model = language_model()
+    with record(model, token_strings="abcdefg") as heads:
+        model(random_tokens(7, batch=1))
+    assert heads.token_strings == list("abcdefg")
+    with pytest.raises(ValueError, match=r"^Expected a string for each of the 14 tokens .*got 7"):
+        with record(model, token_strings="abcdefg"):
+            model(random_tokens(7, batch=2))
+    assert hooks_left(model) == 0
+
+
+def numbers_held(heads):
+    """Numbers in all tensors that recordings hold."""
+    seen, stack, total = set(), [*heads.values()], 0
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            total += item.numel()
+        elif isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, (list, tuple)):
+            stack += item
+        elif hasattr(item, "__dict__"):
+            stack += vars(item).values()
+    return total
+
+
+@torch.no_grad()
+def test_memory_does_not_grow_with_tokens():
+    model = LanguageModel(small_config("moh-outputs"))
+    sizes = []
+    with record(model) as heads:
+        for _ in range(196):
+            model(torch.randint(0, 13, (32, 16)))
+            sizes.append(numbers_held(heads))
+    assert {recording.tokens for recording in heads.values()} == {100_352}
+    assert len(set(sizes)) == 1 and sizes[0] < 5000

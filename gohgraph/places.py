@@ -1,0 +1,105 @@
+"""Where a head graph stands in a model, by its module name: in which attention block, and at which of its sites."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# What the slots of `MultiHeadAttention` are called in titles, in the order of drawing.
+SITES = {
+    "output_graph": "outputs",
+    "score_graph": "scores",
+    "inner_graphs.weight": "weights",
+    "inner_graphs.query": "queries",
+    "inner_graphs.key": "keys",
+    "inner_graphs.value": "values",
+}
+# In a chain of modules at one site a last number tells which of them.
+_SITE = re.compile(rf"(^|\.)({'|'.join(map(re.escape, SITES))})(\.\d+)?$")
+_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+def site_of(name: str) -> str:
+    """Returns the site of a graph: "outputs" where its name tells nothing.
+
+    Example:
+        >>> site_of("decoder.layers.0.attention.object.score_graph")
+        'scores'
+    """
+    found = _SITE.search(name)
+    return SITES[found[2]] if found else "outputs"
+
+
+def block_of(name: str) -> str:
+    """Returns the name of the attention block a graph is part of.
+
+    Example:
+        >>> block_of("decoder.layers.0.attention.object.output_graph.1")
+        'decoder.layers.0.attention.object'
+    """
+    return _SITE.sub("", name)
+
+
+def layer_of(block: str) -> int | None:
+    """Returns the number of a block's layer, the last one in its name; `None` where there is none.
+
+    Example:
+        >>> layer_of("decoder.layers.3.attention.object")
+        3
+    """
+    numbers = _NUMBER.findall(f".{block}")
+    return int(numbers[-1]) if numbers else None
+
+
+def family_of(block: str) -> str:
+    """Returns a block's name without its layer's number: blocks of one family follow each other in a stack.
+
+    Example:
+        >>> family_of("decoder.layers.3.attention.object")
+        'decoder.layers.*.attention.object'
+    """
+    numbers = list(_NUMBER.finditer(f".{block}"))
+    if not numbers:
+        return block
+    start, end = numbers[-1].span(1)
+    return f"{block[: start - 1]}*{block[end - 1 :]}"
+
+
+def block_titles(blocks: Sequence[str]) -> list[str]:
+    """Returns short titles of attention blocks: "layer 0", with the name of the stack where that is needed.
+
+    Example:
+        >>> block_titles(["encoder.layers.0.attention", "decoder.layers.0.attention"])
+        ['encoder layer 0', 'decoder layer 0']
+    """
+    return _short(blocks, blocks, [""] * len(blocks))
+
+
+def graph_titles(names: Sequence[str]) -> list[str]:
+    """Returns short titles of head graphs.
+
+    Args:
+        names: their module names in a model.
+
+    Returns:
+        "layer 0 outputs" and the like, preceded by the name of the stack where several stacks have such layers;
+        the names themselves where that does not tell them apart.
+
+    Example:
+        >>> graph_titles(["decoder.layers.0.attention.object.score_graph"])
+        ['layer 0 scores']
+    """
+    return _short(names, [block_of(name) for name in names], [site_of(name) for name in names])
+
+
+def _short(names: Sequence[str], blocks: Sequence[str], sites: Sequence[str]) -> list[str]:
+    layers = [layer_of(block) for block in blocks]
+    short = [
+        name if layer is None else " ".join(filter(None, [f"layer {layer}", "cross" if "cross" in name else "", site]))
+        for name, layer, site in zip(names, layers, sites, strict=True)
+    ]
+    long = [f"{name.split('.')[0]} {title}" for name, title in zip(names, short, strict=True)]
+    for titles in (short, long):
+        if len(set(titles)) == len(titles):
+            return titles
+    return list(names)
