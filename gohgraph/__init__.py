@@ -16,6 +16,8 @@ from gohgraph.keyed import KeyedGraphConv
 from gohgraph.learned_topology import LearnedTopologyConv
 from gohgraph.load_chart import draw_load
 from gohgraph.models import Classifier, LanguageModel, Transformer
+from gohgraph.network import HeadNetwork, head_graph_of
+from gohgraph.network_files import load_head_graph, save_head_graph
 from gohgraph.objects import Heads, MultiHeadAttention
 from gohgraph.outputs import ModelOutput
 from gohgraph.record import record
@@ -36,6 +38,7 @@ __all__ = [
     "GraphMultiheadAttention",
     "HeadGraphConfig",
     "HeadGraphConv",
+    "HeadNetwork",
     "HeadRouter",
     "Heads",
     "KeyedGraphConv",
@@ -56,10 +59,13 @@ __all__ = [
     "draw_load",
     "fold",
     "head_graph",
+    "head_graph_of",
     "head_importance",
     "load_converted",
+    "load_head_graph",
     "record",
     "save_converted",
+    "save_head_graph",
     "share_important_heads",
     "unconvert",
 ]
