@@ -1,5 +1,6 @@
 """Graphs-of-Heads: attention heads as the nodes of an explicit graph that passes messages between them."""
 
+from gohgraph.analysis import prune
 from gohgraph.collect import collect_routing
 from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.conv import HeadGraphConv
@@ -63,6 +64,7 @@ __all__ = [
     "head_importance",
     "load_converted",
     "load_head_graph",
+    "prune",
     "record",
     "save_converted",
     "save_head_graph",

@@ -35,7 +35,7 @@ class Moments:
 
     def update(self, values: Tensor) -> None:
         """Takes in samples `[*, *shape]`."""
-        values = values.detach().reshape(-1, *self.mean.shape)  # [N, *shape]
+        values = samples(values, self.mean.dim())  # [N, *shape]
         for part in values.split(max(1, CHUNK // max(1, self.mean.numel()))):
             self._add(part.double().cpu())
 
@@ -58,3 +58,14 @@ class Moments:
         self._squares += (values - mean).square().sum(dim=0) + shift.square() * (self.count * new / total)
         self.mean += shift * (new / total)
         self.count = total
+
+
+def samples(values: Tensor, dims: int) -> Tensor:
+    """Returns values with all dimensions before the last `dims` in one, detached; also where they are empty.
+
+    Example:
+        >>> samples(torch.zeros(2, 3, 5, 0), 2).shape, samples(torch.zeros(5, 0), 2).shape
+        (torch.Size([6, 5, 0]), torch.Size([1, 5, 0]))
+    """
+    values = values.detach()
+    return values.flatten(0, -dims - 1) if values.dim() > dims else values.unsqueeze(0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.conv import HeadGraphConv
-from gohgraph.moments import Moments
+from gohgraph.moments import Moments, samples
 from gohgraph.objects import MultiHeadAttention
 from gohgraph.places import block_of, site_of
 from gohgraph.routing import HeadRouter, Routing
@@ -63,26 +63,25 @@ class Recording:
         """Takes in the weights of one pass, `[*, R, E]`, and those that are used, with zeros for the others."""
         self._weights.update(alpha)
         self._share.update((alpha if used is None else used) != 0)
-        self._keep("weights", alpha, alpha.dim() - 2)
+        self._keep("weights", alpha, 2)
 
     def update_routing(self, routing: Routing) -> None:
         """Takes in a router's decisions."""
         self._active.update(routing.active)
         self._gates.update(routing.gates)
-        self._keep("active", routing.active, routing.active.dim() - 1)
-        self._keep("gates", routing.gates, routing.gates.dim() - 1)
+        self._keep("active", routing.active, 1)
+        self._keep("gates", routing.gates, 1)
 
     def update_outputs(self, outputs: Tensor) -> None:
         """Takes in the heads' outputs `[*, H, D]`."""
         if self._outputs is None:
             self._outputs = Moments(outputs.shape[-2:])
         self._outputs.update(outputs)
-        self._keep("outputs", outputs, outputs.dim() - 2)
+        self._keep("outputs", outputs, 2)
 
-    def _keep(self, name: str, values: Tensor, batch_dims: int) -> None:
+    def _keep(self, name: str, values: Tensor, dims: int) -> None:
         if self._every is not None:
-            shape = values.shape[batch_dims:]
-            self._every.setdefault(name, []).append(values.detach().cpu().reshape(-1, *shape).clone())  # [N, ...]
+            self._every.setdefault(name, []).append(samples(values, dims).cpu().clone())  # [N, ...]
 
     @property
     def tokens(self) -> int:

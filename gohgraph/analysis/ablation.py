@@ -1,0 +1,88 @@
+"""How much edges matter, by taking them out one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gohgraph.analysis.interventions import check_intervention, fills, weights_of
+from gohgraph.analysis.losses import Loss, mean_loss
+from gohgraph.conv import HeadGraphConv
+from gohgraph.record import head_graphs
+
+
+def edge_ablation(
+    model: nn.Module,
+    loss: Loss,
+    batches: Sequence[Any],
+    *,
+    replace: str = "zero",
+    sample: int | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    r"""Measures what the loss becomes without an edge, for one edge after the other.
+
+    .. math:: \Delta_e = L(\alpha_e := 0) - L
+
+    An edge is taken out in all rounds of its graph. One pass over the batches for every edge: `edge_attribution`
+    estimates all of them at once.
+
+    Args:
+        model: used as it is; call `model.eval()` first.
+        loss: of `(model, batch)`: a scalar, or an output with `.loss`.
+        batches: a list of what `loss` takes.
+        replace: `"zero"` takes the edge out, `"mean"` leaves it its mean over the tokens of the batches, so that only
+            what it does differently from token to token is lost.
+        sample: measures so many edges, drawn evenly from all with `seed`; `None` for all.
+
+    Returns:
+        The rise of the loss, `[E]` by head graph; NaN where it was not measured.
+
+    Raises:
+        ValueError: no head graphs, no batches, an unknown `replace`, a sample below 1.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> shape = dict(d_model=8, num_heads=2, num_layers=1, d_ff=8)
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
+        >>> tokens = torch.tensor([[1, 2, 3, 4]])
+        >>> loss = lambda model, tokens: model(tokens[:, :-1], targets=tokens[:, 1:])
+        >>> edge_ablation(model, loss, [tokens])["decoder.layers.0.attention.object.output_graph"].tolist()
+        [0.0, 0.0, 0.0, 0.0]
+    """
+    graphs = head_graphs(model)
+    check_intervention(replace, sample, batches)
+    edges = [(name, e) for name, conv in graphs.items() for e in range(conv.edges.num_edges)]
+    effects = {name: torch.full((conv.edges.num_edges,), torch.nan).double() for name, conv in graphs.items()}
+    if sample is not None and sample < len(edges):
+        drawn = torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed))[:sample]
+        edges = [edges[number] for number in sorted(drawn.tolist())]
+    fill = fills(graphs, model, loss, batches, replace)
+    base = mean_loss(model, loss, batches)
+    for name, e in tqdm(edges, desc="ablation", unit="edge", disable=None, leave=False):
+        with _without(graphs[name], e, fill[name]):
+            effects[name][e] = mean_loss(model, loss, batches) - base
+    return effects
+
+
+@contextmanager
+def _without(conv: HeadGraphConv, edge: int, fill: Sequence[Tensor]) -> Iterator[None]:
+    def replaced(alpha: Tensor, value: Tensor) -> Tensor:
+        alpha = alpha.clone()
+        alpha[..., edge] = value[:, edge].to(alpha.dtype)
+        return alpha
+
+    hooks = [
+        weights.register_forward_hook(lambda module, inputs, alpha, value=value: replaced(alpha, value))
+        for weights, value in zip(weights_of(conv), fill, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

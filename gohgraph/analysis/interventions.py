@@ -1,0 +1,52 @@
+"""What ablation and attribution put in the place of an edge's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from gohgraph.analysis.losses import Loss, check_batches, mean_loss
+from gohgraph.conv import HeadGraphConv
+from gohgraph.edges import EdgeWeights
+from gohgraph.moments import Moments
+
+REPLACEMENTS = ("zero", "mean")
+
+
+def weights_of(conv: HeadGraphConv) -> list[EdgeWeights]:
+    """Returns what gives a graph's weights: one module, and that of the keys' side where edges are keyed."""
+    return [conv.edges, *filter(None, [getattr(conv, "key_edges", None)])]
+
+
+def fills(
+    graphs: Mapping[str, HeadGraphConv], model: nn.Module, loss: Loss, batches: Sequence[Any], replace: str
+) -> dict[str, list[Tensor]]:
+    """Returns what takes the place of every edge's weight, `[R, E]` for each of `weights_of`."""
+    moments = {
+        name: [Moments((weights.rounds, weights.num_edges)) for weights in weights_of(conv)]
+        for name, conv in graphs.items()
+    }
+    if replace == "mean":
+        hooks = [
+            weights.register_forward_hook(lambda module, inputs, alpha, own=own: own.update(alpha))
+            for name, conv in graphs.items()
+            for weights, own in zip(weights_of(conv), moments[name], strict=True)
+        ]
+        try:
+            mean_loss(model, loss, batches)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    device = next(iter(graphs.values())).edge_index.device
+    return {name: [one.mean.float().to(device) for one in own] for name, own in moments.items()}
+
+
+def check_intervention(replace: str, sample: int | None, batches: Sequence[Any]) -> None:
+    """Raises `ValueError` for no batches, an unknown replacement, or a sample below 1."""
+    check_batches(batches)
+    if replace not in REPLACEMENTS:
+        raise ValueError(f"Expected replace of {list(REPLACEMENTS)} (got {replace!r}). Do choose one of them.")
+    if sample is not None and sample < 1:
+        raise ValueError(f"Expected a sample of at least 1 edge (got {sample}). Do pass more, or None for all.")

@@ -1,0 +1,105 @@
+"""Taking edges out of trained head graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gohgraph.analysis.losses import Loss, mean_loss
+from gohgraph.analysis.strength import edge_strength
+from gohgraph.record import head_graphs
+from gohgraph.scores import WideHeads, wide_heads_for
+
+Module = TypeVar("Module", bound=nn.Module)
+KEEP = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)
+
+
+def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None = None) -> Module:
+    """Returns a copy of a model whose head graphs have lost their weakest edges, for good.
+
+    The edges of all graphs are ordered together, ties by their place in the model; `edge_index` and the weights of the
+    copy have the kept ones alone. It trains on, and `save_pretrained` and `from_pretrained` keep it as it is.
+
+    Args:
+        model: with head graphs; left as it is.
+        keep: share of edges that stay, in [0, 1].
+        scores: of edges, `[E]` by head graph, those of the highest stay: `edge_strength` of a recording,
+            `edge_attribution`, `edge_ablation`, ... `None` for `edge_strength(model)`, which needs no data.
+
+    Raises:
+        ValueError: no head graphs, keep out of range, scores of other graphs or with NaN.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> shape = dict(d_model=20, num_heads=5, num_layers=2, d_ff=8)
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
+        >>> goh.head_graph_of(model).num_edges, goh.head_graph_of(prune(model, keep=0.2)).num_edges
+        (50, 10)
+    """
+    graphs = head_graphs(model)
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 <= keep <= 1:
+        raise ValueError(f"Expected keep in [0, 1] (got {keep!r}). Do pass the share of edges that stay.")
+    scores = edge_strength(model) if scores is None else scores
+    numbers = [conv.edges.num_edges for conv in graphs.values()]
+    if {name: len(values) for name, values in scores.items()} != dict(zip(graphs, numbers, strict=True)):
+        raise ValueError(f"Expected a score for each edge of {list(graphs)} (got {list(scores)}). Do score this model.")
+    values = torch.cat([scores[name].double().cpu() for name in graphs])  # [edges]
+    if values.isnan().any():
+        raise ValueError("Expected scores of all edges (got NaN at some). Do score every edge, without a sample.")
+    kept = torch.zeros(len(values), dtype=torch.bool)
+    kept[values.argsort(descending=True, stable=True)[: round(keep * len(values))]] = True
+    pruned = deepcopy(model)
+    for conv, own in zip(head_graphs(pruned).values(), kept.split(numbers), strict=True):
+        conv.keep_edges(own)
+    for module in pruned.modules():
+        if isinstance(getattr(module, "wide", None), WideHeads):
+            module.wide = wide_heads_for(module.score_graph)
+    return pruned
+
+
+def pruning_curve(
+    model: nn.Module,
+    loss: Loss,
+    batches: Sequence[Any],
+    orders: Mapping[str, Mapping[str, Tensor]],
+    keep: Sequence[float] = KEEP,
+) -> dict[str, list[tuple[float, float]]]:
+    """Measures the loss of pruned models, for several orders of edges.
+
+    Args:
+        model: used as it is; call `model.eval()` first.
+        loss, batches: as in `edge_ablation`.
+        orders: name of each order and its scores, as `prune` takes them.
+        keep: shares of edges that stay.
+
+    Returns:
+        By order, the (share of edges kept, loss) of every model.
+
+    Raises:
+        ValueError: as `prune`; no batches.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> shape = dict(d_model=8, num_heads=2, num_layers=1, d_ff=8)
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
+        >>> loss = lambda model, tokens: model(tokens[:, :-1], targets=tokens[:, 1:])
+        >>> curves = pruning_curve(model, loss, [torch.tensor([[1, 2, 3]])], {"random": random_scores(model)}, (1, 0.5))
+        >>> [share for share, _ in curves["random"]]
+        [1, 0.5]
+    """
+    points = [(name, share) for name in orders for share in keep]
+    curves: dict[str, list[tuple[float, float]]] = {name: [] for name in orders}
+    for name, share in tqdm(points, desc="pruning", unit="model", disable=None, leave=False):
+        curves[name].append((share, mean_loss(prune(model, share, orders[name]), loss, batches)))
+    return curves
+
+
+def random_scores(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Returns random scores of a model's edges, `[E]` by head graph: the order any other has to beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(conv.edges.num_edges, generator=generator) for name, conv in head_graphs(model).items()}
