@@ -5,7 +5,7 @@ from gohgraph.collect import collect_routing
 from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.conv import HeadGraphConv
 from gohgraph.convert import Report, convert, load_converted, save_converted, unconvert
-from gohgraph.drawing import draw
+from gohgraph.drawing import draw, draw_difference, draw_matrices, draw_network, draw_pruning, draw_tokens, save_film
 from gohgraph.dropin import GraphMultiheadAttention
 from gohgraph.experts import GraphExperts
 from gohgraph.feed_forward import FeedForward
@@ -57,7 +57,12 @@ __all__ = [
     "collect_routing",
     "convert",
     "draw",
+    "draw_difference",
     "draw_load",
+    "draw_matrices",
+    "draw_network",
+    "draw_pruning",
+    "draw_tokens",
     "fold",
     "head_graph",
     "head_graph_of",
@@ -67,6 +72,7 @@ __all__ = [
     "prune",
     "record",
     "save_converted",
+    "save_film",
     "save_head_graph",
     "share_important_heads",
     "unconvert",

@@ -130,7 +130,7 @@ def test_every_head_is_numbered_and_no_heads_touch(num_heads, tmp_path):
     figure = draw({"layers.0.output_graph": complete(num_heads)}, tmp_path / "heads.png")
     lines, _, circles = parts(figure.axes[0])
     assert texts(figure.axes[0]) == [str(head) for head in range(num_heads)]
-    assert len(circles) == num_heads and len(lines.get_segments()) == num_heads * (num_heads - 1)
+    assert len(circles) == num_heads and len(lines.get_segments()) == min(400, num_heads * (num_heads - 1))
     assert num_heads == 1 or np.linalg.norm(np.subtract(circles[0].center, circles[1].center)) > 2 * circles[0].radius
     assert all(np.isfinite(curve).all() for curve in lines.get_segments())
 

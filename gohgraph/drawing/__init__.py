@@ -1,0 +1,23 @@
+"""Figures of head graphs, one file per view; each function takes data, returns the figure and never shows it."""
+
+from gohgraph.curves import draw_curves
+from gohgraph.drawing.circles import draw
+from gohgraph.drawing.difference import draw_difference
+from gohgraph.drawing.film import save_film
+from gohgraph.drawing.layered import draw_network
+from gohgraph.drawing.matrices import draw_matrices
+from gohgraph.drawing.pruning import draw_pruning
+from gohgraph.drawing.tokens import draw_tokens
+from gohgraph.places import graph_titles
+
+__all__ = [
+    "draw",
+    "draw_curves",
+    "draw_difference",
+    "draw_matrices",
+    "draw_network",
+    "draw_pruning",
+    "draw_tokens",
+    "graph_titles",
+    "save_film",
+]

@@ -1,0 +1,96 @@
+"""Figure of head graphs as matrices: the adjacency of every layer and round."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gohgraph.drawing.colours import colour_bar, colour_scale
+from gohgraph.drawing.panels import Panel, grid_of, panels_of, strongest_weight
+from gohgraph.figures import INK, checked_path, new_figure, save_figure
+
+LABEL = "mean edge weight   (row: receiver,  column: sender,  white: no edge)"
+
+
+def draw_matrices(
+    heads: Mapping[str, Any],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    title: str | None = None,
+    limit: float | None = None,
+    label: str = LABEL,
+):
+    """Draw the adjacency matrices of a recording, one heat map for each layer, site and round.
+
+    Row i, column j is the mean of alpha_ji over the recorded tokens: what head i takes from head j. Where there is no
+    edge the matrix is white. Senders of earlier layers (`cross_layer`) are further columns to the right.
+
+    Args:
+        heads: as in `draw`.
+        path: where to save; a name that ends in .png, .svg or .pdf. `None` saves nothing.
+        title: a line above the matrices.
+        limit: end of the colour range; `None` for the next round number above the strongest edge.
+        label: of the colour bar.
+
+    Returns:
+        The `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: as `draw`.
+        OSError: the folder of `path` is missing or cannot be written. An older file at `path` is kept then.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> ring = torch.tensor([[0, 1, 2], [1, 2, 0]])
+        >>> recording = SimpleNamespace(edge_index=ring, num_heads=3, mean=torch.tensor([[0.5, -0.5, 0.1]]))
+        >>> figure = draw_matrices({"decoder.layers.0.attention.output_graph": recording})
+        >>> figure.axes[0].images[0].get_array().round(1).tolist()
+        [[None, None, 0.1], [0.5, None, None], [None, -0.5, None]]
+    """
+    path = checked_path(path)
+    panels = panels_of(heads)
+    rounds = max(len(recording.mean) for recording in heads.values())
+    rows, columns, size = grid_of(panels, widest=max(rounds, 4 // rounds * rounds))
+    rings = max(panel.rings for panel in panels)
+    height = min(size, 2.6) / (1 + rings)
+    figure = new_figure(min(size, 2.6) * columns + 0.3, (0.9 * height + 0.4) * len(rows) + 0.7)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    colours = colour_scale(strongest_weight(panels), limit)
+    for row, row_axes in zip(rows, axes, strict=True):
+        for axis in row_axes[len(row) :]:
+            axis.set_axis_off()
+        for panel, axis in zip(row, row_axes, strict=False):
+            _draw_matrix(axis, panel, colours)
+    more = "\nto the right of a line: heads of the layers before" if rings else ""
+    colour_bar(figure, axes, colours, label + more)
+    if title:
+        figure.suptitle(title, fontsize=12, color=INK)
+    save_figure(figure, path)
+    return figure
+
+
+def adjacency(panel: Panel) -> np.ndarray:
+    """Returns the weights of a panel as a matrix `[H, S]`, rows receive, NaN where there is no edge."""
+    matrix = np.full((panel.num_heads, panel.num_heads * (1 + panel.rings)), np.nan)
+    matrix[panel.receivers, panel.senders] = panel.weights
+    return matrix
+
+
+def _draw_matrix(axis, panel: Panel, colours) -> None:
+    matrix = np.ma.masked_invalid(adjacency(panel))
+    axis.imshow(matrix, cmap=colours.cmap, norm=colours.norm, interpolation="nearest", aspect="equal")
+    axis.set_title(panel.title, fontsize=9, color=INK, pad=3)
+    heads = panel.num_heads
+    step = next(step for step in (1, 2, 4, 8, 16, heads) if heads * (1 + panel.rings) / step <= 10 or step >= heads)
+    ticks = np.arange(0, heads, step)
+    axis.set_yticks(ticks)
+    places = np.concatenate([ticks + ring * heads for ring in range(panel.rings + 1)])
+    axis.set_xticks(places, [str(place % heads) for place in places])
+    axis.tick_params(labelsize=7, length=2, color="#999999", labelcolor=INK)
+    axis.spines[:].set(color="#bbbbbb", linewidth=0.6)
+    for ring in range(1, panel.rings + 1):
+        axis.axvline(ring * heads - 0.5, color=INK, linewidth=0.8)

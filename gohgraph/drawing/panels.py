@@ -1,0 +1,110 @@
+"""What the panels of a figure show, and how they are laid out on a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gohgraph.figures import WIDTH
+from gohgraph.places import SITES, block_of, graph_titles, layer_of, site_of
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One head graph and round.
+
+    Args:
+        title: what stands above it.
+        site: as `site_of` names it.
+        num_heads: H.
+        senders, receivers: `[E]`; senders of the l-th layer before are numbered from l*H.
+        weights: `[E]`.
+        loads: share of tokens a head is active for, `[H]`.
+        num_shared: h_s of a router, or `None` without one.
+    """
+
+    title: str
+    site: str
+    num_heads: int
+    senders: np.ndarray
+    receivers: np.ndarray
+    weights: np.ndarray
+    loads: np.ndarray
+    num_shared: int | None = None
+
+    @property
+    def rings(self) -> int:
+        """How many layers before this one send to it."""
+        return int(self.senders.max(initial=0)) // self.num_heads
+
+    def is_shared(self, head: int) -> bool:
+        """Whether a router never switches the head off."""
+        return self.num_shared is not None and head < self.num_shared
+
+
+def panels_of(heads: Mapping[str, Any]) -> list[Panel]:
+    """Returns the panels of a recording, one for each graph and round.
+
+    Args:
+        heads: by module name, what has `edge_index [2, E]`, `num_heads` and `mean [R, E]`, and where known `load [H]`
+            and `num_shared`, as a `Recording` has.
+
+    Raises:
+        ValueError: nothing was recorded, or a weight is not finite.
+    """
+    if not len(heads):
+        raise ValueError(
+            "Expected a recording with at least one head graph (got none). "
+            "Do record a forward pass of a model that has head_graph set."
+        )
+    panels = []
+    for title, (name, recording) in zip(graph_titles(list(heads)), heads.items(), strict=True):
+        senders, receivers = recording.edge_index.cpu().numpy()
+        means = recording.mean.detach().float().cpu().numpy()
+        if not np.isfinite(means).all():
+            raise ValueError(
+                f"Expected finite edge weights (got NaN or infinity in {name}). Do check the training run."
+            )
+        loads = getattr(recording, "load", None)
+        loads = np.ones(recording.num_heads) if loads is None else loads.cpu().numpy()
+        shared = getattr(recording, "num_shared", None)
+        for number, weights in enumerate(means):
+            label = title if len(means) == 1 else f"{title}, round {number + 1}"
+            panels.append(
+                Panel(label, site_of(name), recording.num_heads, senders, receivers, weights, loads, shared)
+            )
+    return panels
+
+
+def strongest_weight(panels: list[Panel]) -> float:
+    """Returns the largest |weight| of all panels."""
+    return max(float(np.abs(panel.weights).max(initial=0.0)) for panel in panels)
+
+
+def grid_of(panels: list[Panel], *, widest: int | None = None) -> tuple[list[list[Panel]], int, float]:
+    """Returns rows of panels, each site on rows of its own, how many are in a row, and their size in inches."""
+    groups = [[panel for panel in panels if panel.site == site] for site in SITES.values()]
+    groups = [group for group in groups if group]
+    most = max(map(len, groups))
+    heads = max(panel.num_heads * (1 + 0.4 * panel.rings) for panel in panels)
+    # Many layers are an overview: small circles side by side rather than pages of large ones.
+    widest = min(most, widest or (4 if heads <= 16 or most > 6 else 3 if heads <= 32 else 2))
+    columns = min(range((widest + 2) // 2, widest + 1), key=lambda count: (-most % count, -count))
+    rows = [group[at : at + columns] for group in groups for at in range(0, len(group), columns)]
+    return rows, columns, min(WIDTH / columns, 3.4 if heads <= 16 else 4.5)
+
+
+def of_layer(heads: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """Returns the part of a recording that belongs to the layers of one number.
+
+    Raises:
+        ValueError: there is none.
+    """
+    chosen = {name: recording for name, recording in heads.items() if layer_of(block_of(name)) == layer}
+    if not chosen:
+        known = sorted({layer_of(block_of(name)) for name in heads} - {None})
+        raise ValueError(f"Expected a layer of {known} (got {layer}). Do choose one of them.")
+    return chosen

@@ -1,0 +1,79 @@
+"""Figure of the loss of a model that loses edges."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from gohgraph.figures import INK, checked_path, new_figure, save_figure
+
+# Okabe and Ito's palette, without its yellow; markers and dashes tell lines apart in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "x")
+RANDOM = "#777777"
+Curve = Sequence[tuple[float, float]]
+
+
+def draw_pruning(
+    curves: Mapping[str, Sequence[Curve]],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    title: str | None = None,
+):
+    """Draw the loss of pruned models against the share of edges kept, one line for each order of removal.
+
+    Args:
+        curves: name of each order and its curves, one for each seed, as `pruning_curve` returns them: (share kept,
+            loss in nats). Of several seeds the line is the mean and the band the standard deviation. An order whose
+            name begins with "random" is grey and dashed.
+        path: where to save; a name that ends in .png, .svg or .pdf. `None` saves nothing.
+        title: a line above the picture.
+
+    Returns:
+        The `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: no curves, curves of one order with other shares, or the suffix is unknown.
+        OSError: the folder of `path` is missing or cannot be written. An older file at `path` is kept then.
+
+    Example:
+        >>> curves = {"by strength": [[(1.0, 1.5), (0.5, 1.6)]], "random": [[(1.0, 1.5), (0.5, 2.0)]]}
+        >>> figure = draw_pruning(curves)
+        >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        ['by strength', 'random']
+    """
+    path = checked_path(path)
+    if not curves or not all(len(seeds) for seeds in curves.values()):
+        raise ValueError(f"Expected curves to draw (got none in {list(curves)}). Do measure them with pruning_curve.")
+    figure = new_figure(6.0, 3.9)
+    axis = figure.subplots()
+    learned = 0
+    for name, seeds in curves.items():
+        points = np.array([sorted(curve) for curve in seeds], dtype=float)  # [seeds, points, 2]
+        if points.ndim != 3 or np.ptp(points[:, :, 0], axis=0).max() > 0:
+            raise ValueError(f"Expected curves over the same shares (got others in {name!r}). Do measure them alike.")
+        is_random = name.startswith("random")
+        style = {"color": RANDOM, "linestyle": "--", "marker": "."}
+        if not is_random:
+            place = learned % len(COLOURS)
+            style = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 4.5}
+            learned += 1
+        share, mean, spread = 100 * points[0, :, 0], points[:, :, 1].mean(axis=0), points[:, :, 1].std(axis=0, ddof=0)
+        axis.plot(share, mean, label=name, linewidth=1.4, **style)
+        if len(points) > 1:
+            axis.fill_between(share, mean - spread, mean + spread, color=style["color"], alpha=0.18, linewidth=0)
+    axis.set_xlabel("edges kept [%]", fontsize=9, color=INK)
+    axis.set_ylabel("loss [nats]", fontsize=9, color=INK)
+    axis.set_xlim(102, -2)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color("#999999")
+    axis.tick_params(labelsize=8, color="#999999", labelcolor=INK)
+    axis.grid(color="#eeeeee", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="upper left")
+    if title:
+        figure.suptitle(title, fontsize=11, color=INK)
+    save_figure(figure, path)
+    return figure

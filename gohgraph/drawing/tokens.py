@@ -1,0 +1,197 @@
+"""Figure of a text as a strip of tokens, with the head graphs of one of them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+from gohgraph.drawing.circles import check_threshold, circle_label, draw_circle
+from gohgraph.drawing.colours import colour_bar, colour_scale
+from gohgraph.drawing.panels import grid_of, panels_of, strongest_weight
+from gohgraph.figures import INK, WIDTH, checked_path, new_figure, save_figure
+from gohgraph.record import Recording, Recordings
+
+ROWS, CELL_HEIGHT = 6, 0.27
+MOST_EDGES = 200
+# From white to dark grey: how far a token's weights are from their mean; the signs' colours stay with the edges.
+GREYS = ("#ffffff", "#8c8c8c")
+CHOSEN = "#d62728"
+
+
+class AtToken:
+    """What a recording says of one token, in the shape of a `Recording`; static edges are the same at all.
+
+    Args:
+        recording: made with `every_token=True`.
+        token: its number.
+    """
+
+    def __init__(self, recording: Recording, token: int) -> None:
+        weights = recording.every["weights"]  # [N, R, E]
+        self.edge_index, self.num_heads = recording.edge_index, recording.num_heads
+        self.mean = weights[token if len(weights) > 1 else 0].double()  # [R, E]
+        self.num_shared = recording.num_shared
+        active = recording.every.get("active")  # [N, H]
+        self.load = torch.ones(self.num_heads) if active is None else active[token].double()  # [H]
+        if active is not None:
+            both = active[token][self.edge_index[0] % self.num_heads] & active[token][self.edge_index[1]]
+            self.mean = self.mean * both
+
+
+def draw_tokens(
+    heads: Recordings,
+    token: int,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    title: str | None = None,
+    threshold: float = 0.05,
+    limit: float | None = None,
+):
+    """Draw a text as a strip of tokens, and below it the head graphs of one of them.
+
+    The grey of a token tells how far its edge weights are from their mean over tokens (root mean square over all
+    graphs). The circles are those of `draw`, with the weights of the token: messages of heads that are off there are
+    left out. A long text is cut around the token.
+
+    Args:
+        heads: recorded with `every_token=True` and `token_strings`, one sequence.
+        token: number of the token, from 0; from the end where it is negative.
+        path: where to save; a name that ends in .png, .svg or .pdf. `None` saves nothing.
+        title: a line above the picture.
+        threshold: edges weaker than this share (0 to 1) of the strongest one are faint grey hairlines.
+        limit: end of the colour range; `None` for the next round number above the strongest edge of the token.
+
+    Returns:
+        The `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: a recording without tokens, a token out of range, or as `draw`.
+        OSError: the folder of `path` is missing or cannot be written. An older file at `path` is kept then.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> shape = dict(d_model=8, num_heads=2, num_layers=1, d_ff=8)
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
+        >>> with goh.record(model, every_token=True, token_strings=["a", "b", "c"]) as heads:
+        ...     _ = model(torch.tensor([[1, 2, 3]]))
+        >>> figure = draw_tokens(heads, 1)
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['a', 'b', 'c']
+    """
+    path = checked_path(path)
+    check_threshold(threshold)
+    strings = check_tokens_recorded(heads)
+    if not -len(strings) <= token < len(strings):
+        raise ValueError(f"Expected a token from 0 to {len(strings) - 1} (got {token}). Do choose one of the text.")
+    token %= len(strings)
+    panels = panels_of({name: AtToken(recording, token) for name, recording in heads.items()})
+    rows, columns, size = grid_of(panels)
+    lines = _lines(strings, token)
+    strip = CELL_HEIGHT * len(lines) + 0.25
+    heights = [strip] + [size + 0.22] * len(rows)
+    width = max(size * columns, 6.5)
+    figure = new_figure(width, sum(heights) + 0.8)
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    _draw_strip(figure.add_subplot(grid[0, :]), strings, lines, token, token_changes(heads), width)
+    strongest = strongest_weight(panels)
+    colours = colour_scale(strongest, limit)
+    axes = np.array([[figure.add_subplot(grid[r + 1, c]) for c in range(columns)] for r in range(len(rows))])
+    for row, row_axes in zip(rows, axes, strict=True):
+        for axis in row_axes[len(row) :]:
+            axis.set_axis_off()
+        for panel, axis in zip(row, row_axes, strict=False):
+            draw_circle(axis, panel, colours, threshold * strongest, size, MOST_EDGES)
+    label = "edge weight at the token in red   (arrow: from sender to receiver,  fill: a head's self-loop)"
+    colour_bar(figure, axes, colours, circle_label(label, panels, MOST_EDGES))
+    if title:
+        figure.suptitle(title, fontsize=12, color=INK)
+    save_figure(figure, path)
+    return figure
+
+
+def check_tokens_recorded(heads: Recordings) -> list[str]:
+    """Returns the token strings of a recording that has all tokens.
+
+    Raises:
+        ValueError: it has not, or graphs saw other numbers of tokens.
+    """
+    if any(getattr(recording, "every", None) is None for recording in heads.values()):
+        raise ValueError("Expected a recording of every token (got means alone). Do record with every_token=True.")
+    strings = getattr(heads, "token_strings", None)
+    if strings is None:
+        raise ValueError("Expected the strings of the tokens (got none). Do record with token_strings=[...].")
+    if any(len(recording.every["weights"]) not in (1, len(strings)) for recording in heads.values()):
+        raise ValueError(f"Expected one pass over {len(strings)} tokens (got more). Do record a single sequence.")
+    return strings
+
+
+def token_changes(heads: Recordings) -> np.ndarray:
+    """Returns how far the weights of every token are from their mean, `[N]`: root mean square over all edges."""
+    squares: Any = 0.0
+    edges = 0
+    for recording in heads.values():
+        weights = recording.every["weights"].double()  # [N, R, E]
+        squares = squares + (weights - weights.mean(dim=0)).square().sum(dim=(1, 2))  # [N]
+        edges += weights[0].numel()
+    changes = (squares / max(1, edges)).sqrt().numpy()
+    return np.broadcast_to(changes, (len(heads.token_strings),))
+
+
+def readable(token: str) -> str:
+    """Returns a token string with signs for what would not be seen: spaces, tabs, line ends.
+
+    Example:
+        >>> readable(" the"), readable("\\n")
+        ('\u2423the', '\u21b5')
+    """
+    shown = token.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(" ", "\u2423")
+    return "".join(sign if sign.isprintable() else "\u00b7" for sign in shown) or "\u00b7"
+
+
+def _lines(strings: list[str], token: int) -> list[list[int]]:
+    """Token numbers by line of the strip, around the chosen one."""
+    room = 92
+    lines: list[list[int]] = [[]]
+    used = 0
+    for number, string in enumerate(strings):
+        need = max(1, len(readable(string))) + 0.6
+        if used + need > room and lines[-1]:
+            lines.append([])
+            used = 0
+        lines[-1].append(number)
+        used += need
+    at = next(index for index, line in enumerate(lines) if token in line)
+    first = max(0, min(at - ROWS // 2, len(lines) - ROWS))
+    return lines[first : first + ROWS]
+
+
+def _draw_strip(
+    axis, strings: list[str], lines: list[list[int]], token: int, changes: np.ndarray, width: float
+) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    greys = LinearSegmentedColormap.from_list("greys", GREYS)
+    # Extremes of a few tokens would leave the others white.
+    low, high = np.quantile(changes, [0.02, 0.98])
+    shade = np.clip((changes - low) / max(high - low, 1e-12), 0, 1)
+    axis.set(xlim=(0, 92), ylim=(len(lines), 0))
+    axis.set_axis_off()
+    font = min(8.5, 8.5 * width / WIDTH)
+    for row, line in enumerate(lines):
+        left = 0.0
+        for number in line:
+            text = readable(strings[number])
+            need = max(1, len(text)) + 0.6
+            chosen = number == token
+            box = Rectangle((left, row + 0.06), need - 0.12, 0.88, facecolor=greys(shade[number]), zorder=1 + chosen)
+            box.set(edgecolor=CHOSEN if chosen else "#dddddd", linewidth=2 if chosen else 0.5)
+            axis.add_patch(box)
+            axis.text(
+                left + need / 2, row + 0.52, text, fontsize=font, family="monospace", ha="center",
+                va="center_baseline", color=INK, zorder=3, parse_math=False,
+            )  # fmt: skip
+            left += need
