@@ -5,7 +5,16 @@ from gohgraph.collect import collect_routing
 from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.conv import HeadGraphConv
 from gohgraph.convert import Report, convert, load_converted, save_converted, unconvert
-from gohgraph.drawing import draw, draw_difference, draw_matrices, draw_network, draw_pruning, draw_tokens, save_film
+from gohgraph.drawing import (
+    draw,
+    draw_difference,
+    draw_matrices,
+    draw_network,
+    draw_pruning,
+    draw_tokens,
+    save_film,
+    save_page,
+)
 from gohgraph.dropin import GraphMultiheadAttention
 from gohgraph.experts import GraphExperts
 from gohgraph.feed_forward import FeedForward
@@ -74,6 +83,7 @@ __all__ = [
     "save_converted",
     "save_film",
     "save_head_graph",
+    "save_page",
     "share_important_heads",
     "unconvert",
 ]

@@ -6,6 +6,7 @@ from gohgraph.drawing.difference import draw_difference
 from gohgraph.drawing.film import save_film
 from gohgraph.drawing.layered import draw_network
 from gohgraph.drawing.matrices import draw_matrices
+from gohgraph.drawing.page import save_page
 from gohgraph.drawing.pruning import draw_pruning
 from gohgraph.drawing.tokens import draw_tokens
 from gohgraph.places import graph_titles
@@ -20,4 +21,5 @@ __all__ = [
     "draw_tokens",
     "graph_titles",
     "save_film",
+    "save_page",
 ]

@@ -14,7 +14,8 @@ from gohgraph.drawing.panels import grid_of, panels_of, strongest_weight
 from gohgraph.figures import INK, WIDTH, checked_path, new_figure, save_figure
 from gohgraph.record import Recording, Recordings
 
-ROWS, CELL_HEIGHT = 6, 0.27
+# Lines of a strip, inches of each, and letters in it.
+ROWS, CELL_HEIGHT, ROOM = 6, 0.27, 92
 MOST_EDGES = 200
 # From white to dark grey: how far a token's weights are from their mean; the signs' colours stay with the edges.
 GREYS = ("#ffffff", "#8c8c8c")
@@ -89,7 +90,7 @@ def draw_tokens(
     token %= len(strings)
     panels = panels_of({name: AtToken(recording, token) for name, recording in heads.items()})
     rows, columns, size = grid_of(panels)
-    lines = _lines(strings, token)
+    lines = _around(strip_of(strings), token)
     strip = CELL_HEIGHT * len(lines) + 0.25
     heights = [strip] + [size + 0.22] * len(rows)
     width = max(size * columns, 6.5)
@@ -151,47 +152,54 @@ def readable(token: str) -> str:
     return "".join(sign if sign.isprintable() else "\u00b7" for sign in shown) or "\u00b7"
 
 
-def _lines(strings: list[str], token: int) -> list[list[int]]:
-    """Token numbers by line of the strip, around the chosen one."""
-    room = 92
-    lines: list[list[int]] = [[]]
-    used = 0
+def strip_of(strings: list[str], room: float = ROOM) -> list[list[tuple[int, float, float]]]:
+    """Returns the lines of a strip: (number, left edge, width) of every token, in letters; `room` of them in a line.
+
+    Example:
+        >>> strip_of(["a", "bcd"], room=3)
+        [[(0, 0.0, 1.6)], [(1, 0.0, 3.6)]]
+    """
+    lines: list[list[tuple[int, float, float]]] = [[]]
+    used = 0.0
     for number, string in enumerate(strings):
-        need = max(1, len(readable(string))) + 0.6
+        need = len(readable(string)) + 0.6
         if used + need > room and lines[-1]:
             lines.append([])
-            used = 0
-        lines[-1].append(number)
+            used = 0.0
+        lines[-1].append((number, used, need))
         used += need
-    at = next(index for index, line in enumerate(lines) if token in line)
+    return lines
+
+
+def shades_of(changes: np.ndarray) -> np.ndarray:
+    """Returns the shade of every token in [0, 1]; extremes of a few tokens do not leave the others white."""
+    low, high = np.quantile(changes, [0.02, 0.98])
+    return np.clip((changes - low) / max(high - low, 1e-12), 0, 1)
+
+
+def _around(lines: list, token: int) -> list:
+    """The lines around the chosen token."""
+    at = next(index for index, line in enumerate(lines) if token in [number for number, _, _ in line])
     first = max(0, min(at - ROWS // 2, len(lines) - ROWS))
     return lines[first : first + ROWS]
 
 
-def _draw_strip(
-    axis, strings: list[str], lines: list[list[int]], token: int, changes: np.ndarray, width: float
-) -> None:
+def _draw_strip(axis, strings: list[str], lines: list, token: int, changes: np.ndarray, width: float) -> None:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
     greys = LinearSegmentedColormap.from_list("greys", GREYS)
-    # Extremes of a few tokens would leave the others white.
-    low, high = np.quantile(changes, [0.02, 0.98])
-    shade = np.clip((changes - low) / max(high - low, 1e-12), 0, 1)
-    axis.set(xlim=(0, 92), ylim=(len(lines), 0))
+    shade = shades_of(changes)
+    axis.set(xlim=(0, ROOM), ylim=(len(lines), 0))
     axis.set_axis_off()
     font = min(8.5, 8.5 * width / WIDTH)
     for row, line in enumerate(lines):
-        left = 0.0
-        for number in line:
-            text = readable(strings[number])
-            need = max(1, len(text)) + 0.6
+        for number, left, need in line:
             chosen = number == token
             box = Rectangle((left, row + 0.06), need - 0.12, 0.88, facecolor=greys(shade[number]), zorder=1 + chosen)
             box.set(edgecolor=CHOSEN if chosen else "#dddddd", linewidth=2 if chosen else 0.5)
             axis.add_patch(box)
             axis.text(
-                left + need / 2, row + 0.52, text, fontsize=font, family="monospace", ha="center",
-                va="center_baseline", color=INK, zorder=3, parse_math=False,
+                left + need / 2, row + 0.52, readable(strings[number]), fontsize=font, family="monospace",
+                ha="center", va="center_baseline", color=INK, zorder=3, parse_math=False,
             )  # fmt: skip
-            left += need
