@@ -6,7 +6,8 @@
     python examples/train_language_model.py --experts --rounds 3 --router --top-k 3 --run runs/experts
 
 The run folder holds config.json, log.csv, curves.png, checkpoints, the model, sample.txt and result.json, of a head
-graph heads.png, and of a router load.png. Ctrl-C stops it; the same command with --resume goes on.
+graph heads.png, and of a router load.png. Ctrl-C stops it; the same command with --resume goes on. Where TensorBoard is
+installed, its logs of head graphs are in tensorboard/: tensorboard --logdir runs
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import statistics
 import sys
 import zlib
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gohgraph import LanguageModel, TransformerConfig, draw, draw_load, record
+from gohgraph import LanguageModel, TransformerConfig, draw, draw_load, log_head_graphs, record
 from gohgraph.command_line import ArgumentParser, run
 from gohgraph.config import FEED_FORWARD_ACTIVATIONS, POSITIONS
 from gohgraph.drawing import draw_curves
@@ -200,6 +202,13 @@ def _training(config: TransformerConfig, corpus: Corpus, seed: int, leaf: Path, 
         losses = window_losses(model, corpus.validation, **windows, limit=WINDOWS[flags.smoke])
         return {"validation_loss": losses.mean().item()}
 
+    def log(row: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(leaf / "tensorboard") as writer:
+            writer.add_scalar("validation loss", row["validation_loss"], row["step"])
+            log_head_graphs(writer, model, row["step"])
+
     return Training(
         model,
         partial(sample_batch, corpus.train, seed=seed, **windows),
@@ -217,6 +226,7 @@ def _training(config: TransformerConfig, corpus: Corpus, seed: int, leaf: Path, 
         ),
         leaf,
         evaluate=evaluate,
+        on_evaluate=log if _has_graphs(config) and find_spec("tensorboard") is not None else None,
         resume=flags.resume and (leaf / "config.json").exists(),
         settings={"model": config.to_dict(), "data": data, "flags": vars(flags)},
         description=leaf.name,
@@ -246,11 +256,16 @@ def _finish(training: Training, corpus: Corpus, leaf: Path, flags: argparse.Name
         draw_load(load, leaf / "load.png", num_shared=shared, title="load of heads over validation text")
     write_text(leaf / "result.json", json.dumps(result, indent=2))
     write_text(leaf / "sample.txt", sample_text(model, corpus.validation, length=flags.length))
-    if graph is not None and (graph.outputs is not None or graph.scores is not None):
+    if _has_graphs(model.config):
         with record(model) as heads:
             window_losses(model, corpus.validation, **windows, limit=WINDOWS[flags.smoke])
         draw(heads, leaf / "heads.png", title="mean edge weights over validation text")
     return {**result, "losses": losses, "steps": steps, "log": training.folder.rows}
+
+
+def _has_graphs(config: TransformerConfig) -> bool:
+    graph = config.head_graph
+    return graph is not None and (graph.outputs is not None or graph.scores is not None)
 
 
 def _is_routed(config: TransformerConfig) -> bool:

@@ -34,6 +34,7 @@ from gohgraph.record import record
 from gohgraph.routing import HeadRouter, Routing
 from gohgraph.site_config import BaselineConfig, SiteConfig
 from gohgraph.stacks import DecoderLayer, EncoderLayer, Stack
+from gohgraph.tensorboard import log_head_graphs
 
 __version__ = "0.1.0"
 
@@ -78,6 +79,7 @@ __all__ = [
     "head_importance",
     "load_converted",
     "load_head_graph",
+    "log_head_graphs",
     "prune",
     "record",
     "save_converted",

@@ -78,7 +78,7 @@ class HeadNetwork(Data):
         return list(dict.fromkeys(self.block))
 
     def strongest(self, count: int, by: str = "mean") -> list[dict[str, Any]]:
-        """Returns the `count` edges of the largest |mean|, or of another edge attribute, as dictionaries.
+        """Returns the `count` edges of the largest |mean|, or of the highest other attribute, as dictionaries.
 
         Example:
             >>> import gohgraph as goh
@@ -87,7 +87,8 @@ class HeadNetwork(Data):
             >>> [(edge["sender"], edge["receiver"]) for edge in head_graph_of(model).strongest(2)]
             [('0.0', '0.0'), ('0.1', '0.0')]
         """
-        order = self[by].abs().argsort(descending=True, stable=True)[:count].tolist()
+        values = self[by].abs() if by == "mean" else self[by].nan_to_num(-torch.inf)
+        order = values.argsort(descending=True, stable=True)[:count].tolist()
         names = self.attributes()[1]
         return [
             {
@@ -126,7 +127,7 @@ def head_graph_of(
         >>> network.to_networkx().number_of_edges()
         8
     """
-    heads = _at_rest(source) if isinstance(source, nn.Module) else source
+    heads = at_rest(source) if isinstance(source, nn.Module) else source
     if not heads:
         raise ValueError("Expected a recording with at least one head graph (got none). Do record a forward pass.")
     places = {name: _place(name, recording, heads) for name, recording in heads.items()}
@@ -155,8 +156,8 @@ def _joined(name: str, values: list[Tensor]) -> Tensor:
     return torch.cat([value.detach().cpu() for value in values]).to(torch.long if name in INTEGERS else torch.double)
 
 
-def _at_rest(model: nn.Module) -> dict[str, Recording]:
-    """What a recording of one token of context zero would hold, without running the model."""
+def at_rest(model: nn.Module) -> dict[str, Recording]:
+    """Returns what a recording of one token of context zero would hold, without running the model."""
     graphs = head_graphs(model)
     with record(model) as heads, torch.no_grad():
         for conv in graphs.values():

@@ -162,11 +162,11 @@ def test_ablation_is_the_loss_without_the_edge(graph):
         assert effects[name][e].item() == pytest.approx(mean_loss(alone, data) - base, abs=1e-10)
 
 
-@pytest.mark.parametrize("replace", ["zero", "mean"])
+@pytest.mark.parametrize("replace, at", [("zero", 0.0), ("zero", 0.5), ("mean", 0.0), ("mean", 0.3)])
 @pytest.mark.parametrize("graph", SMOOTH)
-def test_attribution_is_the_slope_of_ablation(graph, replace):
+def test_attribution_is_the_slope_on_the_way_to_ablation(graph, replace, at):
     model, data = language_model(graph), batches(2)
-    found = edge_attribution(model, loss, data, replace=replace)
+    found = edge_attribution(model, loss, data, replace=replace, at=at)
     assert hooks_left(model) == 0 and all(parameter.grad is None for parameter in model.parameters())
     means = {}
     with goh.record(model) as heads:
@@ -175,18 +175,27 @@ def test_attribution_is_the_slope_of_ablation(graph, replace):
         means[name] = recording.mean if replace == "mean" else torch.zeros_like(recording.mean)
     for name, conv in head_graphs(model).items():
         for e in (0, conv.edges.num_edges - 1):
-            ends = []
-            for step in (1e-5, -1e-5):
-
-                def moved(module, inputs, alpha, e=e, step=step, name=name):
-                    alpha = alpha.clone()
-                    alpha[..., e] += step * (means[name][:, e] - alpha[..., e])
-                    return alpha
-
-                hook = conv.edges.register_forward_hook(moved)
-                ends.append(mean_loss(model, data))
-                hook.remove()
+            ends = [mean_loss_on_the_way(model, data, means, at, name, e, step) for step in (1e-5, -1e-5)]
             assert found[name][e].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-7)
+
+
+def mean_loss_on_the_way(model, data, means, at, name, e, step):
+    """The loss where all edges are a part of the way to their means, and edge e of one graph is a step further."""
+    hooks = []
+    for other, conv in head_graphs(model).items():
+        part = torch.full((conv.edges.num_edges,), at).double()
+        if other == name:
+            part[e] += step
+
+        def moved(module, inputs, alpha, part=part, mean=means[other]):
+            return alpha + part * (mean - alpha)
+
+        hooks.append(conv.edges.register_forward_hook(moved))
+    try:
+        return mean_loss(model, data)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def test_static_edges_lose_nothing_to_their_mean():
@@ -202,7 +211,7 @@ def test_weak_edges_are_attributed_what_ablation_measures():
     with torch.no_grad():
         for conv in head_graphs(model).values():
             conv.edges.weight *= 1e-3
-    measured, estimated = edge_ablation(model, loss, data), edge_attribution(model, loss, data)
+    measured, estimated = edge_ablation(model, loss, data), edge_attribution(model, loss, data, at=0)
     for name in measured:
         torch.testing.assert_close(estimated[name], measured[name], rtol=0.05, atol=1e-6)
     assert faithfulness(estimated, measured) > 0.99
@@ -230,7 +239,7 @@ BAD = {
     "no batches": ({"batches": []}, "Expected a list of at least one batch"),
     "an iterator": ({"batches": iter(batches())}, "Expected a list of at least one batch"),
     "an unknown replacement": ({"replace": "noise"}, "Expected replace of"),
-    "no edges": ({"sample": 0}, "Expected a sample of at least 1 edge"),
+    "no sample": ({"sample": 0}, "Expected a sample of at least 1 edge"),
 }
 
 
@@ -239,6 +248,21 @@ def test_bad_arguments(name):
     changes, sentence = BAD[name]
     with pytest.raises(ValueError, match=sentence):
         edge_ablation(**{"model": language_model(), "loss": loss, "batches": batches(), **changes})
+
+
+def test_attributions_of_a_straight_way_add_up():
+    conv = trained_like(goh.HeadGraphConv(goh.head_graph(5), 3, 7))
+    z, x = torch.randn(11, 5, 3).double(), torch.randn(11, 7).double()
+
+    def squares(conv, batch):
+        return conv(z, x).square().mean()
+
+    # A quadratic loss: the midpoint rule is exact, so the parts are those of the loss without any edge.
+    found = edge_attribution(conv, squares, [None])[""]
+    with torch.no_grad():
+        assert found.sum().item() == pytest.approx((z.square().mean() - squares(conv, None)).item(), abs=1e-10)
+    with pytest.raises(ValueError, match=r"Expected at in \[0, 1\]"):
+        edge_attribution(conv, squares, [None], at=2)
 
 
 def test_a_plain_scalar_is_a_loss_too():

@@ -28,6 +28,7 @@ ORDER = [
     ["network", "network_files"],
     ["analysis"],
     ["curves", "load_chart", "drawing"],
+    ["tensorboard"],
     ["learning", "parallel", "benchmarks"],
 ]
 PLACE = {module: place for place, module in enumerate(module for line in ORDER for module in line)}

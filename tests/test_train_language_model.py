@@ -54,7 +54,7 @@ def refused(code: int, capsys) -> str:
 def test_one_run_leaves_everything(main, tmp_path, capsys):
     assert main("--run", "out", "--sites", "both", "--cross-layer", "1") == 0
     folder = tmp_path / "out"
-    names = "config.json log.csv curves.png checkpoints model sample.txt heads.png result.json"
+    names = "config.json log.csv curves.png checkpoints model sample.txt heads.png result.json tensorboard"
     assert {path.name for path in folder.iterdir()} == set(names.split())
     model = LanguageModel.from_pretrained(folder / "model")
     assert model.config.head_graph.outputs.cross_layer == 1 and model.config.head_graph.scores.options == {}

@@ -1,25 +1,61 @@
-"""Draw the learned head graphs of a checkpoint: mean edge weights over a text, one circle of heads per layer and site.
+"""Show the head graphs of a language model: pictures, an interactive page, files for Gephi, and its strongest edges.
 
-python tools/visualize_heads.py runs/demo/goh --out heads.svg
+    python tools/visualize_heads.py runs/demo/goh --out heads.html --open
+    python tools/visualize_heads.py runs/demo/goh --view matrix --out heads.png
+    python tools/visualize_heads.py runs/demo/goh --view tokens --token 20 --text "heads talk to heads" --out token.svg
+    python tools/visualize_heads.py runs/demo/goh --view difference --compare other/model --out change.png
+    python tools/visualize_heads.py runs/demo/goh --view film --out film.gif
+    python tools/visualize_heads.py --demo --out heads.html
+
+The suffix of --out chooses what is written: .png, .svg or .pdf a picture of --view, .html the interactive page, .gif or
+.mp4 the film, .graphml, .gexf, .json or .csv the network of all heads.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+import webbrowser
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from gohgraph import LanguageModel, draw, record
+import gohgraph as goh
+from gohgraph.analysis import edge_attribution, edge_strength, head_importance, pruning_curve, random_scores
 from gohgraph.command_line import ArgumentParser, run
-from gohgraph.drawing import graph_titles
-from gohgraph.learning.corpus import PYTHON_DOCS, load_corpus
-from gohgraph.record import Recording
+from gohgraph.drawing.film import FILM_SUFFIXES
+from gohgraph.drawing.panels import of_layer
+from gohgraph.figures import SUFFIXES, checked_path
+from gohgraph.learning.checkpoints import load_language_model, training_steps
+from gohgraph.learning.corpus import PYTHON_DOCS, evaluation_batches, load_corpus
+from gohgraph.learning.demo import demo_model
+from gohgraph.learning.language import byte_strings, next_token_output
+from gohgraph.network_files import GRAPH_SUFFIXES
+from gohgraph.record import Recordings
 
-BATCH = 8
-STRONGEST = 5
+VIEWS = ("circle", "matrix", "network", "tokens", "difference", "pruning", "film")
+OF_A_LAYER = ("circle", "matrix", "tokens", "difference")
+BATCH, TABLE = 8, 10
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is shown: the model, the text it ran over, and what was recorded and measured there."""
+
+    model: goh.LanguageModel
+    batches: list[Any]
+    heads: Recordings
+    importance: dict[str, torch.Tensor]
+    edge_importance: dict[str, torch.Tensor]
+    title: str
+
+    @property
+    def network(self) -> goh.HeadNetwork:
+        return goh.head_graph_of(self.heads, importance=self.importance, edge_importance=self.edge_importance)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,111 +64,209 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def visualize(flags: argparse.Namespace) -> None:
-    """Records the checkpoint's head graphs over the text, draws them and prints the strongest edges."""
-    torch.set_num_threads(_positive("--threads", flags.threads))
-    folder = _checkpoint(Path(flags.checkpoint))
-    model = LanguageModel.from_pretrained(folder).eval()
-    sequences = _sequences(model, _text(flags.text), flags.tokens, flags.length)
-    heads = _recorded(model, sequences)
-    name, tokens = Path(flags.checkpoint).resolve().name, sum(map(torch.numel, sequences))
-    title = f"{name}: mean edge weights over {tokens:,} tokens"
-    draw(heads, flags.out, title=title if flags.title is None else flags.title)
-    print(f"picture: {flags.out}")
-    print(f"strongest edges of {folder}:")
-    print("\n".join(_strongest(heads)))
+    """Runs the model over the text, writes what --out and --view ask for, and prints its strongest edges."""
+    out = _checked(flags)
+    torch.set_num_threads(flags.threads)
+    model = demo_model() if flags.demo else load_language_model(flags.checkpoint)
+    seen = _seen(model, _batches(model, _text(flags.text, flags.text_file), flags), flags)
+    try:
+        _write(seen, flags, out)
+    # A missing extra is for the user to mend.
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    print(f"{out}: {_mean_title(flags, seen.batches)}")
+    print(f"\n{TABLE} strongest edges (by the mean of their weight)\n{_table(seen.network.strongest(TABLE))}")
+    print(f"\n{TABLE} most important edges (by the estimated rise of the loss without them, in nats)")
+    print(_table(seen.network.strongest(TABLE, by="edge_importance")))
+    if flags.open:
+        webbrowser.open(out.resolve().as_uri())
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="a folder written by save_pretrained, or a run folder with such folders")
-    parser.add_argument("--text", help="a file, or words in quotes (default: the built-in corpus, validation part)")
-    parser.add_argument("--out", default="heads.svg", help="the picture, .svg, .png or .pdf (default: %(default)s)")
-    parser.add_argument("--title", help="a line above the picture; '' for none (default: checkpoint and tokens)")
-    parser.add_argument("--tokens", type=int, default=4096, help="bytes of the text to run (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="bytes per sequence (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="a folder written by save_pretrained, a run folder, or one of its checkpoints")
+    add("--demo", action="store_true", help="needs no checkpoint: trains a small model for half a minute")
+    add("--out", default="heads.html", help="the file to write (default: %(default)s)")
+    add("--view", choices=VIEWS, help="what a picture shows (default: circle)")
+    add("--layer", type=int, help=f"this layer alone ({', '.join(OF_A_LAYER)})")
+    add("--text", help="the text to run (default: the built-in corpus, validation part)")
+    add("--text-file", metavar="FILE", help="a file with the text to run")
+    add("--token", type=int, help="number of the token to show (tokens; default: 0)")
+    add("--threshold", type=float, default=0.05, help="share of the strongest edge that weaker ones fall below")
+    add("--compare", metavar="OTHER", help="difference from this one: a checkpoint, or a file with another text")
+    add("--title", help="a line above the picture; '' for none (default: checkpoint and tokens)")
+    add("--tokens", type=int, default=2048, help="bytes to run, in windows spread over the text (default: %(default)s)")
+    add("--length", type=int, default=128, help="bytes of a window, and of the text shown (default: %(default)s)")
+    add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    add("--open", action="store_true", help="open the file when it is written")
     return parser
 
 
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"Expected {name} of at least 1 (got {value}). Do pass a positive number.")
-    return value
+def _checked(flags: argparse.Namespace) -> Path:
+    """Where to write, once the flags fit each other."""
+    out = checked_path(flags.out, (*SUFFIXES, ".html", *FILM_SUFFIXES, *GRAPH_SUFFIXES))
+    flags.suffix = out.suffix.lower()
+    kinds = FILM_SUFFIXES if flags.view == "film" else SUFFIXES
+    if flags.view is not None and flags.suffix not in kinds:
+        raise ValueError(f"Expected --out of {', '.join(kinds)} for --view {flags.view} (got {out}). Do change it.")
+    if flags.view is None:
+        flags.view = "film" if flags.suffix in FILM_SUFFIXES else "circle" if flags.suffix in SUFFIXES else None
+    for name in ("tokens", "length", "threads"):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"Expected --{name} of at least 1 (got {getattr(flags, name)}). Do raise it.")
+    for name, views in (("layer", OF_A_LAYER), ("token", ("tokens",)), ("compare", ("difference",))):
+        if getattr(flags, name) is not None and flags.view not in views:
+            raise ValueError(f"Expected --{name} with --view {' or '.join(views)} (got {flags.view}). Do drop it.")
+    if flags.view == "difference" and flags.compare is None:
+        raise ValueError("Expected --compare for --view difference (got none). Do name a checkpoint or a text.")
+    if (flags.checkpoint is None) != flags.demo:
+        raise ValueError(f"Expected a checkpoint or --demo (got {'both' if flags.demo else 'neither'}). Do pass one.")
+    if flags.text is not None and flags.text_file is not None:
+        raise ValueError("Expected --text or --text-file (got both). Do drop one.")
+    if flags.view == "film" and flags.demo:
+        raise ValueError("Expected a run folder for a film (got --demo). Do train one with --keep-checkpoints.")
+    return out
 
 
-def _checkpoint(folder: Path) -> Path:
-    """The folder itself, or the checkpoint with head graphs written last in a run folder; the loader refuses others."""
-    if (folder / "model.safetensors").is_file():
-        return folder
-    found = [path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}/model.safetensors")]
-    # A comparison's folder holds plain models too: nothing is to be drawn of those.
-    return max(found, key=lambda path: (_has_graph(path.parent), path.stat().st_mtime)).parent if found else folder
-
-
-def _has_graph(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]["head_graph"])
-    # Checkpoints of the training state have no such file, and a damaged one is the loader's to name.
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _text(source: str | None) -> torch.Tensor:
+def _text(words: str | None, file: str | None) -> torch.Tensor:
     """The bytes to run, uint8 `[N]`."""
-    if source is None:
+    if words is None and file is None:
         return load_corpus(PYTHON_DOCS).validation
-    if len(source.split()) > 1:
-        data = source.encode()
-    elif Path(source).is_file():
-        data = Path(source).read_bytes()
-    else:
-        # One word is taken for a file name: a mistyped path must not become the text.
-        raise ValueError(f"Expected --text to be a file or several words (got {source!r}). Do check the path.")
-    if not data:
-        raise ValueError(f"Expected a text of at least one byte (got {source}, empty). Do pass another file.")
+    data = words.encode() if file is None else Path(file).read_bytes()
+    if len(data) < 2:
+        raise ValueError(f"Expected a text of at least two bytes (got {len(data)}). Do pass a longer one.")
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _sequences(model: LanguageModel, text: torch.Tensor, tokens: int, length: int) -> list[torch.Tensor]:
-    """Batches `[B, T]` of the text's first bytes; the last one may be shorter."""
-    text = text[: _positive("--tokens", tokens)].long()
+def _batches(model: goh.LanguageModel, text: torch.Tensor, flags: argparse.Namespace) -> list[Any]:
+    """Windows of the text and what follows each byte, `[B, T]` both; the first window alone where tokens are shown."""
     config = model.config
     if config.vocab_size < 256:
         raise ValueError(
             f"Expected a byte-level model (got a vocabulary of {config.vocab_size}). Do pass one of at least 256."
         )
-    if _positive("--length", length) > config.max_length and config.positions == "learned":
+    if flags.length > config.max_length and config.positions == "learned":
         raise ValueError(
-            f"Expected --length of at most the model's max_length {config.max_length} (got {length}). Do lower it."
+            f"Expected --length up to the model's max_length {config.max_length} (got {flags.length}). Do lower it."
         )
-    whole = len(text) // length * length
-    batches = list(text[:whole].view(-1, length).split(BATCH)) if whole else []  # each [B, T]
-    return batches + ([text[None, whole:]] if whole < len(text) else [])
+    length = min(flags.length, len(text) - 1)
+    limit = 1 if _shows_tokens(flags) else max(1, flags.tokens // length)
+    return list(evaluation_batches(text, batch_size=BATCH, length=length, limit=limit))
 
 
-def _recorded(model: LanguageModel, sequences: list[torch.Tensor]) -> dict[str, Recording]:
+def _shows_tokens(flags: argparse.Namespace) -> bool:
+    return flags.view == "tokens" or flags.suffix == ".html"
+
+
+def _seen(model: goh.LanguageModel, batches: list[Any], flags: argparse.Namespace) -> Seen:
+    title = _mean_title(flags, batches) if flags.title is None else flags.title
+    heads = _recorded(model, batches, every_token=_shows_tokens(flags))
+    importance = head_importance(model, next_token_output, batches)
+    return Seen(model, batches, heads, importance, edge_attribution(model, next_token_output, batches), title)
+
+
+def _recorded(model: goh.LanguageModel, batches: list[Any], every_token: bool = False) -> Recordings:
     """What every head graph did; `record` refuses a model without one."""
-    with record(model) as heads, torch.inference_mode():
-        for tokens in sequences:
-            model(tokens)
+    strings = byte_strings(batches[0][0][0]) if every_token else None
+    with goh.record(model, every_token=every_token, token_strings=strings) as heads, torch.inference_mode():
+        for inputs, _ in batches:
+            model(inputs)
     return heads
 
 
-def _strongest(heads: dict[str, Recording]) -> list[str]:
-    """One line for each of the strongest edges of all graphs: where, j -> i, signed mean and standard deviation."""
-    edges = [
-        (mean, std, title, j, i, number, recording)
-        for title, recording in zip(graph_titles(list(heads)), heads.values(), strict=True)
-        for number, (means, stds) in enumerate(zip(recording.mean.tolist(), recording.std.tolist(), strict=True))
-        for j, i, mean, std in zip(*recording.edge_index.tolist(), means, stds, strict=True)
-    ]
-    lines = []
-    for mean, std, title, j, i, number, recording in sorted(edges, key=lambda edge: -abs(edge[0]))[:STRONGEST]:
-        before, head = divmod(j, recording.num_heads)
-        sender = f"{head}" if before == 0 else f"{head} ({before} before)"
-        rounds = f" round {number + 1}" if len(recording.mean) > 1 else ""
-        lines.append(f"  {title}{rounds}: {sender} -> {i}  mean {mean:+.4f}  sd {std:.4f}")
-    return lines
+def _mean_title(flags: argparse.Namespace, batches: list[Any]) -> str:
+    return f"{_name(flags)}: mean edge weights over {sum(inputs.numel() for inputs, _ in batches):,} tokens"
+
+
+def _name(flags: argparse.Namespace) -> str:
+    return "demo" if flags.demo else Path(flags.checkpoint).resolve().name
+
+
+def _write(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
+    if flags.suffix in GRAPH_SUFFIXES:
+        goh.save_head_graph(seen.network, out)
+    elif flags.suffix == ".html":
+        importances = {"importance": seen.importance, "edge_importance": seen.edge_importance}
+        goh.save_page(seen.heads, out, title=seen.title, threshold=flags.threshold, **importances)
+    else:
+        DRAWERS[flags.view](seen, flags, out)
+
+
+def _of_layer(heads: Recordings, layer: int | None) -> Recordings:
+    return heads if layer is None else Recordings(of_layer(heads, layer), heads.token_strings)
+
+
+def _circle(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
+    goh.draw(_of_layer(seen.heads, flags.layer), out, title=seen.title, threshold=flags.threshold)
+
+
+def _matrix(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
+    goh.draw_matrices(_of_layer(seen.heads, flags.layer), out, title=seen.title)
+
+
+def _network(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
+    goh.draw_network(seen.network, out, title=seen.title, threshold=flags.threshold)
+
+
+def _tokens(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
+    title = _name(flags) if flags.title is None else flags.title
+    heads = _of_layer(seen.heads, flags.layer)
+    goh.draw_tokens(heads, flags.token or 0, out, title=title, threshold=flags.threshold)
+
+
+def _difference(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
+    other = Path(flags.compare)
+    if other.is_file():
+        batches = _batches(seen.model, _text(None, str(other)), flags)
+        first, of = _recorded(seen.model, batches), "the text run"
+    else:
+        first, of = _recorded(load_language_model(other), seen.batches), _name(flags)
+    title = f"{of} minus {other.resolve().name}" if flags.title is None else flags.title
+    first, second = (_of_layer(heads, flags.layer) for heads in (first, seen.heads))
+    goh.draw_difference(first, second, out, title=title, threshold=flags.threshold)
+
+
+def _pruning(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
+    orders = {
+        "by attribution": seen.edge_importance,
+        "by strength": edge_strength(seen.heads),
+        "random": random_scores(seen.model),
+    }
+    curves = pruning_curve(seen.model, next_token_output, seen.batches, orders)
+    title = f"{_name(flags)}: loss without the least edges" if flags.title is None else flags.title
+    goh.draw_pruning({name: [curve] for name, curve in curves.items()}, out, title=title)
+
+
+def _film(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
+    steps = tqdm(training_steps(flags.checkpoint).items(), desc="film", unit="checkpoint", disable=None, leave=False)
+    frames = [(f"step {step:,}", _recorded(load_language_model(path), seen.batches)) for step, path in steps]
+    title = _name(flags) if flags.title is None else flags.title
+    goh.save_film(frames, out, title=title, threshold=flags.threshold)
+
+
+DRAWERS: dict[str, Callable[[Seen, argparse.Namespace, Path], None]] = {
+    "circle": _circle,
+    "matrix": _matrix,
+    "network": _network,
+    "tokens": _tokens,
+    "difference": _difference,
+    "pruning": _pruning,
+    "film": _film,
+}
+
+
+def _table(edges: list[dict[str, Any]]) -> str:
+    """One line for each edge: layer.head of sender and receiver, where, and its numbers."""
+    lines = [f"  {'edge':<18} {'site':<10} {'mean':>8} {'sd':>8} {'share':>6} {'importance':>11}"]
+    for edge in edges:
+        site = edge["site"] if max(other["round"] for other in edges) == 1 else f"{edge['site']} {edge['round']}"
+        lines.append(
+            f"  {edge['sender'] + ' -> ' + edge['receiver']:<18} {site:<10} {edge['mean']:>+8.4f} {edge['std']:>8.4f} "
+            f"{edge['share']:>6.2f} {edge['edge_importance']:>+11.5f}"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -14,26 +14,31 @@ from gohgraph.record import head_graphs
 
 
 def edge_attribution(
-    model: nn.Module, loss: Loss, batches: Sequence[Any], *, replace: str = "zero"
+    model: nn.Module, loss: Loss, batches: Sequence[Any], *, replace: str = "zero", at: float = 0.5
 ) -> dict[str, Tensor]:
     r"""Estimates what `edge_ablation` measures, for all edges at once, by the slope of the loss.
 
-    .. math:: \Delta_e \approx \sum_t \big(\bar\alpha_e - \alpha_e(t)\big)\, \frac{\partial L}{\partial \alpha_e(t)}
+    .. math::
+        \Delta_e \approx \sum_t \big(\bar\alpha_e - \alpha_e(t)\big)\,
+        \frac{\partial L}{\partial \alpha_e(t)} \Big|_{\alpha + \tau (\bar\alpha - \alpha)}
 
-    with 0 or the mean over tokens in place of alpha-bar: one forward and one backward pass a batch, and one more
-    forward pass for the mean.
+    alpha-bar is 0 or the mean over tokens; the slope is taken where all edges are a part tau of the way there. One
+    forward and one backward pass a batch, and one more forward pass for the mean.
 
-    Source: attribution patching between edges (Syed et al. 2023, arXiv 2310.10348, equation 2); there the other value
-    comes from a corrupted input, here it is the edge's absence.
+    Source: attribution patching between edges (Syed et al. 2023, arXiv 2310.10348, equation 2), at tau = 0; there the
+    other value comes from a corrupted input, here it is the edge's absence. tau = 1/2 is the midpoint rule for the
+    integrated gradient (Sundararajan et al. 2017, arXiv 1703.01365): it orders the edges of trained graphs much better,
+    at no cost.
 
     Args:
         model, loss, batches, replace: as in `edge_ablation`.
+        at: tau, where the slope is taken, in [0, 1].
 
     Returns:
         The estimated rise of the loss, `[E]` by head graph.
 
     Raises:
-        ValueError: no head graphs, no batches, an unknown `replace`.
+        ValueError: no head graphs, no batches, an unknown `replace`, `at` out of range.
 
     Example:
         >>> import gohgraph as goh
@@ -46,11 +51,13 @@ def edge_attribution(
     """
     graphs = head_graphs(model)
     check_intervention(replace, None, batches)
+    if not 0 <= at <= 1:
+        raise ValueError(f"Expected at in [0, 1] (got {at!r}). Do pass a part of the way, e.g. 0.5.")
     fill = fills(graphs, model, loss, batches, replace)
     totals = {name: torch.zeros(conv.edges.num_edges).double() for name, conv in graphs.items()}
     seen: list[tuple[str, Tensor, Tensor]] = []
     hooks = [
-        weights.register_forward_hook(_adding_zero(name, value, seen))
+        weights.register_forward_hook(_moving(name, value, at, seen))
         for name, conv in graphs.items()
         for weights, value in zip(weights_of(conv), fill[name], strict=True)
     ]
@@ -70,11 +77,12 @@ def edge_attribution(
     return totals
 
 
-def _adding_zero(name: str, value: Tensor, seen: list[tuple[str, Tensor, Tensor]]):
+def _moving(name: str, value: Tensor, at: float, seen: list[tuple[str, Tensor, Tensor]]):
     # The gradient of a zero that is added counts the later contexts that the weight changes, too.
-    def add(module: nn.Module, inputs: Any, alpha: Tensor) -> Tensor:
+    def move(module: nn.Module, inputs: Any, alpha: Tensor) -> Tensor:
         zero = torch.zeros_like(alpha).requires_grad_()
-        seen.append((name, value.to(alpha.dtype) - alpha.detach(), zero))
-        return alpha + zero
+        change = value.to(alpha.dtype) - alpha
+        seen.append((name, change.detach(), zero))
+        return alpha + at * change + zero
 
-    return add
+    return move

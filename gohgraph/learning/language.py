@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,17 @@ def decode(tokens: Tensor) -> str:
         'heads'
     """
     return bytes(tokens.tolist()).decode("utf-8", "replace")
+
+
+def byte_strings(tokens: Tensor) -> list[str]:
+    """Returns token ids `[T]` as strings, one for each; a character of several bytes stands at its last one.
+
+    Example:
+        >>> byte_strings(encode("h\u00e9"))
+        ['h', '', '\u00e9']
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return [decoder.decode(bytes([byte])) for byte in tokens.tolist()]
 
 
 def next_token_output(model: nn.Module, batch: tuple[Tensor, Tensor]) -> ModelOutput:

@@ -1,0 +1,137 @@
+"""Asks which edges of trained head graphs matter: what orders them as ablation does, and the loss without the others.
+
+    python examples/train_language_model.py --run runs/heads --seeds 0 1 2 --steps 1500
+    python examples/edge_importance.py runs/heads
+
+Edges are measured on windows of the validation text and pruned models on others. Prints tables of Markdown, and writes
+importance.json and pruning.png to the run folder. A finished seed is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gohgraph import draw_pruning, record
+from gohgraph.analysis import (
+    edge_ablation,
+    edge_attribution,
+    edge_strength,
+    faithfulness,
+    measures,
+    pruning_curve,
+    random_scores,
+)
+from gohgraph.command_line import ArgumentParser, run
+from gohgraph.learning.checkpoints import load_language_model
+from gohgraph.learning.corpus import PYTHON_DOCS, evaluation_batches, load_corpus
+from gohgraph.learning.language import next_token_output
+from gohgraph.learning.run_folder import write_text
+
+KEEP = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)
+TABLE = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0)
+RANDOM_ORDERS = 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    return run(_parser(), measure, argv)
+
+
+def measure(flags: argparse.Namespace) -> None:
+    """Measures every seed of a run, prints the tables and draws the curves."""
+    if flags.threads < 1 or flags.windows < 1 or flags.length < 1:
+        raise ValueError("Expected --threads, --windows and --length of at least 1 (got less). Do raise them.")
+    torch.set_num_threads(flags.threads)
+    folder = Path(flags.run)
+    seeds = sorted(folder.glob("seed-*")) or [folder]
+    results = []
+    for seed in seeds:
+        file = seed / "importance.json"
+        if not file.is_file():
+            write_text(file, json.dumps(_measure(seed, flags), indent=1))
+        results.append(json.loads(file.read_text(encoding="utf-8")))
+        if results[-1]["windows"] != [flags.windows, flags.length]:
+            raise ValueError(
+                f"Expected --windows and --length as in {file} (got others). Do repeat them, or delete that file."
+            )
+    print(_faithfulness_table(results))
+    print(_pruning_table(results))
+    shares = [share for result in results for share in result["static_shares"]]
+    print(f"static share of edges: {min(shares):.2f} to {max(shares):.2f} by layer and seed")
+    curves = {name: [curve for result in results for curve in result["curves"][name]] for name in results[0]["curves"]}
+    draw_pruning(curves, folder / "pruning.png", title=f"loss without the least edges, {len(seeds)} seeds")
+    print(f"picture: {folder / 'pruning.png'}")
+
+
+def _parser() -> ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("run", help="the run folder of one seed or several")
+    parser.add_argument("--windows", type=int, default=32, help="of text, for edges and again for pruned models")
+    parser.add_argument("--length", type=int, default=128, help="bytes of a window (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    return parser
+
+
+def _measure(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
+    """How every order agrees with ablation, and its pruning curves."""
+    model = load_language_model(folder)
+    text = load_corpus(PYTHON_DOCS).validation
+    halves = text[: len(text) // 2], text[len(text) // 2 :]
+    windows = {"batch_size": 32, "length": flags.length, "limit": flags.windows}
+    known, held_out = (list(evaluation_batches(half, **windows)) for half in halves)
+    with record(model) as heads, torch.no_grad():
+        for inputs, _ in known:
+            model(inputs)
+    ablation = edge_ablation(model, next_token_output, known)
+    orders = {
+        "ablation": ablation,
+        "attribution, halfway": edge_attribution(model, next_token_output, known),
+        "attribution, at the weights": edge_attribution(model, next_token_output, known, at=0.0),
+        "strength": edge_strength(heads),
+        "size of the mean": {name: one.mean.abs().mean(dim=0) for name, one in heads.items()},
+    }
+    random = {f"random {seed}": random_scores(model, seed) for seed in range(RANDOM_ORDERS)}
+    curves = pruning_curve(model, next_token_output, held_out, {**orders, **random}, KEEP)
+    return {
+        "windows": [flags.windows, flags.length],
+        "faithfulness": {name: faithfulness(scores, ablation) for name, scores in {**orders, **random}.items()},
+        "static_shares": [found.static_share for found in measures(heads).values()],
+        "curves": {name: [curves[name]] for name in orders} | {"random": [curves[name] for name in random]},
+    }
+
+
+def _faithfulness_table(results: list[dict[str, Any]]) -> str:
+    lines = ["", "| order of edges | rank correlation with ablation |", "| --- | --- |"]
+    for name in results[0]["faithfulness"]:
+        if name != "ablation":
+            lines.append(f"| {name} | {_spread([result['faithfulness'][name] for result in results], 2)} |")
+    return "\n".join(lines)
+
+
+def _pruning_table(results: list[dict[str, Any]]) -> str:
+    lines = ["", "| edges kept | " + " | ".join(f"{share:.0%}" for share in TABLE) + " |", "| --- " * 8 + "|"]
+    for name in results[0]["curves"]:
+        cells = []
+        for share in TABLE:
+            seeds = [[dict(map(tuple, curve))[share] for curve in result["curves"][name]] for result in results]
+            cells.append(_spread([statistics.mean(losses) for losses in seeds], 3))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _spread(values: list[float], digits: int) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The models in a run folder: those saved at the end, and those of its training steps."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+
+from gohgraph.config import TransformerConfig
+from gohgraph.learning.run_folder import CHECKPOINTS, STATE
+from gohgraph.models import LanguageModel
+
+WEIGHTS = "model.safetensors"
+
+
+def load_language_model(folder: str | os.PathLike[str]) -> LanguageModel:
+    """Returns the language model in a folder, in eval mode.
+
+    Args:
+        folder: written by `save_pretrained`, a training step's (`checkpoints/step-000100`), or a run folder, of which
+            the model saved last is taken, one with head graphs before one without.
+
+    Raises:
+        FileNotFoundError, ValueError: as `LanguageModel.from_pretrained`.
+    """
+    folder = find_model(folder)
+    return (_load_step(folder) if (folder / STATE).is_file() else LanguageModel.from_pretrained(folder)).eval()
+
+
+def find_model(folder: str | os.PathLike[str]) -> Path:
+    """Returns the folder of the model that `load_language_model` would load; the folder itself where there is none."""
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file():
+        return folder
+    found = [path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}/{WEIGHTS}")]
+    # A comparison's folder holds plain models too: nothing is to be drawn of those.
+    return max(found, key=lambda path: (_has_graph(path.parent), path.stat().st_mtime)).parent if found else folder
+
+
+def training_steps(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """Returns the checkpoints of a run by step, the first first.
+
+    Raises:
+        ValueError: the folder holds none, or those of several runs.
+    """
+    paths = {path for depth in ("", "*/") for path in Path(folder).glob(f"{depth}{CHECKPOINTS}/step-*/{STATE}")}
+    if len({path.parent.parent for path in paths}) != 1:
+        runs = sorted(str(path) for path in {path.parents[2] for path in paths})
+        raise ValueError(
+            f"Expected the folder of one run with checkpoints (got {runs or 'none'} in {folder}). Do name a run's own."
+        )
+    steps = {int(path.parent.name.split("-")[1]): path.parent for path in paths}
+    return dict(sorted(steps.items()))
+
+
+def _load_step(folder: Path) -> LanguageModel:
+    try:
+        settings = json.loads((folder / STATE).read_text(encoding="utf-8"))["settings"]
+        model = LanguageModel(TransformerConfig.from_dict(settings["model"]))
+        load_model(model, folder / WEIGHTS)
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"Expected a checkpoint of a language model in {folder} (got one that does not load: "
+            f"{' '.join(str(error).split())[:200]}). Do choose another step."
+        ) from error
+    return model
+
+
+def _has_graph(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]["head_graph"])
+    # Checkpoints of the training state have no such file, and a damaged one is the loader's to name.
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
