@@ -68,9 +68,10 @@ def draw(
     check_threshold(threshold)
     panels = panels_of(heads)
     rows, columns, size = grid_of(panels)
-    figure = new_figure(size * columns, (size + 0.22) * len(rows) + 0.8)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
     most_edges = next(most for least, most in MOST_EDGES.items() if size >= least) if most_edges is None else most_edges
+    label = circle_label(label, panels, most_edges)
+    figure = new_figure(size * columns, (size + 0.22) * len(rows) + 0.8 + 0.17 * label.count("\n"))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     strongest = strongest_weight(panels)
     colours = colour_scale(strongest, limit)
     for row, row_axes in zip(rows, axes, strict=True):
@@ -78,7 +79,7 @@ def draw(
             axis.set_axis_off()
         for panel, axis in zip(row, row_axes, strict=False):
             draw_circle(axis, panel, colours, threshold * strongest, size, most_edges)
-    colour_bar(figure, axes, colours, circle_label(label, panels, most_edges))
+    colour_bar(figure, axes, colours, label)
     if title:
         figure.suptitle(title, fontsize=12, color=INK)
     save_figure(figure, path)

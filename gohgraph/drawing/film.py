@@ -14,7 +14,7 @@ from gohgraph.drawing.panels import panels_of, strongest_weight
 from gohgraph.figures import checked_path, write_whole
 
 FILM_SUFFIXES = (".gif", ".mp4")
-DPI = 90
+DPI = 72
 
 
 def save_film(
@@ -72,9 +72,11 @@ def _image(heads: Mapping[str, Any], title: str, limit: float, threshold: float)
 
 
 def _write_gif(images: list, path: Path, fps: float) -> None:
+    from PIL import Image
+
     durations = [int(1000 / fps)] * (len(images) - 1) + [2000]
     # One palette for all frames, or their greys flicker.
-    palette = images[-1].quantize(128)
+    palette = images[-1].quantize(96, method=Image.Quantize.MAXCOVERAGE)
     frames = [image.quantize(palette=palette, dither=0) for image in images]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
 
