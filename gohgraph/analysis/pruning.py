@@ -29,7 +29,8 @@ def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None 
         model: with head graphs; left as it is.
         keep: share of edges that stay, in [0, 1].
         scores: of edges, `[E]` by head graph, those of the highest stay: `edge_strength` of a recording,
-            `edge_attribution`, `edge_ablation`, ... `None` for `edge_strength(model)`, which needs no data.
+            `edge_attribution`, `edge_ablation`, ... `None` for `edge_strength(model)`, which needs no data. A strong
+            edge need not be an important one: where there is data, attribution prunes much better.
 
     Raises:
         ValueError: no head graphs, keep out of range, scores of other graphs or with NaN.
