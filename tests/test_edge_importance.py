@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from helpers import load_script
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_two_seeds_give_tables_and_curves(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("heads talk to heads, and some of them listen. " * 200)
+    train = load_script("examples", "train_language_model")
+    run = tmp_path / "run"
+    flags = ["--data", str(tmp_path / "text.txt"), "--smoke", "--device", "cpu", "--seeds", "0", "1"]
+    assert train.main([*flags, "--steps", "8", "--run", str(run)]) == 0
+    script = load_script("examples", "edge_importance")
+    arguments = [str(run), "--windows", "1", "--length", "16"]
+    capsys.readouterr()
+    assert script.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^\| strength \| -?\d\.\d\d ± \d\.\d\d \|$", shown, flags=re.MULTILINE)
+    assert shown.count(" ± ") == 7 + 6 * 7 and (run / "pruning.png").is_file()
+    result = json.loads((run / "seed-1" / "importance.json").read_text())
+    assert [share for share, _ in result["curves"]["ablation"][0]] == list(script.KEEP)
+    assert result["curves"]["ablation"][0][0] == result["curves"]["random"][2][0]
+
+    # A second call reads what was measured; other windows would be another measurement.
+    assert script.main(arguments) == 0 and capsys.readouterr().out == shown
+    assert script.main([*arguments[:2], "2"]) == 2
+    assert "Expected --windows and --length as in" in capsys.readouterr().err
