@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 import gohgraph as goh
+from gohgraph.analysis import head_importance
 from gohgraph.command_line import ArgumentParser, run
 from gohgraph.convert.conversion import find_blocks
 from gohgraph.drawing import draw_curves
-from gohgraph.importance import head_importance, share_important_heads
+from gohgraph.head_order import share_important_heads
 from gohgraph.inputs import next_token_loss
 from gohgraph.learning.corpus import load_corpus, sample_batch
 from gohgraph.learning.language import window_losses
@@ -169,7 +170,7 @@ def prepare(model: nn.Module, name: str, batches: list[Any]) -> goh.HeadGraphCon
     if name in ("continued", "lora"):
         return None
     if name == "moh":
-        importance = head_importance(model, batches, lambda model, batch: output_of(None, model, batch).loss)
+        importance = head_importance(model.eval(), lambda model, batch: output_of(None, model, batch), batches)
         heads = {len(values) for values in importance.values()}
         if len(heads) > 1 or min(heads) % 4:
             raise ValueError(f"Expected layers of equally many heads that 4 divides (got {heads}). Do leave out moh.")

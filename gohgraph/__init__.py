@@ -1,6 +1,6 @@
 """Graphs-of-Heads: attention heads as the nodes of an explicit graph that passes messages between them."""
 
-from gohgraph.analysis import prune
+from gohgraph.analysis import head_importance, prune
 from gohgraph.collect import collect_routing
 from gohgraph.config import ClassifierConfig, TransformerConfig
 from gohgraph.conv import HeadGraphConv
@@ -21,7 +21,7 @@ from gohgraph.feed_forward import FeedForward
 from gohgraph.fold import fold
 from gohgraph.graph import head_graph
 from gohgraph.graph_config import HeadGraphConfig, RoutingConfig
-from gohgraph.importance import head_importance, share_important_heads
+from gohgraph.head_order import share_important_heads
 from gohgraph.keyed import KeyedGraphConv
 from gohgraph.learned_topology import LearnedTopologyConv
 from gohgraph.load_chart import draw_load

@@ -141,7 +141,7 @@ def test_head_importance_of_a_foreign_block():
     found = head_importance(model, lambda model, x: model(x).square().mean(), [x])
     expected = 2 * model(x).unflatten(-1, (5, 3)).square().sum(dim=(1, 3)).mean(0) / (7 * 15)
     assert_equal_to(found[""], expected.detach())
-    with pytest.raises(ValueError, match="Expected a model with attention of this library"):
+    with pytest.raises(ValueError, match="Expected attention with a known output projection"):
         head_importance(torch.nn.Linear(2, 2), lambda model, x: model(x).sum(), [torch.randn(1, 2)])
 
 

@@ -23,7 +23,7 @@ ORDER = [
     ["head_sites"],
     ["sublayers", "stacks"],
     ["outputs", "models"],
-    ["dropin", "convert", "fold", "importance"],
+    ["dropin", "convert", "fold", "head_order"],
     ["record"],
     ["network", "network_files"],
     ["analysis"],

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from gohgraph.analysis.losses import Loss, batch_loss, check_batches
 from gohgraph.conv import HeadGraphConv
+from gohgraph.convert.conversion import find_blocks
 from gohgraph.objects import MultiHeadAttention
 from gohgraph.places import block_of, site_of
 
 
-def head_importance(model: nn.Module, loss: Loss, batches: Sequence[Any]) -> dict[str, Tensor]:
+def head_importance(
+    model: nn.Module, loss: Loss, batches: Sequence[Any], *, example: dict[str, Any] | None = None
+) -> dict[str, Tensor]:
     r"""Returns how much the loss depends on every head: the expected sensitivity to a mask on the head.
 
     .. math:: I_h = \mathrm{mean}_x \left| \frac{\partial L(x)}{\partial \xi_h} \right|, \qquad
@@ -28,10 +31,11 @@ def head_importance(model: nn.Module, loss: Loss, batches: Sequence[Any]) -> dic
         model: used as it is; call `model.eval()` first.
         loss: of `(model, batch)`, a mean over the sequences of the batch: a scalar, or an output with `.loss`.
         batches: a list; the first dimension of the activations is that of sequences.
+        example: as in `convert`.
 
     Returns:
         `[H]` by the name of the attention block: every `MultiHeadAttention`, and every other module with a graph over
-        head outputs.
+        head outputs; in a model without any of these, what `convert` would give graphs to.
 
     Raises:
         ValueError: no batches, or no such block.
@@ -47,7 +51,7 @@ def head_importance(model: nn.Module, loss: Loss, batches: Sequence[Any]) -> dic
     """
     check_batches(batches)
     masks: dict[str, list[Tensor]] = {}
-    hooks = [_masking(name, block, masks) for name, block in _blocks(model).items()]
+    hooks = [_masking(name, block, masks) for name, block in _blocks(model, example).items()]
     totals: dict[str, Tensor] = {}
     try:
         for batch in batches:
@@ -66,29 +70,36 @@ def head_importance(model: nn.Module, loss: Loss, batches: Sequence[Any]) -> dic
     return totals
 
 
-def _blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """What masks are put on, by block: our attention, or elsewhere the graph at the heads' outputs."""
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, MultiHeadAttention)}
-    for name, module in model.named_modules():
-        is_own = any(f"{name}.".startswith(f"{block}.".removeprefix(".")) for block in blocks)
+def _blocks(model: nn.Module, example: dict[str, Any] | None) -> dict[str, tuple[nn.Module, int | None]]:
+    """What masks are put on, by block: an output projection of so many heads, or the graph at the heads' outputs."""
+    modules = dict(model.named_modules())
+    own = {name: block for name, block in modules.items() if isinstance(block, MultiHeadAttention)}
+    blocks: dict[str, tuple[nn.Module, int | None]] = {n: (block.output, block.num_heads) for n, block in own.items()}
+    for name, module in modules.items():
+        is_own = any(f"{name}.".startswith(f"{block}.".removeprefix(".")) for block in own)
         if isinstance(module, HeadGraphConv) and not is_own and site_of(name) == "outputs":
-            blocks[block_of(name)] = module
+            blocks[block_of(name)] = (module, None)
     if not blocks:
-        raise ValueError("Expected a model with attention of this library (got none). Do convert it first.")
+        found = find_blocks(model, example).blocks.values()
+        blocks = {block.name: (block.projection, block.num_heads) for block in found if block.projection is not None}
+    if not blocks:
+        raise ValueError("Expected attention with a known output projection (got none). Do see what convert finds.")
     return blocks
 
 
-def _masking(name: str, block: nn.Module, masks: dict[str, list[Tensor]]):
+def _masking(name: str, block: tuple[nn.Module, int | None], masks: dict[str, list[Tensor]]):
+    module, heads = block
+
     def masked(z: Tensor) -> Tensor:
         mask = z.new_ones(len(z), *[1] * (z.dim() - 3), z.shape[-2], 1).requires_grad_()  # [B, 1, H, 1]
         masks.setdefault(name, []).append(mask)
         return z * mask
 
-    if isinstance(block, MultiHeadAttention):
-        shape = (block.num_heads, block.head_dim)
-        return block.output.register_forward_pre_hook(
-            lambda module, inputs: (masked(inputs[0].unflatten(-1, shape)).flatten(-2),)  # [B, T, H, D] -> [B, T, M]
+    if heads is not None:
+        return module.register_forward_pre_hook(
+            # [B, T, M] -> [B, T, H, D] -> [B, T, M]
+            lambda module, inputs: (masked(inputs[0].unflatten(-1, (heads, -1))).flatten(-2), *inputs[1:])
         )
-    return block.register_forward_hook(
+    return module.register_forward_hook(
         lambda module, inputs, z: (masked(z[0]), *z[1:]) if isinstance(z, tuple) else masked(z)
     )
