@@ -16,7 +16,7 @@ def demo_model(steps: int = 200, seed: int = 0) -> LanguageModel:
     """Returns a byte-level language model trained for a few steps on the built-in corpus, in eval mode.
 
     Args:
-        steps: of AdamW, 512 bytes each; 200 take about 20 seconds on one thread.
+        steps: of AdamW, 512 bytes each; 200 take half a minute on one thread.
         seed: of weights and data; the global random state is left as it was.
 
     Example:
