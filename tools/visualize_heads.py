@@ -5,6 +5,7 @@
     python tools/visualize_heads.py runs/demo/goh --view tokens --token 20 --text "heads talk to heads" --out token.svg
     python tools/visualize_heads.py runs/demo/goh --view difference --compare other/model --out change.png
     python tools/visualize_heads.py runs/demo/goh --view film --out film.gif
+    python tools/visualize_heads.py converted-llama --text "heads talk to heads" --out llama.html
     python tools/visualize_heads.py --demo --out heads.html
 
 The suffix of --out chooses what is written: .png, .svg or .pdf a picture of --view, .html the interactive page, .gif or
@@ -33,7 +34,7 @@ from gohgraph.figures import SUFFIXES, checked_path
 from gohgraph.learning.checkpoints import load_language_model, training_steps
 from gohgraph.learning.corpus import PYTHON_DOCS, evaluation_batches, load_corpus
 from gohgraph.learning.demo import demo_model
-from gohgraph.learning.language import byte_strings, next_token_output
+from gohgraph.learning.text_models import TextModel, load_text_model, of_bytes
 from gohgraph.network_files import GRAPH_SUFFIXES
 from gohgraph.record import Recordings
 
@@ -46,7 +47,7 @@ BATCH, TABLE = 8, 10
 class Seen:
     """What is shown: the model, the text it ran over, and what was recorded and measured there."""
 
-    model: goh.LanguageModel
+    source: TextModel
     batches: list[Any]
     heads: Recordings
     importance: dict[str, torch.Tensor]
@@ -67,9 +68,9 @@ def visualize(flags: argparse.Namespace) -> None:
     """Runs the model over the text, writes what --out and --view ask for, and prints its strongest edges."""
     out = _checked(flags)
     torch.set_num_threads(flags.threads)
-    model = demo_model() if flags.demo else load_language_model(flags.checkpoint)
-    seen = _seen(model, _batches(model, _text(flags.text, flags.text_file), flags), flags)
     try:
+        source = of_bytes(demo_model()) if flags.demo else load_text_model(flags.checkpoint)
+        seen = _seen(source, _batches(source, _text(flags.text, flags.text_file), flags), flags)
         _write(seen, flags, out)
     # A missing extra is for the user to mend.
     except ImportError as error:
@@ -86,7 +87,7 @@ def _parser() -> ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="a folder written by save_pretrained, a run folder, or one of its checkpoints")
+    add("checkpoint", nargs="?", help="folder of save_pretrained or save_converted, a run, or its checkpoint")
     add("--demo", action="store_true", help="needs no checkpoint: trains a small model for half a minute")
     add("--out", default="heads.html", help="the file to write (default: %(default)s)")
     add("--view", choices=VIEWS, help="what a picture shows (default: circle)")
@@ -97,8 +98,8 @@ def _parser() -> ArgumentParser:
     add("--threshold", type=float, default=0.05, help="share of the strongest edge that weaker ones fall below")
     add("--compare", metavar="OTHER", help="difference from this one: a checkpoint, or a file with another text")
     add("--title", help="a line above the picture; '' for none (default: checkpoint and tokens)")
-    add("--tokens", type=int, default=2048, help="bytes to run, in windows spread over the text (default: %(default)s)")
-    add("--length", type=int, default=128, help="bytes of a window, and of the text shown (default: %(default)s)")
+    add("--tokens", type=int, default=2048, help="tokens to run, in windows spread over the text (%(default)s)")
+    add("--length", type=int, default=128, help="tokens of a window, and of the text shown (%(default)s)")
     add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     add("--open", action="store_true", help="open the file when it is written")
     return parser
@@ -140,39 +141,37 @@ def _text(words: str | None, file: str | None) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _batches(model: goh.LanguageModel, text: torch.Tensor, flags: argparse.Namespace) -> list[Any]:
-    """Windows of the text and what follows each byte, `[B, T]` both; the first window alone where tokens are shown."""
-    config = model.config
-    if config.vocab_size < 256:
+def _batches(source: TextModel, text: torch.Tensor, flags: argparse.Namespace) -> list[Any]:
+    """Windows of the text and what follows each token, `[B, T]` both; the first alone where tokens are shown."""
+    tokens = source.encode(text)
+    if source.longest is not None and flags.length > source.longest:
         raise ValueError(
-            f"Expected a byte-level model (got a vocabulary of {config.vocab_size}). Do pass one of at least 256."
+            f"Expected --length up to the model's max_length {source.longest} (got {flags.length}). Do lower it."
         )
-    if flags.length > config.max_length and config.positions == "learned":
-        raise ValueError(
-            f"Expected --length up to the model's max_length {config.max_length} (got {flags.length}). Do lower it."
-        )
-    length = min(flags.length, len(text) - 1)
+    length = min(flags.length, len(tokens) - 1)
+    if length < 1:
+        raise ValueError(f"Expected a text of at least two tokens (got {len(tokens)}). Do pass a longer one.")
     limit = 1 if _shows_tokens(flags) else max(1, flags.tokens // length)
-    return list(evaluation_batches(text, batch_size=BATCH, length=length, limit=limit))
+    return list(evaluation_batches(tokens, batch_size=BATCH, length=length, limit=limit))
 
 
 def _shows_tokens(flags: argparse.Namespace) -> bool:
     return flags.view == "tokens" or flags.suffix == ".html"
 
 
-def _seen(model: goh.LanguageModel, batches: list[Any], flags: argparse.Namespace) -> Seen:
+def _seen(source: TextModel, batches: list[Any], flags: argparse.Namespace) -> Seen:
     title = _mean_title(flags, batches) if flags.title is None else flags.title
-    heads = _recorded(model, batches, every_token=_shows_tokens(flags))
-    importance = head_importance(model, next_token_output, batches)
-    return Seen(model, batches, heads, importance, edge_attribution(model, next_token_output, batches), title)
+    heads = _recorded(source, batches, every_token=_shows_tokens(flags))
+    importance = head_importance(source.model, source.loss, batches)
+    return Seen(source, batches, heads, importance, edge_attribution(source.model, source.loss, batches), title)
 
 
-def _recorded(model: goh.LanguageModel, batches: list[Any], every_token: bool = False) -> Recordings:
+def _recorded(source: TextModel, batches: list[Any], every_token: bool = False) -> Recordings:
     """What every head graph did; `record` refuses a model without one."""
-    strings = byte_strings(batches[0][0][0]) if every_token else None
-    with goh.record(model, every_token=every_token, token_strings=strings) as heads, torch.inference_mode():
-        for inputs, _ in batches:
-            model(inputs)
+    strings = source.strings(batches[0][0][0]) if every_token else None
+    with goh.record(source.model, every_token=every_token, token_strings=strings) as heads, torch.inference_mode():
+        for batch in batches:
+            source.loss(source.model, batch)
     return heads
 
 
@@ -219,10 +218,10 @@ def _tokens(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
 def _difference(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
     other = Path(flags.compare)
     if other.is_file():
-        batches = _batches(seen.model, _text(None, str(other)), flags)
-        first, of = _recorded(seen.model, batches), "the text run"
+        batches = _batches(seen.source, _text(None, str(other)), flags)
+        first, of = _recorded(seen.source, batches), "the text run"
     else:
-        first, of = _recorded(load_language_model(other), seen.batches), _name(flags)
+        first, of = _recorded(load_text_model(other), seen.batches), _name(flags)
     title = f"{of} minus {other.resolve().name}" if flags.title is None else flags.title
     first, second = (_of_layer(heads, flags.layer) for heads in (first, seen.heads))
     goh.draw_difference(first, second, out, title=title, threshold=flags.threshold)
@@ -232,16 +231,16 @@ def _pruning(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
     orders = {
         "by attribution": seen.edge_importance,
         "by strength": edge_strength(seen.heads),
-        "random": random_scores(seen.model),
+        "random": random_scores(seen.source.model),
     }
-    curves = pruning_curve(seen.model, next_token_output, seen.batches, orders)
+    curves = pruning_curve(seen.source.model, seen.source.loss, seen.batches, orders)
     title = f"{_name(flags)}: loss without the least edges" if flags.title is None else flags.title
     goh.draw_pruning({name: [curve] for name, curve in curves.items()}, out, title=title)
 
 
 def _film(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
     steps = tqdm(training_steps(flags.checkpoint).items(), desc="film", unit="checkpoint", disable=None, leave=False)
-    frames = [(f"step {step:,}", _recorded(load_language_model(path), seen.batches)) for step, path in steps]
+    frames = [(f"step {step:,}", _recorded(of_bytes(load_language_model(path)), seen.batches)) for step, path in steps]
     title = _name(flags) if flags.title is None else flags.title
     goh.save_film(frames, out, title=title, threshold=flags.threshold)
 
