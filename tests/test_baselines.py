@@ -9,7 +9,7 @@ from helpers import assert_equal_to, trained_like
 from torch import nn
 
 import gohgraph as goh
-from gohgraph.baselines import Composition, HeadNorm, KnockingHeads, OwnContext, SigmoidGate, SoftmaxMessages
+from gohgraph.baselines import Composition, HeadNorm, KnockingHeads, OwnContext, SigmoidGate, SoftmaxMessages, presets
 from gohgraph.sites import build_site
 
 B, T, S, H, D, M = 2, 7, 11, 5, 6, 13
@@ -171,7 +171,7 @@ def test_composition_leaves_masked_weights_at_zero_and_takes_nothing_from_heads_
 
 def attention_of(name, **settings):
     """Attention of a preset, with weights as after training."""
-    heads = goh.baselines.presets.preset(name, H)
+    heads = presets.preset(name, H)
     config = goh.TransformerConfig(7, H * D, H, num_layers=1, d_ff=1, positions="none", head_graph=heads, **settings)
     return trained_like(goh.EncoderLayer(config, causal=True)).attention.object
 
@@ -235,7 +235,7 @@ def test_a_chain_applies_its_modules_in_order():
         (lambda: SigmoidGate(H, D, M, rank=0), "Expected rank >= 1 or None"),
         (lambda: KnockingHeads(H, D, M, form="cubic"), "Expected form of"),
         (lambda: Composition(H, D, M, rank=True), "Expected rank >= 1"),
-        (lambda: goh.baselines.presets.preset("silent-heads", H), "Expected one of"),
+        (lambda: presets.preset("silent-heads", H), "Expected one of"),
         (lambda: goh.BaselineConfig("gate", {"rank": [3]}), "Expected options to be"),
         (lambda: _site("silent"), "Expected a baseline of"),
         (lambda: _site("gate", colour=3), "Expected options of the baseline 'gate'"),

@@ -197,7 +197,7 @@ def test_other_forms_run_where_tiles_cannot(monkeypatch, case):
     if case == "pyg":
         module.score_graph.backend = "pyg"
     if case == "keyed":
-        module.score_graph = goh.keyed.KeyedGraphConv(goh.head_graph(H), D, M).double()
+        module.score_graph = goh.KeyedGraphConv(goh.head_graph(H), D, M).double()
     x = torch.randn(B, 1 if case == "one token" else T, M).double()
     with sdpa_kernel(SDPBackend.MATH) if case == "second gradients" else nullcontext():
         module(x)
