@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
 import statistics
 import sys
 import zlib
@@ -32,6 +31,18 @@ from gohgraph.config import FEED_FORWARD_ACTIVATIONS, POSITIONS
 from gohgraph.drawing import draw_curves
 from gohgraph.graph_flags import add_graph_flags, graph_from_flags
 from gohgraph.learning.corpus import PYTHON_DOCS, Corpus, evaluation_batches, load_corpus, sample_batch
+from gohgraph.learning.experiment import (
+    add_run_flags,
+    add_size_flags,
+    add_training_flags,
+    can_resume,
+    fill_sizes,
+    open_folder,
+    resumable,
+    train_config,
+    train_models,
+    verdict,
+)
 from gohgraph.learning.language import (
     VOCAB_SIZE,
     head_loads,
@@ -40,9 +51,9 @@ from gohgraph.learning.language import (
     standard_error,
     window_losses,
 )
-from gohgraph.learning.loop import TrainConfig, Training, TrainingInterrupted, train_together
+from gohgraph.learning.loop import Training
 from gohgraph.learning.matching import count_parameters, match_parameters
-from gohgraph.learning.run_folder import last_folder, new_folder, step_seconds, write_text
+from gohgraph.learning.run_folder import step_seconds, write_text
 from gohgraph.load import load_cv, load_entropy
 
 # Two models of this size, trained for this long, take about two and a half minutes on one thread.
@@ -65,34 +76,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str], flags: argparse.Namespace) -> None:
-    for name, value in (SMOKE if flags.smoke else FULL).items():
-        if getattr(flags, name) is None:
-            setattr(flags, name, value)
+    fill_sizes(flags, FULL, SMOKE)
     _check(flags)
-    torch.set_num_threads(flags.threads)
     configs = _configs(flags)
     corpus = load_corpus(flags.data)
     _check_length(corpus, flags)
-    folder = _run_folder(flags)
-    # Each run's name is also its place in the run folder.
-    runs = {seed: {_name(seed, model, flags): config for model, config in configs.items()} for seed in flags.seeds}
-    _check_folder(folder, [folder / name for seed in runs for name in runs[seed]], flags.resume)
-    trained: dict[str, dict[str, Any]] = {}
-    try:
-        for seed in flags.seeds:
-            trainings = {name: _training(one, corpus, seed, folder / name, flags) for name, one in runs[seed].items()}
-            train_together(list(trainings.values()))
-            for name, training in trainings.items():
-                if training.accelerator.is_main_process:
-                    trained[name] = _finish(training, corpus, folder / name, flags)
-    except TrainingInterrupted as stop:
-        command = [argument for argument in argv if argument != "--resume"]
-        where = [] if any(argument.split("=")[0] == "--run" for argument in argv) else ["--run", str(folder)]
-        again = shlex.join(["python", "examples/train_language_model.py", *command, *where, "--resume"])
-        raise KeyboardInterrupt(f"{stop}; to go on: {again}") from stop
-    # A loss that runs away, and a missing extra, are for the user to mend as well.
-    except (FloatingPointError, ImportError) as error:
-        raise ValueError(str(error)) from error
+    folder = open_folder(flags, "demo" if flags.compare else "language-model")
+    start, finish = partial(_training, corpus, flags), partial(_finish, corpus, flags)
+    with resumable("train_language_model", argv, folder):
+        trained = train_models(configs, flags.seeds, folder, start, finish, resume=flags.resume)
     if trained:
         _report(trained, folder, flags)
 
@@ -101,43 +93,21 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data", default=PYTHON_DOCS, metavar="TEXT", help=f"{PYTHON_DOCS} (default), tiny-shakespeare, or a file")
-    add("--run", metavar="FOLDER", help="run folder (default: runs/demo or runs/language-model, numbered when taken)")
-    add("--resume", action="store_true", help="go on with the run in --run")
-    add("--smoke", action="store_true", help="a tiny model and a few steps, to see that it works")
+    add_run_flags(parser, "demo or runs/language-model")
     add("--compare", action="store_true", help="also train plain attention of as many parameters, in turns")
     add("--match-parameters", action="store_true", help="train only that plain model")
+    add_size_flags(parser, FULL)
     size = parser.add_argument_group("model").add_argument
-    for name in ("d-model", "num-heads", "num-layers", "d-ff"):
-        size(f"--{name}", type=int, help=f"default {FULL[name.replace('-', '_')]}")
     size("--num-kv-heads", type=int, help="key/value heads (default: --num-heads)")
-    size("--length", type=int, help=f"tokens in a window (default {FULL['length']})")
     size("--dropout", type=float, default=0.0)
     size("--activation", choices=FEED_FORWARD_ACTIVATIONS, default="gelu")
     size("--positions", choices=POSITIONS, default="rotary")
     add_graph_flags(parser)
-    train = parser.add_argument_group("training").add_argument
-    train("--batch-size", type=int, help=f"windows in a batch (default {FULL['batch_size']})")
-    train("--steps", type=int, help=f"default {FULL['steps']}")
-    train("--learning-rate", type=float, default=2e-3)
-    train("--warmup", type=int, help="steps of linear warm-up (default: a tenth of the steps, at most 100)")
-    train("--weight-decay", type=float, default=0.1)
-    train("--graph-lr-factor", type=float, default=1.0, help="learning rate of head graphs over the others'")
-    train("--seeds", type=int, nargs="+", default=[0], help="one run each, in sub-folders when there are several")
-    train("--eval-every", type=int, help="steps (default: a tenth of them)")
-    train("--checkpoint-every", type=int, help="steps (default: a fifth of them)")
-    train("--keep-checkpoints", type=int, default=2, help="the last so many; all of them make a film (default 2)")
-    train("--device", choices=("cpu", "cuda", "mps", "xpu"), help="default: the accelerator when there is one")
-    train("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision")
-    train("--compile", action="store_true", help="use torch.compile")
-    train("--threads", type=int, default=1, help="CPU threads; models this small run fastest on one (default 1)")
+    add_training_flags(parser, learning_rate=2e-3)
     return parser
 
 
 def _check(flags: argparse.Namespace) -> None:
-    if flags.threads < 1:
-        raise ValueError(f"Expected --threads of at least 1 (got {flags.threads}). Do pass a positive number.")
-    if len(set(flags.seeds)) < len(flags.seeds) or min(flags.seeds) < 0:
-        raise ValueError(f"Expected different seeds of at least 0 (got {flags.seeds}). Do change them.")
     if flags.sites == "none" and not flags.router and (flags.compare or flags.match_parameters):
         raise ValueError("Expected a head graph to compare with (got --sites none). Do add --sites or --router.")
     if flags.compare and flags.match_parameters:
@@ -168,35 +138,11 @@ def _check_length(corpus: Corpus, flags: argparse.Namespace) -> None:
     evaluation_batches(corpus.validation, batch_size=flags.batch_size, length=flags.length)
 
 
-def _run_folder(flags: argparse.Namespace) -> Path:
-    if flags.run is not None:
-        return Path(flags.run)
-    default = Path("runs", "demo" if flags.compare else "language-model")
-    return last_folder(default) if flags.resume else new_folder(default)
-
-
-def _name(seed: int, model: str, flags: argparse.Namespace) -> str:
-    parts = [f"seed-{seed}"] * (len(flags.seeds) > 1) + [model] * flags.compare
-    return "/".join(parts) or "."
-
-
-def _check_folder(folder: Path, leaves: list[Path], resume: bool) -> None:
-    found = [path.parent for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}config.json")]
-    runs = [path for path in found if path.name != "model"]
-    if resume and not runs:
-        raise ValueError(f"Expected a run to resume (got none in {folder}). Do drop --resume, or change --run.")
-    if resume and not set(runs) <= set(leaves):
-        raise ValueError(f"Expected the --compare and --seeds of the run in {folder} (got others). Do repeat them.")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"Expected a new or empty run folder (got {folder}). Do choose another --run, or --resume.")
-
-
-def _training(config: TransformerConfig, corpus: Corpus, seed: int, leaf: Path, flags: argparse.Namespace) -> Training:
+def _training(corpus: Corpus, flags: argparse.Namespace, config: TransformerConfig, seed: int, leaf: Path) -> Training:
     windows = {"batch_size": flags.batch_size, "length": flags.length}
     torch.manual_seed(seed)
     model = LanguageModel(config)
     data = {"name": corpus.name, "crc32": zlib.crc32(corpus.train.numpy().tobytes()), **windows}
-    same = ("steps", "learning_rate", "weight_decay", "graph_lr_factor", "precision", "compile", "device")
 
     def evaluate(model: LanguageModel) -> dict[str, float]:
         losses = window_losses(model, corpus.validation, **windows, limit=WINDOWS[flags.smoke])
@@ -213,27 +159,18 @@ def _training(config: TransformerConfig, corpus: Corpus, seed: int, leaf: Path, 
         model,
         partial(sample_batch, corpus.train, seed=seed, **windows),
         next_token_output,
-        TrainConfig(
-            **{name: getattr(flags, name) for name in same},
-            warmup=min(100, flags.steps // 10) if flags.warmup is None else flags.warmup,
-            eval_every=max(1, flags.steps // 10) if flags.eval_every is None else flags.eval_every,
-            checkpoint_every=max(1, flags.steps // 5) if flags.checkpoint_every is None else flags.checkpoint_every,
-            keep_checkpoints=flags.keep_checkpoints,
-            log_every=1 if flags.smoke else 10,
-            # The plain side of a comparison has no heads to leave out.
-            anneal_top_k=(flags.anneal_top_k or 0) if _is_routed(config) else 0,
-            seed=seed,
-        ),
+        # The plain side of a comparison has no heads to leave out.
+        train_config(flags, seed, anneal_top_k=(flags.anneal_top_k or 0) if _is_routed(config) else 0),
         leaf,
         evaluate=evaluate,
         on_evaluate=log if _has_graphs(config) and find_spec("tensorboard") is not None else None,
-        resume=flags.resume and (leaf / "config.json").exists(),
+        resume=can_resume(leaf, flags),
         settings={"model": config.to_dict(), "data": data, "flags": vars(flags)},
         description=leaf.name,
     )
 
 
-def _finish(training: Training, corpus: Corpus, leaf: Path, flags: argparse.Namespace) -> dict[str, Any]:
+def _finish(corpus: Corpus, flags: argparse.Namespace, training: Training, leaf: Path) -> dict[str, Any]:
     """Measures, samples and draws the model as it was saved; writes result.json and returns more of the same."""
     training.accelerator.unwrap_model(training.model).save_pretrained(leaf / "model")
     model = LanguageModel.from_pretrained(leaf / "model").eval().to(training.accelerator.device)
@@ -292,25 +229,11 @@ def _report(trained: dict[str, dict[str, Any]], folder: Path, flags: argparse.Na
             name, load = folder.name if name == "." else name, f"load CV {result['load_cv']:.3f}"
             print(f"routing of {name}: {load}, load entropy {result['load_entropy']:.3f} (balanced: 0 and 1)")
     if flags.compare:
-        print(_verdict(trained))
+        print(verdict({name: result["losses"] for name, result in trained.items()}))
     if len(trained) > 1:
         draw_curves({name: result["log"] for name, result in trained.items()}, folder / "curves.png")
     pictures = [folder / "curves.png", *sorted(folder.rglob("heads.png")), *sorted(folder.rglob("load.png"))]
     print("pictures: " + ", ".join(str(path) for path in pictures))
-
-
-def _verdict(trained: dict[str, dict[str, Any]]) -> str:
-    """Which is better: by the same windows of the validation text, or by the same seeds when there are several."""
-    kind = next(name.split("/")[-1] for name in trained if not name.endswith("plain"))
-    graphs = [result for name, result in trained.items() if name.endswith(kind)]
-    plains = [result for name, result in trained.items() if name.endswith("plain")]
-    gains = [plain["losses"] - graph["losses"] for graph, plain in zip(graphs, plains, strict=True)]
-    values = torch.stack([gain.mean() for gain in gains]) if len(gains) > 1 else gains[0]
-    gain, error = values.mean().item(), standard_error(values)
-    basis = f"{len(gains)} seeds" if len(gains) > 1 else "one seed; another one may say otherwise: --seeds 0 1 2"
-    if not abs(gain) > 2 * error:
-        return f"no difference beyond noise: {kind} is ahead by {gain:+.4f} ± {error:.4f} nats ({basis})"
-    return f"better: {kind if gain > 0 else 'plain'}, by {abs(gain):.4f} ± {error:.4f} nats ({basis})"
 
 
 if __name__ == "__main__":

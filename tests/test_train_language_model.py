@@ -135,12 +135,12 @@ def test_graph_experts(main, tmp_path):
 
 def test_the_verdict_is_what_was_measured(script):
     def trained(goh, plain):
-        return {"goh": {"losses": torch.tensor(goh)}, "plain": {"losses": torch.tensor(plain)}}
+        return {"goh": torch.tensor(goh), "plain": torch.tensor(plain)}
 
-    assert script._verdict(trained([1.0, 3.0, 5.0], [1.1, 3.1, 5.11])).startswith("better: goh, by 0.1033")
-    assert script._verdict(trained([1.1, 3.1, 5.11], [1.0, 3.0, 5.0])).startswith("better: plain, by 0.1033")
-    assert script._verdict(trained([1.0, 3.0], [1.5, 2.6])).startswith("no difference beyond noise")
-    assert script._verdict(trained([1.0, 3.0], [1.0, 3.0])).startswith("no difference beyond noise")
+    assert script.verdict(trained([1.0, 3.0, 5.0], [1.1, 3.1, 5.11])).startswith("better: goh, by 0.1033")
+    assert script.verdict(trained([1.1, 3.1, 5.11], [1.0, 3.0, 5.0])).startswith("better: plain, by 0.1033")
+    assert script.verdict(trained([1.0, 3.0], [1.5, 2.6])).startswith("no difference beyond noise")
+    assert script.verdict(trained([1.0, 3.0], [1.0, 3.0])).startswith("no difference beyond noise")
 
 
 def test_match_parameters_trains_the_plain_side_of_a_comparison(main, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PRECISIONS = ("no", "bf16", "fp16")
+SCHEDULES = ("cosine", "inverse-sqrt")
 DEVICES = (None, "cpu", "cuda", "mps", "xpu")
 # They change when something is written or where it is computed, not what is learned: a resumed run may change them.
 FREE_ON_RESUME = ("device", "compile", "eval_every", "log_every", "checkpoint_every", "keep_checkpoints")
@@ -15,12 +16,13 @@ FREE_ON_RESUME = ("device", "compile", "eval_every", "log_every", "checkpoint_ev
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of the training loop: AdamW under a warm-up and a cosine.
+    """Settings of the training loop: AdamW under a warm-up and a decay.
 
     Args:
         steps: optimizer steps.
         learning_rate: its highest value, after the warm-up.
         warmup: steps of linear rise, fewer than `steps`.
+        schedule: what follows the warm-up: `"cosine"`, or `"inverse-sqrt"` of Vaswani et al. 2017, which needs one.
         min_lr_ratio: share of `learning_rate` at which the cosine ends, in [0, 1].
         weight_decay: of matrices; vectors and head graphs have none.
         betas: of AdamW, each in [0, 1).
@@ -49,6 +51,7 @@ class TrainConfig:
     steps: int
     learning_rate: float = 1e-3
     warmup: int = 0
+    schedule: str = "cosine"
     min_lr_ratio: float = 0.1
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
@@ -86,7 +89,10 @@ class TrainConfig:
         if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
             raise ValueError(f"Expected two betas in [0, 1) (got {self.betas!r}). Do pass e.g. (0.9, 0.95).")
         object.__setattr__(self, "betas", betas)
-        for name, choices in (("precision", PRECISIONS), ("device", DEVICES), ("compile", (True, False))):
+        if self.schedule == "inverse-sqrt" and not self.warmup:
+            raise ValueError("Expected a warmup for schedule 'inverse-sqrt' (got 0). Do pass its steps.")
+        choices_of = {"precision": PRECISIONS, "device": DEVICES, "compile": (True, False), "schedule": SCHEDULES}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"Expected {name} of {list(choices)} (got {getattr(self, name)!r}). Do choose one of them."
@@ -97,9 +103,12 @@ class TrainConfig:
         return {**dataclasses.asdict(self), "betas": list(self.betas)}
 
     def learning_rate_factor(self, step: int) -> float:
-        r"""The schedule: linear warm-up, then a cosine down to `min_lr_ratio`.
+        r"""The schedule: linear warm-up, then a cosine down to `min_lr_ratio`, or the inverse square root.
 
         .. math:: f(s) = (s + 1) / W \quad (s < W), \qquad f(s) = m + (1 - m) (1 + \cos(\pi (s - W) / (S - W))) / 2
+
+        or f(s) = sqrt(W / (s + 1)), equation 3 of Vaswani et al. 2017 (arXiv 1706.03762), whose highest value there
+        is (d_model W)^-0.5; here `learning_rate` says it.
 
         Args:
             step: number of steps done, 0 at the first one.
@@ -108,9 +117,14 @@ class TrainConfig:
             >>> config = TrainConfig(steps=110, warmup=10, min_lr_ratio=0.0)
             >>> [round(config.learning_rate_factor(step), 2) for step in (0, 9, 10, 60, 110)]
             [0.1, 1.0, 1.0, 0.5, 0.0]
+            >>> config = TrainConfig(steps=110, warmup=10, schedule="inverse-sqrt")
+            >>> [round(config.learning_rate_factor(step), 2) for step in (0, 9, 39, 109)]
+            [0.1, 1.0, 0.5, 0.3]
         """
         if step < self.warmup:
             return (step + 1) / self.warmup
+        if self.schedule == "inverse-sqrt":
+            return math.sqrt(self.warmup / (step + 1))
         progress = min(1.0, (step - self.warmup) / (self.steps - self.warmup))
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
 

@@ -1,0 +1,214 @@
+"""What training scripts share: flags, run folders, seeds, Ctrl-C, tables and verdicts."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gohgraph.learning.language import standard_error
+from gohgraph.learning.loop import TrainConfig, Training, TrainingInterrupted, train_together
+from gohgraph.learning.run_folder import last_folder, new_folder
+
+
+def add_run_flags(parser: argparse.ArgumentParser, name: str) -> None:
+    """Adds the flags of every run; `runs/name` is its folder by default."""
+    add = parser.add_argument
+    add("--run", metavar="FOLDER", help=f"run folder (default: runs/{name}, numbered when taken)")
+    add("--resume", action="store_true", help="go on with the run in --run")
+    add("--smoke", action="store_true", help="a tiny model and a few steps, to see that it works")
+    add("--seeds", type=int, nargs="+", default=[0], help="one run each, in sub-folders when there are several")
+    add("--device", choices=("cpu", "cuda", "mps", "xpu"), help="default: the accelerator when there is one")
+    add("--threads", type=int, default=1, help="CPU threads; models this small run fastest on one (default 1)")
+
+
+def add_size_flags(parser: argparse.ArgumentParser, full: Mapping[str, Any]) -> None:
+    """Adds a flag for every size of a full run, such as `--d-model`; `fill_sizes` gives them their values."""
+    add = parser.add_argument_group("sizes").add_argument
+    for name, value in full.items():
+        add(f"--{name.replace('_', '-')}", type=type(value), help=f"default {value}")
+
+
+def add_training_flags(parser: argparse.ArgumentParser, *, learning_rate: float, weight_decay: float = 0.1) -> None:
+    """Adds the flags that `train_config` reads."""
+    add = parser.add_argument_group("training").add_argument
+    add("--learning-rate", type=float, default=learning_rate, help="default %(default)s")
+    add("--warmup", type=int, help="steps of linear warm-up (default: a tenth of the steps, at most 100)")
+    add("--weight-decay", type=float, default=weight_decay, help="default %(default)s")
+    add("--graph-lr-factor", type=float, default=1.0, help="learning rate of head graphs over the others'")
+    add("--eval-every", type=int, help="steps (default: a tenth of them)")
+    add("--checkpoint-every", type=int, help="steps (default: a fifth of them)")
+    add("--keep-checkpoints", type=int, default=2, help="the last so many; all of them make a film (default 2)")
+    add("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision")
+    add("--compile", action="store_true", help="use torch.compile")
+
+
+def fill_sizes(flags: argparse.Namespace, full: Mapping[str, Any], smoke: Mapping[str, Any]) -> None:
+    """Gives sizes that no flag gives their values, checks seeds and threads, and sets the number of threads.
+
+    Raises:
+        ValueError: no thread, or seeds that are negative or repeated.
+    """
+    for name, value in (smoke if flags.smoke else full).items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, value)
+    if flags.threads < 1:
+        raise ValueError(f"Expected --threads of at least 1 (got {flags.threads}). Do pass a positive number.")
+    if len(set(flags.seeds)) < len(flags.seeds) or min(flags.seeds) < 0:
+        raise ValueError(f"Expected different seeds of at least 0 (got {flags.seeds}). Do change them.")
+    torch.set_num_threads(flags.threads)
+
+
+def train_config(flags: argparse.Namespace, seed: int, **more: Any) -> TrainConfig:
+    """Returns the training that flags of `add_training_flags` describe; `more` goes over them."""
+    same = ("steps", "learning_rate", "weight_decay", "graph_lr_factor", "precision", "compile", "device")
+    steps = more.get("steps", flags.steps)
+    values = {name: getattr(flags, name) for name in same} | {
+        "warmup": min(100, steps // 10) if flags.warmup is None else flags.warmup,
+        "eval_every": max(1, steps // 10) if flags.eval_every is None else flags.eval_every,
+        "checkpoint_every": max(1, steps // 5) if flags.checkpoint_every is None else flags.checkpoint_every,
+        "keep_checkpoints": flags.keep_checkpoints,
+        "log_every": 1 if flags.smoke else 10,
+        "seed": seed,
+    }
+    return TrainConfig(**(values | more))
+
+
+def open_folder(flags: argparse.Namespace, name: str) -> Path:
+    """Returns the run folder: `--run`, or a new `runs/name` or, to resume, the last one.
+
+    Raises:
+        ValueError: there is no run to resume, or something is in the folder of a new one.
+    """
+    default = Path("runs", name)
+    folder = Path(flags.run) if flags.run is not None else (last_folder if flags.resume else new_folder)(default)
+    is_used = folder.is_dir() and any(folder.iterdir())
+    if flags.resume and not _runs_in(folder):
+        raise ValueError(f"Expected a run to resume (got none in {folder}). Do drop --resume, or change --run.")
+    if not flags.resume and is_used:
+        raise ValueError(f"Expected a new or empty run folder (got {folder}). Do choose another --run, or --resume.")
+    return folder
+
+
+def _runs_in(folder: Path) -> set[Path]:
+    found = {path.parent for path in folder.rglob("config.json") if "checkpoints" not in path.parts}
+    return {path for path in found if path.name != "model"}
+
+
+def can_resume(leaf: Path, flags: argparse.Namespace) -> bool:
+    """Returns whether `--resume` is given and the run of this folder has begun."""
+    return flags.resume and (leaf / "config.json").exists()
+
+
+@contextmanager
+def resumable(script: str, argv: Sequence[str], folder: Path) -> Iterator[None]:
+    """Names, after Ctrl-C, the command that goes on; makes what a user can mend an error of one sentence."""
+    try:
+        yield
+    except TrainingInterrupted as stop:
+        command = [argument for argument in argv if argument != "--resume"]
+        where = [] if any(argument.split("=")[0] == "--run" for argument in argv) else ["--run", str(folder)]
+        again = shlex.join(["python", f"examples/{script}.py", *command, *where, "--resume"])
+        raise KeyboardInterrupt(f"{stop}; to go on: {again}") from stop
+    # A loss that runs away, and a missing extra, are for the user to mend as well.
+    except (FloatingPointError, ImportError) as error:
+        raise ValueError(str(error)) from error
+
+
+def train_models(
+    models: Mapping[str, Any],
+    seeds: Sequence[int],
+    folder: Path,
+    start: Callable[[Any, int, Path], Training],
+    finish: Callable[[Training, Path], dict[str, Any]],
+    *,
+    resume: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Trains several models, those of a seed in turns, each in a folder of its own.
+
+    Args:
+        models: what to train by name, usually configurations.
+        seeds: one run of every model each.
+        folder: of the whole; a sub-folder `seed-0/name` has what there are several of.
+        start: `(model, seed, leaf)` to the training in that leaf of the folder.
+        finish: `(training, leaf)` to its results, called in the main process when the seed is done.
+        resume: the runs in the folder must be among these.
+
+    Returns:
+        The results by name of the run, which is its place in the folder.
+
+    Raises:
+        ValueError: the folder holds other runs.
+    """
+    leaves = {
+        (seed, name): "/".join([f"seed-{seed}"] * (len(seeds) > 1) + [name] * (len(models) > 1)) or "."
+        for seed in seeds
+        for name in models
+    }
+    if resume and not _runs_in(folder) <= {folder / leaf for leaf in leaves.values()}:
+        raise ValueError(f"Expected the --compare and --seeds of the run in {folder} (got others). Do repeat them.")
+    trained = {}
+    for seed in seeds:
+        own = {leaves[seed, name]: model for name, model in models.items()}
+        trainings = {leaf: start(model, seed, folder / leaf) for leaf, model in own.items()}
+        train_together(list(trainings.values()))
+        for leaf, training in trainings.items():
+            if training.accelerator.is_main_process:
+                trained[leaf] = finish(training, folder / leaf)
+    return trained
+
+
+def verdict(losses: Mapping[str, Tensor]) -> str:
+    """Tells which model is better: by the same examples, or by the same seeds when there are several.
+
+    Args:
+        losses: of every run `[examples]`, in nats; names that end in "plain" are the reference of the others.
+
+    Example:
+        >>> verdict({"goh": torch.tensor([1.0, 3.0]), "plain": torch.tensor([1.5, 2.6])})
+        'no difference beyond noise: goh is ahead by +0.0500 ± 0.4500 nats (one seed; ...: --seeds 0 1 2)'
+    """
+    kind = next(name.split("/")[-1] for name in losses if not name.endswith("plain"))
+    own = [values for name, values in losses.items() if name.endswith(kind)]
+    plain = [values for name, values in losses.items() if name.endswith("plain")]
+    gains = [other - mine for mine, other in zip(own, plain, strict=True)]
+    values = torch.stack([gain.mean() for gain in gains]) if len(gains) > 1 else gains[0]
+    gain, error = values.mean().item(), standard_error(values)
+    basis = f"{len(gains)} seeds" if len(gains) > 1 else "one seed; another one may say otherwise: --seeds 0 1 2"
+    if not abs(gain) > 2 * error:
+        return f"no difference beyond noise: {kind} is ahead by {gain:+.4f} ± {error:.4f} nats ({basis})"
+    return f"better: {kind if gain > 0 else 'plain'}, by {abs(gain):.4f} ± {error:.4f} nats ({basis})"
+
+
+def mean_and_deviation(values: Sequence[float], digits: int = 3) -> str:
+    """Returns the mean, and with several values the standard deviation, as text.
+
+    Example:
+        >>> mean_and_deviation([1.0, 2.0]), mean_and_deviation([1.5])
+        ('1.500 ± 0.707', '1.500')
+    """
+    values = torch.tensor(values, dtype=torch.float64)
+    shown = f"{values.mean().item():.{digits}f}"
+    return f"{shown} ± {values.std().item():.{digits}f}" if len(values) > 1 else shown
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Returns a table in Markdown, columns of equal width.
+
+    Example:
+        >>> print(markdown_table(["model", "loss"], [["plain", 1.5]]), end="")
+        | model | loss |
+        | ----- | ---- |
+        | plain | 1.5  |
+    """
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    lines.insert(1, ["-" * width for width in widths])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
