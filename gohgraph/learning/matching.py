@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from torch import nn
 
@@ -19,7 +20,9 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def match_parameters(model_class: type[nn.Module], config: TransformerConfig, parameters: int) -> TransformerConfig:
+def match_parameters(
+    model_class: Callable[[TransformerConfig], nn.Module], config: TransformerConfig, parameters: int
+) -> TransformerConfig:
     """Returns `config` with d_ff widened until its model has as nearly `parameters` parameters as whole units allow.
 
     The count is linear in d_ff, so one unit more tells its price.
@@ -43,3 +46,21 @@ def match_parameters(model_class: type[nn.Module], config: TransformerConfig, pa
         raise ValueError(f"Expected a model of at most {parameters} parameters (got {have}). Do widen the other one.")
     unit = count_parameters(model_class(dataclasses.replace(config, d_ff=config.d_ff + 1))) - have
     return dataclasses.replace(config, d_ff=config.d_ff + round((parameters - have) / unit))
+
+
+def with_plain(
+    build: Callable[[TransformerConfig], nn.Module], config: TransformerConfig
+) -> dict[str, TransformerConfig]:
+    """Returns `config` as "goh" and, as "plain", plain attention of as many parameters.
+
+    Args:
+        build: makes the model, to count its parameters.
+        config: with a head graph.
+
+    Raises:
+        ValueError: there is no head graph to compare with.
+    """
+    if config.head_graph is None:
+        raise ValueError("Expected a head graph to compare with (got none). Do add --sites or --router.")
+    parameters = count_parameters(build(config))
+    return {"goh": config, "plain": match_parameters(build, dataclasses.replace(config, head_graph=None), parameters)}
