@@ -3,6 +3,7 @@
 from gohgraph.analysis import head_importance, prune
 from gohgraph.collect import collect_routing
 from gohgraph.config import ClassifierConfig, TransformerConfig
+from gohgraph.confusion_chart import draw_confusion
 from gohgraph.conv import HeadGraphConv
 from gohgraph.convert import Report, convert, load_converted, save_converted, unconvert
 from gohgraph.drawing import (
@@ -67,6 +68,7 @@ __all__ = [
     "collect_routing",
     "convert",
     "draw",
+    "draw_confusion",
     "draw_difference",
     "draw_load",
     "draw_matrices",

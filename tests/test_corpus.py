@@ -47,7 +47,7 @@ def test_python_docs_are_real_documentation(python_docs):
 
 
 def test_python_docs_are_deterministic(python_docs, documents):
-    train, validation = module._split_documents(documents, 0.1)
+    train, validation = module.split_documents(documents, 0.1)
     assert as_bytes(python_docs.train) == train
     assert as_bytes(python_docs.validation) == validation
 
@@ -62,7 +62,7 @@ def test_python_docs_hold_out_whole_documents(python_docs, documents):
 
 @pytest.mark.parametrize("wanted", [0.03, 0.1, 0.5])
 def test_python_docs_hold_out_the_fraction_asked_for(documents, wanted):
-    train, validation = module._split_documents(documents, wanted)
+    train, validation = module.split_documents(documents, wanted)
     share = len(validation) / (len(train) + len(validation))
     assert wanted - 1e-3 < share < wanted + 0.05
 

@@ -27,7 +27,7 @@ ORDER = [
     ["record"],
     ["network", "network_files"],
     ["analysis"],
-    ["curves", "load_chart", "drawing"],
+    ["curves", "load_chart", "confusion_chart", "drawing"],
     ["tensorboard"],
     ["learning", "parallel", "benchmarks"],
 ]

@@ -114,7 +114,7 @@ def load_corpus(
         )
     name = os.fspath(source)
     if name == PYTHON_DOCS:
-        train, validation = _split_documents(_python_documents(), validation_fraction)
+        train, validation = split_documents(_python_documents(), validation_fraction)
     else:
         text = _download(name, cache) if name in _DOWNLOADS else _read_file(name)
         cut = len(text) - int(len(text) * validation_fraction)
@@ -125,7 +125,7 @@ def load_corpus(
             f"(got {len(train)} and {len(validation)} from {name!r}). "
             "Do choose a longer text, or another validation_fraction."
         )
-    return Corpus(name, _as_tensor(train), _as_tensor(validation))
+    return Corpus(name, as_tensor(train), as_tensor(validation))
 
 
 def sample_batch(
@@ -226,7 +226,8 @@ def _names() -> str:
     return " or ".join(repr(name) for name in (PYTHON_DOCS, *_DOWNLOADS))
 
 
-def _as_tensor(text: bytes) -> Tensor:
+def as_tensor(text: bytes) -> Tensor:
+    """Returns bytes as uint8 `[N]`, in memory of its own."""
     # A bytearray: torch warns about sharing memory that Python holds to be immutable.
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
@@ -277,7 +278,13 @@ def _docstrings(path: Path) -> Iterator[str]:
             yield text
 
 
-def _split_documents(documents: dict[str, str], validation_fraction: float) -> tuple[bytes, bytes]:
+def split_documents(documents: dict[str, str], validation_fraction: float) -> tuple[bytes, bytes]:
+    """Returns the text to train on and the text held out: whole documents, in the order of a hash of their names.
+
+    Example:
+        >>> split_documents({"a": "first", "b": "second"}, 0.3)
+        (b'first', b'second')
+    """
     encoded = {name: text.encode("utf-8", "backslashreplace") for name, text in documents.items()}
     wanted = validation_fraction * sum(map(len, encoded.values()))
     held_out: set[str] = set()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gohgraph.benchmarks.tasks.base import Task, generator_of
 from gohgraph.config import ClassifierConfig, TransformerConfig
+from gohgraph.learning.classification import load_digits
 from gohgraph.models import Classifier
 from gohgraph.outputs import ModelOutput
 
@@ -41,18 +42,8 @@ class Digits(Task):
     @cached_property
     def images(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images `[N, 1, 8, 8]` in [0, 1] and digits `[N]` to train on, and the same held out."""
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise ImportError(
-                "Expected scikit-learn for its digits (got none). Do pip install 'gohgraph[benchmark]'."
-            ) from error
         data = load_digits()
-        images = torch.from_numpy(data.images).float().unsqueeze(1) / 16  # [N, 1, 8, 8]
-        digits = torch.from_numpy(data.target).long()  # [N]
-        order = torch.randperm(len(digits), generator=generator_of(0, 0))
-        held_out, rest = order[: len(order) // 5], order[len(order) // 5 :]
-        return images[rest], digits[rest], images[held_out], digits[held_out]
+        return *data.train, *data.validation
 
     def config(self) -> TransformerConfig:
         """Returns the transformer's configuration without head graphs."""
