@@ -88,7 +88,7 @@ class MetaLearner(nn.Module):
         tasks = zip(episodes.support, episodes.support_targets, episodes.query, strict=True)
         fast, logits = [], []
         with sdpa_kernel(SDPBackend.MATH):
-            # One by one: under vmap (torch 2.13) second derivatives came out wrong by a percent, without an error.
+            # One by one: under vmap the second derivative of a layer norm is wrong in torch 2.13, without an error.
             for support, targets, query in tasks:
                 fast.append(self.adapt(support, targets))
                 logits.append(functional_call(self.model, fast[-1], (query,)).logits)
