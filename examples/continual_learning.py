@@ -7,8 +7,9 @@ A small language model is trained on Python's documentation, and then learns Pyt
 and licences, each only once. Fine-tuning, EWC and replay change the whole model; "graph", "lora" and "both" leave it
 frozen and give each task a head graph, low-rank updates of all linear layers (LoRA), or half of each, of about equal
 size. The table shows the average loss after the last task, backward transfer and forgetting, and for the adapters
-also what is lost when the task is not told but inferred from a quarter of each window. It takes about six minutes on
-one thread.
+also what is lost when the task is not told but inferred from a quarter of each window. It takes some minutes on one
+thread. Expected (docs/results.md): adapters forget nothing, LoRA learns more than a head graph of its size, and replay
+has the lowest average loss.
 
 The run folder holds the base, a folder for every method with its tasks and losses.json, and table.md. Ctrl-C stops it;
 the same command with --resume goes on.

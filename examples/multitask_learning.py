@@ -7,7 +7,7 @@ The tasks are Python's documentation and sources, C++ headers, Unicode names and
 model for all tasks, without and with a head graph, widened to as many parameters as "graph-per-task" has; of the
 models "...-per-task" all share the heads, and each task owns its head graph, low-rank updates of as many parameters,
 or its read-out; "separate" is a model for every task, with a fifth of the steps each. All see as many bytes. It takes
-about six minutes on one thread.
+some minutes on one thread.
 
 The run folder holds a folder for every model with its log and losses.json, curves.png and table.md. Ctrl-C stops it;
 the same command with --resume goes on.

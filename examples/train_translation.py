@@ -3,7 +3,7 @@
     python examples/train_translation.py --compare
     python examples/train_translation.py --data multi30k --compare --vocab-size 4000 --steps 3000
 
-By default the text is synthetic, sentences about numbers in English and German, and the first command takes about ten
+By default the text is synthetic, sentences about numbers in English and German, and the first command takes some
 minutes on one thread. --data names a folder with train.en, train.de, val.en and val.de, one sentence a line, such as
 Multi30k. Subwords are byte pairs over both languages; training smooths labels and follows the schedule of Vaswani et
 al. 2017; translations come from beam search and are scored in BLEU by sacrebleu, on the text as it is in the files.
