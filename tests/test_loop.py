@@ -156,6 +156,23 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
     assert [row["loss"] for row in small_rows] == pytest.approx([row["loss"] for row in large_rows], abs=1e-6)
 
 
+def test_it_stops_early_and_a_resumed_run_at_the_same_step(tmp_path):
+    losses = dict(zip(range(2, 24, 2), [3.0, 2.0, 2.5, 2.0, 1.0, 1.5, 1.0, 1.2, 0.1, 0.1, 0.1], strict=True))
+    config = changed(eval_every=2, log_every=1, checkpoint_every=5, patience=3)
+
+    def run(name, data=batch, resume=False):
+        training = Training(model(), data, next_token_output, config, tmp_path / name, resume=resume,
+                            evaluate=lambda model: {"validation_loss": losses[training.step]})  # fmt: skip
+        return train_together([training])[0]
+
+    rows = run("whole")
+    # The lowest was at step 10, equals do not count.
+    assert rows[-1]["step"] == 16 and (tmp_path / "whole" / "checkpoints" / "step-000016").is_dir()
+    with pytest.raises(TrainingInterrupted):
+        run("part", interrupted_at(12))
+    assert learned(run("part", resume=True)) == learned(rows) == learned(run("whole", resume=True))
+
+
 def test_further_measures_get_columns_of_their_own(tmp_path):
     measure = lambda model: {"validation_loss": 1.0, "accuracy": 0.5}  # noqa: E731
     seen = []
@@ -196,6 +213,11 @@ def test_resuming_with_another_configuration_names_the_keys(tmp_path):
     with pytest.raises(ValueError, match=r"model.outputs.rank = 3 for None; training.learning_rate = 0.5 for 0.01"):
         faster = changed(steps=5, learning_rate=0.5)
         train(model(), batch, next_token_output, faster, tmp_path, settings=other, resume=True)
+    file = tmp_path / "config.json"
+    older = json.loads(file.read_text())
+    # As a version before these settings wrote it.
+    del older["training"]["schedule"], older["training"]["patience"]
+    file.write_text(json.dumps(older))
     same = changed(steps=5, checkpoint_every=2, keep_checkpoints=1, log_every=1)
     train(model(), batch, next_token_output, same, tmp_path, settings={**settings, "flags": {}}, resume=True)
 
@@ -271,7 +293,7 @@ def test_impossible_devices_and_precisions_touch_nothing(tmp_path):
         {"steps": 0}, {"steps": 2.5}, {"learning_rate": math.nan}, {"learning_rate": 0.0}, {"warmup": 23},
         {"min_lr_ratio": 1.5}, {"weight_decay": -1}, {"betas": (0.9, 1.0)}, {"betas": 0.9}, {"grad_clip": 0},
         {"graph_lr_factor": -1}, {"accumulate": 0}, {"precision": "fp8"}, {"compile": "yes"}, {"device": "tpu"},
-        {"seed": True},
+        {"seed": True}, {"patience": 0}, {"schedule": "linear"}, {"schedule": "inverse-sqrt", "warmup": 0},
     ],
 )  # fmt: skip
 def test_wrong_settings_are_named(values):

@@ -42,6 +42,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, learning_rate: float,
     add("--warmup", type=int, help="steps of linear warm-up (default: a tenth of the steps, at most 100)")
     add("--weight-decay", type=float, default=weight_decay, help="default %(default)s")
     add("--graph-lr-factor", type=float, default=1.0, help="learning rate of head graphs over the others'")
+    add("--patience", type=int, help="evaluations without a better loss after which it stops (default: never)")
     add("--eval-every", type=int, help="steps (default: a tenth of them)")
     add("--checkpoint-every", type=int, help="steps (default: a fifth of them)")
     add("--keep-checkpoints", type=int, default=2, help="the last so many; all of them make a film (default 2)")
@@ -67,7 +68,7 @@ def fill_sizes(flags: argparse.Namespace, full: Mapping[str, Any], smoke: Mappin
 
 def train_config(flags: argparse.Namespace, seed: int, **more: Any) -> TrainConfig:
     """Returns the training that flags of `add_training_flags` describe; `more` goes over them."""
-    same = ("steps", "learning_rate", "weight_decay", "graph_lr_factor", "precision", "compile", "device")
+    same = "steps learning_rate weight_decay graph_lr_factor patience precision compile device".split()
     steps = more.get("steps", flags.steps)
     values = {name: getattr(flags, name) for name in same} | {
         "warmup": min(100, steps // 10) if flags.warmup is None else flags.warmup,

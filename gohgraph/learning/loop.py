@@ -97,7 +97,7 @@ def train_together(trainings: Sequence[Training], block: int = 25) -> list[list[
     """
     try:
         with interrupts() as interrupted:
-            while unfinished := [training for training in trainings if training.step < training.config.steps]:
+            while unfinished := [training for training in trainings if not training.is_done]:
                 target = (min(training.step for training in unfinished) // block + 1) * block
                 for training in unfinished:
                     if training.advance(target, interrupted.is_set):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gohgraph.learning.train_config import FREE_ON_RESUME
+from gohgraph.learning.train_config import FREE_ON_RESUME, TrainConfig
 
 CONFIG, LOG, CURVES, CHECKPOINTS, STATE = "config.json", "log.csv", "curves.png", "checkpoints", "trainer.json"
 COLUMNS = ("step", "loss", "validation_loss", "lr", "tokens_per_second", "seconds")
@@ -110,6 +110,9 @@ class RunFolder:
             saved = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"Expected JSON in {file} (got {error}). Do restore the file.") from error
+        if isinstance(saved, dict) and isinstance(saved.get("training"), dict):
+            # A setting that is younger than the run had the value that is now its default.
+            saved["training"] = {**TrainConfig(steps=1).to_dict(), **saved["training"]}
         differing = sorted(_differences(saved, json.loads(json.dumps(self.settings))))
         if differing:
             raise ValueError(

@@ -32,6 +32,8 @@ class TrainConfig:
             budget, fewer than `steps`; 0 for that budget at once. Under `compile`, every k is compiled anew.
         anneal_in_degree: steps over which learned topologies lose their weakest edges, until every head has its budget
             of them, fewer than `steps`; 0 keeps all edges.
+        patience: evaluations in a row without a new lowest validation_loss after which training stops early; `None`
+            never stops it. The model is left as it was then; the schedule is that of all `steps`.
         accumulate: batches whose gradients make one step.
         eval_every, log_every, checkpoint_every: steps between evaluations, log rows and checkpoints.
         keep_checkpoints: how many of the last checkpoints are kept.
@@ -59,6 +61,7 @@ class TrainConfig:
     graph_lr_factor: float = 1.0
     anneal_top_k: int = 0
     anneal_in_degree: int = 0
+    patience: int | None = None
     accumulate: int = 1
     eval_every: int = 100
     log_every: int = 10
@@ -74,6 +77,8 @@ class TrainConfig:
             self._check_int(name, low=1)
         for name in ("warmup", "anneal_top_k", "anneal_in_degree", "seed"):
             self._check_int(name, low=0)
+        if self.patience is not None:
+            self._check_int("patience", low=1)
         self._check_number("learning_rate", low=0, above=True)
         self._check_number("min_lr_ratio", low=0, high=1)
         self._check_number("weight_decay", low=0)

@@ -75,6 +75,8 @@ class Training:
         # Losses since the last row of the log: on the device, and read from it.
         self._new: list[Tensor] = []
         self._losses: list[float] = []
+        # Of all evaluations so far, for early stopping.
+        self._validation_losses: list[float] = []
         if resume:
             self._load()
         self._tokens, self._row_seconds = 0, self.seconds
@@ -87,10 +89,17 @@ class Training:
             mininterval=0.2 if sys.stderr.isatty() else 15, **silent,
         )  # fmt: skip
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps are done, or training has stopped early."""
+        losses, patience = self._validation_losses, self.config.patience
+        stopped = patience is not None and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+        return self.step >= self.config.steps or stopped
+
     def advance(self, target: int, interrupted: Callable[[], bool] = lambda: False) -> bool:
         """Trains up to step `target` or to the last one; returns True when it was interrupted."""
         target = min(target, self.config.steps)
-        while self.step < target:
+        while self.step < target and not self.is_done:
             began = time.perf_counter()
             self._train_step()
             due = self._is_due(self.config.log_every) or self._is_due(self.config.eval_every)
@@ -100,7 +109,7 @@ class Training:
             self.bar.update()
             if due:
                 self._log()
-            if self._is_due(self.config.checkpoint_every):
+            if self._is_due(self.config.checkpoint_every) or self.is_done:
                 self.save()
             if self._agree(interrupted()):
                 return True
@@ -116,6 +125,7 @@ class Training:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             state = {"seconds": self.seconds, "losses": self._losses, "routing": self.routing.pending}
+            state["validation_losses"] = self._validation_losses
             self.folder.commit_checkpoint(self.step, state, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -205,6 +215,8 @@ class Training:
         with torch.no_grad():
             measured = self.evaluate(model)
         model.train()
+        if "validation_loss" in measured:
+            self._validation_losses.append(measured["validation_loss"])
         return measured
 
     def _load(self) -> None:
@@ -215,6 +227,7 @@ class Training:
                 self.accelerator.load_state(str(checkpoints[-1]))
                 self.step, self.seconds, self._losses = state["step"], state["seconds"], state["losses"]
                 self.routing.pending = state["routing"]
+                self._validation_losses = state.get("validation_losses", [])
             # Pickle, zip, safetensors, JSON and torch each have errors of their own for a damaged file.
             except Exception as error:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
