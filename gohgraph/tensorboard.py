@@ -51,8 +51,9 @@ def log_head_graphs(writer: Any, model: nn.Module | Mapping[str, Recording], ste
     for title, name in zip(graph_titles(list(heads)), heads, strict=True):
         if not heads[name].edge_index.numel():
             continue
-        writer.add_histogram(f"{title}/mean", heads[name].mean, step)
-        writer.add_histogram(f"{title}/strength", strengths[name], step)
+        # The default bins end at 1e20: a run that is about to diverge would end in their error and not in its own.
+        writer.add_histogram(f"{title}/mean", heads[name].mean, step, bins="auto")
+        writer.add_histogram(f"{title}/strength", strengths[name], step, bins="auto")
         numbers = {"static share": found[name].static_share, "reciprocity": found[name].reciprocity}
         for measure, value in ({} if isinstance(model, nn.Module) else numbers).items():
             if not math.isnan(value):
