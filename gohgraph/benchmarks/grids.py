@@ -61,7 +61,7 @@ def forms_at(size: Size, names: list[str]) -> list[str]:
     """Returns the forms that a size is measured in: those whose maps fit into 8 GiB, and have as many heads.
 
     Example:
-        >>> forms_at(Size(512, 8, 8192, 1), ["plain", "talking-heads"])
+        >>> forms_at(Size(512, 8, 8192, 1), ["plain", "x-talking-heads"])
         ['plain']
     """
     maps = 4 * size.batch * size.num_heads * size.length**2
