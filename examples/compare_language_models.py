@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.matching import count_parameters, match_parameters
 from gohgraph.learning.sweep import sweep
 from gohgraph.load import load_cv
+from gohgraph.tables import mean_and_deviation
 
 PILOT_SEED, FINALISTS = 1000, 3
 EVALUATIONS = 8
@@ -197,9 +197,9 @@ def _table(
     for name, config in configs.items():
         losses = [_validated(histories[name, seed]) for seed in seeds]
         base = [_validated(histories[reference, seed]) for seed in seeds]
-        cells = " | ".join(_spread([run[i] for run in losses]) for i in shown)
+        cells = " | ".join(mean_and_deviation([run[i] for run in losses], 4) for i in shown)
         ahead = [own[-1] - other[-1] for own, other in zip(losses, base, strict=True)]
-        difference = "" if name == reference else _spread(ahead, signed=True)
+        difference = "" if name == reference else mean_and_deviation(ahead, 4, signed=True)
         parameters = count_parameters(LanguageModel(config))
         lines.append(f"| {name} | {parameters:,} | {config.d_ff} | {rates[name]:g} | {cells} | {difference} |")
     lines += _load_lines(list(configs), histories, seeds)
@@ -218,11 +218,6 @@ def _load_lines(
 
 def _validated(history: list[dict[str, Any]]) -> list[float]:
     return [row["validation_loss"] for row in history if row["validation_loss"] is not None]
-
-
-def _spread(values: list[float], *, signed: bool = False) -> str:
-    shown = f"{mean(values):+.4f}" if signed else f"{mean(values):.4f}"
-    return f"{shown} ± {stdev(values):.4f}" if len(values) > 1 else shown
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -51,8 +51,6 @@ from gohgraph.learning.experiment import (
     add_training_flags,
     can_resume,
     fill_sizes,
-    markdown_table,
-    mean_and_deviation,
     open_folder,
     resumable,
     train_config,
@@ -62,6 +60,7 @@ from gohgraph.learning.loop import train
 from gohgraph.learning.low_rank import ALL_LINEAR, add_low_rank, matching_rank
 from gohgraph.learning.matching import count_parameters
 from gohgraph.learning.run_folder import write_text
+from gohgraph.tables import markdown_table, mean_and_deviation
 
 BASE, TASKS = "documentation", ("python", "cpp", "names", "licences")
 ADAPTERS = ("graph", "lora", "both")
@@ -222,7 +221,7 @@ def _report(results: dict[tuple[int, str], dict[str, Any]], folder: Path, flags:
         for method in flags.methods
     ]
     untrained = [mean(results[seed, flags.methods[0]]["before"]) for seed in flags.seeds]
-    table = markdown_table(header, [["base, untouched", "0", mean_and_deviation(untrained), *[""] * 4], *rows])
+    table = markdown_table([header, ["base, untouched", "0", mean_and_deviation(untrained), *[""] * 4], *rows]) + "\n"
     write_text(folder / "table.md", table)
     print(f"\n{table}\nlosses in nats per byte over {', '.join(TASKS)}; written: {folder / 'table.md'}")
 

@@ -33,6 +33,7 @@ from gohgraph.learning.checkpoints import load_language_model
 from gohgraph.learning.corpus import PYTHON_DOCS, evaluation_batches, load_corpus
 from gohgraph.learning.language import next_token_output
 from gohgraph.learning.run_folder import write_text
+from gohgraph.tables import markdown_table, mean_and_deviation
 
 KEEP = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)
 TABLE = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0)
@@ -109,28 +110,22 @@ def _measure(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def _faithfulness_table(results: list[dict[str, Any]]) -> str:
-    lines = ["", "| order of edges | rank correlation with ablation |", "| --- | --- |"]
+    lines = [["order of edges", "rank correlation with ablation"]]
     for name in results[0]["faithfulness"]:
         if name != "ablation":
-            lines.append(f"| {name} | {_spread([result['faithfulness'][name] for result in results], 2)} |")
-    return "\n".join(lines)
+            lines.append([name, mean_and_deviation([result["faithfulness"][name] for result in results], 2)])
+    return "\n" + markdown_table(lines)
 
 
 def _pruning_table(results: list[dict[str, Any]]) -> str:
-    lines = ["", "| edges kept | " + " | ".join(f"{share:.0%}" for share in TABLE) + " |", "| --- " * 8 + "|"]
+    lines = [["edges kept", *(f"{share:.0%}" for share in TABLE)]]
     for name in results[0]["curves"]:
         cells = []
         for share in TABLE:
             seeds = [[dict(map(tuple, curve))[share] for curve in result["curves"][name]] for result in results]
-            cells.append(_spread([statistics.mean(losses) for losses in seeds], 3))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
-
-
-def _spread(values: list[float], digits: int) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+            cells.append(mean_and_deviation([statistics.mean(losses) for losses in seeds]))
+        lines.append([name, *cells])
+    return "\n" + markdown_table(lines) + "\n"
 
 
 if __name__ == "__main__":

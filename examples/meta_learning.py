@@ -35,8 +35,6 @@ from gohgraph.learning.experiment import (
     add_training_flags,
     can_resume,
     fill_sizes,
-    markdown_table,
-    mean_and_deviation,
     open_folder,
     resumable,
     train_config,
@@ -48,6 +46,7 @@ from gohgraph.learning.low_rank import ATTENTION, LowRankUpdate, add_low_rank, m
 from gohgraph.learning.matching import count_parameters
 from gohgraph.learning.meta import MetaLearner, few_shot_accuracy, maml_loss, parameters_of, reptile_loss
 from gohgraph.learning.run_folder import write_text
+from gohgraph.tables import markdown_table, mean_and_deviation
 
 # What adapts in the inner loop: types and names of modules, all of them without either.
 ADAPTED: dict[str, dict[str, Any]] = {
@@ -186,7 +185,7 @@ def _report(results: dict[str, dict[str, Any]], folder: Path, flags: argparse.Na
         seconds = mean_and_deviation([one["seconds"] for one in own], digits=0)
         rows.append([method, f"{own[0]['parameters']:,}", f"{own[0]['bytes_adapted']:,}", accuracy, loss, seconds])
     header = ["inner loop", "parameters", "bytes adapted", "accuracy [%]", "loss", "time [s]"]
-    table = markdown_table(header, rows)
+    table = markdown_table([header, *rows]) + "\n"
     write_text(folder / "table.md", table)
     if len(results) > 1:
         draw_curves({name: one["log"] for name, one in results.items()}, folder / "curves.png")

@@ -39,8 +39,6 @@ from gohgraph.learning.experiment import (
     add_training_flags,
     can_resume,
     fill_sizes,
-    markdown_table,
-    mean_and_deviation,
     open_folder,
     resumable,
     train_config,
@@ -52,6 +50,7 @@ from gohgraph.learning.low_rank import add_low_rank, matching_rank
 from gohgraph.learning.matching import count_parameters, match_parameters
 from gohgraph.learning.multitask import TaskSampler, task_output
 from gohgraph.learning.run_folder import write_text
+from gohgraph.tables import markdown_table, mean_and_deviation
 
 PER_TASK = ("graph-per-task", "lora-per-task", "read-out-per-task")
 METHODS = ("plain", "graph", *PER_TASK, "separate")
@@ -210,7 +209,7 @@ def _report(results: dict[str, dict[str, Any]], folder: Path, flags: argparse.Na
             by_seed.append({**losses, "mean": mean(losses.values()), "parameters": size})
         columns = [mean_and_deviation([one[name] for one in by_seed]) for name in (*DOMAINS, "mean")]
         rows.append([method, f"{by_seed[0]['parameters']:,}", *columns])
-    table = markdown_table(["method", "parameters", *DOMAINS, "mean"], rows)
+    table = markdown_table([["method", "parameters", *DOMAINS, "mean"], *rows]) + "\n"
     write_text(folder / "table.md", table)
     if len(results) > 1:
         draw_curves({name: one["log"] for name, one in results.items()}, folder / "curves.png")

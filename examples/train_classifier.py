@@ -43,7 +43,6 @@ from gohgraph.learning.experiment import (
     add_training_flags,
     can_resume,
     fill_sizes,
-    markdown_table,
     open_folder,
     resumable,
     train_config,
@@ -53,6 +52,7 @@ from gohgraph.learning.experiment import (
 from gohgraph.learning.loop import Training
 from gohgraph.learning.matching import count_parameters, with_plain
 from gohgraph.learning.run_folder import step_seconds, write_text
+from gohgraph.tables import markdown_table
 
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "length", "batch_size", "steps")
 FULL = dict(zip(SIZES, (48, 8, 2, 96, 32, 64, 600), strict=True))
@@ -182,7 +182,7 @@ def _report(trained: dict[str, dict[str, Any]], folder: Path, flags: argparse.Na
         ]
         for name, one in trained.items()
     ]  # fmt: skip
-    table = markdown_table(header, rows)
+    table = markdown_table([header, *rows]) + "\n"
     write_text(folder / "table.md", table)
     print(f"\n{table}")
     if flags.compare:

@@ -37,7 +37,6 @@ from gohgraph.learning.experiment import (
     add_training_flags,
     can_resume,
     fill_sizes,
-    markdown_table,
     open_folder,
     resumable,
     train_config,
@@ -49,6 +48,7 @@ from gohgraph.learning.matching import count_parameters, with_plain
 from gohgraph.learning.parallel_text import NUMERALS, PairBatches, ParallelText, Subwords, load_parallel_text
 from gohgraph.learning.run_folder import step_seconds, write_text
 from gohgraph.learning.translation import bleu, sentence_losses, translate, translation_output
+from gohgraph.tables import markdown_table
 
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "vocab_size", "batch_size", "steps")
 FULL = dict(zip(SIZES, (96, 8, 2, 192, 400, 32, 600), strict=True))
@@ -190,7 +190,7 @@ def _report(trained: dict[str, dict[str, Any]], folder: Path, flags: argparse.Na
         ]
         for name, one in trained.items()
     ]  # fmt: skip
-    table = markdown_table(header, rows)
+    table = markdown_table([header, *rows]) + "\n"
     write_text(folder / "table.md", table)
     print(f"\n{table}\nloss in nats per subword; BLEU {next(iter(trained.values()))['bleu_signature']}")
     if flags.compare:

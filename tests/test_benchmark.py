@@ -11,6 +11,7 @@ from helpers import load_script
 from tqdm import tqdm
 
 from gohgraph.benchmarks import forms, grids, speed, timing
+from gohgraph.tables import markdown_table
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,7 @@ def test_unknown_command_is_one_sentence_and_code_2(tool, capsys):
 
 
 def test_table_aligns_names_left_and_numbers_right():
-    lines = timing.markdown_table("**t**", [["", "n"], ["a", "8.0"], ["long", "10.25"]]).splitlines()
+    lines = markdown_table([["", "n"], ["a", "8.0"], ["long", "10.25"]], "**t**").splitlines()
     assert lines == [
         "**t**",
         "",

@@ -27,7 +27,7 @@ def test_two_seeds_give_tables_and_curves(tmp_path, capsys):
     capsys.readouterr()
     assert script.main(arguments) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"^\| strength \| -?\d\.\d\d ± \d\.\d\d \|$", shown, flags=re.MULTILINE)
+    assert re.search(r"^\| strength +\| +-?\d\.\d\d ± \d\.\d\d \|$", shown, flags=re.MULTILINE)
     assert shown.count(" ± ") == 7 + 6 * 7 and (run / "pruning.png").is_file()
     result = json.loads((run / "seed-1" / "importance.json").read_text())
     assert [share for share, _ in result["curves"]["ablation"][0]] == list(script.KEEP)

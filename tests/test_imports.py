@@ -15,7 +15,8 @@ PACKAGE = ROOT / "gohgraph"
 # Lowest first: a module imports from lines before its own, and from its own line only what stands to its left.
 ORDER = [
     ["config_base", "site_config", "graph_config", "config"],
-    ["topologies", "graph", "edges", "cache", "generation", "checkpoint", "figures", "command_line", "graph_flags"],
+    ["topologies", "graph", "edges", "cache", "generation", "checkpoint", "figures", "tables"],
+    ["command_line", "graph_flags"],
     ["inputs", "moments", "places"],
     ["conv", "routing", "collect", "load", "baselines"],
     ["experts", "keyed", "learned_topology", "sites"],

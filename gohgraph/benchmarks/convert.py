@@ -17,11 +17,12 @@ from torch import nn
 from tqdm import tqdm
 
 from gohgraph.benchmarks.flags import add_shared_flags, check_shared_flags, numbers_of, place
-from gohgraph.benchmarks.timing import WARM_UP, Call, interleaved, markdown_table, ratios
+from gohgraph.benchmarks.timing import WARM_UP, Call, interleaved, ratios
 from gohgraph.conv import HeadGraphConv
 from gohgraph.convert import convert
 from gohgraph.graph_config import HeadGraphConfig
 from gohgraph.site_config import SiteConfig
+from gohgraph.tables import markdown_table
 
 DEFAULT_SIZES, SMOKE_SIZES = ("768/12/12/256/1",), ("24/4/2/7/1",)
 REPEATS = 20
@@ -130,7 +131,7 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
             low, median, high = row["ratio"]
             time = f"{statistics.median(row['seconds']) * 1e3:.1f} ms"
             lines.append([row["variant"], f"{row['parameters']:,}", time, f"{median:.3f} ({low:.3f}-{high:.3f})"])
-        shown.append(markdown_table(f"**{kind}**, {size}", lines))
+        shown.append(markdown_table(lines, f"**{kind}**, {size}"))
     return shown
 
 

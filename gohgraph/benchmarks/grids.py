@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gohgraph.benchmarks.flags import check_shared_flags
 from gohgraph.benchmarks.forms import VARIANTS, Size
-from gohgraph.benchmarks.timing import markdown_table
+from gohgraph.tables import markdown_table
 
 OURS = ("plain", "output", "output-ring4", "score-ring2", "talking-heads")
 FORMS = (*OURS, "torch", "x-transformers", "x-talking-heads")
@@ -85,4 +85,4 @@ def grid_table(title: str, rows: list[dict[str, Any]], value: str) -> str:
     for name in dict.fromkeys(row["variant"] for row in rows):
         cells = (found.get((name, column)) for column in columns)
         lines.append([name, *("-" if number is None else f"{number:.2f}" for number in cells)])
-    return markdown_table(f"**{title}**, {fixed}", lines)
+    return markdown_table(lines, f"**{title}**, {fixed}")

@@ -9,8 +9,8 @@ from typing import Any
 
 from gohgraph.benchmarks.statistics import at_budget, interval, needed_budget
 from gohgraph.benchmarks.tasks import Task
-from gohgraph.benchmarks.timing import markdown_table
 from gohgraph.figures import INK, new_figure, save_figure
+from gohgraph.tables import markdown_table
 
 COLOURS = {"better": "#0072B2", "worse": "#D55E00", "unclear": "#999999"}
 
@@ -72,7 +72,7 @@ def quality_table(
             ]
         )
     curve = ", ".join(f"{budget:g}: {value:.4f}" for budget, value in plain_curve.items())
-    return markdown_table(title, lines) + f"\n\nPlain attention by steps, as multiples of {task.steps:,}: {curve}."
+    return markdown_table(lines, title) + f"\n\nPlain attention by steps, as multiples of {task.steps:,}: {curve}."
 
 
 def draw_quality(

@@ -39,7 +39,8 @@ from gohgraph.benchmarks.decoding import (
     heads_read,
 )
 from gohgraph.benchmarks.flags import DTYPES, add_shared_flags, check_at_least, check_shared_flags, numbers_of, place
-from gohgraph.benchmarks.timing import WARM_UP, interleaved, markdown_table, ratios
+from gohgraph.benchmarks.timing import WARM_UP, interleaved, ratios
+from gohgraph.tables import markdown_table
 
 DEFAULT_SIZES, DEFAULT_CONTEXTS = ("512/8", "1024/16"), (512, 2048, 8192)
 SMOKE_SIZES, SMOKE_CONTEXTS = ("32/8",), (5, 67)
@@ -121,7 +122,7 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
         cells += [f"{statistics.median(row['seconds']) * 1e3:.3f} ms", f"{median:.2f} ({low:.2f}-{high:.2f})"]
         share = row["cache_bytes"] / rows[0]["cache_bytes"]
         lines.append([*cells, f"{row['cache_bytes'] / 2**20:.2f} MiB", f"{share:.0%}"])
-    return [markdown_table(f"**decoding one token**, {size}", lines)]
+    return [markdown_table(lines, f"**decoding one token**, {size}")]
 
 
 def _size(text: str) -> tuple[int, int]:

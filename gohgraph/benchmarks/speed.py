@@ -29,8 +29,9 @@ from tqdm import tqdm
 from gohgraph.benchmarks.decoding import filled_cache
 from gohgraph.benchmarks.flags import add_shared_flags, check_shared_flags, numbers_of, place
 from gohgraph.benchmarks.forms import VARIANTS, Size, build
-from gohgraph.benchmarks.timing import WARM_UP, Call, interleaved, markdown_table, ratios
+from gohgraph.benchmarks.timing import WARM_UP, Call, interleaved, ratios
 from gohgraph.stacks import EncoderLayer
+from gohgraph.tables import markdown_table
 
 DEFAULT_SIZES = ("512/8/512/2", "1024/16/256/2", "256/8/1024/2")
 SMOKE_SIZES = ("32/4/24/2",)
@@ -165,7 +166,7 @@ def _table(rows: list[dict]) -> str:
             cells += [f"{milliseconds:.2f} ms", f"{median:.3f} ({low:.3f}-{high:.3f})"]
         memory = row["peak_bytes"]
         lines.append([*cells, f"{memory / 2**20:.1f} MiB", f"{memory / rows[0]['peak_bytes']:.3f}"])
-    return markdown_table(f"**{rows[0]['part']}**, {size}", lines)
+    return markdown_table(lines, f"**{rows[0]['part']}**, {size}")
 
 
 def _size(text: str, names: list[str]) -> Size:

@@ -121,26 +121,3 @@ def machine(device: str, dtype: str, threads: int, repeats: int) -> str:
         name = found[0].partition(":")[2].strip() if found else name
     malloc = "".join(f", {name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_"))
     return f"{name}, {threads} CPU threads, torch {torch.__version__}, {dtype}, {repeats} interleaved rounds{malloc}"
-
-
-def markdown_table(title: str, lines: list[list[str]]) -> str:
-    """Returns an aligned Markdown table under its title: first column to the left, the others to the right.
-
-    Args:
-        title: a line of Markdown.
-        lines: cells; the first line is the head.
-
-    Example:
-        >>> print(markdown_table("**sizes**", [["", "heads"], ["small", "8"]]))
-        **sizes**
-        <BLANKLINE>
-        |       | heads |
-        | ----- | ----: |
-        | small |     8 |
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    signs = "<" + ">" * len(widths[1:])
-    whole = [lines[0], rule, *lines[1:]]
-    aligned = ([f"{c:{s}{w}}" for c, s, w in zip(cells, signs, widths, strict=True)] for cells in whole)
-    return f"{title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in aligned)

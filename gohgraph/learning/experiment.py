@@ -185,31 +185,3 @@ def verdict(losses: Mapping[str, Tensor]) -> str:
     if not abs(gain) > 2 * error:
         return f"no difference beyond noise: {kind} is ahead by {gain:+.4f} ± {error:.4f} nats ({basis})"
     return f"better: {kind if gain > 0 else 'plain'}, by {abs(gain):.4f} ± {error:.4f} nats ({basis})"
-
-
-def mean_and_deviation(values: Sequence[float], digits: int = 3) -> str:
-    """Returns the mean, and with several values the standard deviation, as text.
-
-    Example:
-        >>> mean_and_deviation([1.0, 2.0]), mean_and_deviation([1.5])
-        ('1.500 ± 0.707', '1.500')
-    """
-    values = torch.tensor(values, dtype=torch.float64)
-    shown = f"{values.mean().item():.{digits}f}"
-    return f"{shown} ± {values.std().item():.{digits}f}" if len(values) > 1 else shown
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Returns a table in Markdown, columns of equal width.
-
-    Example:
-        >>> print(markdown_table(["model", "loss"], [["plain", 1.5]]), end="")
-        | model | loss |
-        | ----- | ---- |
-        | plain | 1.5  |
-    """
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
-    lines.insert(1, ["-" * width for width in widths])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
