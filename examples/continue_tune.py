@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -38,8 +37,10 @@ from gohgraph.learning.language import window_losses
 from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.matching import count_parameters
 from gohgraph.learning.sweep import sweep
+from gohgraph.learning.text_models import encoder_of
 from gohgraph.outputs import ModelOutput, model_output
 from gohgraph.stacks import StackOutput
+from gohgraph.tables import markdown_table, mean_and_deviation
 
 VARIANTS = {
     "continued": "trained on, without head graphs",
@@ -109,7 +110,7 @@ def _train(
 ) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    start, encode = load_language_model(model)
+    start, encode = load_base(model)
     corpus = load_corpus(data)
     texts = {part: encode(getattr(corpus, part)) for part in ("train", "validation")}
     batch = partial(sample_batch, texts["train"], batch_size=batch_size, length=length, seed=seed)
@@ -143,7 +144,7 @@ def _train(
     return {"before": before, "rows": rows, "parameters": count_parameters(start)}
 
 
-def load_language_model(source: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def load_base(source: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """Returns a language model and what makes token ids of bytes: gohgraph's from a folder, others from the hub."""
     if (Path(source) / "model" / "config.json").is_file():
         source = str(Path(source) / "model")
@@ -154,12 +155,7 @@ def load_language_model(source: str) -> tuple[nn.Module, Callable[[Tensor], Tens
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError("Expected transformers (got none). Do pip install 'gohgraph[tune]'.") from error
-    tokenizer = AutoTokenizer.from_pretrained(source)
-
-    def encode(data: Tensor) -> Tensor:
-        text = bytes(data.tolist()).decode("utf-8", "replace")
-        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int32)
-
+    encode = encoder_of(AutoTokenizer.from_pretrained(source))
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), encode
 
 
@@ -234,19 +230,14 @@ def _table(found: dict[str, list[dict[str, Any]]], rates: dict[str, float]) -> s
     """Validation loss over seeds; differences are taken seed by seed to the first variant."""
     reference = next(iter(found))
     ends = {name: [each["rows"][-1]["validation_loss"] for each in results] for name, results in found.items()}
-    lines = [f"| | trained parameters | learning rate | validation loss | minus {reference} |", "|" + " --- |" * 5]
-    lines.append(f"| before | | | {found[reference][0]['before']:.4f} | |")
+    lines = [["", "trained parameters", "learning rate", "validation loss", f"minus {reference}"]]
+    lines.append(["before", "", "", f"{found[reference][0]['before']:.4f}", ""])
     for name, results in found.items():
         ahead = [own - other for own, other in zip(ends[name], ends[reference], strict=True)]
-        difference = "" if name == reference else _spread(ahead, "+")
+        difference = "" if name == reference else mean_and_deviation(ahead, 4, signed=True)
         parameters = f"{results[0]['parameters']:,}"
-        lines.append(f"| {name} | {parameters} | {rates[name]:g} | {_spread(ends[name])} | {difference} |")
-    return "\n".join([*lines, "", *(f"{name}: {VARIANTS[name]}." for name in found)]) + "\n"
-
-
-def _spread(values: list[float], sign: str = "") -> str:
-    shown = f"{mean(values):{sign}.4f}"
-    return f"{shown} ± {stdev(values):.4f}" if len(values) > 1 else shown
+        lines.append([name, parameters, f"{rates[name]:g}", mean_and_deviation(ends[name], 4), difference])
+    return "\n".join([markdown_table(lines), "", *(f"{name}: {VARIANTS[name]}." for name in found)]) + "\n"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -45,7 +45,7 @@ def llama(tmp_path_factory):
 
 def test_a_converted_model_reads_text_by_its_tokenizer(llama):
     source = load_text_model(llama)
-    tokens = source.encode(torch.frombuffer(bytearray(WORDS.encode()), dtype=torch.uint8))
+    tokens = source.encode(torch.frombuffer(bytearray(WORDS.encode()), dtype=torch.uint8)).long()
     strings = source.strings(tokens)
     assert "".join(strings) == WORDS and len(strings) < len(WORDS) and source.longest == 64
     loss = source.loss(source.model, (tokens[None, :-1], tokens[None, 1:]))

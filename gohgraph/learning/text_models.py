@@ -83,11 +83,17 @@ def is_converted(folder: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _of_tokenizer(model: nn.Module, tokenizer: Any) -> TextModel:
+def encoder_of(tokenizer: Any) -> Callable[[Tensor], Tensor]:
+    """Returns what makes token ids int32 `[T]` of bytes uint8 `[N]`, by a tokenizer of transformers."""
+
     def encode(text: Tensor) -> Tensor:
         words = bytes(text.tolist()).decode("utf-8", "replace")
-        return torch.tensor(tokenizer(words, add_special_tokens=False)["input_ids"])
+        return torch.tensor(tokenizer(words, add_special_tokens=False)["input_ids"], dtype=torch.int32)
 
+    return encode
+
+
+def _of_tokenizer(model: nn.Module, tokenizer: Any) -> TextModel:
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = batch
         return next_token_loss(model(input_ids=inputs, use_cache=False).logits, targets)
@@ -95,20 +101,22 @@ def _of_tokenizer(model: nn.Module, tokenizer: Any) -> TextModel:
     def strings(tokens: Tensor) -> list[str]:
         return [tokenizer.decode([token]) for token in tokens.tolist()]
 
-    return TextModel(model, encode, strings, loss, getattr(model.config, "max_position_embeddings", None))
+    longest = getattr(model.config, "max_position_embeddings", None)
+    return TextModel(model, encoder_of(tokenizer), strings, loss, longest)
 
 
 def _tokenizer(folder: Path, model: nn.Module) -> Any:
     from transformers import AutoTokenizer
 
     places = [str(folder / BACKBONE), getattr(model.config, "_name_or_path", "")]
+    reasons = []
     for place in filter(None, places):
         try:
             return AutoTokenizer.from_pretrained(place)
-        # transformers raises many kinds of errors for a folder without a tokenizer.
-        except Exception:
-            continue
+        # transformers raises many kinds of errors for a folder without a tokenizer, or with a damaged one.
+        except Exception as error:
+            reasons.append(f"{place}: {' '.join(str(error).split())[:120]}")
     raise ValueError(
-        f"Expected the model's tokenizer in {folder / BACKBONE} (got none there, nor where the model came from). Do "
-        "save it there by its save_pretrained."
+        f"Expected the model's tokenizer in {folder / BACKBONE} (got none: {'; '.join(reasons)}). Do save it there by "
+        "its save_pretrained."
     )
