@@ -189,6 +189,14 @@ def test_tiles_are_chosen_from_the_measured_length_on(monkeypatch, keys, expecte
     assert len(calls) == expected
 
 
+def test_a_few_queries_over_many_keys_run_on_whole_maps(monkeypatch):
+    calls = spied(monkeypatch)
+    memory = torch.randn(1, tiled.TILED_FROM_KEYS, M).double()
+    for queries in (tiled.FEWEST_ROWS - 1, tiled.FEWEST_ROWS):
+        attention()(torch.randn(1, queries, M).double(), memory)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("case", ["dropout", "one token", "pyg", "off", "keyed", "second gradients"])
 def test_other_forms_run_where_tiles_cannot(monkeypatch, case):
     calls = spied(monkeypatch)
