@@ -155,3 +155,21 @@ def test_random_graphs_are_shared_by_all_tasks():
         for task in adapters.tasks
     ]
     assert edges[0] == edges[1] and len(edges[0]) == 2
+
+
+def test_low_rank_updates_are_those_of_peft():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    own = nn.ModuleDict({"query": nn.Linear(7, 5), "value": nn.Linear(7, 3)})
+    theirs = inject_adapter_in_model(LoraConfig(r=2, lora_alpha=3, target_modules=["query"]), copy.deepcopy(own))
+    add_low_rank(own, 2, alpha=3, targets=["query"])
+    update, layer = own["query"].parametrizations.weight[0], theirs["query"]
+    with torch.no_grad():
+        for mine, other in ((update.lora_A, layer.lora_A), (update.lora_B, layer.lora_B)):
+            mine.copy_(other["default"].weight.normal_())
+    x = torch.randn(11, 7)
+    torch.testing.assert_close(own["query"](x), theirs["query"](x))
+    (own["query"](x).square().sum() + theirs["query"](x).square().sum()).backward()
+    torch.testing.assert_close(update.lora_A.grad, layer.lora_A["default"].weight.grad)
+    torch.testing.assert_close(update.lora_B.grad, layer.lora_B["default"].weight.grad)

@@ -253,6 +253,7 @@ def test_pointing_at_a_head_tells_its_numbers(page):
     page.mouse.move(*page.evaluate(POINT, ["network", x, y]))
     tooltip = page.locator(".bk-tooltip-row-value", has_text="0.3, head")
     tooltip.first.wait_for(timeout=5000)
+    assert tooltip.first.is_visible()
 
 
 @pytest.mark.slow
@@ -262,4 +263,5 @@ def test_a_dark_system_gets_a_dark_page(browser, tmp_path):
     page = context.new_page()
     page.goto(f"file://{tmp_path}/heads.html")
     page.wait_for_function("document.documentElement.dataset.theme == 'dark'")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(27, 29, 33)"
     context.close()
