@@ -1,10 +1,11 @@
 """Gives a pretrained language model head graphs and trains on, beside training on without, beside LoRA.
 
-    python examples/continue_tune.py --run runs/tune --data my.txt
+    python examples/continue_tune.py --run runs/tune
     python examples/continue_tune.py --run runs/tune-hub --model HuggingFaceTB/SmolLM2-135M --data my.txt --steps 200
 
 The model is a name or path of the Hugging Face hub, or a folder of `examples/train_language_model.py`, which makes one
-first when there is none. All variants start from it and read the same tokens in the same order; each has the learning
+first when there is none. That one has read Python's documentation; unless `--data` names another text, it trains on on
+C++ headers. All variants start from the same model and read the same tokens in the same order; each has the learning
 rate of a grid that was best on the first seed. The routers of `moh` keep the heads that matter most to the loss, start
 as plain attention and come to their budget in the first half of the steps. An interrupted run goes on where it stopped
 when it is called again.
@@ -32,7 +33,8 @@ from gohgraph.convert.conversion import find_blocks
 from gohgraph.drawing import draw_curves
 from gohgraph.head_order import share_important_heads
 from gohgraph.inputs import next_token_loss
-from gohgraph.learning.corpus import load_corpus, sample_batch
+from gohgraph.learning.corpus import Corpus, load_corpus, sample_batch
+from gohgraph.learning.domains import DOMAINS, load_domain
 from gohgraph.learning.language import window_losses
 from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.matching import count_parameters
@@ -111,7 +113,7 @@ def _train(
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     start, encode = load_base(model)
-    corpus = load_corpus(data)
+    corpus = load_text(data)
     texts = {part: encode(getattr(corpus, part)) for part in ("train", "validation")}
     batch = partial(sample_batch, texts["train"], batch_size=batch_size, length=length, seed=seed)
     evaluate = partial(_evaluate, texts["validation"], length)
@@ -142,6 +144,11 @@ def _train(
         description=path.name,
     )
     return {"before": before, "rows": rows, "parameters": count_parameters(start)}
+
+
+def load_text(data: str) -> Corpus:
+    """Returns a kind of text of this installation by its name, or else a corpus or file."""
+    return load_domain(data) if data in DOMAINS else load_corpus(data)
 
 
 def load_base(source: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -245,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--run", default="runs/tune", help="folder of results, continued if it is there (default: %(default)s)")
     add("--model", help="name or path of the hub, or a run of train_language_model.py (default: trains one)")
-    add("--data", default="python-docs", help="a corpus by name, or a text file (default: %(default)s)")
+    add("--data", default="cpp", help=f"text of {' '.join(DOMAINS)}, a corpus, or a file (default: %(default)s)")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="the first is the reference")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--steps", type=int, default=250, help="of every run (default: %(default)s)")
