@@ -26,7 +26,17 @@ from transformers_models import (
     tokens,
 )
 
-from gohgraph import HeadGraphConfig, HeadRouter, SiteConfig, convert, fold, record, unconvert
+from gohgraph import (
+    HeadGraphConfig,
+    HeadRouter,
+    SiteConfig,
+    convert,
+    fold,
+    load_converted,
+    record,
+    save_converted,
+    unconvert,
+)
 from gohgraph.convert.attention_interface import HeadGraphs
 
 CONFIGS = {"outputs": OUTPUTS, "wide": WIDE, "dense": DENSE}
@@ -324,11 +334,20 @@ def test_models_that_need_other_inputs_take_an_example():
 SHAPE = {"vocab_size": 97, "hidden_size": 30, "num_hidden_layers": 2, "intermediate_size": 22, "num_attention_heads": 5}
 
 
-@pytest.mark.skipif("GOHGRAPH_CHECKPOINT" not in os.environ, reason="GOHGRAPH_CHECKPOINT names no causal model")
+@pytest.mark.skipif("GOHGRAPH_CHECKPOINT" not in os.environ, reason="GOHGRAPH_CHECKPOINT names no model of text")
 @torch.no_grad()
-def test_a_real_checkpoint():
-    model = hf.AutoModelForCausalLM.from_pretrained(os.environ["GOHGRAPH_CHECKPOINT"]).eval()
-    ids = torch.randint(model.config.vocab_size, (1, 64))
-    before = logits(model, input_ids=ids)
+def test_a_real_checkpoint(tmp_path):
+    path = os.environ["GOHGRAPH_CHECKPOINT"]
+    names = hf.AutoConfig.from_pretrained(path).architectures
+    causal = any(name.endswith(("CausalLM", "LMHeadModel")) for name in names)
+    model = (hf.AutoModelForCausalLM if causal else hf.AutoModel).from_pretrained(path).eval()
+    ids = torch.randint(model.config.vocab_size, (1, 61))
+    before = model(input_ids=ids)[0]
     convert(model)
-    assert torch.equal(logits(model, input_ids=ids), before)
+    assert torch.equal(model(input_ids=ids)[0], before)
+    moved(model)
+    after = model(input_ids=ids)[0]
+    assert (after - before).abs().max() > 1e-3
+    save_converted(model, tmp_path)
+    assert torch.equal(load_converted(tmp_path).eval()(input_ids=ids)[0], after)
+    assert torch.equal(unconvert(model)(input_ids=ids)[0], before)
