@@ -126,12 +126,25 @@ def test_a_second_call_trains_nothing(finished, tool, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in (folder / "results").iterdir()} == before
 
 
+@pytest.mark.slow
+def test_the_factor_is_of_head_graphs_alone(finished, tool, tmp_path):
+    folder, argv = finished
+    assert tool.main([*argv[:-1], str(tmp_path / "run"), "--graph-lr-factor", "3"]) == 0
+    first, other = (json.loads((run / "results.json").read_text())["two-cues"] for run in (folder, tmp_path / "run"))
+    losses = [
+        {name: [row["loss"] for log in found["logs"] for row in log] for name, found in run.items()}
+        for run in (first, other)
+    ]
+    assert losses[0]["plain"] == losses[1]["plain"] and losses[0]["outputs"] != losses[1]["outputs"]
+
+
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
         (["--seeds", "0", "0"], "Expected different --seeds"),
         (["--rates", "0"], "Expected --rates above 0"),
         (["--budgets", "-1"], "Expected --budgets above 0"),
+        (["--graph-lr-factor", "0"], "Expected --graph-lr-factor above 0"),
         (["--steps", "1"], "Expected --steps of at least 2"),
         (["--jobs", "0"], "Expected --jobs of at least 1"),
     ],

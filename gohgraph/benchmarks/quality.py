@@ -51,6 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--variants", nargs="+", choices=PRESETS, default=BASIC, metavar="NAME", help=f"of {' '.join(PRESETS)}")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="(default: 0 1 2 3 4)")
     add("--rates", nargs="+", type=float, help="the grid of learning rates (default: each task's own)")
+    add("--graph-lr-factor", type=float, default=1.0, help="learning rate of head graphs, times the rate (%(default)s)")
     add("--steps", type=int, help="of a full run (default: each task's own)")
     add("--budgets", nargs="*", type=float, default=list(BUDGETS), help="of plain attention, times the steps")
     add("--data", help="text of the task 'text': a corpus by name, or a file")
@@ -134,6 +135,7 @@ class Contest:
                 "rate": trial.rate,
                 "seed": trial.seed,
                 "steps": max(2, round(self.task.steps * trial.budget)),
+                "graph_lr_factor": self.flags.graph_lr_factor,
             }
             for trial in trials
         }
@@ -212,6 +214,7 @@ def _check(flags: argparse.Namespace) -> None:
         values = getattr(flags, name)
         if len(set(values)) < len(values):
             raise ValueError(f"Expected different --{name} (got {values}). Do name each once.")
-    for name in ("rates", "budgets"):
-        if not all(0 < value < float("inf") for value in getattr(flags, name) or ()):
-            raise ValueError(f"Expected --{name} above 0 (got {getattr(flags, name)}). Do pass e.g. 0.5.")
+    positive = {"rates": flags.rates or (), "budgets": flags.budgets, "graph-lr-factor": [flags.graph_lr_factor]}
+    for name, values in positive.items():
+        if not all(0 < value < float("inf") for value in values):
+            raise ValueError(f"Expected --{name} above 0 (got {values}). Do pass e.g. 0.5.")

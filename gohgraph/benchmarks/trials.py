@@ -61,6 +61,7 @@ def run_trial(
     rate: float,
     seed: int,
     steps: int,
+    graph_lr_factor: float,
 ) -> list[dict[str, Any]]:
     """Trains one model on one thread and returns its log; an interrupted run goes on from its checkpoint.
 
@@ -71,6 +72,7 @@ def run_trial(
         config: of the model, as a dictionary.
         plain: of plain attention, whose first weights all variants share.
         rate, seed, steps: of the training.
+        graph_lr_factor: learning rate of the head graphs, as a multiple of `rate`.
     """
     torch.set_num_threads(1)
     own, path = TASKS[task](**options), Path(folder) / name
@@ -84,6 +86,7 @@ def run_trial(
         TrainConfig(
             steps=steps,
             learning_rate=rate,
+            graph_lr_factor=graph_lr_factor,
             warmup=steps // 20,
             anneal_in_degree=steps // 2 if learns_topology else 0,
             eval_every=every,
