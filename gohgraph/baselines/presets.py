@@ -59,6 +59,7 @@ HEAD_GRAPHS: dict[str, Preset] = {
     "weights": _inner(weights=SiteConfig()),
     "keyed-scores": _inner(scores=SiteConfig.ring(4, keyed=True)),
     "scores-complete": _inner(scores=SiteConfig()),
+    "scores-weights": _inner(scores=SiteConfig(), weights=SiteConfig()),
     "outputs-ring-2": _outputs(SiteConfig.ring(2)),
     "outputs-ring-4": _outputs(SiteConfig.ring(4)),
     "outputs-learned-4": _outputs(SiteConfig(in_degree=4)),
