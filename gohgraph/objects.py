@@ -281,7 +281,7 @@ class MultiHeadAttention(nn.Module):
             keep_mask = _and(causal_mask(tokens, keys, q.device), keep_mask)
         if has_no_maps:
             return plain_attention(q, k, v, keep_mask, dropout, is_causal)
-        if runs_in_tiles((on_scores, on_weights), q, k, dropout, self.tiled):
+        if runs_in_tiles((on_scores, on_weights), q, k, dropout, self.tiled, self.wide):
             mixes = [graph if graph is None else graph.mixing(x, **active) for graph in (on_scores, on_weights)]
             return tiled_attention(q, k, v, *mixes, keep_mask, is_causal)
         if self.wide is not None and on_weights is None and (tokens > 1 or states):

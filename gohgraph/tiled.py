@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from gohgraph.kernels.mixed_attention import flash_mixed_attention, kernel_takes
 
 # Numbers of a tile of maps (rows * H * S) that stay in a core's cache between its products, and the rows between which
 # products are neither too flat to be fast nor waste much above the diagonal. Flat from a half to the double of each.
@@ -18,6 +20,10 @@ FEWEST_ROWS, MOST_ROWS = 64, 128
 # From so many keys, and queries enough for a tile, on tiles are the fastest form of every graph on a CPU; a few queries
 # over many keys take up to three times longer in tiles than on whole maps.
 TILED_FROM_KEYS = 256
+
+# On CUDA wide heads of a lower in-degree are left to torch's own kernels: they cost about k times plain attention,
+# and ours the same for every k. Chosen by counting products, not by timing.
+KERNEL_FROM_IN_DEGREE = 4
 
 
 class Tile(NamedTuple):
@@ -52,6 +58,9 @@ def tiled_attention(
     plain attention for every graph up to the complete one. Backward computes the maps again, tile by tile, so memory
     grows with T and not with T x S. Gradients are for one backward pass: second ones need `mixed_attention`.
 
+    On CUDA, messages between scores alone run as one Triton kernel, `flash_mixed_attention`, where `kernel_takes` the
+    device, type and sizes.
+
     Source: tiles and recomputation as in FlashAttention (arXiv 2205.14135); here a tile holds the maps of all heads and
     whole rows, so that its softmax is the ordinary one.
 
@@ -76,6 +85,8 @@ def tiled_attention(
     if is_causal and keep_mask is not None:
         raise ValueError("Expected keep_mask or is_causal (got both). Do make causality part of the mask.")
     batch, tokens, heads, head_dim = q.shape
+    if mix_weights is None and mix_scores is not None and kernel_takes(q.device, q.dtype, heads, head_dim):
+        return flash_mixed_attention(q, k.to(q.dtype), v.to(q.dtype), mix_scores, keep_mask, is_causal)
     groups = heads // k.shape[2]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # [B, S, H, D]
@@ -88,18 +99,26 @@ def tiled_attention(
 
 
 def runs_in_tiles(
-    graphs: Iterable[nn.Module | None], q: Tensor, k: Tensor, dropout: float, tiled: bool | None = None
+    graphs: Sequence[nn.Module | None],
+    q: Tensor,
+    k: Tensor,
+    dropout: float,
+    tiled: bool | None = None,
+    wide: nn.Module | None = None,
 ) -> bool:
     """Whether `tiled_attention` is to stand in for messages of these graphs between maps.
 
     It can where all are linear maps of the dense backend, there are several queries, no dropout and no tracing by the
-    compiler. Second gradients are asked for as of torch's own attention, by `sdpa_kernel(SDPBackend.MATH)`.
+    compiler. Second gradients are asked for as of torch's own attention, by `sdpa_kernel(SDPBackend.MATH)`. It is to
+    on a CPU from a measured length on, and on CUDA as a kernel, which takes messages between scores alone, unless
+    they run as wide heads of in-degree 2 or 3.
 
     Args:
-        graphs: over scores and over weights, `None` for none.
+        graphs: over scores and, if given, over weights, `None` for none.
         q, k: queries `[B, T, H, D]` and keys `[B, S, G, D]`.
         dropout: probability of dropping an attention weight.
-        tiled: `None` where tiles were measured to pay, True wherever they can run, False for never.
+        tiled: `None` where tiles are to pay, True wherever they can run, False for never.
+        wide: `WideHeads` that can stand in for the messages too, or `None`.
     """
     if tiled is False or dropout or q.shape[1] == 1 or not q.numel() or not k.shape[1]:
         return False
@@ -108,7 +127,12 @@ def runs_in_tiles(
     there = [graph for graph in graphs if graph is not None]
     if not all(getattr(graph, "is_mixing", False) and graph.backend == "dense" for graph in there):
         return False
-    pays = k.device.type == "cpu" and k.shape[1] >= TILED_FROM_KEYS and q.shape[1] >= FEWEST_ROWS
+    if k.device.type == "cpu":
+        pays = k.shape[1] >= TILED_FROM_KEYS and q.shape[1] >= FEWEST_ROWS
+    else:
+        narrow = wide is not None and wide.in_degree < KERNEL_FROM_IN_DEGREE
+        only_scores = len(there) == 1 and there[0] is graphs[0]
+        pays = only_scores and not narrow and kernel_takes(q.device, q.dtype, q.shape[2], q.shape[3])
     return bool(tiled) or pays
 
 

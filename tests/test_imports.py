@@ -20,7 +20,7 @@ ORDER = [
     ["inputs", "moments", "places"],
     ["conv", "routing", "collect", "load", "baselines"],
     ["experts", "keyed", "learned_topology", "sites"],
-    ["scores", "tiled", "skipping", "grouping", "embeddings", "feed_forward", "objects"],
+    ["scores", "kernels", "tiled", "skipping", "grouping", "embeddings", "feed_forward", "objects"],
     ["head_sites"],
     ["sublayers", "stacks"],
     ["outputs", "models"],

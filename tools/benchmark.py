@@ -2,6 +2,7 @@
 
     python tools/benchmark.py --sizes 512/8/512/2 --repeats 30 --only output score-ring2 --markdown benchmark.md
     python tools/benchmark.py routing --sizes 512/8 --contexts 512 8192
+    python tools/benchmark.py kernels --sizes 8/64 32/128 --capability 80
     python tools/benchmark.py convert --kinds forward "forward and backward"
     python tools/benchmark.py quality --tasks text two-cues --variants plain element-gate outputs
 
@@ -23,7 +24,7 @@ from types import ModuleType
 import torch
 from tqdm import tqdm
 
-from gohgraph.benchmarks import convert, memory, quality, routing, scaling, speed
+from gohgraph.benchmarks import convert, kernels, memory, quality, routing, scaling, speed
 from gohgraph.benchmarks.timing import machine
 from gohgraph.command_line import ArgumentParser, run
 
@@ -34,6 +35,7 @@ COMMANDS = {
     "routing": routing,
     "quality": quality,
     "convert": convert,
+    "kernels": kernels,
 }
 DEFAULT = "speed"
 

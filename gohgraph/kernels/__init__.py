@@ -1,0 +1,1 @@
+"""Kernels for CUDA, in Triton: attention that mixes the scores of all heads within a tile."""
