@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 
@@ -37,7 +38,8 @@ def test_smoke_measures_every_form_and_writes_what_it_prints(tool, tmp_path, cap
     assert torch.get_num_threads() == threads and gc.isenabled()
     saved, printed = json.loads(files[0].read_text()), capsys.readouterr().out
     assert torch.__version__ in saved["machine"] and "1 CPU threads" in saved["machine"]
-    assert [row["variant"] for row in saved["rows"]] == 2 * list(forms.VARIANTS)
+    on_cpu = [name for name, variant in forms.VARIANTS.items() if not variant.kernel]
+    assert [row["variant"] for row in saved["rows"]] == 2 * on_cpu
     for row in saved["rows"]:
         timed = [passes for passes in speed.PASSES if passes in row]
         assert timed == list(speed.PASSES[: 3 if forms.VARIANTS[row["variant"]].foreign is None else 2])
@@ -46,10 +48,25 @@ def test_smoke_measures_every_form_and_writes_what_it_prints(tool, tmp_path, cap
     assert len(tables) == 2 and all(table in printed for table in tables)
     for table in tables:
         lines = table.splitlines()
-        assert len(lines) == 2 + len(forms.VARIANTS) and len({len(line) for line in lines}) == 1
+        assert len(lines) == 2 + len(on_cpu) and len({len(line) for line in lines}) == 1
     plain, folded = ([row for row in saved["rows"] if row["variant"] == name] for name in ("plain", "output-folded"))
     assert [row["peak_bytes"] for row in plain] == [row["peak_bytes"] for row in folded]
     assert all(row["forward"]["ratio"] == [1.0, 1.0, 1.0] for row in plain)
+
+
+def test_kernel_forms_are_measured_where_a_gpu_takes_every_size(monkeypatch):
+    monkeypatch.setattr(forms, "kernel_takes", lambda device, dtype, heads, head_dim: heads < 16)
+    kernels = [name for name, variant in forms.VARIANTS.items() if variant.kernel]
+    asked = {"only": None, "smoke": False, "repeats": 2, "threads": 1, "device": "cpu", "dtype": "bfloat16"}
+    asked |= {"json": None, "markdown": None}
+    for sizes, compiled, expected in (
+        (["64/8/4/1"], False, kernels),
+        (["64/8/4/1", "64/16/4/1"], False, []),
+        (["64/8/4/1"], True, []),
+    ):
+        flags = argparse.Namespace(**asked, sizes=sizes, compile=compiled)
+        speed.cases(flags)
+        assert [name for name in flags.only if forms.VARIANTS[name].kernel] == expected
 
 
 def test_outside_opponent_computes_the_plain_function(size):
@@ -174,6 +191,7 @@ def test_ratios_are_taken_within_a_round():
         (["--sizes", "512/0/512/2"], "heads dividing d_model"),
         (["--sizes", "6/3/5/2"], "at least 4 heads for output-ring4"),
         (["--only", "talking"], "['talking']"),
+        (["--only", "score-complete-kernel"], "['score-complete-kernel'] on cpu"),
         (["--repeats", "1"], "--repeats of at least 2"),
         (["--repeats", "many"], "many"),
         (["--threads", "0"], "--threads of at least 1"),

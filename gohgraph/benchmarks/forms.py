@@ -15,6 +15,7 @@ from gohgraph.benchmarks.decoding import budget
 from gohgraph.config import TransformerConfig
 from gohgraph.fold import fold
 from gohgraph.graph_config import HeadGraphConfig
+from gohgraph.kernels.mixed_attention import kernel_takes
 from gohgraph.site_config import SiteConfig
 from gohgraph.stacks import EncoderLayer
 
@@ -38,6 +39,7 @@ class Variant:
         fewest_heads: of a size that can be measured.
         active: percentage of heads that work for a token, under a router; `None` for no router.
         foreign: makes another library's layer of the plain one, `None` for ours.
+        kernel: measures a CUDA kernel, and nothing where that does not run.
     """
 
     head_graph: HeadGraphConfig | None = None
@@ -45,6 +47,12 @@ class Variant:
     fewest_heads: int = 1
     active: int | None = None
     foreign: Callable[[EncoderLayer, Size], nn.Module] | None = None
+    kernel: bool = False
+
+    def runs(self, size: Size, device: str, dtype: torch.dtype) -> bool:
+        """Whether the form can be measured there: a kernel where a GPU takes these heads, all others everywhere."""
+        head_dim = size.d_model // size.num_heads
+        return not self.kernel or kernel_takes(torch.device(device), dtype, size.num_heads, head_dim)
 
 
 class TorchLayer(nn.Module):
@@ -136,16 +144,21 @@ def _force_eager(attention: nn.Module) -> None:
     attention.wide = None
 
 
+def _force_kernel(attention: nn.Module) -> None:
+    attention.tiled = True
+
+
 def _force_all_heads(attention: nn.Module) -> None:
     attention.skip = False
 
 
-def _score_ring(in_degree: int, *change: Callable) -> Variant:
-    return Variant(HeadGraphConfig(outputs=None, scores=SiteConfig.ring(in_degree)), *change, fewest_heads=in_degree)
+def _score_ring(in_degree: int, *change: Callable, kernel: bool = False) -> Variant:
+    graphs = HeadGraphConfig(outputs=None, scores=SiteConfig.ring(in_degree))
+    return Variant(graphs, *change, fewest_heads=in_degree, kernel=kernel)
 
 
-def _score_complete(*change: Callable) -> Variant:
-    return Variant(HeadGraphConfig(outputs=None, scores=SiteConfig()), *change)
+def _score_complete(*change: Callable, kernel: bool = False) -> Variant:
+    return Variant(HeadGraphConfig(outputs=None, scores=SiteConfig()), *change, kernel=kernel)
 
 
 VARIANTS = {
@@ -159,8 +172,10 @@ VARIANTS = {
     **{f"score-ring{k}": _score_ring(k) for k in (2, 4)},
     **{f"score-ring{k}-wide": _score_ring(k, _force_wide) for k in (2, 4)},
     **{f"score-ring{k}-eager": _score_ring(k, _force_eager) for k in (2, 4)},
+    **{f"score-ring{k}-kernel": _score_ring(k, _force_kernel, kernel=True) for k in (2, 4)},
     "score-complete": _score_complete(),
     "score-complete-eager": _score_complete(_force_eager),
+    "score-complete-kernel": _score_complete(_force_kernel, kernel=True),
     **{f"moh-{percent}": Variant(fewest_heads=4, active=percent) for percent in (75, 50, 25)},
     "talking-heads": Variant(HeadGraphConfig(None, MIXING, weights=MIXING)),
     "x-talking-heads": Variant(foreign=partial(x_transformers_layer, talking=True)),

@@ -11,7 +11,10 @@ shuffled order, and gives one ratio to plain; shown are their median and quartil
 Peak memory is that of forward+backward above what was live before, gradients included: on CUDA
 `max_memory_allocated`, on CPU the running sum of the allocations and frees that `torch.profiler` records.
 
---compile runs every form under torch.compile, but for decode.
+--compile runs every form under torch.compile, but for decode; kernel forms are left out then.
+
+Forms named kernel are the Triton kernels for CUDA, measured by default where a GPU takes all sizes; there, score-ring4
+and score-complete are these kernels too, score-ring2 is wide heads.
 
 On Linux CPUs, malloc may return large score maps (eager) to the system after a call, or not, by what ran before: tens
 of milliseconds. MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 keep them; the header shows both.
@@ -102,8 +105,19 @@ def cases(flags: argparse.Namespace) -> list[Size]:
     if unknown := sorted(set(flags.only or ()) - set(VARIANTS)):
         raise ValueError(f"Expected variants of {list(VARIANTS)} (got {unknown}). Do choose among them.")
     check_shared_flags(flags, REPEATS)
-    flags.only = [name for name in VARIANTS if name == "plain" or name in (flags.only or VARIANTS)]
-    return [_size(text, flags.only) for text in flags.sizes or (SMOKE_SIZES if flags.smoke else DEFAULT_SIZES)]
+    texts = flags.sizes or (SMOKE_SIZES if flags.smoke else DEFAULT_SIZES)
+    asked, flags.only = flags.only, [name for name in VARIANTS if name == "plain" or name in (flags.only or VARIANTS)]
+    sizes = [_size(text, flags.only) for text in texts]
+    # A compiled layer does not call the kernels.
+    runs = {name: not (flags.compile and VARIANTS[name].kernel) for name in flags.only}
+    runs |= {name: runs[name] and all(_runs(name, size, flags) for size in sizes) for name in flags.only}
+    if refused := [name for name in asked or () if not runs[name]]:
+        raise ValueError(
+            f"Expected a GPU, sizes and a type that the kernels take, not compiled (got {refused} on {flags.device} in "
+            f"{flags.dtype}). Do read gohgraph.kernels.mixed_attention.kernel_takes."
+        )
+    flags.only = [name for name in flags.only if runs[name]]
+    return sizes
 
 
 def calls(size: Size, flags: argparse.Namespace) -> int:
@@ -167,6 +181,10 @@ def _table(rows: list[dict]) -> str:
         memory = row["peak_bytes"]
         lines.append([*cells, f"{memory / 2**20:.1f} MiB", f"{memory / rows[0]['peak_bytes']:.3f}"])
     return markdown_table(lines, f"**{rows[0]['part']}**, {size}")
+
+
+def _runs(name: str, size: Size, flags: argparse.Namespace) -> bool:
+    return VARIANTS[name].runs(size, **place(flags))
 
 
 def _size(text: str, names: list[str]) -> Size:
