@@ -88,6 +88,18 @@ def test_pictures_and_networkx_are_imported_where_used(path):
     assert not roots & {"matplotlib", "networkx", "accelerate", "transformers", "bokeh", "tensorboard"}
 
 
+WITH_TRITON = [PACKAGE / "kernels" / f"{name}.py" for name in ("tiles", "forward", "backward", "launch")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_triton_is_imported_by_its_kernels_alone_and_these_where_they_run(path):
+    at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {f"{node_module(node)}.{alias.name}".strip(".") for node in at_top for alias in node.names}
+    kernels = tuple(f"gohgraph.kernels.{file.stem}" for file in WITH_TRITON)
+    found = [name for name in names if name.split(".")[0] == "triton" or name.startswith(kernels)]
+    assert bool(found) == (path in WITH_TRITON)
+
+
 def node_module(node):
     return getattr(node, "module", None) or ""
 

@@ -37,6 +37,15 @@ def gpu(monkeypatch):
         getattr(mixed_attention, known).cache_clear()
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A cache of compiled kernels of this run's own."""
+    pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
 def test_kernels_in_the_interpreter():
     """One process for all: the interpreter has to be chosen before anything imports Triton."""
     pytest.importorskip("triton")
@@ -51,22 +60,18 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize(
     ("heads", "head_dim", "dtype", "masked"), [(32, 64, "bfloat16", True), (13, 96, "float32", False)]
 )
-def test_kernels_compile_for_a_gpu_and_fit_into_it(monkeypatch, tmp_path, heads, head_dim, dtype, masked):
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def test_kernels_compile_for_a_gpu_and_fit_into_it(compiled, heads, head_dim, dtype, masked):
     found = usages(heads, head_dim, dtype, capability=80, masked=masked)
     assert len(found) == 3
     for usage in found:
         assert usage.shared <= mixed_attention.SHARED_MEMORY and usage.products and 0 < usage.registers <= 255
 
 
-def test_the_report_of_what_kernels_take(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def test_the_report_of_what_kernels_take(compiled, capsys):
     tool = load_script("tools", "benchmark")
-    assert tool.main(["kernels", "--smoke"]) == 0
+    assert tool.main(["kernels", "--sizes", "13/96", "--dtype", "float32", "--capability", "80"]) == 0
     shown = capsys.readouterr().out
-    assert "bfloat16" in shown and shown.count("| 8/64 ") == 3
+    assert "float32" in shown and "capability 8.0" in shown and shown.count("| 13/96 ") == 3
     assert tool.main(["kernels", "--sizes", "8"]) == 2
     assert capsys.readouterr().err.startswith("error: Expected heads/head_dim (got '8')")
 
