@@ -54,12 +54,12 @@ def _maps_of_tile(
     keep = may_attend(
         mask, rows, columns, num_rows, num_columns, every, mask_head, mask_row, mask_column, HEADS, CAUSAL, MASKED
     )
-    log_sum = load_rows(lse, rows, num_rows, every, float("inf"), HEADS)  # [M, H]
+    log_sum = load_rows(lse, rows, num_rows, every, HEADS)  # [M, H]
     weights = tl.where(keep, tl.exp2(mixed * LOG2E - log_sum[:, :, None]), 0.0)
     dweights = products_of_heads(
         dz, v, rows, columns, num_rows, num_columns, 0, HEADS, DIM, GROUP, H, CHUNK, PRECISION
     )
-    products = load_rows(product, rows, num_rows, every, 0.0, HEADS)  # [M, H]
+    products = load_rows(product, rows, num_rows, every, HEADS)  # [M, H]
     return scores, weights, weights * (dweights - products[:, :, None])
 
 
@@ -204,7 +204,7 @@ def backward_keys_kernel(
                 mask + batch * mask_batch, rows, columns, num_rows, num_columns, heads, mask_head, mask_row,
                 mask_column, HEADS, CAUSAL, MASKED,
             )
-            log_sum = load_rows(lse + first, rows, num_rows, heads, float("inf"), HEADS)  # [M, BLOCK]
+            log_sum = load_rows(lse + first, rows, num_rows, heads, HEADS)  # [M, BLOCK]
             weights = tl.where(keep, tl.exp2(mixed * LOG2E - log_sum[:, :, None]), 0.0)  # [M, BLOCK, N]
         grad = load_heads(dz, rows, num_rows, first_head, 0, HEADS, DIM, 1, BLOCK, D)  # [BLOCK, M, D]
         weights = tl.permute(weights, (1, 2, 0)).to(grad.dtype)  # [BLOCK, N, M]

@@ -79,12 +79,10 @@ def forward_kernel(
         values = load_heads(v, columns, num_columns, first_head, 0, HEADS, DIM, GROUP, BLOCK, D)  # [BLOCK, N, D]
         weights = tl.permute(weights, (1, 0, 2)).to(values.dtype)  # [BLOCK, M, N]
         found = tl.dot(weights, values, found * tl.permute(shrink, (1, 0))[:, :, None], input_precision=PRECISION)
-    attended = total > 0
-    total = tl.where(attended, total, 1.0)
-    # A row without any key has found zeros, and gives them.
+    # A row without any key has found zeros, and gives them; backward keeps none of its weights, so its sum is not read.
+    total = tl.where(total > 0, total, 1.0)
     found = found / tl.permute(total, (1, 0))[:, :, None]
     store_heads(z + first * DIM, found, rows, num_rows, first_head, HEADS, DIM, BLOCK, D)
-    # exp2(score - inf) is 0: in backward such a row needs no case of its own.
-    log_sum = tl.where(attended, largest + tl.log2(total), float("inf"))
+    log_sum = largest + tl.log2(total)
     inside = (rows < num_rows)[:, None] & (heads < HEADS)[None, :]
     tl.store(lse + first + rows[:, None] * HEADS + heads[None, :], log_sum, mask=inside)

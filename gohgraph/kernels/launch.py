@@ -70,7 +70,7 @@ def constants(q: Tensor, groups: int, *, masked: bool, is_causal: bool) -> dict[
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Returns z `[B, T, H, D]` and the base-2 log-sum-exp of every row, `[B, T, H]`; infinity for one without keys."""
+    """Returns z `[B, T, H, D]` and the base-2 log-sum-exp of the mixed scores of every row, `[B, T, H]`."""
     q = inputs.q
     z, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     _launch(forward_kernel, q.shape[1], inputs, z, lse)

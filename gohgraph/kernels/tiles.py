@@ -64,10 +64,10 @@ def load_mix(pointer, rows, num_rows, receivers, senders, stride, HEADS: tl.cons
 
 
 @triton.jit
-def load_rows(pointer, rows, num_rows, heads, other, HEADS: tl.constexpr):
-    """Reads `[rows, heads]` of a tensor `[num_rows, HEADS]`; beyond its ends is `other`."""
+def load_rows(pointer, rows, num_rows, heads, HEADS: tl.constexpr):
+    """Reads `[rows, heads]` of a tensor `[num_rows, HEADS]`; beyond its ends are zeros."""
     inside = (rows < num_rows)[:, None] & (heads < HEADS)[None, :]
-    return tl.load(pointer + rows[:, None] * HEADS + heads[None, :], mask=inside, other=other)
+    return tl.load(pointer + rows[:, None] * HEADS + heads[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
