@@ -1,4 +1,4 @@
-"""The Triton kernels: in the interpreter, as compiled for GPUs, and when they are chosen."""
+"""The Triton kernels: what they compute, as compiled for GPUs, and when they are chosen."""
 
 from __future__ import annotations
 
@@ -46,11 +46,14 @@ def compiled(tmp_path_factory):
         yield
 
 
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("interpreted", [True, False], ids=["in the interpreter", "on a GPU"])
+def test_kernels_equal_whole_maps(interpreted):
     """One process for all: the interpreter has to be chosen before anything imports Triton."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_kernels.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    if not interpreted and not (torch.cuda.is_available() and kernel_takes(GPU, torch.float32, 8, 64)):
+        pytest.skip("needs a GPU that the kernels run on")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernel_parity.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpreted))}
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

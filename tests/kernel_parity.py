@@ -1,4 +1,6 @@
-"""The Triton kernels against whole maps, in the interpreter: `TRITON_INTERPRET=1 pytest tests/interpreted_kernels.py`.
+"""The Triton kernels against whole maps: on a GPU, or anywhere in Triton's interpreter with TRITON_INTERPRET=1.
+
+    TRITON_INTERPRET=1 pytest tests/kernel_parity.py
 
 Its name keeps it out of the ordinary run, where Triton is imported without the interpreter: `test_kernels.py` runs it
 in a process of its own.
@@ -18,10 +20,19 @@ from gohgraph.kernels import launch
 from gohgraph.kernels.mixed_attention import flash_mixed_attention
 from gohgraph.scores import causal_mask, mixed_attention, plain_attention
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+pytestmark = pytest.mark.skipif(
+    DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1"
+)
 
 # Neither T nor S is a multiple of a tile; both have more than one.
 B, T, S, D = 2, 19, 23, 7
+
+
+@pytest.fixture(autouse=True)
+def on_the_device():
+    with DEVICE:
+        yield
 
 
 def inputs(heads, kv_heads, keys, head_dim=D, dtype=torch.float32):
