@@ -92,7 +92,7 @@ def test_small_and_old_gpus_take_the_other_forms(gpu, change):
     assert not kernel_takes(GPU, torch.bfloat16, 8, 64)
 
 
-@pytest.mark.parametrize("found", [None, "3.3.1"])
+@pytest.mark.parametrize("found", [None, "3.4.0"])
 def test_without_a_triton_that_compiles_them_the_other_forms_run(gpu, monkeypatch, found):
     def version(name):
         if found is None:

@@ -16,7 +16,7 @@ ROWS = COLUMNS = 16
 OPTIONS = {"num_warps": 8, "num_stages": 1}
 # Numbers over heads and features, by bytes of each, that a row of an operand may have to fit into shared memory.
 ROW_NUMBERS = {2: 1024, 4: 512}
-# What products in older releases of Triton need.
+# What products need in releases of Triton before 3.9.
 FEWEST = 16
 
 

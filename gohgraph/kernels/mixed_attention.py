@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 MOST_HEADS = {torch.float16: 32, torch.bfloat16: 32, torch.float32: 16}
 LARGEST_HEAD_DIM = 256
 # The oldest release of Triton that was seen to compile the kernels, to two places.
-OLDEST_TRITON = (3, 4)
+OLDEST_TRITON = (3, 5)
 # Bytes of shared memory a program may take: that of the A100 and its successors, not of consumer cards.
 SHARED_MEMORY = 160 * 2**10
 
@@ -80,7 +80,7 @@ def kernel_takes(device: torch.device, dtype: torch.dtype, num_heads: int, head_
     """Whether `flash_mixed_attention` runs on a device, for heads of this type, number and size.
 
     It does on NVIDIA GPUs of compute capability 8.0 and more with 160 KiB of shared memory for a program (A100, H100
-    and later; not consumer cards), with Triton 3.4 or newer, for up to 32 heads in half precision and 16 in float32,
+    and later; not consumer cards), with Triton 3.5 or newer, for up to 32 heads in half precision and 16 in float32,
     of up to 256 features.
 
     Example:
