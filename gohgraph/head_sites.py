@@ -111,7 +111,7 @@ class HeadSites(nn.Module):
         if not need_weights and self.score_graph is None:
             return plain_attention(q, k, v, mask, dropout, is_causal), None
         numbers = mask is not None and mask.is_floating_point()
-        if not need_weights and not numbers and runs_in_tiles([self.score_graph], q, k, dropout, wide=self.wide):
+        if not need_weights and not numbers and runs_in_tiles([self.score_graph], q, k, dropout):
             mixing = self.score_graph.mixing(x, **_active(routing))  # [B, T, H, H] or [H, H]
             return tiled_attention(q, k, v, mixing, None, mask, is_causal), None
         if not need_weights and self.wide is not None and tokens > 1:

@@ -61,9 +61,9 @@ class MultiHeadAttention(nn.Module):
         rotary: `RotaryPositions` for queries and keys, or `None`.
         output_graph: messages between head outputs, e.g. a `HeadGraphConv`, or `None`.
         score_graph: messages between attention scores before the softmax, or `None`. Linear ones run in tiles of
-            queries, on CUDA as a kernel (`tiled`: `None` where `runs_in_tiles` says so, True wherever it can be done,
-            False never); where they do not, a one-round graph of in-degree up to 4 runs as attention over wider heads
-            (`wide`, a `WideHeads`; set it to `None` to force the eager form).
+            queries (`tiled`: `None` where that was measured to pay, True wherever it can be done, on CUDA by a Triton
+            kernel, False never); where they do not, a one-round graph of in-degree up to 4 runs as attention over wider
+            heads (`wide`, a `WideHeads`; set it to `None` to force the eager form).
         router: a `HeadRouter`, which chooses and weighs the heads of every token, or `None`: all work, g = 1. Messages
             at both sites then flow on the induced subgraph of a token's active heads. Heads that are off are left out:
             in decoding altogether, of more tokens their attention (`skip`: `None` where that was measured to pay, True
@@ -281,7 +281,7 @@ class MultiHeadAttention(nn.Module):
             keep_mask = _and(causal_mask(tokens, keys, q.device), keep_mask)
         if has_no_maps:
             return plain_attention(q, k, v, keep_mask, dropout, is_causal)
-        if runs_in_tiles((on_scores, on_weights), q, k, dropout, self.tiled, self.wide):
+        if runs_in_tiles((on_scores, on_weights), q, k, dropout, self.tiled):
             mixes = [graph if graph is None else graph.mixing(x, **active) for graph in (on_scores, on_weights)]
             return tiled_attention(q, k, v, *mixes, keep_mask, is_causal)
         if self.wide is not None and on_weights is None and (tokens > 1 or states):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +20,6 @@ FEWEST_ROWS, MOST_ROWS = 64, 128
 # From so many keys, and queries enough for a tile, on tiles are the fastest form of every graph on a CPU; a few queries
 # over many keys take up to three times longer in tiles than on whole maps.
 TILED_FROM_KEYS = 256
-
-# On CUDA wide heads of a lower in-degree are left to torch's own kernels: they cost about k times plain attention,
-# and ours the same for every k. Chosen by counting products, not by timing.
-KERNEL_FROM_IN_DEGREE = 4
 
 
 class Tile(NamedTuple):
@@ -99,26 +95,19 @@ def tiled_attention(
 
 
 def runs_in_tiles(
-    graphs: Sequence[nn.Module | None],
-    q: Tensor,
-    k: Tensor,
-    dropout: float,
-    tiled: bool | None = None,
-    wide: nn.Module | None = None,
+    graphs: Iterable[nn.Module | None], q: Tensor, k: Tensor, dropout: float, tiled: bool | None = None
 ) -> bool:
     """Whether `tiled_attention` is to stand in for messages of these graphs between maps.
 
     It can where all are linear maps of the dense backend, there are several queries, no dropout and no tracing by the
-    compiler. Second gradients are asked for as of torch's own attention, by `sdpa_kernel(SDPBackend.MATH)`. It is to
-    on a CPU from a measured length on, and on CUDA as a kernel, which takes messages between scores alone, unless
-    they run as wide heads of in-degree 2 or 3.
+    compiler. Second gradients are asked for as of torch's own attention, by `sdpa_kernel(SDPBackend.MATH)`. By
+    default it does on a CPU, from a measured length on; on other devices, and so in the kernel for CUDA, if told to.
 
     Args:
-        graphs: over scores and, if given, over weights, `None` for none.
+        graphs: over scores and over weights, `None` for none.
         q, k: queries `[B, T, H, D]` and keys `[B, S, G, D]`.
         dropout: probability of dropping an attention weight.
-        tiled: `None` where tiles are to pay, True wherever they can run, False for never.
-        wide: `WideHeads` that can stand in for the messages too, or `None`.
+        tiled: `None` where tiles were measured to pay, True wherever they can run, False for never.
     """
     if tiled is False or dropout or q.shape[1] == 1 or not q.numel() or not k.shape[1]:
         return False
@@ -127,12 +116,7 @@ def runs_in_tiles(
     there = [graph for graph in graphs if graph is not None]
     if not all(getattr(graph, "is_mixing", False) and graph.backend == "dense" for graph in there):
         return False
-    if k.device.type == "cpu":
-        pays = k.shape[1] >= TILED_FROM_KEYS and q.shape[1] >= FEWEST_ROWS
-    else:
-        narrow = wide is not None and wide.in_degree < KERNEL_FROM_IN_DEGREE
-        only_scores = len(there) == 1 and there[0] is graphs[0]
-        pays = only_scores and not narrow and kernel_takes(q.device, q.dtype, q.shape[2], q.shape[3])
+    pays = k.device.type == "cpu" and k.shape[1] >= TILED_FROM_KEYS and q.shape[1] >= FEWEST_ROWS
     return bool(tiled) or pays
 
 

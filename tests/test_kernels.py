@@ -16,7 +16,6 @@ import gohgraph as goh
 from gohgraph.benchmarks.kernels import usages
 from gohgraph.kernels import mixed_attention
 from gohgraph.kernels.mixed_attention import flash_mixed_attention, kernel_takes
-from gohgraph.scores import WideHeads
 from gohgraph.tiled import runs_in_tiles, tiled_attention
 
 B, T, H, D = 2, 13, 6, 5
@@ -107,26 +106,10 @@ def conv_of(topology, **options):
     return goh.HeadGraphConv(goh.head_graph(H, topology, **options), D, H * D)
 
 
-@pytest.mark.parametrize(
-    ("scores", "weights", "tiled", "expected"),
-    [
-        (("complete", {}), None, None, True),
-        (("ring", {"hops": 3}), None, None, True),
-        (("ring", {"hops": 1}), None, None, False),
-        (("ring", {"hops": 1}), None, True, True),
-        (("complete", {}), None, False, False),
-        (("complete", {}), ("complete", {}), None, False),
-        (None, ("complete", {}), None, False),
-    ],
-)
-def test_off_the_cpu_dense_score_graphs_run_as_kernels(monkeypatch, scores, weights, tiled, expected):
-    monkeypatch.setattr("gohgraph.tiled.kernel_takes", lambda *args: True)
-    graphs = [where and conv_of(where[0], **where[1]) for where in (scores, weights)]
-    q = torch.empty(B, T, H, D, device="meta")
-    wide = WideHeads(graphs[0]) if scores and scores[0] == "ring" else None
-    assert runs_in_tiles(graphs, q, q, 0.0, tiled, wide) is expected
-    monkeypatch.setattr("gohgraph.tiled.kernel_takes", lambda *args: False)
-    assert runs_in_tiles(graphs, q, q, 0.0, tiled, wide) is bool(tiled)
+@pytest.mark.parametrize(("tiled", "expected"), [(None, False), (True, True), (False, False)])
+def test_off_the_cpu_tiles_and_so_the_kernel_are_for_those_who_ask(tiled, expected):
+    q = torch.empty(B, 512, H, D, device="meta")
+    assert runs_in_tiles([conv_of("complete"), None], q, q, 0.0, tiled) is expected
 
 
 @pytest.mark.parametrize(("on_weights", "expected"), [(False, 1), (True, 0)])

@@ -13,8 +13,7 @@ Peak memory is that of forward+backward above what was live before, gradients in
 
 --compile runs every form under torch.compile, but for decode; kernel forms are left out then.
 
-Forms named kernel are the Triton kernels for CUDA, measured by default where a GPU takes all sizes; there, score-ring4
-and score-complete are these kernels too, score-ring2 is wide heads.
+Forms named kernel are the Triton kernels for CUDA, measured by default where a GPU takes all sizes.
 
 On Linux CPUs, malloc may return large score maps (eager) to the system after a call, or not, by what ran before: tens
 of milliseconds. MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 keep them; the header shows both.
