@@ -30,7 +30,8 @@ def head_graph(num_heads: int, topology: Any = "complete", *, self_loops: bool =
               `hops`, and `hops + 1` with self-loops.
             - `"star"`: the hub sends to all and receives from all (`center=0`).
             - `"bipartite"`: the first `num_shared` heads and the others exchange messages, both ways.
-            - `"groups"`: complete within each of `num_groups` runs of consecutive heads.
+            - `"groups"`: complete within each of `num_groups=2` runs of consecutive heads; `ranks=n` makes n groups
+              (or `num_groups`, a multiple), none across the runs that n ranks hold in tensor parallelism.
             - `"small-world"`: Watts-Strogatz graph (`neighbors=4`, `rewire=0.1`, `seed=0`), both ways.
             - `"random"`: each head receives from `in_degree=2` other heads, drawn with `seed=0`.
             - `"empty"`: no edges between heads.

@@ -36,13 +36,23 @@ def bipartite(num_heads: int, *, num_shared: int | None = None) -> Iterator[tupl
     return (edge for i, j in pairs for edge in ((i, j), (j, i)))
 
 
-def groups(num_heads: int, *, num_groups: int = 2) -> Iterator[tuple[int, int]]:
-    """Yields all edges within each of `num_groups` equal runs of consecutive heads."""
+def groups(num_heads: int, *, num_groups: int = 2, ranks: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yields all edges within each of `num_groups` equal runs of consecutive heads.
+
+    With `ranks` no group spans two of so many equal runs, those that ranks of a tensor-parallel group hold: there are
+    `num_groups` groups where that is a multiple of the ranks, and by default as many groups as ranks.
+    """
     _in_range("num_groups", num_groups, 1, num_heads)
+    if ranks is not None:
+        _in_range("ranks", ranks, 1, num_heads)
+        if num_groups % ranks and num_groups != 2:
+            raise ValueError(
+                f"Expected num_groups to be a multiple of ranks = {ranks} (got {num_groups}). Do change it, or drop it."
+            )
+        num_groups = ranks if num_groups % ranks else num_groups
     if num_heads % num_groups:
-        raise ValueError(
-            f"Expected num_groups to divide {num_heads} heads (got {num_groups}). Do choose a divisor."
-        )
+        name = "num_groups" if ranks is None else "ranks"
+        raise ValueError(f"Expected {name} to divide {num_heads} heads (got {num_groups}). Do choose a divisor.")
     size = num_heads // num_groups
     return ((j, i) for i in range(num_heads) for j in range(num_heads) if i != j and i // size == j // size)
 
