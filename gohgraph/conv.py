@@ -139,6 +139,11 @@ class HeadGraphConv(MessagePassing):
         """True when every sender reaches every receiver, so that edges in order are the rows of the adjacency."""
         return self.edges.num_edges == self.num_heads * self.num_senders
 
+    @property
+    def links(self) -> Tensor:
+        """Edges `[2, E]` as this module computes them: the place of the sender among its senders, and the receiver."""
+        return self.edge_index
+
     def reset_parameters(self) -> None:
         """Returns to the neutral start."""
         self.edges.reset_parameters()
@@ -177,7 +182,7 @@ class HeadGraphConv(MessagePassing):
         """Of every cell of the adjacency its edge, `[H*S]` (E where there is none); of every edge its cell, `[E]`."""
         num_edges, device = self.edges.num_edges, self.edge_index.device
         slots = torch.full((self.num_heads * self.num_senders,), num_edges, device=device)
-        places = self.edge_index[1] * self.num_senders + self.edge_index[0]
+        places = self.links[1] * self.num_senders + self.links[0]
         slots[places] = torch.arange(num_edges, device=device)
         return slots, places
 
@@ -247,10 +252,14 @@ class HeadGraphConv(MessagePassing):
         return alpha.unsqueeze(-1) * x_j
 
     def _fuse(self, z: Tensor, messages: list[Tensor]) -> Tensor:
+        fusion = self._fusion()
         for index, message in enumerate(messages):
-            factor = 1.0 if self.fusion is None else (1 + self.fusion[index]).to(message.dtype)
+            factor = 1.0 if fusion is None else (1 + fusion[index]).to(message.dtype)
             z = z + factor * message
         return z
+
+    def _fusion(self) -> Tensor | None:
+        return self.fusion
 
     def select(self, alpha: Tensor, active: Tensor | None = None) -> Tensor:
         """Returns the weights `[*, R, E]` with zeros where the induced subgraph or `top_edges` leaves an edge out.
@@ -287,7 +296,7 @@ class HeadGraphConv(MessagePassing):
     def _add_messages(self, z: Tensor | None, senders: Tensor, alpha: Tensor) -> Tensor:
         if self.backend == "pyg":
             size = (self.num_senders, self.num_heads)
-            received = self.propagate(self.edge_index, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
+            received = self.propagate(self.links, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
             return received if z is None else z + received
         adjacency = self._dense(alpha)  # [*, H, S]
         if z is None or z.dim() == 2 or adjacency.shape[:-2] != z.shape[:-2]:

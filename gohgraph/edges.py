@@ -89,18 +89,23 @@ class EdgeWeights(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> Tensor:
         """Returns the weights of all rounds and edges for each token of `context`."""
+        return self._activated(context, self.bias, self.weight, self.down)
+
+    def _activated(
+        self, context: Tensor | None, bias: Tensor, weight: Tensor | None, down: Tensor | None
+    ) -> Tensor:
         activate = ACTIVATIONS[self.activation]
-        if self.weight is None:
-            return activate(self.bias)
+        if weight is None:
+            return activate(bias)
         if context is None or context.shape[-1] != self.context_dim:
             got = "None" if context is None else list(context.shape)
             raise ValueError(
                 f"Expected a context of shape [*, {self.context_dim}] (got {got}). Do pass the attention block's input."
             )
-        if self.down is not None:
-            low = F.linear(context, self.down.flatten(0, 1)).unflatten(-1, (self.rounds, -1))  # [*, R, r]
-            return activate(torch.einsum("...rk,rek->...re", low, self.weight) + self.bias)  # [*, R, E]
-        alpha = F.linear(context, self.weight.view(-1, self.context_dim), self.bias.view(-1))  # [*, R*E]
+        if down is not None:
+            low = F.linear(context, down.flatten(0, 1)).unflatten(-1, (self.rounds, -1))  # [*, R, r]
+            return activate(torch.einsum("...rk,rek->...re", low, weight) + bias)  # [*, R, E]
+        alpha = F.linear(context, weight.reshape(-1, self.context_dim), bias.reshape(-1))  # [*, R*E]
         return activate(alpha).view(*context.shape[:-1], self.rounds, self.num_edges)  # [*, R, E]
 
     def extra_repr(self) -> str:

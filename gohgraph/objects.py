@@ -123,6 +123,8 @@ class MultiHeadAttention(nn.Module):
         self.skip: bool | None = None
         self.tiled: bool | None = None
         self.wide = wide_heads_for(score_graph)
+        # Appends the queries and keys of heads on other ranks; `gohgraph.parallel` fills it.
+        self.fetch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def forward(
         self,
@@ -281,6 +283,8 @@ class MultiHeadAttention(nn.Module):
             keep_mask = _and(causal_mask(tokens, keys, q.device), keep_mask)
         if has_no_maps:
             return plain_attention(q, k, v, keep_mask, dropout, is_causal)
+        if self.fetch is not None:
+            q, k = self.fetch(q, k)  # [B, T, H', D], [B, S, H', D]
         if runs_in_tiles((on_scores, on_weights), q, k, dropout, self.tiled):
             mixes = [graph if graph is None else graph.mixing(x, **active) for graph in (on_scores, on_weights)]
             return tiled_attention(q, k, v, *mixes, keep_mask, is_causal)

@@ -79,8 +79,9 @@ def mixed_attention(
         weights = weights.masked_fill(~keep_mask.any(dim=-1, keepdim=True), 0.0)
     if mix_weights is not None:
         weights = mix_weights(weights.transpose(1, 2)).transpose(1, 2)  # [B, H, T, S]
-    weights = F.dropout(weights, dropout).to(v.dtype).reshape(*grouped[:3], k.shape[1])  # [B, G, H/G*T, S]
-    return (weights @ v.transpose(1, 2)).view(*maps[:3], -1).transpose(1, 2)  # [B, T, H, D]
+    # The graph may have read the maps of more heads than it gives back, those of other ranks.
+    weights = F.dropout(weights, dropout).to(v.dtype).reshape(batch, v.shape[2], -1, k.shape[1])  # [B, G, H/G*T, S]
+    return (weights @ v.transpose(1, 2)).view(batch, -1, tokens, v.shape[-1]).transpose(1, 2)  # [B, T, H, D]
 
 
 class WideHeads(nn.Module):
@@ -161,7 +162,7 @@ class WideHeads(nn.Module):
         if beta is not None:
             wide_k = wide_k * (1 + self._of_slots(beta)).unsqueeze(-1).to(k.dtype)
         wide_k = wide_k.flatten(-2)  # [B, S, H, k*D]
-        wide_v = F.pad(v.repeat_interleave(groups, dim=2), (0, wide_k.shape[-1] - head_dim))  # [B, S, H, k*D]
+        wide_v = F.pad(v.repeat_interleave(shape[0] // v.shape[2], dim=2), (0, wide_k.shape[-1] - head_dim))  # [B, S, H, k*D]
         return wide_q, wide_k, wide_v
 
     def _of_slots(self, weights: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ def wide_heads_for(score_graph: nn.Module | None) -> WideHeads | None:
 
 
 def _senders_and_slots(conv: HeadGraphConv) -> tuple[Tensor, Tensor]:
-    edges = {(i, j): e for e, (j, i) in enumerate(conv.edge_index.t().tolist())}
+    edges = {(i, j): e for e, (j, i) in enumerate(conv.links.t().tolist())}
     lists = [[i] + [j for (r, j) in edges if r == i and j != i] for i in range(conv.num_heads)]
     width = max(map(len, lists))
     # A slot beyond a head's in-degree repeats the head itself under the weight of no edge, which is zero.

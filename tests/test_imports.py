@@ -30,7 +30,7 @@ ORDER = [
     ["analysis"],
     ["curves", "load_chart", "confusion_chart", "drawing"],
     ["tensorboard"],
-    ["learning", "parallel", "benchmarks"],
+    ["parallel", "learning", "benchmarks"],
 ]
 PLACE = {module: place for place, module in enumerate(module for line in ORDER for module in line)}
 

@@ -1,0 +1,1 @@
+"""Training beyond one device: heads sharded over ranks, sharded and replicated data parallelism, checkpoints."""

@@ -1,0 +1,197 @@
+"""Tensor parallelism: every rank holds some of the heads, and the head graphs' messages travel between ranks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from gohgraph.conv import HeadGraphConv
+from gohgraph.feed_forward import FeedForward
+from gohgraph.objects import MultiHeadAttention
+from gohgraph.parallel.exchange import local, own_part
+from gohgraph.parallel.sharded_graph import ShardedHeadGraphConv
+from gohgraph.routing import Routing
+from gohgraph.scores import wide_heads_for
+from gohgraph.stacks import Stack, StackOutput
+from gohgraph.sublayers import NORMS
+
+Module = TypeVar("Module", bound=nn.Module)
+WHOLE, TOKENS = Replicate(), Shard(1)
+
+
+def tensor_parallel(model: Module, mesh: DeviceMesh, *, sequence_parallel: bool = False) -> Module:
+    """Shards the heads of a model over ranks: H/n heads each, and the inner units of the feed-forwards.
+
+    Projections are those of Megatron-LM (arXiv 1909.08053, section 3): queries, keys, values and the feed-forward's
+    first matrices by columns, the last ones by rows. Messages between heads of different ranks travel by one
+    all-gather or one reduce-scatter a round, whichever moves fewer heads (see `Exchange`); a graph without edges
+    between ranks communicates nothing. Routers decide on all ranks alike. Outputs, losses and gradients are those of
+    one process. Embeddings and the last projection are whole on every rank.
+
+    Args:
+        model: of gohgraph's own, or any module around its `MultiHeadAttention`s and `FeedForward`s; changed in place.
+            All ranks then hold the weights that the first one had.
+        mesh: one dimension, n ranks; H, key heads and d_ff are multiples of n.
+        sequence_parallel: between blocks every rank holds T/n tokens (arXiv 2205.05198, section 4.2.2).
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: sizes that n does not divide, or what stands at a site cannot be sharded.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> config = goh.TransformerConfig(256, d_model=32, num_heads=4, head_graph=goh.HeadGraphConfig())
+        >>> mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))  # doctest: +SKIP
+        >>> model = tensor_parallel(goh.LanguageModel(config), mesh)  # doctest: +SKIP
+    """
+    between = TOKENS if sequence_parallel else WHOLE
+    blocks = [part for part in model.modules() if isinstance(part, (MultiHeadAttention, FeedForward))]
+    stacks = [part for part in model.modules() if isinstance(part, Stack)]
+    for block in blocks:
+        _check(block, mesh.size())
+    for parameter in (*model.parameters(), *model.buffers()):
+        torch.distributed.broadcast(parameter.data, group=mesh.get_group(), group_src=0)
+    for block in blocks:
+        shard = _shard_attention if isinstance(block, MultiHeadAttention) else _shard_feed_forward
+        shard(block, mesh, between)
+    if sequence_parallel:
+        for stack in stacks:
+            _split_tokens(stack, mesh)
+    return model
+
+
+def _shard_attention(attention: MultiHeadAttention, mesh: DeviceMesh, between: Any) -> None:
+    graphs = attention.inner_graphs
+    for name in graphs:
+        graphs[name] = _sharded(graphs[name], mesh, maps=name == "weight")
+    attention.output_graph = _sharded(attention.output_graph, mesh)
+    attention.score_graph = _sharded(attention.score_graph, mesh, maps=True)
+    attention.wide = attention.wide and wide_heads_for(attention.score_graph)
+    if attention.score_graph is not None and attention.score_graph.exchange.width:
+        attention.fetch, attention.tiled = attention.score_graph.fetch, False
+    if attention.router is not None:
+        # The router tells of all heads, while queries are of some.
+        attention.skip = False
+        attention.router.register_forward_pre_hook(_whole_input)
+        attention.router.register_forward_hook(partial(_own_gates, mesh=mesh))
+    attention.num_heads //= mesh.size()
+    attention.num_kv_heads //= mesh.size()
+    columns = {name: ColwiseParallel() for name in ("query", "key", "value")}
+    parallelize_module(attention, mesh, {"": Block(between), **columns, "output": _rows(between)})
+
+
+def _shard_feed_forward(block: FeedForward, mesh: DeviceMesh, between: Any) -> None:
+    columns = {"inner": ColwiseParallel()} | ({"gate": ColwiseParallel()} if block.gate is not None else {})
+    parallelize_module(block, mesh, {"": Block(between), **columns, "outer": _rows(between)})
+
+
+def _rows(between: Any) -> RowwiseParallel:
+    return RowwiseParallel(output_layouts=between)
+
+
+def _sharded(graph: nn.Module | None, mesh: DeviceMesh, *, maps: bool = False) -> nn.Module | None:
+    return None if graph is None else ShardedHeadGraphConv(graph, mesh, maps=maps)
+
+
+class Block(ParallelStyle):
+    """Gives a block its whole input, once for all its projections: its gradient is added over ranks once, too.
+
+    Args:
+        between: how tokens lie on the ranks outside the block, `Replicate()` or `Shard(1)`.
+    """
+
+    def __init__(self, between: Any) -> None:
+        self.between = between
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, *memory = args
+            return (_whole(x, device_mesh, self.between), *(_whole(value, device_mesh, WHOLE) for value in memory))
+
+        module.register_forward_pre_hook(enter)
+        return module
+
+
+def _whole(x: Tensor | None, mesh: DeviceMesh, place: Any) -> DTensor | None:
+    if x is None or isinstance(x, DTensor):
+        return x
+    return DTensor.from_local(x, mesh, [place], run_check=False).redistribute(mesh, [WHOLE])
+
+
+class _Share(torch.autograd.Function):
+    """The same value; backward takes the n-th part of the gradient, for work that all n ranks do alike."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.ranks, None
+
+
+def _whole_input(router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, *more = args
+    return (_Share.apply(local(x), x.device_mesh.size()) if isinstance(x, DTensor) else x, *more)
+
+
+def _own_gates(router: nn.Module, args: Any, routing: Routing, *, mesh: DeviceMesh) -> Routing:
+    return routing._replace(gates=own_part(routing.gates, mesh, routing.gates.dim() - 1))
+
+
+def _split_tokens(stack: Stack, mesh: DeviceMesh) -> None:
+    """Lets a stack hold T/n tokens a rank between its blocks."""
+
+    def enter(stack: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *memory = args
+        if x.shape[1] % mesh.size():
+            raise ValueError(
+                f"Expected a multiple of {mesh.size()} tokens with sequence_parallel (got {x.shape[1]}). Do pad them, "
+                "or turn it off."
+            )
+        return (own_part(x, mesh, 1), *memory)
+
+    def leave(stack: nn.Module, args: Any, output: StackOutput) -> StackOutput:
+        return output._replace(x=_whole(output.x, mesh, TOKENS).to_local())
+
+    for name, module in list(stack.named_modules()):
+        if isinstance(module, tuple(NORMS.values())):
+            parallelize_module(stack, mesh, {name: SequenceParallel(use_local_output=True)})
+    stack.register_forward_pre_hook(enter)
+    stack.register_forward_hook(leave)
+
+
+def _check(block: MultiHeadAttention | FeedForward, ranks: int) -> None:
+    sizes = {"d_ff": block.inner.out_features} if isinstance(block, FeedForward) else {
+        "num_heads": block.num_heads, "num_kv_heads": block.num_kv_heads
+    }  # fmt: skip
+    for name, size in sizes.items():
+        if size % ranks:
+            raise ValueError(f"Expected {name} to be a multiple of {ranks} ranks (got {size}). Do change either.")
+    if isinstance(block, FeedForward):
+        return
+    sites = {"outputs": block.output_graph, "scores": block.score_graph, **block.inner_graphs}
+    for name, graph in sites.items():
+        if graph is not None and type(graph) is not HeadGraphConv:
+            raise ValueError(
+                f"Expected a HeadGraphConv at {name} for tensor parallelism (got {type(graph).__name__}). Do train it "
+                "data parallel: ddp or fsdp."
+            )
+        if name == "weight":
+            raise ValueError("Expected no head graph between attention weights (got one). Do move it to scores.")

@@ -1,0 +1,50 @@
+"""Starts the ranks of a distributed test: processes on this machine that talk over gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# One process imports torch once, and every rank is a fork of it.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "gohgraph.parallel"])
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """Calls `function(rank, *args)` in `world` processes of one group; returns what each gave, in order of ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        pool = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
+        processes = [
+            CONTEXT.Process(target=_rank, args=(rank, world, f"{folder}/store", sender, function, args), daemon=True)
+            for rank, (_, sender) in enumerate(pool)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            found = [receiver.recv() if receiver.poll(timeout) else "timed out" for receiver, _ in pool]
+        finally:
+            for process in processes:
+                process.join(5)
+                if process.is_alive():
+                    process.kill()
+    failed = [result for result in found if isinstance(result, str)]
+    assert not failed, "\n".join(failed)
+    return [result[0] for result in found]
+
+
+def _rank(rank: int, world: int, store: str, sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    try:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        sender.send((function(rank, *args),))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        sender.send(f"rank {rank} of {world}:\n{traceback.format_exc()}")
