@@ -4,6 +4,7 @@
     python examples/train_language_model.py --data book.txt --sites both --score-in-degree 4 --run runs/book
     python examples/train_language_model.py --sites none --router --compare --run runs/mixture-of-heads
     python examples/train_language_model.py --experts --rounds 3 --router --top-k 3 --run runs/experts
+    torchrun --nproc-per-node 4 examples/train_language_model.py --parallel tp fsdp --run runs/sharded
 
 The run folder holds config.json, log.csv, curves.png, checkpoints, the model, sample.txt and result.json, of a head
 graph heads.png, and of a router load.png. Ctrl-C stops it; the same command with --resume goes on. Where TensorBoard is
@@ -32,12 +33,14 @@ from gohgraph.drawing import draw_curves
 from gohgraph.graph_flags import add_graph_flags, graph_from_flags
 from gohgraph.learning.corpus import PYTHON_DOCS, Corpus, evaluation_batches, load_corpus, sample_batch
 from gohgraph.learning.experiment import (
+    add_parallel_flags,
     add_run_flags,
     add_size_flags,
     add_training_flags,
     can_resume,
     fill_sizes,
     open_folder,
+    parallel_config,
     resumable,
     train_config,
     train_models,
@@ -55,6 +58,7 @@ from gohgraph.learning.loop import Training
 from gohgraph.learning.matching import count_parameters, match_parameters
 from gohgraph.learning.run_folder import step_seconds, write_text
 from gohgraph.load import load_cv, load_entropy
+from gohgraph.parallel import ParallelConfig, process_group
 
 # Two models of this size, trained for this long, take about two and a half minutes on one thread.
 FULL = {"d_model": 128, "num_heads": 8, "num_layers": 4, "d_ff": 512, "length": 128, "batch_size": 8, "steps": 500}
@@ -81,12 +85,14 @@ def _main(argv: list[str], flags: argparse.Namespace) -> None:
     configs = _configs(flags)
     corpus = load_corpus(flags.data)
     _check_length(corpus, flags)
-    folder = open_folder(flags, "demo" if flags.compare else "language-model")
-    start, finish = partial(_training, corpus, flags), partial(_finish, corpus, flags)
-    with resumable("train_language_model", argv, folder):
-        trained = train_models(configs, flags.seeds, folder, start, finish, resume=flags.resume)
-    if trained:
-        _report(trained, folder, flags)
+    parallel = parallel_config(flags)
+    with process_group(flags.device):
+        folder = open_folder(flags, "demo" if flags.compare else "language-model")
+        start, finish = partial(_training, corpus, flags, parallel), partial(_finish, corpus, flags)
+        with resumable("train_language_model", argv, folder):
+            trained = train_models(configs, flags.seeds, folder, start, finish, resume=flags.resume)
+        if trained:
+            _report(trained, folder, flags)
 
 
 def _parser() -> ArgumentParser:
@@ -104,6 +110,7 @@ def _parser() -> ArgumentParser:
     size("--positions", choices=POSITIONS, default="rotary")
     add_graph_flags(parser)
     add_training_flags(parser, learning_rate=2e-3)
+    add_parallel_flags(parser)
     return parser
 
 
@@ -138,7 +145,14 @@ def _check_length(corpus: Corpus, flags: argparse.Namespace) -> None:
     evaluation_batches(corpus.validation, batch_size=flags.batch_size, length=flags.length)
 
 
-def _training(corpus: Corpus, flags: argparse.Namespace, config: TransformerConfig, seed: int, leaf: Path) -> Training:
+def _training(
+    corpus: Corpus,
+    flags: argparse.Namespace,
+    parallel: ParallelConfig | None,
+    config: TransformerConfig,
+    seed: int,
+    leaf: Path,
+) -> Training:
     windows = {"batch_size": flags.batch_size, "length": flags.length}
     torch.manual_seed(seed)
     model = LanguageModel(config)
@@ -155,6 +169,8 @@ def _training(corpus: Corpus, flags: argparse.Namespace, config: TransformerConf
             writer.add_scalar("validation loss", row["validation_loss"], row["step"])
             log_head_graphs(writer, model, row["step"])
 
+    # One rank alone cannot log a model that lies on several.
+    can_log = _has_graphs(config) and find_spec("tensorboard") is not None and not (parallel and parallel.is_sharded)
     return Training(
         model,
         partial(sample_batch, corpus.train, seed=seed, **windows),
@@ -163,10 +179,11 @@ def _training(corpus: Corpus, flags: argparse.Namespace, config: TransformerConf
         train_config(flags, seed, anneal_top_k=(flags.anneal_top_k or 0) if _is_routed(config) else 0),
         leaf,
         evaluate=evaluate,
-        on_evaluate=log if _has_graphs(config) and find_spec("tensorboard") is not None else None,
+        on_evaluate=log if can_log else None,
         resume=can_resume(leaf, flags),
         settings={"model": config.to_dict(), "data": data, "flags": vars(flags)},
         description=leaf.name,
+        parallel=parallel,
     )
 
 

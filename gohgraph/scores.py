@@ -162,7 +162,8 @@ class WideHeads(nn.Module):
         if beta is not None:
             wide_k = wide_k * (1 + self._of_slots(beta)).unsqueeze(-1).to(k.dtype)
         wide_k = wide_k.flatten(-2)  # [B, S, H, k*D]
-        wide_v = F.pad(v.repeat_interleave(shape[0] // v.shape[2], dim=2), (0, wide_k.shape[-1] - head_dim))  # [B, S, H, k*D]
+        v = v.repeat_interleave(shape[0] // v.shape[2], dim=2)  # [B, S, H, D]
+        wide_v = F.pad(v, (0, wide_k.shape[-1] - head_dim))  # [B, S, H, k*D]
         return wide_q, wide_k, wide_v
 
     def _of_slots(self, weights: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gohgraph.cache import KeyValueCache
 from gohgraph.config import TransformerConfig
@@ -158,6 +160,8 @@ class Stack(nn.Module):
         self.norm = NORMS[config.norm](config.d_model, eps=1e-5) if config.norm_first else nn.Identity()
         outputs = parts_of((config.head_graph or NO_GRAPHS).outputs)
         self.cross_layer = max((getattr(part, "cross_layer", 0) for part in outputs), default=0)
+        # Whether backward computes the inside of a layer again, instead of keeping it in memory.
+        self.recompute = False
 
     def forward(
         self, x: Tensor, *memory: Tensor, caches: list[tuple[KeyValueCache, ...]] | None = None, **masks: Tensor | None
@@ -167,7 +171,8 @@ class Stack(nn.Module):
         routings, alignments = [], []
         for index, layer in enumerate(self.layers):
             own = () if caches is None else caches[index]
-            x, blocks = layer(x, *memory, caches=own, earlier=earlier, **masks)
+            run = partial(checkpoint, layer, use_reentrant=False) if self.recompute and self.training else layer
+            x, blocks = run(x, *memory, caches=own, earlier=earlier, **masks)
             earlier = (blocks[0].outputs, *earlier)[: self.cross_layer]
             routings += [heads.routing for heads in blocks if heads.routing is not None]
             alignments += [heads.alignment_loss for heads in blocks if heads.alignment_loss is not None]

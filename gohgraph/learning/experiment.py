@@ -15,6 +15,8 @@ from torch import Tensor
 from gohgraph.learning.language import standard_error
 from gohgraph.learning.loop import TrainConfig, Training, TrainingInterrupted, train_together
 from gohgraph.learning.run_folder import last_folder, new_folder
+from gohgraph.parallel.layout import MODES, ParallelConfig
+from gohgraph.parallel.ranks import lost_ranks, machines, on_first_rank, world_size
 
 
 def add_run_flags(parser: argparse.ArgumentParser, name: str) -> None:
@@ -48,6 +50,35 @@ def add_training_flags(parser: argparse.ArgumentParser, *, learning_rate: float,
     add("--keep-checkpoints", type=int, default=2, help="the last so many; all of them make a film (default 2)")
     add("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision")
     add("--compile", action="store_true", help="use torch.compile")
+
+
+def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `parallel_config` reads."""
+    add = parser.add_argument_group("several processes (torchrun)").add_argument
+    add("--parallel", choices=MODES, nargs="+", help="whole models (ddp), sharded ones (fsdp), sharded heads (tp)")
+    add("--tensor-ranks", type=int, help="ranks that share the heads of a model (tp; default: all, beside others 2)")
+    add("--sequence-parallel", action="store_true", help="between blocks, ranks of tp hold some of the tokens each")
+    add("--recompute", action="store_true", help="keep no activations inside layers, compute them again in backward")
+
+
+def parallel_config(flags: argparse.Namespace) -> ParallelConfig | None:
+    """Returns how the processes share the work; `None` without flags about it.
+
+    Raises:
+        ValueError: flags that do not fit each other or the number of processes.
+    """
+    modes = flags.parallel or (("ddp",) if flags.recompute else ())
+    if not modes:
+        if flags.tensor_ranks is not None or flags.sequence_parallel:
+            raise ValueError("Expected --parallel tp for --tensor-ranks and --sequence-parallel (got none). Do add it.")
+        return None
+    config = ParallelConfig(modes, flags.tensor_ranks, flags.sequence_parallel, flags.recompute)
+    if world_size() == 1 and flags.parallel:
+        raise ValueError(
+            "Expected processes started by torchrun for --parallel (got one). Do run: torchrun --nproc-per-node 2 ..."
+        )
+    config.sizes(world_size(), machines())
+    return config
 
 
 def fill_sizes(flags: argparse.Namespace, full: Mapping[str, Any], smoke: Mapping[str, Any]) -> None:
@@ -87,7 +118,10 @@ def open_folder(flags: argparse.Namespace, name: str) -> Path:
     Raises:
         ValueError: there is no run to resume, or something is in the folder of a new one.
     """
-    default = Path("runs", name)
+    return on_first_rank(lambda: _open_folder(flags, Path("runs", name)))
+
+
+def _open_folder(flags: argparse.Namespace, default: Path) -> Path:
     folder = Path(flags.run) if flags.run is not None else (last_folder if flags.resume else new_folder)(default)
     is_used = folder.is_dir() and any(folder.iterdir())
     if flags.resume and not _runs_in(folder):
@@ -104,18 +138,21 @@ def _runs_in(folder: Path) -> set[Path]:
 
 def can_resume(leaf: Path, flags: argparse.Namespace) -> bool:
     """Returns whether `--resume` is given and the run of this folder has begun."""
-    return flags.resume and (leaf / "config.json").exists()
+    return flags.resume and on_first_rank((leaf / "config.json").exists)
 
 
 @contextmanager
 def resumable(script: str, argv: Sequence[str], folder: Path) -> Iterator[None]:
     """Names, after Ctrl-C, the command that goes on; makes what a user can mend an error of one sentence."""
+    command = [argument for argument in argv if argument != "--resume"]
+    where = [] if any(argument.split("=")[0] == "--run" for argument in argv) else ["--run", str(folder)]
+    ranks = world_size()
+    start = ["torchrun", "--nproc-per-node", str(ranks // machines())] if ranks > 1 else ["python"]
+    again = shlex.join([*start, f"examples/{script}.py", *command, *where, "--resume"])
     try:
-        yield
+        with lost_ranks(f"go on from the last checkpoint: {again}"):
+            yield
     except TrainingInterrupted as stop:
-        command = [argument for argument in argv if argument != "--resume"]
-        where = [] if any(argument.split("=")[0] == "--run" for argument in argv) else ["--run", str(folder)]
-        again = shlex.join(["python", f"examples/{script}.py", *command, *where, "--resume"])
         raise KeyboardInterrupt(f"{stop}; to go on: {again}") from stop
     # A loss that runs away, and a missing extra, are for the user to mend as well.
     except (FloatingPointError, ImportError) as error:

@@ -14,6 +14,7 @@ from torch import nn
 from gohgraph.learning.interrupts import TrainingInterrupted, interrupts
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.learning.training import Loss, Row, Training
+from gohgraph.parallel.layout import ParallelConfig
 
 __all__ = ["TrainConfig", "Training", "TrainingInterrupted", "train", "train_together"]
 
@@ -30,6 +31,7 @@ def train(
     on_evaluate: Callable[[Row], None] | None = None,
     settings: dict[str, Any] | None = None,
     description: str = "",
+    parallel: ParallelConfig | None = None,
 ) -> list[Row]:
     """Trains a model and leaves a run folder: config.json, log.csv, curves.png and checkpoints.
 
@@ -51,6 +53,7 @@ def train(
         settings: more of what defines the run, as JSON values by section, e.g. `{"model": config.to_dict()}`: stored in
             config.json and compared on resume.
         description: name of the run in the progress bar and in curves.png.
+        parallel: how the processes that `torchrun` has started share the work; `None` for DDP where there are several.
 
     Returns:
         The log, one row per `log_every` steps and per evaluation: step, loss (mean since the row before, in nats where
@@ -77,7 +80,7 @@ def train(
     """
     training = Training(
         model, batch, loss, config, folder, evaluate=evaluate, resume=resume, on_evaluate=on_evaluate,
-        settings=settings, description=description,
+        settings=settings, description=description, parallel=parallel,
     )  # fmt: skip
     return train_together([training], block=config.steps)[0]
 
@@ -102,6 +105,8 @@ def train_together(trainings: Sequence[Training], block: int = 25) -> list[list[
                 for training in unfinished:
                     if training.advance(target, interrupted.is_set):
                         _stop(trainings)
+        for training in trainings:
+            training.gather()
     finally:
         for training in trainings:
             training.close()

@@ -9,6 +9,7 @@ from torch import nn
 
 from gohgraph.conv import HeadGraphConv
 from gohgraph.learning.train_config import TrainConfig
+from gohgraph.parallel.gradients import layout_of
 
 FUSED_ON = ("cpu", "cuda", "mps", "xpu")
 
@@ -59,4 +60,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
     groups = parameter_groups(model, config)
     if not groups:
         raise ValueError("Expected a model with trainable parameters (got none). Do unfreeze some.")
+    groups = [one for group in groups for one in _by_layout(group)]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=device.type in FUSED_ON)
+
+
+def _by_layout(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Splits a group where its parameters lie on ranks in different ways: one call of the optimizer takes one way."""
+    members: dict[Any, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        members.setdefault(layout_of(parameter), []).append(parameter)
+    return [{**group, "params": parameters} for parameters in members.values()]

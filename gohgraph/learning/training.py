@@ -18,16 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from gohgraph.drawing import draw_curves
-from gohgraph.learning.accelerator import make_accelerator
-from gohgraph.learning.optim import make_optimizer
+from gohgraph.learning.engine import make_engine
 from gohgraph.learning.router_training import RouterTraining
-from gohgraph.learning.run_folder import CURVES, STATE, RunFolder
+from gohgraph.learning.run_folder import CHECKPOINTS, CURVES, STATE, RunFolder
 from gohgraph.learning.topology_training import TopologyTraining
 from gohgraph.learning.train_config import TrainConfig
+from gohgraph.parallel.layout import ParallelConfig
 
 Row = dict[str, Any]
 # What a model is trained on: a scalar tensor, or an output with `.loss` and `.routing`.
@@ -56,20 +55,19 @@ class Training:
         on_evaluate: Callable[[Row], None] | None = None,
         settings: dict[str, Any] | None = None,
         description: str = "",
+        parallel: ParallelConfig | None = None,
     ) -> None:
         self.batch, self.loss, self.config, self.description = batch, loss, config, description
         self.evaluate, self.on_evaluate = evaluate, on_evaluate
-        self.accelerator = make_accelerator(config)
-        several = self.accelerator.num_processes > 1
-        self.routing = RouterTraining(model, config.anneal_top_k, torch.distributed.group.WORLD if several else None)
+        self.engine = make_engine(config, model, parallel)
+        self.accelerator = self.engine.accelerator
+        self.routing = RouterTraining(model, config.anneal_top_k, self.engine.data_group())
         self.topology = TopologyTraining(model, config.anneal_in_degree)
         self.folder = RunFolder(folder, {"training": config.to_dict(), **(settings or {})})
         if self.accelerator.is_main_process:
             self.folder.open(resume=resume)
         self.accelerator.wait_for_everyone()
-        optimizer = make_optimizer(model.to(self.accelerator.device), config, self.accelerator.device)
-        schedule = LambdaLR(optimizer, config.learning_rate_factor)
-        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
+        self.model, self.optimizer, self.schedule = self.engine.prepare(model)
         self.callable = torch.compile(self.model) if config.compile else self.model
         self.step, self.seconds = 0, 0.0
         # Losses since the last row of the log: on the device, and read from it.
@@ -121,7 +119,7 @@ class Training:
         if self.accelerator.is_main_process:
             self.folder.pending_checkpoint()
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(self.folder.path / "checkpoints" / ".new"))
+        self.engine.save(self.folder.path / CHECKPOINTS / ".new")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             state = {"seconds": self.seconds, "losses": self._losses, "routing": self.routing.pending}
@@ -135,11 +133,15 @@ class Training:
         self.routing.close()
         if self.accelerator.is_main_process and self.folder.rows:
             draw_curves({self.description or self.folder.path.name: self.folder.rows}, self.folder.path / CURVES)
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.engine.release()
+
+    def gather(self) -> None:
+        """Makes `model` the whole trained model, on the first rank; all ranks call it when training is done."""
+        self.model = self.engine.whole()
 
     def _train_step(self) -> None:
         accelerator, config = self.accelerator, self.config
-        _seed_step(config.seed, self.step, accelerator.process_index)
+        _seed_step(config.seed, self.step, self.engine.data_rank)
         if self.routing.begin(self.step) and config.compile:
             # Each k is another graph, and torch gives up compiling after a few of the same code.
             torch.compiler.reset()
@@ -148,7 +150,7 @@ class Training:
         for number in range(config.accumulate):
             tensors = self._batch(number)
             last = number + 1 == config.accumulate
-            with nullcontext() if last else accelerator.no_sync(self.model):
+            with nullcontext() if last else self.engine.no_sync():
                 with accelerator.autocast():
                     output = self.loss(self.callable, tensors)
                 loss = (output if isinstance(output, Tensor) else output.loss) / config.accumulate
@@ -156,7 +158,7 @@ class Training:
             self.routing.observe(() if isinstance(output, Tensor) else output.routing)
             total = total + loss.detach()
         if config.grad_clip is not None:
-            accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+            self.engine.clip(config.grad_clip)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -167,8 +169,8 @@ class Training:
     def _batch(self, number: int) -> Any:
         from accelerate.utils import send_to_device
 
-        processes = self.accelerator.num_processes
-        index = (self.step * self.config.accumulate + number) * processes + self.accelerator.process_index
+        processes = self.engine.data_ranks
+        index = (self.step * self.config.accumulate + number) * processes + self.engine.data_rank
         tensors = self.batch(index)
         first = tensors if isinstance(tensors, Tensor) else next(iter(tensors))
         # Token ids count one by one; of anything else, its examples do.
@@ -210,7 +212,7 @@ class Training:
             self.on_evaluate(row)
 
     def _measure(self) -> dict[str, float]:
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.engine.unwrapped()
         model.eval()
         with torch.no_grad():
             measured = self.evaluate(model)
@@ -224,7 +226,7 @@ class Training:
         if checkpoints:
             try:
                 state = json.loads((checkpoints[-1] / STATE).read_text(encoding="utf-8"))
-                self.accelerator.load_state(str(checkpoints[-1]))
+                self.engine.load(checkpoints[-1])
                 self.step, self.seconds, self._losses = state["step"], state["seconds"], state["losses"]
                 self.routing.pending = state["routing"]
                 self._validation_losses = state.get("validation_losses", [])

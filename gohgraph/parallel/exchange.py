@@ -17,9 +17,9 @@ NOTHING, GATHER, SCATTER = "nothing", "all-gather", "reduce-scatter"
 class Exchange:
     """What the ranks of a tensor-parallel group tell each other in one round of messages.
 
-    Head i lives on rank i // h, h = H / ranks. With `"all-gather"` every rank sends the outputs of its heads that have a
-    receiver elsewhere; with `"reduce-scatter"` it sends, for every head elsewhere that it has senders of, the sum of
-    their messages. All ranks send equally many heads: those with fewer fill up.
+    Head i lives on rank i // h, h = H / ranks. With `"all-gather"` every rank sends the outputs of those of its heads
+    that have a receiver elsewhere; with `"reduce-scatter"` it sends, for every head elsewhere that it has senders of,
+    the sum of their messages. All ranks send equally many heads: those with fewer fill up.
 
     Args:
         num_heads: H.

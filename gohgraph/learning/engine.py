@@ -1,0 +1,155 @@
+"""What carries out a run: Hugging Face accelerate for whole models, DTensor meshes for sharded ones."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from gohgraph.learning.accelerator import make_accelerator
+from gohgraph.learning.optim import make_optimizer
+from gohgraph.learning.train_config import TrainConfig
+from gohgraph.parallel.gradients import clip_gradients
+from gohgraph.parallel.layout import Layout, ParallelConfig
+from gohgraph.parallel.ranks import machines
+from gohgraph.parallel.sharding import parallelize, recompute
+from gohgraph.parallel.states import load_state, save_state, whole_weights
+
+
+class Engine:
+    """One process, or one of several that all hold the model and see different data (DDP).
+
+    Args:
+        config: of the training.
+
+    Attributes:
+        accelerator: device, precision and processes.
+        data_ranks, data_rank: how many processes see different data, and which of them this is.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.accelerator = config, make_accelerator(config)
+        self.data_ranks, self.data_rank = self.accelerator.num_processes, self.accelerator.process_index
+
+    def data_group(self) -> Any:
+        """The process group of the ranks that see different data; `None` where there is one."""
+        return torch.distributed.group.WORLD if self.data_ranks > 1 else None
+
+    def prepare(self, model: nn.Module) -> tuple[nn.Module, Any, Any]:
+        """Returns the model as it is trained, its optimizer and its schedule."""
+        optimizer, schedule = self._optimizer(model.to(self.accelerator.device))
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
+        return self.model, self.optimizer, self.schedule
+
+    def no_sync(self) -> AbstractContextManager:
+        """Inside, gradients stay on their rank."""
+        return self.accelerator.no_sync(self.model)
+
+    def clip(self, largest: float) -> None:
+        """Scales the gradients down to a norm of `largest`."""
+        self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
+
+    def save(self, folder: Path) -> None:
+        """Writes model, optimizer and schedule; all ranks call it."""
+        self.accelerator.save_state(str(folder))
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote; all ranks call it."""
+        self.accelerator.load_state(str(folder))
+
+    def unwrapped(self) -> nn.Module:
+        """The model without what accelerate wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def whole(self) -> nn.Module:
+        """The trained model as one process has it, on the first rank; all ranks call it."""
+        return self.unwrapped()
+
+    def release(self) -> None:
+        """Takes off what accelerate has wrapped around the model; a rank can do it alone."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    def _optimizer(self, model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        optimizer = make_optimizer(model, self.config, self.accelerator.device)
+        return optimizer, LambdaLR(optimizer, self.config.learning_rate_factor)
+
+
+class ShardedEngine(Engine):
+    """One of several processes each of which holds a part of the model.
+
+    Args:
+        config: of the training.
+        parallel: the kinds of parallelism.
+
+    Raises:
+        ValueError: one process, fp16 or `torch.compile`.
+    """
+
+    def __init__(self, config: TrainConfig, parallel: ParallelConfig) -> None:
+        super().__init__(config)
+        for name, refused in (("precision", "fp16"), ("compile", True)):
+            if getattr(config, name) == refused:
+                raise ValueError(f"Expected another {name} with fsdp and tp (got {refused!r}). Do leave it out.")
+        self.layout = Layout(parallel, self.accelerator.device.type, machines())
+        self.data_ranks, self.data_rank = self.layout.data_ranks, self.layout.data_rank
+
+    def data_group(self) -> Any:
+        """The process group of the ranks that see different data; `None` where there is one."""
+        return self.layout.data_group()
+
+    def prepare(self, model: nn.Module) -> tuple[nn.Module, Any, Any]:
+        """Returns the model as it is trained, its optimizer and its schedule."""
+        # Takes the whole weights in the end.
+        self._plain = copy.deepcopy(model).cpu() if self.accelerator.is_main_process else None
+        self.model = parallelize(model.to(self.accelerator.device), self.layout)
+        self.optimizer, self.schedule = self.accelerator.prepare(*self._optimizer(self.model))
+        return self.model, self.optimizer, self.schedule
+
+    def clip(self, largest: float) -> None:
+        """Scales the gradients down to a norm of `largest`."""
+        clip_gradients(self.model.parameters(), largest)
+
+    def save(self, folder: Path) -> None:
+        """Writes model, optimizer and schedule; all ranks call it."""
+        save_state(folder, self.model, self.optimizer.optimizer, self._more())
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote, at any number of ranks; all ranks call it."""
+        more = load_state(folder, self.model, self.optimizer.optimizer, self._more())
+        self.schedule.load_state_dict(more["schedule"])
+
+    def unwrapped(self) -> nn.Module:
+        """The model itself."""
+        return self.model
+
+    def release(self) -> None:
+        """Does nothing: no wrapping is to be taken off."""
+
+    def whole(self) -> nn.Module:
+        """The trained model as one process has it, on the first rank, and the sharded one on others."""
+        weights: dict[str, Tensor] = whole_weights(self.model)
+        if self._plain is None:
+            return self.model
+        self._plain.load_state_dict(weights)
+        return self._plain.to(self.accelerator.device)
+
+    def _more(self) -> dict[str, Any]:
+        return {"schedule": self.schedule.state_dict()}
+
+
+def make_engine(config: TrainConfig, model: nn.Module, parallel: ParallelConfig | None) -> Engine:
+    """Returns what carries out a run of `model`.
+
+    Raises:
+        ImportError, ValueError: as `make_accelerator`; kinds of parallelism that these ranks cannot do.
+    """
+    if parallel is not None and parallel.is_sharded:
+        return ShardedEngine(config, parallel)
+    if parallel is not None and parallel.recompute:
+        recompute(model)
+    return Engine(config)

@@ -1,0 +1,86 @@
+"""The processes of a job that `torchrun` starts: their group, what the first decides, and when one is lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import distributed
+
+Value = TypeVar("Value")
+# What gloo and NCCL say when a process at the other end is gone or does not answer.
+LOST = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "NCCL", "Timed out", "timeout")
+
+
+def world_size() -> int:
+    """Processes that `torchrun` has started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def machines() -> int:
+    """Machines that the processes run on, as `torchrun` tells."""
+    return max(1, world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+
+
+@contextmanager
+def process_group(device: str | None = None) -> Iterator[None]:
+    """Joins the processes of `torchrun`, and leaves them at the end; does nothing for a process alone.
+
+    Args:
+        device: `"cpu"` talks over gloo; `None` takes the accelerator where there is one.
+    """
+    if world_size() == 1 or distributed.is_initialized():
+        yield
+        return
+    found = torch.accelerator.current_accelerator(check_available=True) if device is None else torch.device(device)
+    if found is not None and found.type != "cpu":
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group(None if found is not None and found.type != "cpu" else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def on_first_rank(decide: Callable[[], Value]) -> Value:
+    """Calls `decide` on the first rank and returns its value, or raises its error, on all of them.
+
+    Example:
+        >>> on_first_rank(lambda: 7)
+        7
+    """
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return decide()
+    found: list[tuple[Value | None, Exception | None]] = [(None, None)]
+    if distributed.get_rank() == 0:
+        try:
+            found = [(decide(), None)]
+        except Exception as error:
+            found = [(None, error)]
+    distributed.broadcast_object_list(found, src=0)
+    value, error = found[0]
+    if error is not None:
+        raise error
+    return value
+
+
+@contextmanager
+def lost_ranks(remedy: str) -> Iterator[None]:
+    """Makes the error of a process whose peer has ended one of a sentence, with what to do.
+
+    Args:
+        remedy: completes "Do ...".
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not distributed.is_initialized() or not any(sign in str(error) for sign in LOST):
+            raise
+        raise ValueError(
+            f"Expected all {distributed.get_world_size()} ranks to go on (got one that has ended or does not answer: "
+            f"{first[:200]}). Do {remedy}."
+        ) from error
