@@ -4,7 +4,7 @@
     python examples/train_language_model.py --data book.txt --sites both --score-in-degree 4 --run runs/book
     python examples/train_language_model.py --sites none --router --compare --run runs/mixture-of-heads
     python examples/train_language_model.py --experts --rounds 3 --router --top-k 3 --run runs/experts
-    torchrun --nproc-per-node 4 examples/train_language_model.py --parallel tp fsdp --run runs/sharded
+    torchrun --nproc-per-node 4 -- examples/train_language_model.py --parallel tp fsdp --run runs/sharded
 
 The run folder holds config.json, log.csv, curves.png, checkpoints, the model, sample.txt and result.json, of a head
 graph heads.png, and of a router load.png. Ctrl-C stops it; the same command with --resume goes on. Where TensorBoard is

@@ -11,13 +11,18 @@ from typing import Any
 
 import torch
 
-# One process imports torch once, and every rank is a fork of it.
+# One process imports everything once, and every rank is a fork of it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "gohgraph.parallel"])
+CONTEXT.set_forkserver_preload(["gohgraph.learning.experiment", "accelerate", "matplotlib.pyplot", "torch._dynamo"])
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-    """Calls `function(rank, *args)` in `world` processes of one group; returns what each gave, in order of ranks."""
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, dies: bool = False
+) -> list[Any]:
+    """Calls `function(rank, *args)` in `world` processes of one group; returns what each gave, in order of ranks.
+
+    Where the last one `dies`, what the others gave.
+    """
     with tempfile.TemporaryDirectory() as folder:
         pool = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
         processes = [
@@ -27,7 +32,8 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
         for process in processes:
             process.start()
         try:
-            found = [receiver.recv() if receiver.poll(timeout) else "timed out" for receiver, _ in pool]
+            living = pool[: world - dies]
+            found = [receiver.recv() if receiver.poll(timeout) else "timed out" for receiver, _ in living]
         finally:
             for process in processes:
                 process.join(5)
@@ -40,11 +46,9 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 def _rank(rank: int, world: int, store: str, sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     try:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         sender.send((function(rank, *args),))
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
     except BaseException:
         sender.send(f"rank {rank} of {world}:\n{traceback.format_exc()}")

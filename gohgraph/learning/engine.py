@@ -18,7 +18,7 @@ from gohgraph.parallel.gradients import clip_gradients
 from gohgraph.parallel.layout import Layout, ParallelConfig
 from gohgraph.parallel.ranks import machines
 from gohgraph.parallel.sharding import parallelize, recompute
-from gohgraph.parallel.states import load_state, save_state, whole_weights
+from gohgraph.parallel.states import is_sharded_state, load_state, save_state, whole_weights
 
 
 class Engine:
@@ -60,6 +60,8 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote; all ranks call it."""
+        if is_sharded_state(folder):
+            raise ValueError("it was written by ranks of tp or fsdp; resume it with --parallel")
         self.accelerator.load_state(str(folder))
 
     def unwrapped(self) -> nn.Module:
@@ -120,6 +122,8 @@ class ShardedEngine(Engine):
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, at any number of ranks; all ranks call it."""
+        if not is_sharded_state(folder):
+            raise ValueError("it was written without tp and fsdp; resume it like that")
         more = load_state(folder, self.model, self.optimizer.optimizer, self._more())
         self.schedule.load_state_dict(more["schedule"])
 

@@ -16,7 +16,7 @@ from gohgraph.learning.language import standard_error
 from gohgraph.learning.loop import TrainConfig, Training, TrainingInterrupted, train_together
 from gohgraph.learning.run_folder import last_folder, new_folder
 from gohgraph.parallel.layout import MODES, ParallelConfig
-from gohgraph.parallel.ranks import lost_ranks, machines, on_first_rank, world_size
+from gohgraph.parallel.ranks import lost_ranks, machines, on_first_rank, under_torchrun, world_size
 
 
 def add_run_flags(parser: argparse.ArgumentParser, name: str) -> None:
@@ -73,9 +73,10 @@ def parallel_config(flags: argparse.Namespace) -> ParallelConfig | None:
             raise ValueError("Expected --parallel tp for --tensor-ranks and --sequence-parallel (got none). Do add it.")
         return None
     config = ParallelConfig(modes, flags.tensor_ranks, flags.sequence_parallel, flags.recompute)
-    if world_size() == 1 and flags.parallel:
+    if flags.parallel and not under_torchrun():
         raise ValueError(
-            "Expected processes started by torchrun for --parallel (got one). Do run: torchrun --nproc-per-node 2 ..."
+            "Expected processes started by torchrun for --parallel (got one alone). Do run the script by torchrun "
+            "--nproc-per-node 2 -- ..."
         )
     config.sizes(world_size(), machines())
     return config
@@ -147,7 +148,7 @@ def resumable(script: str, argv: Sequence[str], folder: Path) -> Iterator[None]:
     command = [argument for argument in argv if argument != "--resume"]
     where = [] if any(argument.split("=")[0] == "--run" for argument in argv) else ["--run", str(folder)]
     ranks = world_size()
-    start = ["torchrun", "--nproc-per-node", str(ranks // machines())] if ranks > 1 else ["python"]
+    start = ["torchrun", "--nproc-per-node", str(ranks // machines()), "--"] if under_torchrun() else ["python"]
     again = shlex.join([*start, f"examples/{script}.py", *command, *where, "--resume"])
     try:
         with lost_ranks(f"go on from the last checkpoint: {again}"):

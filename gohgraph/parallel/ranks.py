@@ -20,6 +20,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def under_torchrun() -> bool:
+    """Whether `torchrun` has started this process, perhaps as the only one."""
+    return "WORLD_SIZE" in os.environ
+
+
 def machines() -> int:
     """Machines that the processes run on, as `torchrun` tells."""
     return max(1, world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
@@ -27,12 +32,12 @@ def machines() -> int:
 
 @contextmanager
 def process_group(device: str | None = None) -> Iterator[None]:
-    """Joins the processes of `torchrun`, and leaves them at the end; does nothing for a process alone.
+    """Joins the processes of `torchrun`, and leaves them at the end; does nothing without it.
 
     Args:
         device: `"cpu"` talks over gloo; `None` takes the accelerator where there is one.
     """
-    if world_size() == 1 or distributed.is_initialized():
+    if not under_torchrun() or distributed.is_initialized():
         yield
         return
     found = torch.accelerator.current_accelerator(check_available=True) if device is None else torch.device(device)

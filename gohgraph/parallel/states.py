@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
@@ -49,6 +50,11 @@ def load_state(
         model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=OPTIONS
     )
     return saved["more"]
+
+
+def is_sharded_state(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds what `save_state` wrote."""
+    return (Path(folder) / ".metadata").is_file()
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

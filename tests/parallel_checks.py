@@ -1,0 +1,153 @@
+"""What the ranks of the distributed tests do; each function runs on every rank of a group."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+
+import torch
+from helpers import load_script, trained_like
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gohgraph import HeadGraphConfig, LanguageModel, RoutingConfig, SiteConfig, TransformerConfig
+from gohgraph.learning.optim import make_optimizer
+from gohgraph.learning.train_config import TrainConfig
+from gohgraph.parallel import Layout, ParallelConfig, clip_gradients, parallelize
+from gohgraph.routing import share_statistics
+from gohgraph.topologies import TOPOLOGIES
+
+VOCAB, BATCH, LENGTH = 13, 4, 12
+OPTIONS = {"ring": {"hops": 2}, "groups": {"ranks": 4}, "small-world": {"neighbors": 2}}
+ROUTING = RoutingConfig(2, 3, z_loss=0.1)
+INTO_ONE = [(j, 0) for j in range(8)]
+
+
+def cases() -> dict[str, HeadGraphConfig | None]:
+    """Every topology at both sites, router on and off; then what edges and rounds can be."""
+    sites = {name: SiteConfig(name, OPTIONS.get(name, {})) for name in TOPOLOGIES}
+    found = {name: HeadGraphConfig(site, site) for name, site in sites.items()}
+    found |= {f"{name}-routed": HeadGraphConfig(site, site, ROUTING) for name, site in sites.items()}
+    return found
+
+
+def special_cases() -> dict[str, HeadGraphConfig | None]:
+    """What head graphs can have beside a topology."""
+    deep = {"rounds": 2, "cross_layer": 1, "norm": True}
+    return {
+        "plain": None,
+        "moh": HeadGraphConfig.moh(2, 3),
+        "into-one": HeadGraphConfig(SiteConfig(INTO_ONE, **deep), None, ROUTING),
+        "deep": HeadGraphConfig(SiteConfig(rank=3, **deep), SiteConfig.ring(3, rank=2, top_edges=2), ROUTING),
+        "fixed": HeadGraphConfig(
+            SiteConfig(edges="static"), SiteConfig("star", edges="frozen"), queries=SiteConfig(), keys=SiteConfig()
+        ),
+        "pyg": HeadGraphConfig(SiteConfig(backend="pyg"), SiteConfig(backend="pyg")),
+        "rounds-within": HeadGraphConfig(None, SiteConfig("groups", {"ranks": 4}, rounds=2)),
+    }
+
+
+def build(graph: HeadGraphConfig | None, *, layers: int = 1, **settings) -> LanguageModel:
+    """A model of M = 48, H = 8, D = 6 in float64."""
+    torch.manual_seed(3)
+    shape = {"d_model": 48, "num_heads": 8, "num_layers": layers, "d_ff": 20}
+    return trained_like(LanguageModel(TransformerConfig(VOCAB, **shape, head_graph=graph, **settings)))
+
+
+def batch(step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets `[B, T]` of a step, of all ranks together."""
+    tokens = torch.randint(VOCAB, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+class Ranks:
+    """A model on all ranks, and the part of a batch that this one sees."""
+
+    def __init__(self, model: LanguageModel, config: ParallelConfig) -> None:
+        self.layout = Layout(config)
+        share_statistics(model, self.layout.data_group())
+        self.model = parallelize(model, self.layout) if config.is_sharded else DistributedDataParallel(model)
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.chunk(self.layout.data_ranks)[self.layout.data_rank]
+
+    def backward(self, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = map(self.rows, batch(step))
+        output = self.model(inputs, targets=targets)
+        output.loss.backward()
+        loss = output.loss.detach().clone()
+        torch.distributed.all_reduce(loss)
+        return output.logits.detach(), loss / torch.distributed.get_world_size()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def largest_errors(rank: int, config: ParallelConfig, names: list[str], settings: dict) -> dict[str, float]:
+    """Of each case the largest difference of logits, loss or a gradient to those of one process."""
+    known, found = cases() | special_cases(), {}
+    for name in names:
+        model = build(known[name], **settings)
+        alone = build(known[name], **settings)
+        ranks = Ranks(model, config)
+        logits, loss = ranks.backward()
+        output = alone(batch()[0], targets=batch()[1])
+        output.loss.backward()
+        errors = [(logits - ranks.rows(output.logits)).abs().max(), (loss - output.loss).abs()]
+        own = dict(alone.named_parameters())
+        assert set(model.state_dict()) == set(alone.state_dict())
+        for key, parameter in model.named_parameters():
+            gradient = None if parameter.grad is None else whole(parameter.grad)
+            assert (gradient is None) == (own[key].grad is None), key
+            if gradient is not None:
+                errors.append((gradient - own[key].grad).abs().max())
+        found[name] = max(error.item() for error in errors)
+    return found
+
+
+def losses_apart(rank: int, config: ParallelConfig, names: list[str], steps: int) -> dict[str, float]:
+    """Of each case the largest difference of a loss in float32 training to that of one process."""
+    known, found = cases() | special_cases(), {}
+    training = TrainConfig(steps=steps, learning_rate=3e-3)
+    for name in names:
+        model, alone = build(known[name]).float(), build(known[name]).float()
+        ranks = Ranks(model, config)
+        optimizers = [make_optimizer(one, training, torch.device("cpu")) for one in (model, alone)]
+        apart = []
+        for step in range(steps):
+            _, loss = ranks.backward(step)
+            output = alone(batch(step)[0], targets=batch(step)[1])
+            output.loss.backward()
+            apart.append((loss - output.loss).abs().item())
+            for one, optimizer in zip((model, alone), optimizers, strict=True):
+                clip_gradients(one.parameters(), training.grad_clip)
+                optimizer.step()
+                optimizer.zero_grad()
+        found[name] = max(apart)
+    return found
+
+
+def all_of(rank: int, calls: list[tuple]) -> list:
+    """Makes several calls in one group of ranks: starting them is what takes time."""
+    return [function(rank, *args) for function, *args in calls]
+
+
+def train_language_model(rank: int, argv: list[str], die_at: int | None = None) -> tuple[int, str]:
+    """Runs the example on every rank; the last one dies in training step `die_at`. Returns exit code and errors."""
+    from gohgraph.learning.training import Training
+
+    step = Training._train_step
+
+    def dying(self) -> None:
+        if self.step == die_at and rank == torch.distributed.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self)
+
+    Training._train_step = dying
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        code = load_script("examples", "train_language_model").main(argv)
+    return code, errors.getvalue()

@@ -1,0 +1,101 @@
+"""Distributed training equals training in one process: gloo ranks on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+from example_runs import logs
+from parallel_checks import all_of, cases, largest_errors, losses_apart, special_cases, train_language_model
+from ranks import run_ranks
+
+from gohgraph.parallel import ParallelConfig
+
+# Everything under every kind of parallelism; otherwise what takes long is dealt out among the kinds.
+EXHAUSTIVE = "GOHGRAPH_EXHAUSTIVE" in os.environ
+ALL, SPECIAL = list(cases()), list(special_cases())
+TP, DDP, FSDP = (ParallelConfig((mode,)) for mode in ("tp", "ddp", "fsdp"))
+TP_FSDP, TP_DDP = ParallelConfig(("tp", "fsdp")), ParallelConfig(("ddp", "tp"))
+TOKENS = ParallelConfig(("tp",), sequence_parallel=True, recompute=True)
+STEPS = 20
+
+
+def some(names, number):
+    return names if EXHAUSTIVE else names[number::5]
+
+
+def equal(config, names, **settings):
+    return (largest_errors, config, names, settings)
+
+
+def trains(config, names):
+    return (losses_apart, config, names, STEPS)
+
+
+def check(world, calls):
+    found = run_ranks(world, all_of, calls, timeout=1000)
+    for results in found:
+        for (function, *args), errors in zip(calls, results, strict=True):
+            limit = 1e-9 if function is largest_errors else 1e-4
+            assert {name: error for name, error in errors.items() if not error <= limit} == {}, (function, args[0])
+
+
+def test_one_rank_is_plain_training():
+    check(1, [equal(TP, ALL[:2]), equal(TP, SPECIAL, layers=2), trains(TP, ALL[:1])])
+
+
+def test_two_ranks_equal_one_process():
+    check(2, [
+        equal(TP, ALL), equal(DDP, ALL), equal(FSDP, ALL),
+        equal(TP, SPECIAL, layers=2), equal(TOKENS, ["deep", "moh"], layers=2, norm_first=False),
+        equal(TP, ["deep"], layers=2, num_kv_heads=4, activation="swiglu", tie_embeddings=False, bias=False),
+        trains(TP, some(ALL, 0)), trains(DDP, some(ALL, 1)), trains(FSDP, some(ALL, 2)),
+    ])  # fmt: skip
+
+
+def test_four_ranks_equal_one_process():
+    check(4, [
+        equal(TP, ALL), equal(TP_FSDP, some(ALL, 3)), equal(TP_DDP, some(ALL, 4)[:1]),
+        equal(TOKENS, SPECIAL if EXHAUSTIVE else ["into-one"], layers=2),
+        trains(TP, some(ALL, 3)[:1] if not EXHAUSTIVE else ALL),
+        trains(TP_FSDP, some(ALL, 4)[:1] if not EXHAUSTIVE else ALL),
+    ])  # fmt: skip
+
+
+SMALL = "--d-model 16 --num-heads 4 --num-layers 1 --d-ff 20 --length 12 --batch-size 2 --steps 6 --smoke".split()
+RUN = [*SMALL, "--router", "--device", "cpu", "--checkpoint-every", "3", "--eval-every", "6", "--parallel", "tp"]
+
+
+def train(world, folder, *more, die_at=None):
+    text = folder.parent / "text"
+    text.write_text(" ".join(f"head {number} talks to head {number**2 % 97}" for number in range(400)))
+    more = ("--data", str(text), *more)
+    return run_ranks(world, train_language_model, [*RUN, "--run", str(folder), *more], die_at, dies=die_at is not None)
+
+
+def losses(folder):
+    (rows,) = logs(folder).values()
+    return [[float(row[name]) for name in ("loss", "balance_loss")] for row in rows]
+
+
+def test_a_run_goes_on_at_another_number_of_ranks_and_after_one_is_lost(tmp_path):
+    whole = tmp_path / "whole"
+    assert [code for code, _ in train(2, whole)] == [0, 0]
+    expected = losses(whole)
+    assert len(expected) == 6 and (whole / "model" / "model.safetensors").is_file()
+    for ranks in (1, 4):
+        folder = tmp_path / str(ranks)
+        shutil.copytree(whole, folder)
+        shutil.rmtree(folder / "checkpoints" / "step-000006")
+        assert [code for code, _ in train(ranks, folder, "--resume")] == [0] * ranks
+        for row, other in zip(losses(folder), expected, strict=True):
+            assert row == pytest.approx(other, abs=1e-4)
+    part = tmp_path / "part"
+    ((code, errors),) = train(2, part, die_at=4)
+    last = errors.splitlines()[-1]
+    assert code == 2 and last.startswith("error: Expected all 2 ranks to go on") and last.endswith("--resume.")
+    assert "torchrun --nproc-per-node 2 -- examples/train_language_model.py" in last
+    assert [path.name for path in (part / "checkpoints").glob("step-*")] == ["step-000003"]
+    assert [code for code, _ in train(2, part, "--resume")] == [0, 0]
+    assert losses(part) == expected
