@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import signal
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gohgraph import HeadGraphConfig, LanguageModel, RoutingConfig, SiteConfig, TransformerConfig
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.learning.train_config import TrainConfig
-from gohgraph.parallel import Layout, ParallelConfig, clip_gradients, parallelize
+from gohgraph.parallel import Layout, ParallelConfig, Traffic, clip_gradients, parallelize
 from gohgraph.routing import share_statistics
 from gohgraph.topologies import TOPOLOGIES
 
@@ -151,3 +152,19 @@ def train_language_model(rank: int, argv: list[str], die_at: int | None = None) 
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         code = load_script("examples", "train_language_model").main(argv)
     return code, errors.getvalue()
+
+
+def bytes_sent(rank: int, config: ParallelConfig, names: list[str], site: str) -> dict[str, dict[str, int]]:
+    """Of each case with head graphs at one site alone, the bytes that this rank sends in a step, by collective."""
+    found = {}
+    for name in names:
+        graph = (cases() | special_cases())[name]
+        if graph is not None and site != "both":
+            other = "scores" if site == "outputs" else "outputs"
+            graph = dataclasses.replace(graph, **{other: None})
+        ranks = Ranks(build(graph), config)
+        with Traffic() as traffic:
+            inputs, targets = map(ranks.rows, batch())
+            ranks.model(inputs, targets=targets).loss.backward()
+        found[name] = dict(traffic.bytes)
+    return found

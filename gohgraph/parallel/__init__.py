@@ -7,11 +7,13 @@ from gohgraph.parallel.ranks import process_group
 from gohgraph.parallel.sharding import parallelize, recompute, shard_data
 from gohgraph.parallel.states import load_state, save_state, whole_weights
 from gohgraph.parallel.tensor import tensor_parallel
+from gohgraph.parallel.traffic import Traffic
 
 __all__ = [
     "Exchange",
     "Layout",
     "ParallelConfig",
+    "Traffic",
     "clip_gradients",
     "load_state",
     "parallelize",
