@@ -50,6 +50,16 @@ def special_cases() -> dict[str, HeadGraphConfig | None]:
     }
 
 
+def alone(graph: HeadGraphConfig | None, site: str) -> HeadGraphConfig | None:
+    """The same with an empty other site, and edges from this layer only."""
+    if graph is None:
+        return None
+    other = "scores" if site == "outputs" else "outputs"
+    graph = dataclasses.replace(graph, **{other: None})
+    own = getattr(graph, site)
+    return graph if own is None else dataclasses.replace(graph, **{site: dataclasses.replace(own, cross_layer=0)})
+
+
 def build(graph: HeadGraphConfig | None, *, layers: int = 1, **settings) -> LanguageModel:
     """A model of M = 48, H = 8, D = 6 in float64."""
     torch.manual_seed(3)
@@ -158,10 +168,7 @@ def bytes_sent(rank: int, config: ParallelConfig, names: list[str], site: str) -
     """Of each case with head graphs at one site alone, the bytes that this rank sends in a step, by collective."""
     found = {}
     for name in names:
-        graph = (cases() | special_cases())[name]
-        if graph is not None and site != "both":
-            other = "scores" if site == "outputs" else "outputs"
-            graph = dataclasses.replace(graph, **{other: None})
+        graph = alone((cases() | special_cases())[name], site)
         ranks = Ranks(build(graph), config)
         with Traffic() as traffic:
             inputs, targets = map(ranks.rows, batch())

@@ -7,10 +7,22 @@ import shutil
 
 import pytest
 from example_runs import logs
-from parallel_checks import all_of, cases, largest_errors, losses_apart, special_cases, train_language_model
+from parallel_checks import (
+    BATCH,
+    LENGTH,
+    VOCAB,
+    all_of,
+    alone,
+    bytes_sent,
+    cases,
+    largest_errors,
+    losses_apart,
+    special_cases,
+    train_language_model,
+)
 from ranks import run_ranks
 
-from gohgraph.parallel import ParallelConfig
+from gohgraph.parallel import Cluster, ParallelConfig, Workload, graph_cost, plain_cost
 
 # Everything under every kind of parallelism; otherwise what takes long is dealt out among the kinds.
 EXHAUSTIVE = "GOHGRAPH_EXHAUSTIVE" in os.environ
@@ -99,3 +111,22 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_after_one_is_lost(tmp_path
     assert [path.name for path in (part / "checkpoints").glob("step-*")] == ["step-000003"]
     assert [code for code, _ in train(2, part, "--resume")] == [0, 0]
     assert losses(part) == expected
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_plan_predicts_the_bytes_that_are_counted(ranks):
+    names = ["plain", *ALL, "deep", "into-one"]
+    sites = ("outputs", "scores")
+    counted = run_ranks(ranks, all_of, [(bytes_sent, TP, names, site) for site in sites])[0]
+    model = Workload(8, 1, 48, 20, vocab_size=VOCAB, length=LENGTH, batch_size=BATCH, number_bytes=8)
+    cluster = Cluster(tensor=ranks)
+    for site, bytes_of in zip(sites, counted, strict=True):
+        plain = sum(bytes_of["plain"].values())
+        assert plain == pytest.approx(plain_cost(model, cluster).tensor_bytes, rel=0.2)
+        for name in names[1:]:
+            graphs = alone((cases() | special_cases())[name], site)
+            added = sum(bytes_of[name].values()) - plain
+            predicted = graph_cost(graphs, model, cluster).tensor_bytes
+            assert added == pytest.approx(predicted, rel=0.2, abs=8 * 8), (site, name)
+            if name in ("groups", "empty"):
+                assert added == predicted == 0
