@@ -115,7 +115,8 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_after_one_is_lost(tmp_path
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_plan_predicts_the_bytes_that_are_counted(ranks):
-    names = ["plain", *ALL, "deep", "into-one"]
+    # The first half of the cases has no router, which adds the same to all.
+    names = ["plain", *ALL[:8], "ring-routed", "deep", "into-one"]
     sites = ("outputs", "scores")
     counted = run_ranks(ranks, all_of, [(bytes_sent, TP, names, site) for site in sites])[0]
     model = Workload(8, 1, 48, 20, vocab_size=VOCAB, length=LENGTH, batch_size=BATCH, number_bytes=8)
@@ -130,3 +131,12 @@ def test_the_plan_predicts_the_bytes_that_are_counted(ranks):
             assert added == pytest.approx(predicted, rel=0.2, abs=8 * 8), (site, name)
             if name in ("groups", "empty"):
                 assert added == predicted == 0
+
+
+def test_the_plan_predicts_the_bytes_of_sharded_parameters():
+    counted = run_ranks(2, bytes_sent, FSDP, ["plain", *ALL[:8]], "outputs")[0]
+    model = Workload(8, 1, 48, 20, vocab_size=VOCAB, length=LENGTH, batch_size=BATCH, number_bytes=8)
+    for name in ALL[:8]:
+        added = sum(counted[name].values()) - sum(counted["plain"].values())
+        predicted = graph_cost(alone(cases()[name], "outputs"), model, Cluster(data=2, is_sharded=True)).data_bytes
+        assert added == pytest.approx(predicted, rel=0.2), name

@@ -23,6 +23,8 @@ def commands() -> list[list[str]]:
     lines = "".join(blocks("bash", *PAGES)).replace("\\\n", " ").splitlines()
     # Environment variables may stand before a command.
     lines = [re.sub(r"^(\w+=\S+\s+)+", "", line) for line in lines]
+    # What torchrun starts stands behind its own flags.
+    lines = [re.sub(r"^torchrun .*? -- ", "python ", line) for line in lines]
     return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
 
 

@@ -2,10 +2,11 @@
 
     python tools/scale_plan.py --heads 32 --layers 32 --d-model 4096 --tensor 8 --data 16 --fsdp
     python tools/scale_plan.py --topologies ring groups --in-degree 4 --site both --router --tensor 4 --pipeline 2
+    torchrun --nproc-per-node 2 -- tools/scale_plan.py --count --heads 8 --layers 2 --d-model 64 --length 64 --tensor 2
 
 Bytes are what one rank sends in a step, by ring algorithms; times are those of a step where nothing overlaps, so the
-overhead is an upper end. Nothing is measured here: give the speeds your cluster reaches. The bytes are held to counted
-ones by the tests.
+overhead is an upper end. Nothing is measured here: give the speeds your cluster reaches. With --count, ranks that
+torchrun has started run a step of the model itself and count what they send, beside what the plan says.
 """
 
 from __future__ import annotations
@@ -17,9 +18,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gohgraph import HeadGraphConfig, RoutingConfig, SiteConfig
 from gohgraph.command_line import ArgumentParser, run
-from gohgraph.parallel import Cluster, Cost, Workload, graph_cost, plain_cost
+from gohgraph.parallel import (
+    Cluster,
+    Cost,
+    ParallelConfig,
+    Workload,
+    count_step,
+    graph_cost,
+    plain_cost,
+    process_group,
+)
 from gohgraph.tables import markdown_table
 from gohgraph.topologies import TOPOLOGIES
 
@@ -42,6 +54,10 @@ def plan(flags: argparse.Namespace) -> None:
         flags.pipeline_bandwidth, flags.data_bandwidth,
     )  # fmt: skip
     _check(model, cluster)
+    if flags.count:
+        with process_group("cpu"):
+            count(model, cluster, flags)
+        return
     plain = plain_cost(model, cluster)
     costs = {name: graph_cost(_graphs(name, flags), model, cluster) for name in flags.topologies}
     rows = [_row(name, cost, plain, cluster, model) for name, cost in {"none": plain, **costs}.items()]
@@ -52,6 +68,28 @@ def plan(flags: argparse.Namespace) -> None:
         found = {"none": plain, **costs}
         numbers = {name: vars(cost) | {"seconds": cost.seconds(cluster)} for name, cost in found.items()}
         flags.json.write_text(json.dumps({"model": vars(model), "cluster": vars(cluster), "costs": numbers}, indent=2))
+
+
+def count(model: Workload, cluster: Cluster, flags: argparse.Namespace) -> None:
+    """Prints counted bytes beside the plan's; every rank runs the steps."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() != cluster.tensor * cluster.data:
+        ranks = cluster.tensor * cluster.data
+        raise ValueError(f"Expected {ranks} ranks for --count (got others). Do run torchrun --nproc-per-node {ranks}.")
+    if cluster.pipeline > 1 or (cluster.data > 1 and not cluster.is_sharded):
+        raise ValueError("Expected tensor parallelism and FSDP to count (got more). Do drop --pipeline, or add --fsdp.")
+    torch.set_num_threads(1)
+    modes = ("tp",) * (cluster.tensor > 1) + ("fsdp",) * (cluster.data > 1)
+    parallel = ParallelConfig(modes or ("tp",), cluster.tensor if cluster.tensor > 1 else None)
+    plain, rows = count_step(None, model, parallel), []
+    for name in flags.topologies:
+        graphs = _graphs(name, flags)
+        cost, found = graph_cost(graphs, model, cluster), count_step(graphs, model, parallel)
+        added, planned = found - plain, cost.tensor_bytes + cost.data_bytes
+        apart = f"{100 * (planned / added - 1):+.1f} %" if added else "equal" if not planned else "-"
+        rows.append([name, f"{added:,}", f"{planned:,.0f}", apart, f"{100 * added / plain:.1f} %"])
+    if torch.distributed.get_rank() == 0:
+        print(_title(model, cluster) + f"; plain: {plain:,} bytes\n")
+        print(markdown_table([("head graph", "bytes counted", "planned", "apart", "of plain's"), *rows]))
 
 
 def _graphs(name: str, flags: argparse.Namespace) -> HeadGraphConfig:
@@ -128,6 +166,7 @@ def _parser() -> ArgumentParser:
     ranks("--tensor-bandwidth", type=float, default=400, help="GB/s that a rank sends to its tensor-parallel peers")
     ranks("--pipeline-bandwidth", type=float, default=50, help="GB/s to the next pipeline rank")
     ranks("--data-bandwidth", type=float, default=50, help="GB/s to its data-parallel peers")
+    parser.add_argument("--count", action="store_true", help="count on the ranks that torchrun has started")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     return parser
 

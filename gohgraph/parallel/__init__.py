@@ -1,6 +1,7 @@
 """Training beyond one device: heads sharded over ranks, sharded and replicated data parallelism, checkpoints."""
 
 from gohgraph.parallel.cost import Cluster, Cost, Workload, graph_cost, plain_cost
+from gohgraph.parallel.counting import count_step
 from gohgraph.parallel.exchange import Exchange, plan_exchange
 from gohgraph.parallel.gradients import clip_gradients
 from gohgraph.parallel.layout import Layout, ParallelConfig
@@ -20,6 +21,7 @@ __all__ = [
     "Traffic",
     "Workload",
     "clip_gradients",
+    "count_step",
     "cut_weight",
     "graph_cost",
     "load_state",
