@@ -23,6 +23,7 @@ from gohgraph.topologies import TOPOLOGIES
 VOCAB, BATCH, LENGTH = 13, 4, 12
 OPTIONS = {"ring": {"hops": 2}, "groups": {"ranks": 4}, "small-world": {"neighbors": 2}}
 ROUTING = RoutingConfig(2, 3, z_loss=0.1)
+SEQUENCE = ParallelConfig(("tp",), sequence_parallel=True)
 INTO_ONE = [(j, 0) for j in range(8)]
 
 
@@ -174,4 +175,19 @@ def bytes_sent(rank: int, config: ParallelConfig, names: list[str], site: str) -
             inputs, targets = map(ranks.rows, batch())
             ranks.model(inputs, targets=targets).loss.backward()
         found[name] = dict(traffic.bytes)
+    return found
+
+
+def refusals(rank: int) -> list[str]:
+    """What tensor parallelism says to models and inputs that it cannot take."""
+    found = []
+    experts = HeadGraphConfig.graph_experts(2)
+    rounds = HeadGraphConfig(None, SiteConfig(rounds=2))
+    for graph, heads, length in ((None, 5, 4), (experts, 4, 4), (rounds, 4, 4), (None, 4, 5)):
+        shape = {"d_model": 10 * heads, "num_heads": heads, "num_layers": 1, "d_ff": 20}
+        try:
+            ranks = Ranks(LanguageModel(TransformerConfig(VOCAB, **shape, head_graph=graph)), SEQUENCE)
+            ranks.model(torch.zeros(1, length, dtype=torch.long))
+        except ValueError as error:
+            found.append(str(error))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ class ShardedEngine(Engine):
         for name, refused in (("precision", "fp16"), ("compile", True)):
             if getattr(config, name) == refused:
                 raise ValueError(f"Expected another {name} with fsdp and tp (got {refused!r}). Do leave it out.")
+        # Heads' outputs are views; nobody writes into them.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         self.layout = Layout(parallel, self.accelerator.device.type, machines())
         self.data_ranks, self.data_rank = self.layout.data_ranks, self.layout.data_rank
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -72,20 +74,52 @@ def on_first_rank(decide: Callable[[], Value]) -> Value:
     return value
 
 
+class _Terminated(BaseException):
+    """`torchrun` has asked this process to end."""
+
+
 @contextmanager
 def lost_ranks(remedy: str) -> Iterator[None]:
-    """Makes the error of a process whose peer has ended one of a sentence, with what to do.
+    """Makes it an error of one sentence, with what to do, that another process of the job has ended.
+
+    The others see a lost connection, or SIGTERM from `torchrun`, whichever is first. Does nothing for a process alone.
 
     Args:
         remedy: completes "Do ...".
+
+    Raises:
+        ValueError: inside, a rank was lost.
     """
-    try:
+    if not under_torchrun():
         yield
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if not distributed.is_initialized() or not any(sign in str(error) for sign in LOST):
+        return
+    try:
+        with _terminated():
+            yield
+    except (_Terminated, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        if isinstance(error, _Terminated):
+            lines = ["torchrun has sent SIGTERM"]
+        elif not any(sign in str(error) for sign in LOST):
             raise
         raise ValueError(
-            f"Expected all {distributed.get_world_size()} ranks to go on (got one that has ended or does not answer: "
-            f"{first[:200]}). Do {remedy}."
+            f"Expected all {world_size()} ranks to go on (got one that has ended or does not answer: "
+            f"{lines[0][:200]}). Do {remedy}."
         ) from error
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    # Python gives signals to the main thread only, and refuses handlers elsewhere.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
