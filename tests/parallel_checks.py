@@ -13,7 +13,16 @@ from helpers import load_script, trained_like
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gohgraph import HeadGraphConfig, LanguageModel, RoutingConfig, SiteConfig, TransformerConfig
+from gohgraph import (
+    Classifier,
+    ClassifierConfig,
+    HeadGraphConfig,
+    LanguageModel,
+    RoutingConfig,
+    SiteConfig,
+    Transformer,
+    TransformerConfig,
+)
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.parallel import Layout, ParallelConfig, Traffic, clip_gradients, parallelize
@@ -116,6 +125,43 @@ def largest_errors(rank: int, config: ParallelConfig, names: list[str], settings
             assert (gradient is None) == (own[key].grad is None), key
             if gradient is not None:
                 errors.append((gradient - own[key].grad).abs().max())
+        found[name] = max(error.item() for error in errors)
+    return found
+
+
+def others_apart(rank: int, config: ParallelConfig) -> dict[str, float]:
+    """Of an encoder-decoder and a classifier, the largest difference of a loss or gradient to one process."""
+    tokens, targets = batch()
+    shape = TransformerConfig(
+        VOCAB, d_model=48, num_heads=8, num_layers=2, d_ff=20, positions="sinusoidal",
+        head_graph=HeadGraphConfig(SiteConfig.ring(3, cross_layer=1), SiteConfig(), ROUTING),
+    )  # fmt: skip
+    makes = {
+        "transformer": (
+            lambda: Transformer(shape),
+            lambda model: model(tokens, targets[:, :10], targets=tokens[:, :10]),
+        ),
+        "classifier": (
+            lambda: Classifier(ClassifierConfig(shape, 5)),
+            lambda model: model(tokens, targets=torch.arange(BATCH)),
+        ),
+    }
+    found = {}
+    for name, (make, run) in makes.items():
+        torch.manual_seed(3)
+        alone = trained_like(make())
+        torch.manual_seed(3)
+        model = parallelize(trained_like(make()), Layout(config))
+        losses = [run(one).loss for one in (alone, model)]
+        for loss in losses:
+            loss.backward()
+        own = dict(alone.named_parameters())
+        errors = [(losses[0] - losses[1]).abs()]
+        errors += [
+            (whole(parameter.grad) - own[key].grad).abs().max()
+            for key, parameter in model.named_parameters()
+            if parameter.grad is not None
+        ]
         found[name] = max(error.item() for error in errors)
     return found
 

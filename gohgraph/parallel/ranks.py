@@ -44,7 +44,7 @@ def process_group(device: str | None = None) -> Iterator[None]:
         return
     found = torch.accelerator.current_accelerator(check_available=True) if device is None else torch.device(device)
     if found is not None and found.type != "cpu":
-        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.get_device_module(found).set_device(int(os.environ.get("LOCAL_RANK", "0")))
     distributed.init_process_group(None if found is not None and found.type != "cpu" else "gloo")
     try:
         yield
