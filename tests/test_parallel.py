@@ -115,6 +115,8 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_after_one_is_lost(tmp_path
         assert [code for code, _ in train(ranks, folder, "--resume")] == [0] * ranks
         for row, other in zip(losses(folder), expected, strict=True):
             assert row == pytest.approx(other, abs=1e-4)
+    ((code, errors),) = train(1, whole, "--resume", "--parallel", "ddp")
+    assert code == 2 and "Expected a checkpoint of whole models" in errors.splitlines()[-1]
     part = tmp_path / "part"
     ((code, errors),) = train(2, part, die_at=4)
     last = errors.splitlines()[-1]

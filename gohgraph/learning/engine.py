@@ -33,6 +33,8 @@ class Engine:
         data_ranks, data_rank: how many processes see different data, and which of them this is.
     """
 
+    is_sharded = False
+
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.accelerator = config, make_accelerator(config)
         self.data_ranks, self.data_rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -59,10 +61,17 @@ class Engine:
         """Writes model, optimizer and schedule; all ranks call it."""
         self.accelerator.save_state(str(folder))
 
+    def check(self, folder: Path) -> None:
+        """Raises `ValueError` where a checkpoint is of the other kind of engine."""
+        if is_sharded_state(folder) is not self.is_sharded:
+            kinds = ("whole models", "sharded ones (tp, fsdp)")
+            raise ValueError(
+                f"Expected a checkpoint of {kinds[self.is_sharded]} (got {folder}, of {kinds[not self.is_sharded]}). "
+                "Do resume with the kinds of parallelism it was started with; the number of ranks may be another."
+            )
+
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote; all ranks call it."""
-        if is_sharded_state(folder):
-            raise ValueError("it was written by ranks of tp or fsdp; resume it with --parallel")
         self.accelerator.load_state(str(folder))
 
     def unwrapped(self) -> nn.Module:
@@ -92,6 +101,8 @@ class ShardedEngine(Engine):
     Raises:
         ValueError: one process, fp16 or `torch.compile`.
     """
+
+    is_sharded = True
 
     def __init__(self, config: TrainConfig, parallel: ParallelConfig) -> None:
         super().__init__(config)
@@ -125,8 +136,6 @@ class ShardedEngine(Engine):
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, at any number of ranks; all ranks call it."""
-        if not is_sharded_state(folder):
-            raise ValueError("it was written without tp and fsdp; resume it like that")
         more = load_state(folder, self.model, self.optimizer.optimizer, self._more())
         self.schedule.load_state_dict(more["schedule"])
 

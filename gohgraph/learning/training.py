@@ -224,6 +224,7 @@ class Training:
     def _load(self) -> None:
         checkpoints = self.folder.checkpoints()
         if checkpoints:
+            self.engine.check(checkpoints[-1])
             try:
                 state = json.loads((checkpoints[-1] / STATE).read_text(encoding="utf-8"))
                 self.engine.load(checkpoints[-1])
