@@ -8,7 +8,7 @@
 
 The run folder holds config.json, log.csv, curves.png, checkpoints, the model, sample.txt and result.json, of a head
 graph heads.png, and of a router load.png. Ctrl-C stops it; the same command with --resume goes on. Where TensorBoard is
-installed, its logs of head graphs are in tensorboard/: tensorboard --logdir runs
+installed, losses and head graphs are in tensorboard/: tensorboard --logdir runs
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ from gohgraph.learning.language import (
 from gohgraph.learning.loop import Training
 from gohgraph.learning.matching import count_parameters, match_parameters
 from gohgraph.learning.run_folder import step_seconds, write_text
+from gohgraph.learning.tracking import TensorBoard
 from gohgraph.load import load_cv, load_entropy
 from gohgraph.parallel import ParallelConfig, process_group
 
@@ -163,14 +164,11 @@ def _training(
         return {"validation_loss": losses.mean().item()}
 
     def log(row: dict[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        log_head_graphs(tracker.writer(row["step"]), model, row["step"])
 
-        with SummaryWriter(leaf / "tensorboard") as writer:
-            writer.add_scalar("validation loss", row["validation_loss"], row["step"])
-            log_head_graphs(writer, model, row["step"])
-
+    tracker = TensorBoard(leaf / "tensorboard") if find_spec("tensorboard") is not None else None
     # One rank alone cannot log a model that lies on several.
-    can_log = _has_graphs(config) and find_spec("tensorboard") is not None and not (parallel and parallel.is_sharded)
+    can_log = _has_graphs(config) and tracker is not None and not (parallel and parallel.is_sharded)
     return Training(
         model,
         partial(sample_batch, corpus.train, seed=seed, **windows),
@@ -180,6 +178,7 @@ def _training(
         leaf,
         evaluate=evaluate,
         on_evaluate=log if can_log else None,
+        tracker=tracker,
         resume=can_resume(leaf, flags),
         settings={"model": config.to_dict(), "data": data, "flags": vars(flags)},
         description=leaf.name,

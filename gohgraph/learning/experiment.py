@@ -100,9 +100,10 @@ def fill_sizes(flags: argparse.Namespace, full: Mapping[str, Any], smoke: Mappin
 
 def train_config(flags: argparse.Namespace, seed: int, **more: Any) -> TrainConfig:
     """Returns the training that flags of `add_training_flags` describe; `more` goes over them."""
-    same = "steps learning_rate weight_decay graph_lr_factor patience precision compile device".split()
-    steps = more.get("steps", flags.steps)
+    same = "learning_rate weight_decay graph_lr_factor patience precision compile device".split()
+    steps = more["steps"] if "steps" in more else flags.steps
     values = {name: getattr(flags, name) for name in same} | {
+        "steps": steps,
         "warmup": min(100, steps // 10) if flags.warmup is None else flags.warmup,
         "eval_every": max(1, steps // 10) if flags.eval_every is None else flags.eval_every,
         "checkpoint_every": max(1, steps // 5) if flags.checkpoint_every is None else flags.checkpoint_every,

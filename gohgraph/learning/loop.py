@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from gohgraph.learning.interrupts import TrainingInterrupted, interrupts
+from gohgraph.learning.tracking import Tracker
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.learning.training import Loss, Row, Training
 from gohgraph.parallel.layout import ParallelConfig
@@ -29,6 +30,7 @@ def train(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     resume: bool = False,
     on_evaluate: Callable[[Row], None] | None = None,
+    tracker: Tracker | None = None,
     settings: dict[str, Any] | None = None,
     description: str = "",
     parallel: ParallelConfig | None = None,
@@ -50,6 +52,8 @@ def train(
         evaluate: measures the model in eval mode without gradients, e.g. `{"validation_loss": 1.23}`.
         resume: continues from the last checkpoint of the folder.
         on_evaluate: called with the row of every evaluation, in the main process.
+        tracker: called with the numbers of every row of the log and its step, in the main process: `wandb.log`,
+            `mlflow.log_metrics`, a `gohgraph.learning.tracking.TensorBoard`, or any function.
         settings: more of what defines the run, as JSON values by section, e.g. `{"model": config.to_dict()}`: stored in
             config.json and compared on resume.
         description: name of the run in the progress bar and in curves.png.
@@ -80,7 +84,7 @@ def train(
     """
     training = Training(
         model, batch, loss, config, folder, evaluate=evaluate, resume=resume, on_evaluate=on_evaluate,
-        settings=settings, description=description, parallel=parallel,
+        tracker=tracker, settings=settings, description=description, parallel=parallel,
     )  # fmt: skip
     return train_together([training], block=config.steps)[0]
 

@@ -25,6 +25,7 @@ from gohgraph.learning.engine import make_engine
 from gohgraph.learning.router_training import RouterTraining
 from gohgraph.learning.run_folder import CHECKPOINTS, CURVES, STATE, RunFolder
 from gohgraph.learning.topology_training import TopologyTraining
+from gohgraph.learning.tracking import Tracker, track
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.parallel.layout import ParallelConfig
 
@@ -53,12 +54,13 @@ class Training:
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
         resume: bool = False,
         on_evaluate: Callable[[Row], None] | None = None,
+        tracker: Tracker | None = None,
         settings: dict[str, Any] | None = None,
         description: str = "",
         parallel: ParallelConfig | None = None,
     ) -> None:
         self.batch, self.loss, self.config, self.description = batch, loss, config, description
-        self.evaluate, self.on_evaluate = evaluate, on_evaluate
+        self.evaluate, self.on_evaluate, self.tracker = evaluate, on_evaluate, tracker
         self.engine = make_engine(config, model, parallel)
         self.accelerator = self.engine.accelerator
         self.routing = RouterTraining(model, config.anneal_top_k, self.engine.data_group())
@@ -208,6 +210,7 @@ class Training:
         if not self.accelerator.is_main_process:
             return
         self.folder.log(row)
+        track(self.tracker, row)
         if evaluated and self.on_evaluate is not None:
             self.on_evaluate(row)
 

@@ -18,6 +18,7 @@ from gohgraph.learning.federated.flower import ArrayRecord, FedAvg, Grid, Strate
 from gohgraph.learning.federated.strategy import Guarded
 from gohgraph.learning.interrupts import TrainingInterrupted
 from gohgraph.learning.run_folder import CURVES, STATE, RunFolder
+from gohgraph.learning.tracking import Tracker, track
 from gohgraph.learning.training import Row
 
 WEIGHTS = "shared.safetensors"
@@ -35,8 +36,8 @@ def federate(
     wait_for: int = 1,
     evaluate_every: int = 1,
     timeout: float = 600.0,
+    tracker: Tracker | None = None,
     interrupted: Callable[[], bool] = lambda: False,
-    description: str = "federated",
 ) -> list[Row]:
     r"""Runs rounds of federated learning on the clients of a Flower grid.
 
@@ -56,8 +57,8 @@ def federate(
         wait_for: clients that must have connected before the first round.
         evaluate_every: rounds between evaluations.
         timeout: seconds after which a round goes on without clients that have not answered.
+        tracker: as in `train`, called with every row of the log.
         interrupted: asked after every round.
-        description: name of the run in the progress bar.
 
     Returns:
         The log, a row for each round: step (its number), loss (mean over clients), the means of what clients measure
@@ -75,13 +76,14 @@ def federate(
         strategy = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
     guard = Guarded(strategy, done=done, last=rounds, evaluate_every=evaluate_every)
     _wait(grid, wait_for)
-    bar = tqdm(total=rounds, initial=done, desc=description, unit="round")
+    bar = tqdm(total=rounds, initial=done, desc=run.path.name, unit="round")
     began = time.perf_counter() - seconds
 
     def on_round(number: int, arrays: ArrayRecord) -> None:
         if number == 0:
             return
         _keep(run, guard, to_tensors(arrays), time.perf_counter() - began)
+        track(tracker, run.rows[-1])
         bar.set_postfix_str(", ".join(f"{name} {value:.4f}" for name, value in guard.report.aggregated.items()))
         bar.update()
         if interrupted() and guard.report.round < rounds:
@@ -91,7 +93,7 @@ def federate(
         if done < rounds:
             guard.start(grid, to_arrays(shared), num_rounds=rounds - done, timeout=timeout, evaluate_fn=on_round)
     if any(row["loss"] is not None for row in run.rows):
-        draw_curves({description: run.rows}, run.path / CURVES)
+        draw_curves({run.path.name: run.rows}, run.path / CURVES)
     return run.rows
 
 

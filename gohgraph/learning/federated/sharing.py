@@ -60,7 +60,7 @@ class Sharing:
         kinds = _kinds(model)
         missing = {*self.shared, *self.personal} - set(kinds.values())
         # All kinds are the whole model, whatever it has.
-        if missing and set(self.shared) != set(KINDS):
+        if missing and set(KINDS) not in (set(self.shared), set(self.personal)):
             raise ValueError(f"Expected weights of kind {sorted(missing)} (got a model without). Do add them to it.")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(kinds[name] in (*self.shared, *self.personal))
@@ -80,11 +80,12 @@ class Sharing:
 
 SHARINGS: dict[str, Sharing] = {
     "full": Sharing(shared=KINDS),
+    "personal-graph": Sharing(shared=("base",), personal=("graph",)),
     "graph": Sharing(shared=("graph",)),
     "lora": Sharing(shared=("lora",)),
-    "personal-graph": Sharing(shared=("base",), personal=("graph",)),
     "lora-personal-graph": Sharing(shared=("lora",), personal=("graph",)),
     "local-graph": Sharing(shared=(), personal=("graph",)),
+    "local": Sharing(shared=(), personal=KINDS),
 }
 
 
