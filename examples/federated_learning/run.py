@@ -65,7 +65,7 @@ from gohgraph.tables import markdown_table, mean_and_deviation
 
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "length", "batch_size", "base_steps", "rounds", "local_steps")
 SIZES += ("windows", "limit")
-FULL = dict(zip(SIZES, (64, 8, 3, 256, 64, 8, 600, 20, 10, 64, 500_000), strict=True))
+FULL = dict(zip(SIZES, (64, 8, 3, 256, 64, 8, 600, 20, 6, 64, 500_000), strict=True))
 SMOKE = dict(zip(SIZES, (16, 4, 1, 8, 16, 4, 6, 3, 2, 4, 20_000), strict=True))
 METHODS = tuple(SHARINGS)
 
@@ -82,6 +82,8 @@ def _main(argv: list[str], flags: argparse.Namespace) -> None:
         raise ValueError(f"Expected an even --in-degree of 2..{flags.num_heads} (got {flags.in_degree}). Do change it.")
     if (flags.dp_noise is None) != (flags.dp_clip is None):
         raise ValueError("Expected --dp-noise and --dp-clip together (got one). Do pass both.")
+    if flags.dp_noise is not None and not (flags.dp_noise >= 0 and flags.dp_clip > 0):
+        raise ValueError(f"Expected noise >= 0 and a clip > 0 (got {flags.dp_noise}, {flags.dp_clip}). Do change it.")
     folder = open_folder(flags, "federated")
     results = {}
     with resumable("federated_learning/run", argv, folder):

@@ -167,8 +167,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _numbers(row: dict[str, str]) -> dict[str, Any]:
-    values = {name: None if text in ("", None) else float(text) for name, text in row.items()}
-    return {**values, "step": int(values["step"])}
+    return {name: _number(text) for name, text in row.items()}
+
+
+def _number(text: str | None) -> float | None:
+    if text in ("", None):
+        return None
+    return int(text) if text.isdigit() else float(text)
 
 
 def _differences(saved: Any, given: Any, name: str = "") -> Iterable[str]:
