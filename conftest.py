@@ -1,7 +1,12 @@
-"""Leaves modules out of the doctests whose optional package is not there."""
+"""Leaves out what needs an optional package that is not there, for doctests too."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-collect_ignore_glob = [] if find_spec("triton") else ["gohgraph/kernels/[!_m]*.py"]
+# Flower needs Python 3.11.
+_NEEDS = {
+    "triton": ["gohgraph/kernels/[!_m]*.py"],
+    "flwr": ["gohgraph/learning/federated/*", "tests/test_federated*"],
+}
+collect_ignore_glob = [glob for package, globs in _NEEDS.items() if find_spec(package) is None for glob in globs]

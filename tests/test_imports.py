@@ -85,7 +85,7 @@ def test_graphs_are_built_in_few_places(path):
 def test_pictures_and_networkx_are_imported_where_used(path):
     at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     roots = {name.split(".")[0] for node in at_top for name in ([a.name for a in node.names] + [node_module(node)])}
-    assert not roots & {"matplotlib", "networkx", "accelerate", "transformers", "bokeh", "tensorboard"}
+    assert not roots & {"matplotlib", "networkx", "accelerate", "transformers", "bokeh", "tensorboard", "flwr"}
 
 
 WITH_TRITON = [PACKAGE / "kernels" / f"{name}.py" for name in ("tiles", "forward", "backward", "launch")]
@@ -104,7 +104,7 @@ def node_module(node):
     return getattr(node, "module", None) or ""
 
 
-PROGRAMS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "examples").glob("*.py"), *(ROOT / "tests").glob("*.py")])
+PROGRAMS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "examples").rglob("*.py"), *(ROOT / "tests").glob("*.py")])
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -138,3 +138,9 @@ def test_importing_the_package_has_no_side_effects():
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert [line for line in done.stderr.splitlines() if "gohgraph" in line] == []
+
+
+def test_flower_is_imported_where_messages_are_made():
+    names = ", ".join(f"gohgraph.learning.federated.{name}" for name in ("sharing", "split", "client"))
+    done = run(f"import sys, {names}\nassert 'flwr' not in sys.modules")
+    assert done.returncode == 0, done.stderr

@@ -18,13 +18,20 @@ LoRA is ahead of the head graph for the same bytes.
 The run folder holds the base, a folder for every method with its log and checkpoints, curves.png and table.md. Ctrl-C
 stops it after the round; the same command with --resume goes on.
 
-As separate processes on one machine or several (each line in a terminal of its own; FLWR_HOME/config.toml names the
-server, see the README):
+As separate processes, on one machine or several, each line in a terminal of its own; `flwr` finds the server by
+~/.flwr/config.toml:
+
+    [superlink.local]
+    address = "127.0.0.1:9500"
+    insecure = true
 
     flower-superlink --insecure --port 9500 --disable-runtime-dependency-installation
     flower-supernode --insecure --superlink 127.0.0.1:9500 --port 9600 --node-config "partition-id=0 num-partitions=2"
     flower-supernode --insecure --superlink 127.0.0.1:9500 --port 9601 --node-config "partition-id=1 num-partitions=2"
     flwr run examples/federated_learning local --stream --run-config "folder='$PWD/runs/processes' clients=2"
+
+More --run-config: base='...' (a folder like runs/federated/base/model; the same on every machine), method='lora',
+rounds=20, resume=true, timeout=60.0 (seconds that a round waits for a client). Settings and defaults: pyproject.toml.
 """
 
 from __future__ import annotations

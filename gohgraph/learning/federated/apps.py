@@ -38,7 +38,20 @@ def client_app(build: Callable[[Context], Client], mods: Sequence[Callable] = ()
             differential privacy.
 
     Example:
-        >>> app = client_app(lambda context: make_client(context.node_config["partition-id"]))  # doctest: +SKIP
+        >>> import tempfile
+        >>> from gohgraph.learning.federated import server, sharing, simulation
+        >>> from gohgraph.learning.train_config import TrainConfig
+        >>> def build(context):
+        ...     model, x = torch.nn.Linear(3, 1), torch.ones(5, 3) * context.node_config["partition-id"]
+        ...     loss = lambda model, x: (model(x) - 1).square().mean()
+        ...     config = TrainConfig(steps=6, learning_rate=0.1, device="cpu")
+        ...     return Client(
+        ...         model, sharing.SHARINGS["full"], lambda step: x, loss, config, rounds=3, num_examples=len(x))
+        >>> initial = {"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}
+        >>> rows = simulation.simulate(
+        ...     lambda grid: server.federate(grid, initial, tempfile.mkdtemp(), rounds=3), client_app(build), 2)
+        >>> [row["clients"] for row in rows], rows[-1]["loss"] < rows[0]["loss"]
+        ([2, 2, 2], True)
     """
     app = ClientApp()
 

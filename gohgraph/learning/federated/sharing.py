@@ -37,7 +37,7 @@ class Sharing:
         >>> sharing = Sharing(shared=("base",), personal=("graph",))
         >>> sharing.prepare(model)
         >>> len(sharing.personal_state(model)), any("output_graph" in name for name in sharing.shared_state(model))
-        (4, False)
+        (12, False)
     """
 
     shared: tuple[str, ...]
