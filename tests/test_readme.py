@@ -39,6 +39,9 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in blocks("python", page):
+        # Flower needs Python 3.11.
+        if "federated" in block and sys.version_info < (3, 11):
+            continue
         exec(compile(block, page.name, "exec"), names)
 
 

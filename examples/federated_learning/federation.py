@@ -23,9 +23,9 @@ from gohgraph.learning.matching import count_parameters
 
 # The base knows the first kind of text; clients have the others.
 BASE, KINDS = "documentation", tuple(name for name in DOMAINS if name != "documentation")
-# The best of 5e-4, 1e-3, 2e-3, 4e-3 for those that train the base, and of 5e-3, 1e-2, 2e-2, 4e-2 for adapters.
-LEARNING_RATES = {"full": 2e-3, "personal-graph": 2e-3, "local": 2e-3}
-ADAPTER_LEARNING_RATE = 1e-2
+# The best of a grid (docs/results.md); the local ones and LoRA with a graph take those of their kind.
+LEARNING_RATES = {"full": 4e-3, "personal-graph": 4e-3, "local": 4e-3, "graph": 2e-2, "local-graph": 2e-2}
+LEARNING_RATES |= {"lora": 4e-2, "lora-personal-graph": 4e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +120,11 @@ def make_client(settings: Settings, number: int) -> Client:
 
 def client_training(settings: Settings) -> TrainConfig:
     """Returns the training of a client over all rounds; adapters do not decay, as PEFT's do not."""
-    trains_base = settings.method in LEARNING_RATES
+    sharing = SHARINGS[settings.method]
     return TrainConfig(
         steps=settings.rounds * settings.local_steps,
-        learning_rate=settings.learning_rate or LEARNING_RATES.get(settings.method, ADAPTER_LEARNING_RATE),
-        weight_decay=0.1 if trains_base else 0.0,
+        learning_rate=settings.learning_rate or LEARNING_RATES[settings.method],
+        weight_decay=0.1 if "base" in (*sharing.shared, *sharing.personal) else 0.0,
         seed=settings.seed,
         device="cpu",
     )
