@@ -25,7 +25,7 @@ demo: venv  ## train a language model with head graphs beside a plain one (3 min
 	$(TRAIN)
 
 test: venv  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: venv  ## check the style
 	$(BIN)/python -m ruff check .
