@@ -1,0 +1,100 @@
+"""Checkpoints of a model and a torch optimizer in Megatron-Core's torch_dist format, for any number of ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, optim_state_to_sharding_state
+from torch import nn
+
+from gohgraph.parallel.megatron.cpu import cpu_trial
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **common: Any
+) -> None:
+    """Writes a checkpoint; called by all ranks.
+
+    Args:
+        folder: empty, on a disk that all ranks share.
+        model: of Megatron-Core, with `sharded_state_dict`.
+        optimizer: of torch, over all parameters of `model`, or `None`.
+        **common: small values, equal on all ranks.
+
+    Raises:
+        ValueError: the folder is missing or not empty.
+        ImportError: no psutil, without which Megatron-Core would wait for ever.
+    """
+    _check_psutil()
+    if not Path(folder).is_dir() or any(Path(folder).iterdir()):
+        raise ValueError(f"Expected an empty folder to save to (got {os.fspath(folder)}). Do make one.")
+    # No rank may write before all have looked.
+    torch.distributed.barrier()
+    with cpu_trial():
+        dist_checkpointing.save({**_state(model, optimizer), "common": common}, os.fspath(folder))
+
+
+def load_checkpoint(
+    folder: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Any]:
+    """Reads a checkpoint of `save_checkpoint`, of any number of tensor-parallel ranks; called by all ranks.
+
+    Returns:
+        The common values.
+
+    Raises:
+        ValueError: the folder holds no whole checkpoint.
+        RuntimeError: the checkpoint is of another model, or of another head graph.
+    """
+    if not dist_checkpointing.check_is_distributed_checkpoint(os.fspath(folder)):
+        raise ValueError(f"Expected a checkpoint in {os.fspath(folder)} (got none that is whole). Do name another.")
+    with cpu_trial():
+        loaded = dist_checkpointing.load({**_state(model, optimizer)}, os.fspath(folder))
+    model.load_state_dict(loaded["model"])
+    if optimizer is not None:
+        state = loaded["optimizer"]
+        for values in state["state"].values():
+            values["step"] = torch.tensor(float(state["step"]))
+        optimizer.load_state_dict({name: state[name] for name in ("state", "param_groups")})
+    return loaded["common"]
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    tensors = model.sharded_state_dict()
+    if optimizer is None:
+        return {"model": tensors}
+    _fill_state(optimizer)
+    state = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    steps = {float(values["step"]) for values in state["state"].values()}
+    # One number for all parameters: it has no shape that could be sharded.
+    optim_state_to_sharding_state(state, get_param_id_to_sharded_param_map(tensors, parameters), exclude_keys=("step",))
+    return {"model": tensors, "optimizer": {**state, "step": max(steps)}}
+
+
+def _fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Gives a new optimizer the tensors that loading fills, as a step without gradients and without effect does."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if all(parameter in optimizer.state for parameter in parameters):
+        return
+    kept = [parameter.detach().clone() for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    with torch.no_grad():
+        for parameter, old, gradient in zip(parameters, kept, gradients, strict=True):
+            parameter.copy_(old)
+            parameter.grad = gradient
+            optimizer.state[parameter]["step"].zero_()
+
+
+def _check_psutil() -> None:
+    try:
+        import psutil  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Expected psutil (got none). Do pip install 'gohgraph[megatron]'.") from error
