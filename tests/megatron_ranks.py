@@ -6,6 +6,9 @@ Each rank leaves what it found in the folder. All are forked from one process, s
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -16,6 +19,7 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from helpers import load_script  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
@@ -246,10 +250,28 @@ def run_rank(rank: int, ranks: int, folder: Path, meeting: str, checks: tuple[st
 
 def start_ranks(ranks: int, folder: Path, *checks: str) -> None:
     """Runs the checks on so many ranks, and ends if one of them fails."""
-    forked = multiprocessing.get_context("fork")
     meeting = tempfile.mktemp(dir=folder)
-    arguments = [(rank, ranks, folder, meeting, checks) for rank in range(ranks)]
-    processes = [forked.Process(target=run_rank, args=each) for each in arguments]
+    _start(run_rank, [(rank, ranks, folder, meeting, checks) for rank in range(ranks)])
+
+
+def run_script(ranks: int, *flags: str) -> None:
+    """Runs the training script on so many ranks, as torchrun does; they meet at a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _start(run_script_rank, [(rank, ranks, port, flags) for rank in range(ranks)])
+
+
+def run_script_rank(rank: int, ranks: int, port: int, flags: tuple[str, ...]) -> None:
+    """One rank of the training script."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in numbers.items()})
+    sys.exit(load_script("examples/megatron", "pretrain_gpt").main(list(flags)))
+
+
+def _start(work: Any, arguments: list[tuple[Any, ...]]) -> None:
+    forked = multiprocessing.get_context("fork")
+    processes = [forked.Process(target=work, args=each) for each in arguments]
     for process in processes:
         process.start()
     for process in processes:

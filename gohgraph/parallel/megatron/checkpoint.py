@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,7 @@ def save_checkpoint(
         raise ValueError(f"Expected an empty folder to save to (got {os.fspath(folder)}). Do make one.")
     # No rank may write before all have looked.
     torch.distributed.barrier()
-    with cpu_trial():
+    with cpu_trial(), _uninterrupted():
         dist_checkpointing.save({**_state(model, optimizer), "common": common}, os.fspath(folder))
 
 
@@ -91,6 +95,18 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
             parameter.copy_(old)
             parameter.grad = gradient
             optimizer.state[parameter]["step"].zero_()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Lets Ctrl-C wait: it goes to the processes that Megatron-Core starts to write, too, and would end them."""
+    # When it is started it lets signals through again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _check_psutil() -> None:
