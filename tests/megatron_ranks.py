@@ -10,27 +10,24 @@ import os
 import socket
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-warnings.filterwarnings("ignore")
+import torch
+import torch.distributed as dist
+from helpers import load_script
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from helpers import load_script  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from gohgraph import HeadGraphConfig, RoutingConfig, SiteConfig  # noqa: E402
-from gohgraph.parallel.megatron import head_graph_layer_spec, set_router_loss_scale  # noqa: E402
-from gohgraph.parallel.megatron.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from gohgraph.parallel.megatron.cpu import cpu_trial  # noqa: E402
+from gohgraph import HeadGraphConfig, RoutingConfig, SiteConfig
+from gohgraph.parallel.megatron import head_graph_layer_spec, set_router_loss_scale
+from gohgraph.parallel.megatron.checkpoint import load_checkpoint, save_checkpoint
+from gohgraph.parallel.megatron.cpu import cpu_trial
 
 LAYERS, HEADS, GROUPS, HEAD_DIM, WIDTH, VOCABULARY, TOKENS, BATCH = 2, 8, 4, 6, 20, 44, 12, 3
 STEPS, MORE, SAVED = 20, 3, "saved"

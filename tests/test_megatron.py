@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -245,6 +246,14 @@ def test_state_dicts_go_round_and_refuse_another_graph(one_rank, tmp_path):
         save_checkpoint(tmp_path / "saved", model)
     with pytest.raises(ValueError, match="Expected a checkpoint"):
         load_checkpoint(tmp_path, model)
+
+
+def test_without_megatron_the_error_names_the_extra(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(("megatron.", "gohgraph.parallel.megatron"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "megatron", None)
+    with pytest.raises(ImportError, match=r"gohgraph\[megatron\]"):
+        importlib.import_module("gohgraph.parallel.megatron")
 
 
 # ---- on 1, 2 and 4 ranks

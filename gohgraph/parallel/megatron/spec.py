@@ -51,10 +51,10 @@ def head_graph_layer_spec(
     if layer_spec is None:
         layer_spec = get_gpt_layer_local_spec()
         layer_spec.submodules.self_attention.submodules.core_attention = TorchCoreAttention
-    spec = _shallow_copy(layer_spec)
+    spec = copy.copy(layer_spec)
     spec.submodules = copy.copy(spec.submodules)
     _check_layer(spec)
-    attention = spec.submodules.self_attention = _shallow_copy(spec.submodules.self_attention)
+    attention = spec.submodules.self_attention = copy.copy(spec.submodules.self_attention)
     attention.module, attention.submodules = HeadGraphSelfAttention, copy.copy(attention.submodules)
     core = attention.submodules.core_attention
     if head_graph.scores is not None and get_module(core) not in (TorchCoreAttention, DotProductAttention):
@@ -66,10 +66,6 @@ def head_graph_layer_spec(
         HeadGraphCoreAttention, params={"head_graph": head_graph, "attention": core}
     )
     return spec
-
-
-def _shallow_copy(spec: ModuleSpec) -> ModuleSpec:
-    return ModuleSpec(spec.module, dict(spec.params), spec.submodules, dict(spec.metainfo))
 
 
 def _check_layer(spec: ModuleSpec) -> None:
