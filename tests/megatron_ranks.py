@@ -40,12 +40,14 @@ GRAPHS = {
     "in-star": HeadGraphConfig(outputs=SiteConfig(tuple((j, 5) for j in range(8) if j != 5), self_loops=False)),
     "top edges": HeadGraphConfig(outputs=SiteConfig("small-world", top_edges=2)),
     "scores": HeadGraphConfig(outputs=None, scores=SiteConfig.ring(3)),
+    "one key head": HeadGraphConfig(scores=SiteConfig.ring(2)),
     "router": HeadGraphConfig(outputs=SiteConfig.ring(4), scores=SiteConfig.ring(2), routing=ROUTING),
 }
 AT_FOUR_RANKS = ("low rank", "in-star", "groups", "router")
 TRAINED = HeadGraphConfig(
     outputs=GRAPHS["in-star"].outputs, scores=SiteConfig.ring(2, rank=3), routing=GRAPHS["router"].routing
 )
+SETTINGS = {"one key head": {"num_query_groups": 1}}
 VARIANTS = {
     "": {},
     ", sequence parallel": {"sequence_parallel": True},
@@ -60,7 +62,7 @@ def transformer_config(**settings: Any) -> TransformerConfig:
         num_layers=LAYERS,
         hidden_size=WIDTH,
         num_attention_heads=HEADS,
-        num_query_groups=GROUPS,
+        num_query_groups=settings.pop("num_query_groups", GROUPS),
         kv_channels=HEAD_DIM,
         ffn_hidden_size=52,
         use_cpu_initialization=True,
@@ -178,7 +180,8 @@ def check_equal(folder: Path, ranks: int) -> dict[str, Any]:
     found = {}
     for name in GRAPHS if ranks < 4 else AT_FOUR_RANKS:
         for variant, settings in VARIANTS.items() if name == "router" and ranks == 2 else [("", {})]:
-            model = build(head_graph_layer_spec(GRAPHS[name]), tensor_model_parallel_size=ranks, **settings).double()
+            settings = {**settings, **SETTINGS.get(name, {}), "tensor_model_parallel_size": ranks}
+            model = build(head_graph_layer_spec(GRAPHS[name]), **settings).double()
             if ranks == 1:
                 draw_far(model)
                 torch.save(whole_parameters(model), folder / f"{name}.pt")

@@ -80,6 +80,9 @@ class HeadGraphCoreAttention(MegatronModule):
         pg_collection: process groups; `None` for Megatron-Core's own.
         **options: what else the slot is built with, for `attention`.
 
+    Raises:
+        ValueError: budgets of a router for another number of layers.
+
     Shape:
         query `[s, b, H/n, D]`, key and value `[s, b, G/n, D]`, x `[s, b, M]` -> `[s, b, H/n*D]`.
     """

@@ -26,6 +26,11 @@ def clip_gradients(model: nn.Module, most: float, group: Any) -> Tensor:
 
     The norm is that of the whole model: parts of a parameter on the tensor-parallel ranks of `group` are added, and
     what every rank holds whole counts once.
+
+    Args:
+        model: of Megatron-Core, after the backward pass and `average_gradients`.
+        most: largest norm.
+        group: the tensor-parallel ranks.
     """
     gradients = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     squares = torch.zeros(2, device=gradients[0][1].device)  # of what all hold, of parts

@@ -38,12 +38,19 @@ class ShardedHeadGraphConv(HeadGraphConv):
     Attributes:
         graph_edges: the edges `[2, E']` into this rank's heads, by their heads in the whole graph.
 
+    Raises:
+        ValueError: n does not divide H, or an option that `HeadGraphConv` refuses.
+
     Shape:
         z `[*, H/n, D]`, context `[*, M]` and active `[*, H]`, both equal on all ranks -> `[*, H/n, D]`.
     """
 
     def __init__(self, graph: Any, head_dim: int, context_dim: int, *, group: Any, **options: Any) -> None:
         super().__init__(graph, head_dim, context_dim, **options)
+        if self.num_heads % group.size():
+            raise ValueError(
+                f"Expected ranks that divide {self.num_heads} heads (got {group.size()}). Do change either."
+            )
         self.group, heads = group, self.num_heads // group.size()
         self.first_head, self.whole_heads, self.whole_edges = group.rank() * heads, self.num_heads, self.edges.num_edges
         whole = self.edge_index

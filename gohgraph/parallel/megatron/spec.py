@@ -23,8 +23,9 @@ def head_graph_layer_spec(
     """Returns a layer of Megatron-Core whose heads form graphs, for `GPTModel(transformer_layer_spec=...)`.
 
     A new model is the one of the layer given, bit for bit where only head outputs pass messages. Heads and edges are
-    sharded over tensor-parallel ranks; sequence parallelism, pipelines, data parallelism and distributed checkpoints
-    are Megatron-Core's own. Of the head graph, `outputs` and `scores` with one `SiteConfig` each, and routing.
+    sharded over tensor-parallel ranks; sequence and data parallelism and distributed checkpoints are Megatron-Core's
+    own (so are pipelines, which are not tested). Of the head graph, `outputs` and `scores` with one `SiteConfig` each,
+    and routing.
 
     Args:
         head_graph: sites and routing; `None` for `HeadGraphConfig()`.
