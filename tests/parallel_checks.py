@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import signal
+from functools import cache
 
 import torch
 from helpers import load_script, trained_like
@@ -83,11 +84,17 @@ def batch(step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
+@cache
+def layout(config: ParallelConfig) -> Layout:
+    """One mesh for all cases: every group has threads of its own."""
+    return Layout(config)
+
+
 class Ranks:
     """A model on all ranks, and the part of a batch that this one sees."""
 
     def __init__(self, model: LanguageModel, config: ParallelConfig) -> None:
-        self.layout = Layout(config)
+        self.layout = layout(config)
         share_statistics(model, self.layout.data_group())
         self.model = parallelize(model, self.layout) if config.is_sharded else DistributedDataParallel(model)
 
@@ -151,7 +158,7 @@ def others_apart(rank: int, config: ParallelConfig) -> dict[str, float]:
         torch.manual_seed(3)
         alone = trained_like(make())
         torch.manual_seed(3)
-        model = parallelize(trained_like(make()), Layout(config))
+        model = parallelize(trained_like(make()), layout(config))
         losses = [run(one).loss for one in (alone, model)]
         for loss in losses:
             loss.backward()
