@@ -127,8 +127,8 @@ def alignment_loss(first: Tensor, last: Tensor, counted: Tensor | None = None) -
 
     Example:
         >>> z = torch.randn(2, 5, 4)
-        >>> round(alignment_loss(z, 3 * z).item(), 5), round(alignment_loss(z, -z).item(), 5)
-        (0.0, 2.0)
+        >>> alignment_loss(z, 3 * z).item() < 1e-5, round(alignment_loss(z, -z).item(), 5)
+        (True, 2.0)
     """
     # Close to 1 a cosine in bfloat16 moves in steps of 1/256.
     wide = torch.promote_types(first.dtype, torch.float32)

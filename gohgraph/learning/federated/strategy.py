@@ -88,7 +88,8 @@ class Guarded(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Returns the new shared weights and the means of metrics; `None` for the weights leaves the old ones."""
-        replies = list(replies)
+        # Of a node that is gone the link says so in its own name: that is no answer, and the node is named below.
+        replies = [reply for reply in replies if reply.metadata.src_node_id in self._asked]
         self.report.bytes_up = sum(map(count_bytes, replies))
         self._silent = self._asked - {reply.metadata.src_node_id for reply in replies}
         for node in sorted(self._silent):
