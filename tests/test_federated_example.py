@@ -101,7 +101,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_flowers_simulation_gives_the_same_numbers(main, tmp_path):
-    flags = ["--methods", "personal-graph", "--faults"]
+    flags = ["--methods", "personal-graph", "--faults", "--rounds", "2"]
     assert main("--run", "inline", *flags) == 0
     command = [sys.executable, str(FOLDER / "run.py"), "--smoke", "--clients", "3", "--run", "ray", *flags]
     command += ["--backend", "ray"]

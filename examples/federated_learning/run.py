@@ -74,7 +74,7 @@ SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "length", "batch_size", "
 SIZES += ("windows", "limit")
 FULL = dict(zip(SIZES, (64, 8, 3, 256, 64, 8, 600, 20, 6, 64, 500_000), strict=True))
 SMOKE = dict(zip(SIZES, (16, 4, 1, 8, 16, 4, 6, 3, 2, 4, 20_000), strict=True))
-METHODS = tuple(SHARINGS)
+METHODS, UNTOUCHED = tuple(SHARINGS), "base, untouched"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def _main(argv: list[str], flags: argparse.Namespace) -> None:
         for seed in flags.seeds:
             place = (folder / f"seed-{seed}" if len(flags.seeds) > 1 else folder).resolve()
             _train_base(flags, seed, place / "base")
-            _show_split(_settings(flags, seed, place, flags.methods[0]))
+            results[seed, UNTOUCHED] = _measure_base(_settings(flags, seed, place, flags.methods[0]))
             for method in flags.methods:
                 results[seed, method] = _federate(_settings(flags, seed, place, method), flags)
     _report(results, folder, flags)
@@ -148,10 +148,18 @@ def _train_base(flags: argparse.Namespace, seed: int, folder: Path) -> None:
     model.save_pretrained(folder / "model")
 
 
-def _show_split(settings: Settings) -> None:
-    shares = split(settings)[1]
+def _measure_base(settings: Settings) -> dict[str, Any]:
+    """Shows what text each client has, and measures what all begin with there."""
+    shares, shared = split(settings)[1], make_shared(settings)
     rows = [[str(number), *(f"{int(count):,}" for count in row)] for number, row in enumerate(shares)]
     print("bytes of text on each client\n\n" + markdown_table([["client", *KINDS], *rows]) + "\n")
+    clients = [make_client(settings, number) for number in range(settings.clients)]
+    measured, total = [client.measure(shared, 0) for client in clients], sum(client.num_examples for client in clients)
+    row: dict[str, float] = {"bytes_down": 0, "bytes_up": 0, "worst": max(one["validation_loss"] for one in measured)}
+    for client, one in zip(clients, measured, strict=True):
+        for name, value in one.items():
+            row[name] = row.get(name, 0.0) + value * client.num_examples / total
+    return {"parameters": 0, "rows": [row]}
 
 
 def _federate(settings: Settings, flags: argparse.Namespace) -> dict[str, Any]:
@@ -237,7 +245,7 @@ def _report(results: dict[tuple[int, str], dict[str, Any]], folder: Path, flags:
             last(method, "worst"),
             last(method, "accuracy"),
         ]
-        for method in flags.methods
+        for method in (UNTOUCHED, *flags.methods)
     ]
     table = markdown_table([head, *rows]) + "\n"
     write_text(folder / "table.md", table)
