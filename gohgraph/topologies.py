@@ -36,24 +36,20 @@ def bipartite(num_heads: int, *, num_shared: int | None = None) -> Iterator[tupl
     return (edge for i, j in pairs for edge in ((i, j), (j, i)))
 
 
-def groups(num_heads: int, *, num_groups: int = 2, ranks: int | None = None) -> Iterator[tuple[int, int]]:
-    """Yields all edges within each of `num_groups` equal runs of consecutive heads.
+def groups(num_heads: int, *, num_groups: int | None = None, ranks: int = 1) -> Iterator[tuple[int, int]]:
+    """Yields all edges within each of `num_groups` equal runs of consecutive heads (default: as many as ranks, but 2).
 
-    With `ranks` no group spans two of so many equal runs, those that ranks of a tensor-parallel group hold: there are
-    `num_groups` groups where that is a multiple of the ranks, and by default as many groups as ranks.
+    No group spans two of the `ranks` equal runs of heads that ranks hold in tensor parallelism.
     """
-    _in_range("num_groups", num_groups, 1, num_heads)
-    if ranks is not None:
-        _in_range("ranks", ranks, 1, num_heads)
-        if num_groups % ranks and num_groups != 2:
-            raise ValueError(
-                f"Expected num_groups to be a multiple of ranks = {ranks} (got {num_groups}). Do change it, or drop it."
-            )
-        num_groups = ranks if num_groups % ranks else num_groups
-    if num_heads % num_groups:
-        name = "num_groups" if ranks is None else "ranks"
-        raise ValueError(f"Expected {name} to divide {num_heads} heads (got {num_groups}). Do choose a divisor.")
-    size = num_heads // num_groups
+    _in_range("ranks", ranks, 1, num_heads)
+    number = max(2, ranks) if num_groups is None else num_groups
+    _in_range("num_groups", number, 1, num_heads)
+    if number % ranks or num_heads % number:
+        raise ValueError(
+            f"Expected num_groups that {ranks} ranks divide and that divides {num_heads} heads (got {number}). Do "
+            "change one of them."
+        )
+    size = num_heads // number
     return ((j, i) for i in range(num_heads) for j in range(num_heads) if i != j and i // size == j // size)
 
 

@@ -157,9 +157,7 @@ def _site_cost(site: SiteConfig, model: Workload, cluster: Cluster, maps: bool) 
     shared = down + (rounds if rounds > 1 else 0) + (layers * width * heads if site.norm else 0)
     exchange = plan_exchange(heads, ranks, edges, may_scatter=not maps and site.top_edges is None)
     # Where every rank has not equally many edges, all hold all of them and add up their gradients.
-    side = 0 if exchange.kind == SCATTER else 1
-    runs = [[e for e, edge in enumerate(edges) if edge[side] // exchange.per_rank == rank] for rank in range(ranks)]
-    is_split = are_equal_runs(runs) and exchange.kind != SCATTER
+    is_split = are_equal_runs(exchange.edges_of_ranks(edges))
     reduced = shared + (0 if is_split or site.edges == "frozen" else own)
     features = 2 * width if maps else width * (1 if exchange.kind == SCATTER else layers)
     # Forward and backward: an all-gather and a reduce-scatter, in whichever order.

@@ -53,6 +53,12 @@ class Exchange:
         """Global indices of the heads in the order in which they lie behind a collective, rank after rank."""
         return [head for own in self.heads for head in own]
 
+    def edges_of_ranks(self, edges: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """The indices of the (sender, receiver) edges that each rank computes: those into its heads, or out of them."""
+        side = 0 if self.kind == SCATTER else 1
+        owners = [edge[side] // self.per_rank for edge in edges]
+        return [[e for e, owner in enumerate(owners) if owner == rank] for rank in range(self.ranks)]
+
     def of(self, rank: int) -> range:
         """The heads of a rank."""
         return range(rank * self.per_rank, (rank + 1) * self.per_rank)

@@ -105,9 +105,7 @@ class ShardedHeadGraphConv(HeadGraphConv):
                 f"Expected one round of messages between scores across ranks (got {conv.rounds}). Do set rounds=1, or "
                 "keep the edges of a score graph within ranks."
             )
-        side = 0 if self.exchange.kind == SCATTER else 1
-        per_rank = self.exchange.per_rank
-        own = [[e for e, edge in enumerate(flat) if edge[side] // per_rank == rank] for rank in range(mesh.size())]
+        own = self.exchange.edges_of_ranks(flat)
         self.edges = ShardedEdgeWeights(conv.edges, own, mesh)
         self.fusion, self.gain = conv.fusion, conv.gain
         self.register_buffer("edge_index", conv.edge_index)

@@ -38,7 +38,8 @@ def tensor_parallel(model: Module, mesh: DeviceMesh, *, sequence_parallel: bool 
     first matrices by columns, the last ones by rows. Messages between heads of different ranks travel by one
     all-gather or one reduce-scatter a round, whichever moves fewer heads (see `Exchange`); a graph without edges
     between ranks communicates nothing. Routers decide on all ranks alike. Outputs, losses and gradients are those of
-    one process. Embeddings and the last projection are whole on every rank.
+    one process, without dropout: all ranks draw alike, so that with it the heads of all ranks drop the same weights.
+    Embeddings and the last projection are whole on every rank.
 
     Args:
         model: of gohgraph's own, or any module around its `MultiHeadAttention`s and `FeedForward`s; changed in place.

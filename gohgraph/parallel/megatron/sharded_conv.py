@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gohgraph.conv import HeadGraphConv
+from gohgraph.parallel.exchange import plan_exchange
 from gohgraph.parallel.megatron.collectives import copy_to_ranks, gather_heads
 
 # The axis along which a rank holds its part; every other tensor is whole on all ranks.
@@ -108,14 +109,11 @@ class ShardedHeadGraphConv(HeadGraphConv):
 
     def _crossing(self, edges: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Which of its heads this rank sends, `[K]`, and where in what all send are those it needs."""
-        heads, own, ranks = self.num_heads, self.group.rank(), self.group.size()
-        crossing = [(j, i) for j, i in edges if j // heads != i // heads]
-        sent = [sorted({j for j, _ in crossing if j // heads == rank}) for rank in range(ranks)]
-        remote = sorted({j for j, i in crossing if i // heads == own})
-        # All ranks gather equally many: the places beyond a rank's own hold a head that nobody reads.
-        width = max(map(len, sent))
-        boundary = [j - self.first_head for j in sent[own]] + [0] * (width - len(sent[own]))
-        needed = [j // heads * width + sent[j // heads].index(j) for j in remote]
+        heads, own = self.num_heads, self.group.rank()
+        exchange = plan_exchange(self.whole_heads, self.group.size(), edges, may_scatter=False)
+        remote = sorted({j for j, i in edges if i // heads == own and j // heads != own})
+        boundary = [j - self.first_head for j in exchange.heads[own]] if exchange.width else []
+        needed = [exchange.order.index(j) for j in remote]
         numbers = {j: heads + place for place, j in enumerate(remote)}
         senders = [numbers.get(j, j - self.first_head) for j in self.graph_edges[0].tolist()]
         local = torch.stack((torch.tensor(senders, dtype=torch.long), self.graph_edges[1] - self.first_head))  # [2, E']
