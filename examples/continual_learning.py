@@ -32,6 +32,7 @@ import torch
 from gohgraph import HeadGraphConfig, LanguageModel, SiteConfig, TransformerConfig
 from gohgraph.command_line import ArgumentParser, run
 from gohgraph.learning.adapters import TaskAdapters
+from gohgraph.learning.contest import check_rates
 from gohgraph.learning.continual import (
     ElasticWeights,
     Learner,
@@ -64,6 +65,8 @@ from gohgraph.tables import markdown_table, mean_and_deviation
 
 BASE, TASKS = "documentation", ("python", "cpp", "names", "licences")
 ADAPTERS = ("graph", "lora", "both")
+# Learning rates of adapters and of whole models, where no grid is given.
+OWN_RATES = {True: 1e-2, False: 2e-3}
 METHODS = ("fine-tuning", "ewc", "replay", *ADAPTERS)
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "length", "batch_size", "steps", "base_steps", "windows")
 FULL = dict(zip(SIZES, (64, 8, 3, 256, 64, 8, 150, 600, 64), strict=True))
@@ -83,16 +86,21 @@ def _main(argv: list[str], flags: argparse.Namespace) -> None:
             f"Expected an even --in-degree of 2..{flags.num_heads} (got {flags.in_degree}). Do change it: 'both' takes "
             "half of it."
         )
+    check_rates(flags.learning_rates or ())
     folder = open_folder(flags, "continual")
     results = {}
     with resumable("continual_learning", argv, folder):
         limit = 20_000 if flags.smoke else 500_000
         base, *tasks = (load_domain(name, limit=limit) for name in (BASE, *TASKS))
+        rates = {method: flags.learning_rates or [OWN_RATES[method in ADAPTERS]] for method in flags.methods}
         for seed in flags.seeds:
             place = folder / f"seed-{seed}" if len(flags.seeds) > 1 else folder
             model = _base(base, flags, seed, place / "base")
             for method in flags.methods:
-                results[seed, method] = _learn(method, model, tasks, flags, seed, place / method)
+                learn = partial(_learn, method, model, tasks, flags, seed, place / method)
+                best = min(map(learn, rates[method]), key=lambda result: result["average_loss"])
+                # The first seed tries them all.
+                rates[method], results[seed, method] = [best["learning_rate"]], best
     _report(results, folder, flags)
 
 
@@ -102,12 +110,14 @@ def _parser() -> ArgumentParser:
     add_run_flags(parser, "continual")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     add("--in-degree", type=int, default=4, help="of the head graph, a ring (default %(default)s)")
-    add("--adapter-learning-rate", type=float, default=1e-2, help="of graph, lora and both (default %(default)s)")
+    add("--learning-rates", type=float, nargs="+", metavar="RATE", help="of several, each method takes its best on the "
+        f"first seed (default: {OWN_RATES[True]:g} for adapters, {OWN_RATES[False]:g} for the whole model)")
+    add("--base-learning-rate", type=float, default=2e-3, help="of the model they begin with (default %(default)s)")
     add("--ewc-strength", type=float, default=1e4, help="lambda of EWC (default %(default)s)")
     add("--replay-share", type=float, default=0.5, help="of a batch that is from earlier tasks (default %(default)s)")
     add("--replay-memory", type=int, default=50_000, help="bytes kept of each earlier task (default %(default)s)")
     add_size_flags(parser, FULL)
-    add_training_flags(parser, learning_rate=2e-3)
+    add_training_flags(parser)
     return parser
 
 
@@ -129,7 +139,7 @@ def _base(text: Corpus, flags: argparse.Namespace, seed: int, folder: Path) -> L
         model,
         partial(learner.batch, 0),
         learner.loss,
-        train_config(flags, seed, steps=flags.base_steps),
+        train_config(flags, seed, flags.base_learning_rate, steps=flags.base_steps),
         folder,
         evaluate=lambda model: {"validation_loss": learner.measure(0).mean().item()},
         resume=can_resume(folder, flags),
@@ -140,22 +150,31 @@ def _base(text: Corpus, flags: argparse.Namespace, seed: int, folder: Path) -> L
 
 
 def _learn(
-    method: str, base: LanguageModel, tasks: list[Corpus], flags: argparse.Namespace, seed: int, folder: Path
+    method: str,
+    base: LanguageModel,
+    tasks: list[Corpus],
+    flags: argparse.Namespace,
+    seed: int,
+    folder: Path,
+    rate: float,
 ) -> dict[str, Any]:
-    """Takes a method through all tasks; writes losses.json and returns what is in it."""
+    """Takes a method through all tasks at a learning rate; writes losses.json and returns what is in it."""
+    if flags.learning_rates and len(flags.learning_rates) > 1:
+        folder = folder / f"rate-{rate:g}"
     torch.manual_seed(seed)
     learner = _learner(method, base, tasks, flags, seed)
     adapts = method in ADAPTERS
     # Adapters decay towards the shared model by nothing, as PEFT's do.
-    own = {"learning_rate": flags.adapter_learning_rate, "weight_decay": 0.0} if adapts else {}
+    own = {"weight_decay": 0.0} if adapts else {}
     before = torch.stack([learner.measure(task).mean() for task in range(len(tasks))])
     settings = {"method": method, "model": base.config.to_dict(), "flags": vars(flags)}
     losses = learn_in_sequence(
-        learner, train_config(flags, seed, **own), folder, resume=flags.resume, settings=settings
+        learner, train_config(flags, seed, rate, **own), folder, resume=flags.resume, settings=settings
     )
     result = {
         "losses": losses.tolist(),
         "before": before.tolist(),
+        "learning_rate": rate,
         "parameters": learner.model.size() if adapts else count_parameters(learner.model),
         "average_loss": average_loss(losses),
         "backward_transfer": backward_transfer(losses),
@@ -215,13 +234,15 @@ def _report(results: dict[tuple[int, str], dict[str, Any]], folder: Path, flags:
 
     keys = ("average_loss", "backward_transfer", "forgetting", "inferred_loss", "inferred")
     named = [key.replace("_", " ") for key in keys[:3]]
-    header = ["method", "trained per task", *named, "loss, task inferred", "task found"]
-    rows = [
-        [method, f"{results[flags.seeds[0], method]['parameters']:,}", *(over_seeds(method, key) for key in keys)]
-        for method in flags.methods
-    ]
+    header = ["method", "learning rate", "trained per task", *named, "loss, task inferred", "task found"]
+    rows = []
+    for method in flags.methods:
+        first = results[flags.seeds[0], method]
+        about = [method, f"{first['learning_rate']:g}", f"{first['parameters']:,}"]
+        rows.append([*about, *(over_seeds(method, key) for key in keys)])
     untrained = [mean(results[seed, flags.methods[0]]["before"]) for seed in flags.seeds]
-    table = markdown_table([header, ["base, untouched", "0", mean_and_deviation(untrained), *[""] * 4], *rows]) + "\n"
+    rows.insert(0, ["base, untouched", "", "0", mean_and_deviation(untrained), *[""] * 4])
+    table = markdown_table([header, *rows]) + "\n"
     write_text(folder / "table.md", table)
     print(f"\n{table}\nlosses in nats per byte over {', '.join(TASKS)}; written: {folder / 'table.md'}")
 

@@ -28,6 +28,7 @@ from gohgraph import Classifier, ClassifierConfig, HeadGraphConfig, HeadGraphCon
 from gohgraph.command_line import ArgumentParser, run
 from gohgraph.drawing import draw_curves
 from gohgraph.learning.classification import load_digits
+from gohgraph.learning.contest import Contest, add_rate_flags, by_model
 from gohgraph.learning.episodes import EpisodeSampler, few_shot_classes
 from gohgraph.learning.experiment import (
     add_run_flags,
@@ -38,7 +39,6 @@ from gohgraph.learning.experiment import (
     open_folder,
     resumable,
     train_config,
-    train_models,
 )
 from gohgraph.learning.language import standard_error
 from gohgraph.learning.loop import Training
@@ -83,7 +83,8 @@ def _main(argv: list[str], flags: argparse.Namespace) -> None:
         test = _sampler(new, flags, TEST_SEED)
         start, finish = partial(_training, known, test, flags), partial(_finish, test, flags)
         methods = {method: method for method in flags.methods}
-        results = train_models(methods, flags.seeds, folder, start, finish, resume=flags.resume)
+        contest = Contest(methods, flags.seeds, flags.learning_rates, folder)
+        results = contest.run(start, finish, resume=flags.resume)
     if results:
         _report(results, folder, flags)
 
@@ -96,7 +97,8 @@ def _parser() -> ArgumentParser:
     add("--inner-steps", type=int, default=3, help="gradient steps on a task (default %(default)s)")
     add("--inner-learning-rate", type=float, default=0.1, help="to begin with, then learned (default %(default)s)")
     add_size_flags(parser, FULL)
-    add_training_flags(parser, learning_rate=3e-3, weight_decay=0.0)
+    add_rate_flags(parser, learning_rate=3e-3)
+    add_training_flags(parser, weight_decay=0.0)
     return parser
 
 
@@ -130,14 +132,20 @@ def _learner(method: str, flags: argparse.Namespace) -> MetaLearner:
 
 
 def _training(
-    classes: list[torch.Tensor], test: EpisodeSampler, flags: argparse.Namespace, method: str, seed: int, leaf: Path
+    classes: list[torch.Tensor],
+    test: EpisodeSampler,
+    flags: argparse.Namespace,
+    method: str,
+    seed: int,
+    rate: float,
+    leaf: Path,
 ) -> Training:
     torch.manual_seed(seed)
     return Training(
         _learner(method, flags),
         _sampler(classes, flags, seed),
         reptile_loss if method == "reptile" else maml_loss,
-        train_config(flags, seed),
+        train_config(flags, seed, rate),
         leaf,
         evaluate=partial(_measure, test, min(5, flags.test_batches)),
         resume=can_resume(leaf, flags),
@@ -173,22 +181,22 @@ def _finish(test: EpisodeSampler, flags: argparse.Namespace, training: Training,
     return {**result, "log": training.folder.rows}
 
 
-def _report(results: dict[str, dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
+def _report(results: dict[tuple[int, str], dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
     """Prints and writes the table: over seeds, or with the standard error over tasks of the only one."""
     rows = []
-    for method in flags.methods:
-        own = [one for one in results.values() if one["method"] == method]
+    for method, own in by_model(results).items():
         accuracy = mean_and_deviation([100 * one["accuracy"] for one in own], digits=1)
         if len(own) == 1:
             accuracy += f" ± {100 * own[0]['standard_error']:.1f}"
         loss = mean_and_deviation([one["validation_loss"] for one in own])
         seconds = mean_and_deviation([one["seconds"] for one in own], digits=0)
-        rows.append([method, f"{own[0]['parameters']:,}", f"{own[0]['bytes_adapted']:,}", accuracy, loss, seconds])
-    header = ["inner loop", "parameters", "bytes adapted", "accuracy [%]", "loss", "time [s]"]
+        sizes = [f"{own[0]['parameters']:,}", f"{own[0]['bytes_adapted']:,}"]
+        rows.append([method, f"{own[0]['learning_rate']:g}", *sizes, accuracy, loss, seconds])
+    header = ["inner loop", "learning rate", "parameters", "bytes adapted", "accuracy [%]", "loss", "time [s]"]
     table = markdown_table([header, *rows]) + "\n"
     write_text(folder / "table.md", table)
     if len(results) > 1:
-        draw_curves({name: one["log"] for name, one in results.items()}, folder / "curves.png")
+        draw_curves({one["leaf"]: one["log"] for one in results.values()}, folder / "curves.png")
     basis = "standard deviation over seeds" if len(flags.seeds) > 1 else "standard error over tasks"
     print(f"\n{table}\n{flags.ways} ways, {flags.shots} shots, ± {basis}; written: {folder / 'table.md'}")
 

@@ -31,6 +31,7 @@ from gohgraph import HeadGraphConfig, LanguageModel, TransformerConfig
 from gohgraph.command_line import ArgumentParser, run
 from gohgraph.drawing import draw_curves
 from gohgraph.learning.adapters import TaskAdapters
+from gohgraph.learning.contest import Contest, add_rate_flags
 from gohgraph.learning.corpus import Corpus, sample_batch
 from gohgraph.learning.domains import DOMAINS, load_domain
 from gohgraph.learning.experiment import (
@@ -42,7 +43,6 @@ from gohgraph.learning.experiment import (
     open_folder,
     resumable,
     train_config,
-    train_models,
 )
 from gohgraph.learning.language import VOCAB_SIZE, window_losses
 from gohgraph.learning.loop import Training
@@ -88,7 +88,8 @@ def _main(argv: list[str], flags: argparse.Namespace) -> None:
         _sampler(texts, range(len(texts)), flags, 0)
         start, finish = partial(_training, texts, flags), partial(_finish, texts, flags)
         contestants = _contestants(flags, len(texts))
-        results = train_models(contestants, flags.seeds, folder, start, finish, resume=flags.resume)
+        contest = Contest(contestants, flags.seeds, flags.learning_rates, folder)
+        results = contest.run(start, finish, resume=flags.resume)
     if results:
         _report(results, folder, flags)
 
@@ -100,7 +101,8 @@ def _parser() -> ArgumentParser:
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     add("--temperature", type=float, help="tasks are drawn by size^(1/temperature) (default: all alike)")
     add_size_flags(parser, FULL)
-    add_training_flags(parser, learning_rate=4e-3)
+    add_rate_flags(parser, learning_rate=4e-3)
+    add_training_flags(parser)
     return parser
 
 
@@ -146,7 +148,7 @@ def _sampler(texts: list[Corpus], tasks: Any, flags: argparse.Namespace, seed: i
 
 
 def _training(
-    texts: list[Corpus], flags: argparse.Namespace, contestant: Contestant, seed: int, leaf: Path
+    texts: list[Corpus], flags: argparse.Namespace, contestant: Contestant, seed: int, rate: float, leaf: Path
 ) -> Training:
     torch.manual_seed(seed)
     steps = flags.steps * len(contestant.tasks) // len(texts)
@@ -159,7 +161,7 @@ def _training(
         _model(contestant, flags),
         _sampler(texts, contestant.tasks, flags, seed),
         task_output,
-        train_config(flags, seed, steps=steps),
+        train_config(flags, seed, rate, steps=steps),
         leaf,
         evaluate=evaluate,
         resume=can_resume(leaf, flags),
@@ -197,7 +199,7 @@ def _finish(texts: list[Corpus], flags: argparse.Namespace, training: Training, 
     return {**result, "log": training.folder.rows}
 
 
-def _report(results: dict[str, dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
+def _report(results: dict[tuple[int, str], dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
     """Prints and writes the table: losses of every task and their mean, over seeds."""
     rows = []
     for method in flags.methods:
@@ -208,11 +210,12 @@ def _report(results: dict[str, dict[str, Any]], folder: Path, flags: argparse.Na
             size = sum(one["parameters"] for one in own)
             by_seed.append({**losses, "mean": mean(losses.values()), "parameters": size})
         columns = [mean_and_deviation([one[name] for one in by_seed]) for name in (*DOMAINS, "mean")]
-        rows.append([method, f"{by_seed[0]['parameters']:,}", *columns])
-    table = markdown_table([["method", "parameters", *DOMAINS, "mean"], *rows]) + "\n"
+        rates = sorted({one["learning_rate"] for one in own})
+        rows.append([method, ", ".join(f"{rate:g}" for rate in rates), f"{by_seed[0]['parameters']:,}", *columns])
+    table = markdown_table([["method", "learning rate", "parameters", *DOMAINS, "mean"], *rows]) + "\n"
     write_text(folder / "table.md", table)
     if len(results) > 1:
-        draw_curves({name: one["log"] for name, one in results.items()}, folder / "curves.png")
+        draw_curves({one["leaf"]: one["log"] for one in results.values()}, folder / "curves.png")
     print(f"\n{table}\nvalidation loss in nats per byte; written: {folder / 'table.md'}, {folder / 'curves.png'}")
 
 

@@ -37,6 +37,7 @@ from gohgraph.learning.classification import (
     load_digits,
     load_text_classes,
 )
+from gohgraph.learning.contest import Contest, add_rate_flags, results_table, verdict
 from gohgraph.learning.experiment import (
     add_run_flags,
     add_size_flags,
@@ -46,17 +47,20 @@ from gohgraph.learning.experiment import (
     open_folder,
     resumable,
     train_config,
-    train_models,
-    verdict,
 )
 from gohgraph.learning.loop import Training
 from gohgraph.learning.matching import count_parameters, with_plain
 from gohgraph.learning.run_folder import step_seconds, write_text
-from gohgraph.tables import markdown_table
 
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "length", "batch_size", "steps")
 FULL = dict(zip(SIZES, (48, 8, 2, 96, 32, 64, 600), strict=True))
 SMOKE = dict(zip(SIZES, (8, 4, 1, 8, 8, 5, 12), strict=True))
+COLUMNS = {
+    "validation loss": ("validation_loss", 4, 1),
+    "accuracy [%]": ("accuracy", 2, 100),
+    "step [ms]": ("step_seconds", 1, 1000),
+    "time [s]": ("seconds", 1, 1),
+}
 PATCH = 2
 
 
@@ -77,7 +81,8 @@ def _main(argv: list[str], flags: argparse.Namespace) -> None:
         data = _data(flags)
         build = partial(_classifier, data)
         start, finish = partial(_training, data, flags), partial(_finish, data)
-        trained = train_models(_configs(build, data, flags), flags.seeds, folder, start, finish, resume=flags.resume)
+        contest = Contest(_configs(build, data, flags), flags.seeds, flags.learning_rates, folder)
+        trained = contest.run(start, finish, resume=flags.resume)
     if trained:
         _report(trained, folder, flags)
 
@@ -92,7 +97,8 @@ def _parser() -> ArgumentParser:
     add_size_flags(parser, FULL)
     add("--dropout", type=float, default=0.1, help="default %(default)s")
     add_graph_flags(parser)
-    add_training_flags(parser, learning_rate=4e-3)
+    add_rate_flags(parser, learning_rate=4e-3)
+    add_training_flags(parser)
     return parser
 
 
@@ -121,7 +127,7 @@ def _configs(build: Any, data: LabelledData, flags: argparse.Namespace) -> dict[
 
 
 def _training(
-    data: LabelledData, flags: argparse.Namespace, config: TransformerConfig, seed: int, leaf: Path
+    data: LabelledData, flags: argparse.Namespace, config: TransformerConfig, seed: int, rate: float, leaf: Path
 ) -> Training:
     torch.manual_seed(seed)
     model = _classifier(data, config)
@@ -137,7 +143,7 @@ def _training(
         model,
         partial(data.batch, batch_size=flags.batch_size, seed=seed),
         classification_output,
-        train_config(flags, seed, anneal_top_k=anneal),
+        train_config(flags, seed, rate, anneal_top_k=anneal),
         leaf,
         evaluate=evaluate,
         resume=can_resume(leaf, flags),
@@ -172,23 +178,15 @@ def _finish(data: LabelledData, training: Training, leaf: Path) -> dict[str, Any
     return {**result, "losses": losses, "log": training.folder.rows}
 
 
-def _report(trained: dict[str, dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
+def _report(trained: dict[tuple[int, str], dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
     """Prints the table, which is better, and where the pictures are."""
-    header = ["model", "parameters", "validation loss", "accuracy", "step [ms]", "time [s]"]
-    rows = [
-        [
-            folder.name if name == "." else name, f"{one['parameters']:,}", f"{one['validation_loss']:.4f}",
-            f"{one['accuracy']:.2%}", f"{one['step_seconds'] * 1e3:.1f}", f"{one['seconds']:.1f}",
-        ]
-        for name, one in trained.items()
-    ]  # fmt: skip
-    table = markdown_table([header, *rows]) + "\n"
+    table = results_table(trained, COLUMNS) + "\n"
     write_text(folder / "table.md", table)
     print(f"\n{table}")
     if flags.compare:
-        print(verdict({name: one["losses"] for name, one in trained.items()}))
+        print(verdict(trained))
     if len(trained) > 1:
-        draw_curves({name: one["log"] for name, one in trained.items()}, folder / "curves.png")
+        draw_curves({one["leaf"]: one["log"] for one in trained.values()}, folder / "curves.png")
     pictures = [folder / "curves.png", *sorted(folder.rglob("heads.png")), *sorted(folder.rglob("confusion.png"))]
     print("pictures: " + ", ".join(str(path) for path in pictures))
 

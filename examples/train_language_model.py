@@ -31,6 +31,7 @@ from gohgraph.command_line import ArgumentParser, run
 from gohgraph.config import FEED_FORWARD_ACTIVATIONS, POSITIONS
 from gohgraph.drawing import draw_curves
 from gohgraph.graph_flags import add_graph_flags, graph_from_flags
+from gohgraph.learning.contest import Contest, add_rate_flags, verdict
 from gohgraph.learning.corpus import PYTHON_DOCS, Corpus, evaluation_batches, load_corpus, sample_batch
 from gohgraph.learning.experiment import (
     add_parallel_flags,
@@ -43,8 +44,6 @@ from gohgraph.learning.experiment import (
     parallel_config,
     resumable,
     train_config,
-    train_models,
-    verdict,
 )
 from gohgraph.learning.language import (
     VOCAB_SIZE,
@@ -91,7 +90,8 @@ def _main(argv: list[str], flags: argparse.Namespace) -> None:
         folder = open_folder(flags, "demo" if flags.compare else "language-model")
         start, finish = partial(_training, corpus, flags, parallel), partial(_finish, corpus, flags)
         with resumable("train_language_model", argv, folder):
-            trained = train_models(configs, flags.seeds, folder, start, finish, resume=flags.resume)
+            contest = Contest(configs, flags.seeds, flags.learning_rates, folder)
+            trained = contest.run(start, finish, resume=flags.resume)
         if trained:
             _report(trained, folder, flags)
 
@@ -110,7 +110,8 @@ def _parser() -> ArgumentParser:
     size("--activation", choices=FEED_FORWARD_ACTIVATIONS, default="gelu")
     size("--positions", choices=POSITIONS, default="rotary")
     add_graph_flags(parser)
-    add_training_flags(parser, learning_rate=2e-3)
+    add_rate_flags(parser, learning_rate=2e-3)
+    add_training_flags(parser)
     add_parallel_flags(parser)
     return parser
 
@@ -152,6 +153,7 @@ def _training(
     parallel: ParallelConfig | None,
     config: TransformerConfig,
     seed: int,
+    rate: float,
     leaf: Path,
 ) -> Training:
     windows = {"batch_size": flags.batch_size, "length": flags.length}
@@ -174,7 +176,7 @@ def _training(
         partial(sample_batch, corpus.train, seed=seed, **windows),
         next_token_output,
         # The plain side of a comparison has no heads to leave out.
-        train_config(flags, seed, anneal_top_k=(flags.anneal_top_k or 0) if _is_routed(config) else 0),
+        train_config(flags, seed, rate, anneal_top_k=(flags.anneal_top_k or 0) if _is_routed(config) else 0),
         leaf,
         evaluate=evaluate,
         on_evaluate=log if can_log else None,
@@ -225,29 +227,31 @@ def _is_routed(config: TransformerConfig) -> bool:
     return config.head_graph is not None and config.head_graph.routing is not None
 
 
-def _report(trained: dict[str, dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
+def _report(trained: dict[tuple[int, str], dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
     """Prints the table, which is better, and where the pictures are."""
-    head = f"{'model':<16} {'parameters':>10} {'validation loss':>17} {'step [ms]':>10} {'ratio':>6} {'time [s]':>8}"
+    named = {result["leaf"] if result["leaf"] != "." else folder.name: result for result in trained.values()}
+    width = max(16, *map(len, named))
+    titles = f"{'parameters':>10} {'validation loss':>17} {'step [ms]':>10} {'ratio':>6} {'time [s]':>8}"
+    head = f"{'model':<{width}} {titles}"
     print(f"\n{head}\n{'-' * len(head)}")
-    for name, result in trained.items():
-        beside = trained[name.replace(_kind(flags)[0], "plain")] if flags.compare else None
+    for (seed, _), (name, result) in zip(trained, named.items(), strict=True):
+        beside = trained[seed, "plain"] if flags.compare else None
         pairs = zip(result["steps"], beside["steps"], strict=True) if beside else ()
         ratio = f"{statistics.median(own / other for own, other in pairs):.3f}" if beside else "-"
         loss = f"{result['validation_loss']:.4f} ± {result['standard_error']:.4f}"
         step = f"{result['step_seconds'] * 1e3:.1f}"
-        name = folder.name if name == "." else name
-        print(f"{name:<16} {result['parameters']:>10,} {loss:>17} {step:>10} {ratio:>6} {result['seconds']:>8.1f}")
+        print(f"{name:<{width}} {result['parameters']:>10,} {loss:>17} {step:>10} {ratio:>6} {result['seconds']:>8.1f}")
     kinds = dict([_kind(flags), KINDS[False, False]])
     legend = "; ".join(f"{name}: {meaning}" for name, meaning in kinds.items())
     print(f"{legend}; ± standard error over the validation text")
-    for name, result in trained.items():
+    for name, result in named.items():
         if "load" in result:
-            name, load = folder.name if name == "." else name, f"load CV {result['load_cv']:.3f}"
+            load = f"load CV {result['load_cv']:.3f}"
             print(f"routing of {name}: {load}, load entropy {result['load_entropy']:.3f} (balanced: 0 and 1)")
     if flags.compare:
-        print(verdict({name: result["losses"] for name, result in trained.items()}))
+        print(verdict(trained))
     if len(trained) > 1:
-        draw_curves({name: result["log"] for name, result in trained.items()}, folder / "curves.png")
+        draw_curves({name: result["log"] for name, result in named.items()}, folder / "curves.png")
     pictures = [folder / "curves.png", *sorted(folder.rglob("heads.png")), *sorted(folder.rglob("load.png"))]
     print("pictures: " + ", ".join(str(path) for path in pictures))
 

@@ -31,6 +31,7 @@ from gohgraph import Transformer, TransformerConfig, draw, record
 from gohgraph.command_line import ArgumentParser, run
 from gohgraph.drawing import draw_curves
 from gohgraph.graph_flags import add_graph_flags, graph_from_flags
+from gohgraph.learning.contest import Contest, add_rate_flags, results_table, verdict
 from gohgraph.learning.experiment import (
     add_run_flags,
     add_size_flags,
@@ -40,19 +41,23 @@ from gohgraph.learning.experiment import (
     open_folder,
     resumable,
     train_config,
-    train_models,
-    verdict,
 )
 from gohgraph.learning.loop import Training
 from gohgraph.learning.matching import count_parameters, with_plain
 from gohgraph.learning.parallel_text import NUMERALS, PairBatches, ParallelText, Subwords, load_parallel_text
 from gohgraph.learning.run_folder import step_seconds, write_text
 from gohgraph.learning.translation import bleu, sentence_losses, translate, translation_output
-from gohgraph.tables import markdown_table
 
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "vocab_size", "batch_size", "steps")
 FULL = dict(zip(SIZES, (96, 8, 2, 192, 400, 32, 600), strict=True))
 SMOKE = dict(zip(SIZES, (16, 4, 1, 16, 270, 4, 12), strict=True))
+COLUMNS = {
+    "validation loss": ("validation_loss", 4, 1),
+    "BLEU": ("bleu", 2, 1),
+    "exact [%]": ("exact", 1, 100),
+    "step [ms]": ("step_seconds", 1, 1000),
+    "time [s]": ("seconds", 1, 1),
+}
 # Pairs that are trained on and measured in a smoke run.
 SMOKE_PAIRS = 40, 8
 
@@ -91,7 +96,7 @@ def _main(argv: list[str], flags: argparse.Namespace) -> None:
         subwords = Subwords.train([sentence for pair in text.train for sentence in pair], flags.vocab_size)
         configs, task = _configs(len(subwords), flags), Task(text, subwords, flags)
         start, finish = partial(_training, task), partial(_finish, task)
-        trained = train_models(configs, flags.seeds, folder, start, finish, resume=flags.resume)
+        trained = Contest(configs, flags.seeds, flags.learning_rates, folder).run(start, finish, resume=flags.resume)
     if trained:
         _report(trained, folder, flags)
 
@@ -110,7 +115,8 @@ def _parser() -> ArgumentParser:
     add("--beams", type=int, default=4, help="hypotheses of the beam search (default %(default)s)")
     add("--length-penalty", type=float, default=0.6, help="of the beam search (default %(default)s)")
     add_graph_flags(parser)
-    add_training_flags(parser, learning_rate=3e-3, weight_decay=0.01)
+    add_rate_flags(parser, learning_rate=3e-3)
+    add_training_flags(parser, weight_decay=0.01)
     return parser
 
 
@@ -121,7 +127,7 @@ def _configs(vocab_size: int, flags: argparse.Namespace) -> dict[str, Transforme
     return with_plain(Transformer, config) if flags.compare else {"plain" if graph is None else "goh": config}
 
 
-def _training(task: Task, config: TransformerConfig, seed: int, leaf: Path) -> Training:
+def _training(task: Task, config: TransformerConfig, seed: int, rate: float, leaf: Path) -> Training:
     flags, validation = task.flags, task.batches(task.text.validation)
     torch.manual_seed(seed)
 
@@ -138,7 +144,7 @@ def _training(task: Task, config: TransformerConfig, seed: int, leaf: Path) -> T
         Transformer(config),
         task.batches(task.text.train, seed),
         partial(translation_output, label_smoothing=flags.label_smoothing),
-        train_config(flags, seed, warmup=warmup, schedule="inverse-sqrt", betas=(0.9, 0.98), anneal_top_k=anneal),
+        train_config(flags, seed, rate, warmup=warmup, schedule="inverse-sqrt", betas=(0.9, 0.98), anneal_top_k=anneal),
         leaf,
         evaluate=evaluate,
         resume=can_resume(leaf, flags),
@@ -180,23 +186,15 @@ def _finish(task: Task, training: Training, leaf: Path) -> dict[str, Any]:
     return {**result, "losses": losses / counts, "log": training.folder.rows}
 
 
-def _report(trained: dict[str, dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
+def _report(trained: dict[tuple[int, str], dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
     """Prints the table, which is better, and where the translations and pictures are."""
-    header = ["model", "parameters", "validation loss", "BLEU", "exact", "step [ms]", "time [s]"]
-    rows = [
-        [
-            folder.name if name == "." else name, f"{one['parameters']:,}", f"{one['validation_loss']:.4f}",
-            f"{one['bleu']:.2f}", f"{one['exact']:.1%}", f"{one['step_seconds'] * 1e3:.1f}", f"{one['seconds']:.1f}",
-        ]
-        for name, one in trained.items()
-    ]  # fmt: skip
-    table = markdown_table([header, *rows]) + "\n"
+    table = results_table(trained, COLUMNS) + "\n"
     write_text(folder / "table.md", table)
     print(f"\n{table}\nloss in nats per subword; BLEU {next(iter(trained.values()))['bleu_signature']}")
     if flags.compare:
-        print(verdict({name: one["losses"] for name, one in trained.items()}))
+        print(verdict(trained))
     if len(trained) > 1:
-        draw_curves({name: one["log"] for name, one in trained.items()}, folder / "curves.png")
+        draw_curves({one["leaf"]: one["log"] for one in trained.values()}, folder / "curves.png")
     files = [folder / "curves.png", *sorted(folder.rglob("heads.png")), *sorted(folder.rglob("translations.txt"))]
     print("written: " + ", ".join(str(path) for path in files))
 

@@ -36,8 +36,8 @@ def test_compare_leaves_everything_and_equal_parameters(main, tmp_path, capsys):
 def test_text_and_a_router(main, tmp_path):
     for name, letter in (("bees", "b"), ("ants", "a")):
         (tmp_path / f"{name}.txt").write_text(letter * 3000)
-    flags = ["--task", "text", "--data", ".", "--sites", "none", "--router", "--steps", "40", "--learning-rate", "0.02"]
-    assert main(*flags, "--run", "out") == 0
+    flags = ["--task", "text", "--data", ".", "--sites", "none", "--router", "--steps", "40"]
+    assert main(*flags, "--learning-rates", "0.02", "--run", "out") == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["classes"] == ["ants", "bees"] and result["accuracy"] == 1.0
     assert not (tmp_path / "out" / "heads.png").exists()

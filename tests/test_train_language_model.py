@@ -204,7 +204,7 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(script, main, tmp_path, mo
         (["--threads", "0"], "--threads"),
         (["--seeds", "1", "1"], "different seeds"),
         (["--steps", "0"], "steps"),
-        (["--learning-rate", "nan"], "learning_rate"),
+        (["--learning-rates", "nan"], "learning_rate"),
         (["--dropout", "1.5"], "dropout"),
         (["--length", "99999"], "shorter windows or a longer text"),
         (["--batch-size", "0"], "batch_size"),
@@ -256,7 +256,7 @@ def test_folders_that_cannot_be_written_or_hold_something(main, tmp_path, capsys
 
 def test_resuming_needs_the_same_flags_and_a_whole_checkpoint(main, tmp_path, capsys):
     assert main("--run", "out") == 0
-    assert "training.learning_rate" in refused(main("--run", "out", "--resume", "--learning-rate", "0.1"), capsys)
+    assert "training.learning_rate" in refused(main("--run", "out", "--resume", "--learning-rates", "0.1"), capsys)
     assert "--compare and --seeds" in refused(main("--run", "out", "--resume", "--compare"), capsys)
     before = (tmp_path / "out" / "log.csv").read_bytes()
     weights = next(iter(sorted(tmp_path.glob("out/checkpoints/*/model.safetensors"), reverse=True)))
@@ -266,4 +266,4 @@ def test_resuming_needs_the_same_flags_and_a_whole_checkpoint(main, tmp_path, ca
 
 
 def test_a_loss_that_runs_away_is_one_sentence(main, capsys):
-    assert "finite loss" in refused(main("--run", "out", "--learning-rate", "1e30", "--warmup", "0"), capsys)
+    assert "finite loss" in refused(main("--run", "out", "--learning-rates", "1e30", "--warmup", "0"), capsys)

@@ -111,6 +111,7 @@ def _parser() -> ArgumentParser:
     add("--clients", type=int, default=8, help="default %(default)s")
     add("--alpha", type=float, default=0.3, help="of the Dirichlet split; small: clients differ (default %(default)s)")
     add("--in-degree", type=int, default=4, help="of the head graph, a ring (default %(default)s)")
+    add("--base-learning-rate", type=float, default=2e-3, help="of the model they begin with (default %(default)s)")
     add("--client-learning-rate", type=float, default=0.0, help="default: the method's own")
     add("--evaluate-every", type=int, default=5, help="rounds between evaluations (default %(default)s)")
     add("--backend", choices=("inline", "ray"), default="inline", help="in this process, or Flower's simulation")
@@ -118,7 +119,7 @@ def _parser() -> ArgumentParser:
     add("--dp-noise", type=float, help="noise multiplier of differential privacy (with --dp-clip)")
     add("--dp-clip", type=float, help="largest norm of a client's update")
     add_size_flags(parser, FULL)
-    add_training_flags(parser, learning_rate=2e-3)
+    add_training_flags(parser)
     return parser
 
 
@@ -138,7 +139,7 @@ def _train_base(flags: argparse.Namespace, seed: int, folder: Path) -> None:
         model,
         partial(sample_batch, text.train, seed=seed, batch_size=flags.batch_size, length=flags.length),
         next_token_output,
-        train_config(flags, seed, steps=flags.base_steps, device="cpu"),
+        train_config(flags, seed, flags.base_learning_rate, steps=flags.base_steps, device="cpu"),
         folder,
         evaluate=lambda model: measure(model, text.validation, flags),
         resume=can_resume(folder, flags),

@@ -1,20 +1,18 @@
-"""What training scripts share: flags, run folders, seeds, Ctrl-C, tables and verdicts."""
+"""What training scripts share: flags, run folders, Ctrl-C."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gohgraph.learning.language import standard_error
-from gohgraph.learning.loop import TrainConfig, Training, TrainingInterrupted, train_together
-from gohgraph.learning.run_folder import last_folder, new_folder
+from gohgraph.learning.loop import TrainConfig, TrainingInterrupted
+from gohgraph.learning.run_folder import last_folder, new_folder, runs_in
 from gohgraph.parallel.layout import MODES, ParallelConfig
 from gohgraph.parallel.ranks import lost_ranks, machines, on_first_rank, under_torchrun, world_size
 
@@ -37,10 +35,9 @@ def add_size_flags(parser: argparse.ArgumentParser, full: Mapping[str, Any]) -> 
         add(f"--{name.replace('_', '-')}", type=type(value), help=f"default {value}")
 
 
-def add_training_flags(parser: argparse.ArgumentParser, *, learning_rate: float, weight_decay: float = 0.1) -> None:
+def add_training_flags(parser: argparse.ArgumentParser, *, weight_decay: float = 0.1) -> None:
     """Adds the flags that `train_config` reads."""
     add = parser.add_argument_group("training").add_argument
-    add("--learning-rate", type=float, default=learning_rate, help="default %(default)s")
     add("--warmup", type=int, help="steps of linear warm-up (default: a tenth of the steps, at most 100)")
     add("--weight-decay", type=float, default=weight_decay, help="default %(default)s")
     add("--graph-lr-factor", type=float, default=1.0, help="learning rate of head graphs over the others'")
@@ -98,9 +95,9 @@ def fill_sizes(flags: argparse.Namespace, full: Mapping[str, Any], smoke: Mappin
     torch.set_num_threads(flags.threads)
 
 
-def train_config(flags: argparse.Namespace, seed: int, **more: Any) -> TrainConfig:
+def train_config(flags: argparse.Namespace, seed: int, learning_rate: float, **more: Any) -> TrainConfig:
     """Returns the training that flags of `add_training_flags` describe; `more` goes over them."""
-    same = "learning_rate weight_decay graph_lr_factor patience precision compile device".split()
+    same = "weight_decay graph_lr_factor patience precision compile device".split()
     steps = more["steps"] if "steps" in more else flags.steps
     values = {name: getattr(flags, name) for name in same} | {
         "steps": steps,
@@ -110,6 +107,7 @@ def train_config(flags: argparse.Namespace, seed: int, **more: Any) -> TrainConf
         "keep_checkpoints": flags.keep_checkpoints,
         "log_every": 1 if flags.smoke else 10,
         "seed": seed,
+        "learning_rate": learning_rate,
     }
     return TrainConfig(**(values | more))
 
@@ -126,16 +124,11 @@ def open_folder(flags: argparse.Namespace, name: str) -> Path:
 def _open_folder(flags: argparse.Namespace, default: Path) -> Path:
     folder = Path(flags.run) if flags.run is not None else (last_folder if flags.resume else new_folder)(default)
     is_used = folder.is_dir() and any(folder.iterdir())
-    if flags.resume and not _runs_in(folder):
+    if flags.resume and not runs_in(folder):
         raise ValueError(f"Expected a run to resume (got none in {folder}). Do drop --resume, or change --run.")
     if not flags.resume and is_used:
         raise ValueError(f"Expected a new or empty run folder (got {folder}). Do choose another --run, or --resume.")
     return folder
-
-
-def _runs_in(folder: Path) -> set[Path]:
-    found = {path.parent for path in folder.rglob("config.json") if "checkpoints" not in path.parts}
-    return {path for path in found if path.name != "model"}
 
 
 def can_resume(leaf: Path, flags: argparse.Namespace) -> bool:
@@ -159,68 +152,3 @@ def resumable(script: str, argv: Sequence[str], folder: Path) -> Iterator[None]:
     # A loss that runs away, and a missing extra, are for the user to mend as well.
     except (FloatingPointError, ImportError) as error:
         raise ValueError(str(error)) from error
-
-
-def train_models(
-    models: Mapping[str, Any],
-    seeds: Sequence[int],
-    folder: Path,
-    start: Callable[[Any, int, Path], Training],
-    finish: Callable[[Training, Path], dict[str, Any]],
-    *,
-    resume: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """Trains several models, those of a seed in turns, each in a folder of its own.
-
-    Args:
-        models: what to train by name, usually configurations.
-        seeds: one run of every model each.
-        folder: of the whole; a sub-folder `seed-0/name` has what there are several of.
-        start: `(model, seed, leaf)` to the training in that leaf of the folder.
-        finish: `(training, leaf)` to its results, called in the main process when the seed is done.
-        resume: the runs in the folder must be among these.
-
-    Returns:
-        The results by name of the run, which is its place in the folder.
-
-    Raises:
-        ValueError: the folder holds other runs.
-    """
-    leaves = {
-        (seed, name): "/".join([f"seed-{seed}"] * (len(seeds) > 1) + [name] * (len(models) > 1)) or "."
-        for seed in seeds
-        for name in models
-    }
-    if resume and not _runs_in(folder) <= {folder / leaf for leaf in leaves.values()}:
-        raise ValueError(f"Expected the --compare and --seeds of the run in {folder} (got others). Do repeat them.")
-    trained = {}
-    for seed in seeds:
-        own = {leaves[seed, name]: model for name, model in models.items()}
-        trainings = {leaf: start(model, seed, folder / leaf) for leaf, model in own.items()}
-        train_together(list(trainings.values()))
-        for leaf, training in trainings.items():
-            if training.accelerator.is_main_process:
-                trained[leaf] = finish(training, folder / leaf)
-    return trained
-
-
-def verdict(losses: Mapping[str, Tensor]) -> str:
-    """Tells which model is better: by the same examples, or by the same seeds when there are several.
-
-    Args:
-        losses: of every run `[examples]`, in nats; names that end in "plain" are the reference of the others.
-
-    Example:
-        >>> verdict({"goh": torch.tensor([1.0, 3.0]), "plain": torch.tensor([1.5, 2.6])})
-        'no difference beyond noise: goh is ahead by +0.0500 ± 0.4500 nats (one seed; ...: --seeds 0 1 2)'
-    """
-    kind = next(name.split("/")[-1] for name in losses if not name.endswith("plain"))
-    own = [values for name, values in losses.items() if name.endswith(kind)]
-    plain = [values for name, values in losses.items() if name.endswith("plain")]
-    gains = [other - mine for mine, other in zip(own, plain, strict=True)]
-    values = torch.stack([gain.mean() for gain in gains]) if len(gains) > 1 else gains[0]
-    gain, error = values.mean().item(), standard_error(values)
-    basis = f"{len(gains)} seeds" if len(gains) > 1 else "one seed; another one may say otherwise: --seeds 0 1 2"
-    if not abs(gain) > 2 * error:
-        return f"no difference beyond noise: {kind} is ahead by {gain:+.4f} ± {error:.4f} nats ({basis})"
-    return f"better: {kind if gain > 0 else 'plain'}, by {abs(gain):.4f} ± {error:.4f} nats ({basis})"

@@ -145,6 +145,12 @@ def last_folder(path: Path) -> Path:
     return last
 
 
+def runs_in(folder: Path) -> set[Path]:
+    """Returns the run folders at and below a folder."""
+    found = {path.parent for path in folder.rglob(CONFIG) if CHECKPOINTS not in path.parts}
+    return {path for path in found if path.name != "model"}
+
+
 def step_seconds(rows: Sequence[dict[str, Any]]) -> list[float]:
     """Returns the mean time of a step, in seconds, between each row of a log and the one before.
 

@@ -1,0 +1,88 @@
+"""A contest: every model at its best rate of a grid, chosen on the first seed alone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gohgraph.learning.contest import Contest, add_rate_flags, by_model, results_table, verdict
+from gohgraph.learning.loop import TrainConfig, Training
+
+# A model's loss, by its offset and the rate, at the end of a training that changes nothing.
+LOSSES = {("goh", 0.1): 3.0, ("goh", 0.2): 2.0, ("plain", 0.1): 2.5, ("plain", 0.2): 4.0}
+
+
+class Still(nn.Module):
+    """A model whose loss does not depend on its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+
+def _start(started: list, name: str, seed: int, rate: float, leaf: Path) -> Training:
+    started.append((name, seed, rate))
+    loss = LOSSES[name, rate] + seed
+    return Training(
+        Still(),
+        lambda step: (torch.zeros(2),),
+        lambda model, batch: model.weight.sum() * 0 + loss,
+        TrainConfig(steps=2, learning_rate=rate, warmup=0, seed=seed, eval_every=2, device="cpu"),
+        leaf,
+        evaluate=lambda model: {"validation_loss": loss},
+        settings={"model": name},
+    )
+
+
+def _finish(training: Training, leaf: Path) -> dict[str, object]:
+    loss = training.folder.rows[-1]["validation_loss"]
+    return {"parameters": 1, "validation_loss": loss, "losses": torch.tensor([loss, loss + 1]), "at": str(leaf)}
+
+
+def test_each_model_takes_the_best_rate_of_the_first_seed(tmp_path, capsys):
+    started: list = []
+    contest = Contest({"goh": "goh", "plain": "plain"}, [3, 5, 7], [0.1, 0.2], tmp_path)
+    trained = contest.run(lambda *run: _start(started, *run), _finish)
+    tried = [("goh", 3, 0.1), ("goh", 3, 0.2), ("plain", 3, 0.1), ("plain", 3, 0.2)]
+    assert started == tried + [(name, seed, rate) for seed in (5, 7) for name, rate in (("goh", 0.2), ("plain", 0.1))]
+    assert list(trained) == [(seed, name) for seed in (3, 5, 7) for name in ("goh", "plain")]
+    assert all(one["learning_rate"] == {"goh": 0.2, "plain": 0.1}[name] for (_, name), one in trained.items())
+    assert trained[5, "goh"]["leaf"] == "seed-5/rate-0.2/goh"
+    assert trained[5, "goh"]["at"] == str(tmp_path / "seed-5" / "rate-0.2" / "goh")
+    written = (tmp_path / "rates.md").read_text()
+    assert all(f"{loss + 3:.4f}" in written for loss in LOSSES.values())
+    assert written in capsys.readouterr().out
+    table = results_table(trained, {"loss": ("validation_loss", 2, 1)}).splitlines()
+    assert [line.split("|")[2].strip() for line in table[2:]] == ["0.2", "0.1"]
+    assert "7.00 ± 2.00" in table[2] and "7.50 ± 2.00" in table[3]
+    assert verdict(trained) == "better: goh, by 0.5000 ± 0.0000 nats (3 seeds)"
+    assert [len(results) for results in by_model(trained).values()] == [3, 3]
+
+
+def test_one_rate_one_seed_and_one_model_lie_in_the_folder_itself(tmp_path):
+    trained = Contest({"goh": "goh"}, [0], [0.1], tmp_path).run(lambda *run: _start([], *run), _finish)
+    assert trained[0, "goh"]["leaf"] == "." and (tmp_path / "log.csv").exists()
+    assert not (tmp_path / "rates.md").exists()
+
+
+def test_runs_of_another_contest_are_not_resumed(tmp_path):
+    Contest({"goh": "goh"}, [0], [0.1, 0.2], tmp_path).run(lambda *run: _start([], *run), _finish)
+    with pytest.raises(ValueError, match="--learning-rates of the run"):
+        Contest({"goh": "goh"}, [0], [0.1], tmp_path).run(lambda *run: _start([], *run), _finish, resume=True)
+
+
+@pytest.mark.parametrize("rates", [[0.1, 0.1], [0.0], [-0.1, 0.1], [float("nan")], [float("inf"), 1.0]])
+def test_impossible_rates_are_refused(tmp_path, rates):
+    with pytest.raises(ValueError, match="different --learning-rates above 0"):
+        Contest({"goh": "goh"}, [0], rates, tmp_path)
+
+
+def test_the_flag_takes_a_grid():
+    parser = argparse.ArgumentParser()
+    add_rate_flags(parser, learning_rate=0.003)
+    assert parser.parse_args([]).learning_rates == [0.003]
+    assert parser.parse_args(["--learning-rates", "0.1", "0.2"]).learning_rates == [0.1, 0.2]
