@@ -146,6 +146,8 @@ def test_the_factor_is_of_head_graphs_alone(finished, tool, tmp_path):
         (["--budgets", "-1"], "Expected --budgets above 0"),
         (["--graph-lr-factor", "0"], "Expected --graph-lr-factor above 0"),
         (["--steps", "1"], "Expected --steps of at least 2"),
+        (["--num-heads", "0"], "Expected --num-heads of at least 1"),
+        (["--num-heads", "7"], "d_model"),
         (["--jobs", "0"], "Expected --jobs of at least 1"),
     ],
 )
@@ -157,6 +159,10 @@ def test_bad_flags_are_refused_in_one_sentence(tool, tmp_path, capsys, flags, ma
 def test_every_field_of_a_task_can_be_overridden():
     parser = argparse.ArgumentParser()
     quality.add_flags(parser)
-    flags = parser.parse_args(["--steps", "7", "--rates", "0.1", "0.2", "--data", "book.txt"])
-    assert quality._options("text", flags) == {"steps": 7, "learning_rates": [0.1, 0.2], "data": "book.txt"}
-    assert quality._options("mqar", flags) == {"steps": 7, "learning_rates": [0.1, 0.2]}
+    given = "--steps 7 --rates 0.1 0.2 --d-model 24 --num-heads 3 --num-layers 1 --data book.txt"
+    flags = parser.parse_args(given.split())
+    expected = {"d_model": 24, "num_heads": 3, "num_layers": 1, "steps": 7, "learning_rates": [0.1, 0.2]}
+    assert quality._options("text", flags) == {**expected, "data": "book.txt"}
+    assert quality._options("mqar", flags) == expected
+    sizes = TASKS["mqar"](**expected).shape()
+    assert sizes == {"d_model": 24, "num_heads": 3, "num_layers": 1, "d_ff": 96}

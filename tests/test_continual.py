@@ -134,6 +134,17 @@ def test_the_example_compares_methods_of_equal_size(main, tmp_path, capsys):
         assert results[name]["losses"][0][1:] == results[name]["before"][1:] == results["ewc"]["before"][1:]
 
 
+def test_each_method_takes_its_best_rate_of_the_first_seed(main, tmp_path, capsys):
+    rates = {"0.001", "0.01"}
+    assert main("--run", "out", "--methods", "graph", "--seeds", "0", "3", "--learning-rates", *sorted(rates)) == 0
+    tried = {path.name: json.loads((path / "losses.json").read_text()) for path in tmp_path.glob("out/seed-0/graph/*")}
+    assert tried.keys() == {f"rate-{rate}" for rate in rates}
+    best = min(tried, key=lambda name: tried[name]["average_loss"])
+    assert [path.name for path in tmp_path.glob("out/seed-3/graph/*")] == [best]
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| graph"))
+    assert row.split("|")[2].strip() == best.removeprefix("rate-")
+
+
 def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatch, capsys):
     flags = ["--methods", "ewc", "both"]
     check_resumed(lambda *more: main(*flags, *more), tmp_path, monkeypatch, capsys, stop_at=6 + 4 + 2)
@@ -149,6 +160,7 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatc
         (["--methods", "ewc", "--ewc-strength", "-1"], "strength >= 0"),
         (["--methods", "replay", "--replay-share", "2"], "share in"),
         (["--threads", "0"], "--threads"),
+        (["--learning-rates", "0.1", "0"], "--learning-rates above 0"),
     ],
 )
 def test_impossible_flags_are_one_sentence(main, capsys, flags, message):

@@ -38,6 +38,7 @@ BASIC = ["plain", "head-gate", "element-gate", "head-norm", "norm-element-gate",
 BASIC += ["knocking-heads", "mea", "moh-75", "static-graph", "frozen-graph"]
 BASIC += ["outputs", "norm-outputs", "scores", "values", "both", "outputs-values"]
 BUDGETS = (0.5, 2.0, 4.0)
+SIZES = ("d_model", "num_heads", "num_layers")
 TIMED_ROUNDS = 20
 SMOKE = {"steps": 4, "seeds": [0, 1], "rates": [4e-3], "budgets": [2.0], "tasks": ["two-cues"], "rounds": 2}
 SMOKE |= {"variants": ["plain", "outputs"]}
@@ -53,6 +54,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--rates", nargs="+", type=float, help="the grid of learning rates (default: each task's own)")
     add("--graph-lr-factor", type=float, default=1.0, help="learning rate of head graphs, times the rate (%(default)s)")
     add("--steps", type=int, help="of a full run (default: each task's own)")
+    for size in SIZES:
+        add(f"--{size.replace('_', '-')}", type=int, help="of the models (default: each task's own)")
     add("--budgets", nargs="*", type=float, default=list(BUDGETS), help="of plain attention, times the steps")
     add("--data", help="text of the task 'text': a corpus by name, or a file")
     add("--rounds", type=int, default=TIMED_ROUNDS, help="of timing (default: %(default)s)")
@@ -180,7 +183,8 @@ def equal_configs(task: Task, variants: list[str]) -> dict[str, TransformerConfi
 
 
 def _options(name: str, flags: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {} if flags.steps is None else {"steps": flags.steps}
+    given = {size: getattr(flags, size) for size in (*SIZES, "steps")}
+    options: dict[str, Any] = {size: value for size, value in given.items() if value is not None}
     if flags.rates is not None:
         options["learning_rates"] = list(flags.rates)
     if name == "text" and flags.data is not None:
@@ -208,8 +212,9 @@ def _write(flags: argparse.Namespace, texts: list[str], entries: dict[str, dict[
 def _check(flags: argparse.Namespace) -> None:
     for name, low in (("jobs", 1), ("rounds", 2)):
         check_at_least(name, getattr(flags, name), low)
-    if flags.steps is not None:
-        check_at_least("steps", flags.steps, 2)
+    for name, low in (("steps", 2), *((size, 1) for size in SIZES)):
+        if getattr(flags, name) is not None:
+            check_at_least(name.replace("_", "-"), getattr(flags, name), low)
     for name in ("seeds", "variants", "tasks"):
         values = getattr(flags, name)
         if len(set(values)) < len(values):
