@@ -71,14 +71,14 @@ def run(flags: argparse.Namespace) -> None:
     print(machine("cpu", "float32", 1, flags.rounds))
     texts, entries = [], {}
     for name in flags.tasks:
-        contest = Contest(name, flags)
+        contest = TaskRuns(name, flags)
         entries[name] = contest.entries()
         texts.append(quality_table(name, contest.task, flags.seeds, entries[name], contest.plain_curve()))
         print("\n" + texts[-1])
     _write(flags, texts, entries)
 
 
-class Contest:
+class TaskRuns:
     """All runs of one task.
 
     Args:
