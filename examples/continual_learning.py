@@ -1,15 +1,15 @@
 """Learns four kinds of text one after another: adapters for each task over frozen heads, and what they have to beat.
 
     python examples/continual_learning.py
-    python examples/continual_learning.py --methods fine-tuning graph lora both --seeds 0 1 2
+    python examples/continual_learning.py --methods graph lora both --seeds 0 1 2 --learning-rates 5e-3 1e-2 2e-2
 
 A small language model is trained on Python's documentation, and then learns Python sources, C++ headers, Unicode names
 and licences, each only once. Fine-tuning, EWC and replay change the whole model; "graph", "lora" and "both" leave it
 frozen and give each task a head graph, low-rank updates of all linear layers (LoRA), or half of each, of about equal
 size. The table shows the average loss after the last task, backward transfer and forgetting, and for the adapters
-also what is lost when the task is not told but inferred from a quarter of each window. It takes some minutes on one
-thread. Expected (docs/results.md): adapters forget nothing, LoRA learns more than a head graph of its size, and replay
-has the lowest average loss.
+also what is lost when the task is not told but inferred from a quarter of each window. The first command takes
+four minutes on one thread. Expected (docs/results.md): adapters forget nothing; average losses of 2.45 with LoRA,
+2.65 with a head graph of its size and 2.15 with replay, from 3.45 of the base.
 
 The run folder holds the base, a folder for every method with its tasks and losses.json, and table.md. Ctrl-C stops it;
 the same command with --resume goes on.

@@ -177,4 +177,5 @@ def verdict(trained: Mapping[tuple[int, str], Result]) -> str:
 
 
 def _last_loss(training: Training) -> float:
-    return next(row["validation_loss"] for row in reversed(training.folder.rows) if row["validation_loss"] is not None)
+    losses = [row.get("validation_loss") for row in training.folder.rows]
+    return next(loss for loss in reversed(losses) if loss is not None)
