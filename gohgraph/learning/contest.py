@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Contest:
         if resume:
             self._check_runs()
         trained: dict[tuple[int, str], Result] = {}
-        rates = {name: list(self.rates) for name in self.models}
+        rates = {name: tuple(self.rates) for name in self.models}
         for seed in self.seeds:
             trainings = {
                 (name, rate): start(model, seed, rate, self.folder / self._leaf(seed, rate, name))
@@ -82,9 +83,7 @@ class Contest:
             }
             train_together(list(trainings.values()))
             if seed == self.seeds[0] and len(self.rates) > 1:
-                ends = on_first_rank(lambda done=trainings: {run: _last_loss(one) for run, one in done.items()})
-                rates = {name: [min(self.rates, key=lambda rate: ends[name, rate])] for name in self.models}
-                on_first_rank(lambda ends=ends: self._write_rates(ends))
+                rates = on_first_rank(partial(self._best_rates, trainings))
             for name, (rate,) in rates.items():
                 training, leaf = trainings[name, rate], self._leaf(seed, rate, name)
                 if training.accelerator.is_main_process:
@@ -104,12 +103,15 @@ class Contest:
                 "Do repeat them."
             )
 
-    def _write_rates(self, ends: Mapping[tuple[str, float], float]) -> None:
+    def _best_rates(self, trainings: Mapping[tuple[str, float], Training]) -> dict[str, tuple[float]]:
+        """Writes what all rates have led to and returns the best of every model."""
+        ends = {run: _last_loss(training) for run, training in trainings.items()}
         header = ["validation loss at a rate of", *(f"{rate:g}" for rate in self.rates)]
         rows = [[name, *(f"{ends[name, rate]:.4f}" for rate in self.rates)] for name in self.models]
         table = markdown_table([header, *rows]) + "\n"
         write_text(self.folder / RATES, table)
         print(f"\n{table}")
+        return {name: (min(self.rates, key=lambda rate, name=name: ends[name, rate]),) for name in self.models}
 
 
 def check_rates(rates: Sequence[float]) -> None:
