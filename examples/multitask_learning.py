@@ -2,12 +2,14 @@
 
     python examples/multitask_learning.py
     python examples/multitask_learning.py --methods graph graph-per-task --temperature 5 --seeds 0 1 2
+    python examples/multitask_learning.py --learning-rates 2e-3 4e-3 8e-3 --seeds 0 1 2
 
 The tasks are Python's documentation and sources, C++ headers, Unicode names and licences. "plain" and "graph" are one
 model for all tasks, without and with a head graph, widened to as many parameters as "graph-per-task" has; of the
 models "...-per-task" all share the heads, and each task owns its head graph, low-rank updates of as many parameters,
-or its read-out; "separate" is a model for every task, with a fifth of the steps each. All see as many bytes. It takes
-some minutes on one thread.
+or its read-out; "separate" is a model for every task, with a fifth of the steps each. All see as many bytes. The first
+command takes five minutes on one thread. Expected (docs/results.md): mean losses of 1.87 with a head graph for each
+task, 1.89 with LoRA, 1.99 for plain attention, 2.09 for separate models.
 
 The run folder holds a folder for every model with its log and losses.json, curves.png and table.md. Ctrl-C stops it;
 the same command with --resume goes on.

@@ -1,12 +1,15 @@
 """Trains an encoder-decoder with head graphs to translate, or beside plain attention of equal parameters (--compare).
 
     python examples/train_translation.py --compare
-    python examples/train_translation.py --data multi30k --compare --vocab-size 4000 --steps 3000
+    python examples/train_translation.py --data multi30k --compare --d-model 128 --num-layers 3 --d-ff 256 \\
+        --vocab-size 4000 --batch-size 64 --steps 1500
 
 By default the text is synthetic, sentences about numbers in English and German, and the first command takes some
 minutes on one thread. --data names a folder with train.en, train.de, val.en and val.de, one sentence a line, such as
-Multi30k. Subwords are byte pairs over both languages; training smooths labels and follows the schedule of Vaswani et
-al. 2017; translations come from beam search and are scored in BLEU by sacrebleu, on the text as it is in the files.
+Multi30k: the second command takes 20 minutes on one thread, and BLEU is 26 with head graphs and 23 without
+(docs/results.md). Subwords are byte pairs over both languages; training smooths labels and follows the schedule of
+Vaswani et al. 2017; translations come from beam search and are scored in BLEU by sacrebleu, on the text as it is in
+the files.
 
 The run folder holds config.json, log.csv, curves.png, checkpoints, the model, tokenizer.json, translations.txt,
 result.json and of a head graph heads.png. Ctrl-C stops it; the same command with --resume goes on.
