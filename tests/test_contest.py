@@ -63,6 +63,16 @@ def test_each_model_takes_the_best_rate_of_the_first_seed(tmp_path, capsys):
     assert [len(results) for results in by_model(trained).values()] == [3, 3]
 
 
+def test_the_verdict_is_what_was_measured():
+    def trained(goh, plain):
+        return {(0, name): {"losses": torch.tensor(own)} for name, own in (("goh", goh), ("plain", plain))}
+
+    assert verdict(trained([1.0, 3.0, 5.0], [1.1, 3.1, 5.11])).startswith("better: goh, by 0.1033")
+    assert verdict(trained([1.1, 3.1, 5.11], [1.0, 3.0, 5.0])).startswith("better: plain, by 0.1033")
+    assert verdict(trained([1.0, 3.0], [1.5, 2.6])).startswith("no difference beyond noise")
+    assert verdict(trained([1.0, 3.0], [1.0, 3.0])).startswith("no difference beyond noise")
+
+
 def test_one_rate_one_seed_and_one_model_lie_in_the_folder_itself(tmp_path):
     trained = Contest({"goh": "goh"}, [0], [0.1], tmp_path).run(lambda *run: _start([], *run), _finish)
     assert trained[0, "goh"]["leaf"] == "." and (tmp_path / "log.csv").exists()
