@@ -61,7 +61,8 @@ class Contest:
         """Trains all models, those of a seed in turns; writes `rates.md` when there are several rates.
 
         Args:
-            start: `(model, seed, rate, leaf)` to the training in that leaf of the folder.
+            start: `(model, seed, rate, leaf)` to the training in that leaf of the folder; it must log a
+                `validation_loss`.
             finish: `(training, leaf)` to its results, called in the main process for the best rate of every model.
             resume: the runs in the folder must be among these.
 
