@@ -24,7 +24,7 @@ class Still(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
 
 
-def _start(started: list, name: str, seed: int, rate: float, leaf: Path) -> Training:
+def _start(started: list, name: str, seed: int, rate: float, leaf: Path, resume: bool = False) -> Training:
     started.append((name, seed, rate))
     loss = LOSSES[name, rate] + seed
     return Training(
@@ -35,6 +35,7 @@ def _start(started: list, name: str, seed: int, rate: float, leaf: Path) -> Trai
         leaf,
         evaluate=lambda model: {"validation_loss": loss},
         settings={"model": name},
+        resume=resume,
     )
 
 
@@ -61,6 +62,31 @@ def test_each_model_takes_the_best_rate_of_the_first_seed(tmp_path, capsys):
     assert "7.00 ± 2.00" in table[2] and "7.50 ± 2.00" in table[3]
     assert verdict(trained) == "better: goh, by 0.5000 ± 0.0000 nats (3 seeds)"
     assert [len(results) for results in by_model(trained).values()] == [3, 3]
+
+
+def test_a_rate_at_which_the_loss_runs_away_is_the_worst(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(LOSSES, ("goh", 0.2), float("nan"))
+    models = {"goh": "goh", "plain": "plain"}
+    trained = Contest(models, [0, 1], [0.2, 0.1], tmp_path).run(lambda *run: _start([], *run), _finish)
+    assert [trained[seed, name]["learning_rate"] for seed, name in trained] == [0.1] * 4
+    row = next(line for line in (tmp_path / "rates.md").read_text().splitlines() if "goh" in line)
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["goh", "diverged", "3.0000"]
+    started: list = []
+    resumed = Contest(models, [0, 1], [0.2, 0.1], tmp_path).run(
+        lambda *run: _start(started, *run, resume=True), _finish, resume=True
+    )
+    assert {run: one["validation_loss"] for run, one in resumed.items()} == {
+        run: one["validation_loss"] for run, one in trained.items()
+    }
+
+
+@pytest.mark.parametrize("lost", [[("goh", 0.1), ("goh", 0.2)], [("goh", 0.1)]])
+def test_a_model_that_no_rate_trains_is_an_error(tmp_path, monkeypatch, lost):
+    for run in lost:
+        monkeypatch.setitem(LOSSES, run, float("inf"))
+    rates = [rate for _, rate in lost]
+    with pytest.raises(FloatingPointError, match="finite loss"):
+        Contest({"goh": "goh", "plain": "plain"}, [0], rates, tmp_path).run(lambda *run: _start([], *run), _finish)
 
 
 def test_the_verdict_is_what_was_measured():

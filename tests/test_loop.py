@@ -140,6 +140,30 @@ def test_interrupted_turns_all_resume(uninterrupted, tmp_path):
         assert learned(history) == learned(rows)
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_run_that_diverges_leaves_the_others_their_turns(uninterrupted, tmp_path, stops):
+    _, rows, _ = uninterrupted
+
+    def lost(model, tensors):
+        return next_token_output(model, tensors).loss * math.nan
+
+    def start(data, resume=False):
+        common = {"evaluate": evaluate, "resume": resume}
+        trainings = [
+            Training(model(), batch, lost, CONFIG, tmp_path / "lost", **common),
+            Training(model(), data, next_token_output, CONFIG, tmp_path / "kept", **common),
+        ]
+        return trainings, train_together(trainings, block=4, may_diverge=True)
+
+    if stops:
+        with pytest.raises(TrainingInterrupted):
+            start(interrupted_at(9))
+    trainings, histories = start(batch, resume=stops)
+    assert [training.has_diverged for training in trainings] == [True, False]
+    assert [learned(history) for history in histories] == [[], learned(rows)]
+    assert not list((tmp_path / "lost").glob("checkpoints/step-*"))
+
+
 def test_accumulated_batches_are_one_large_batch(tmp_path):
     data = torch.randn(46, 5, 3, generator=torch.Generator().manual_seed(1))
 

@@ -16,6 +16,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,8 @@ class TaskRuns:
 
     def _best_rates(self) -> dict[str, float]:
         seed, grid = self.flags.seeds[0], self.task.learning_rates
-        first = self._train([Trial(self.name, variant, rate, seed) for variant in self.configs for rate in grid])
-        ends = {key: self._end(log) for key, log in first.items()}
+        trials = [Trial(self.name, variant, rate, seed) for variant in self.configs for rate in grid]
+        ends = {key: self._end(log) for key, log in self._train(trials, may_diverge=True).items()}
         return {
             variant: min(grid, key=lambda rate: ends[Trial(self.name, variant, rate, seed).name])
             for variant in self.configs
@@ -126,7 +127,7 @@ class TaskRuns:
     def _trial(self, variant: str, seed: int, budget: float = 1.0) -> Trial:
         return Trial(self.name, variant, self.rates[variant], seed, budget)
 
-    def _train(self, trials: list[Trial]) -> dict[str, list[dict[str, Any]]]:
+    def _train(self, trials: list[Trial], *, may_diverge: bool = False) -> dict[str, list[dict[str, Any]]]:
         plain = self.configs[PLAIN].to_dict()
         runs = {
             trial.name: {
@@ -143,7 +144,14 @@ class TaskRuns:
             for trial in trials
         }
         function = partial(run_trial, str(self.flags.run / "runs"))
-        return sweep(function, runs, self.flags.run / "results", jobs=self.flags.jobs)
+        results = sweep(function, runs, self.flags.run / "results", jobs=self.flags.jobs)
+        lost = [name for name, log in results.items() if self._end(log) == math.inf]
+        if lost and not may_diverge:
+            raise ValueError(
+                f"Expected finite losses at the best of --rates {list(self.task.learning_rates)} (got others in "
+                f"{', '.join(lost)}). Do leave out the highest rate, or add a lower one."
+            )
+        return results
 
     def _times(self) -> dict[str, list[float]]:
         """Seconds of a training step as ratios to plain attention: lower quartile, median and upper quartile."""
@@ -163,7 +171,8 @@ class TaskRuns:
         return {variant: ratios(own, seconds[PLAIN]) for variant, own in seconds.items()}
 
     def _end(self, log: list[dict[str, Any]]) -> float:
-        return log[-1][self.task.measure]
+        value = log[-1][self.task.measure]
+        return value if math.isfinite(value) else math.inf
 
 
 def equal_configs(task: Task, variants: list[str]) -> dict[str, TransformerConfig]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,8 +37,9 @@ def add_rate_flags(parser: argparse.ArgumentParser, *, learning_rate: float) -> 
 class Contest:
     """Models that are trained alike: on the first seed at every learning rate, on the others at the best of each model.
 
-    The best rate has the lowest validation loss at the end of training. A run lies in `folder/seed-0/rate-0.01/name`,
-    of which only those parts are there that there are several of.
+    The best rate has the lowest validation loss at the end of training; one at which the loss does not stay finite is
+    the worst. A run lies in `folder/seed-0/rate-0.01/name`, of which only those parts are there that there are
+    several of.
 
     Args:
         models: what to train by name, usually configurations.
@@ -71,6 +73,7 @@ class Contest:
 
         Raises:
             ValueError: the folder holds other runs.
+            FloatingPointError: the loss of a model does not stay finite, at any rate or on a later seed at its best.
         """
         if resume:
             self._check_runs()
@@ -82,8 +85,9 @@ class Contest:
                 for name, model in self.models.items()
                 for rate in rates[name]
             }
-            train_together(list(trainings.values()))
-            if seed == self.seeds[0] and len(self.rates) > 1:
+            chooses = seed == self.seeds[0] and len(self.rates) > 1
+            train_together(list(trainings.values()), may_diverge=chooses)
+            if chooses:
                 rates = on_first_rank(partial(self._best_rates, trainings))
             for name, (rate,) in rates.items():
                 training, leaf = trainings[name, rate], self._leaf(seed, rate, name)
@@ -108,11 +112,18 @@ class Contest:
         """Writes what all rates have led to and returns the best of every model."""
         ends = {run: _last_loss(training) for run, training in trainings.items()}
         header = ["validation loss at a rate of", *(f"{rate:g}" for rate in self.rates)]
-        rows = [[name, *(f"{ends[name, rate]:.4f}" for rate in self.rates)] for name in self.models]
+        rows = [[name, *(_in_table(ends[name, rate]) for rate in self.rates)] for name in self.models]
         table = markdown_table([header, *rows]) + "\n"
         write_text(self.folder / RATES, table)
         print(f"\n{table}")
-        return {name: (min(self.rates, key=lambda rate, name=name: ends[name, rate]),) for name in self.models}
+        best = {name: min(self.rates, key=lambda rate, name=name: ends[name, rate]) for name in self.models}
+        lost = [name for name, rate in best.items() if ends[name, rate] == math.inf]
+        if lost:
+            raise FloatingPointError(
+                f"Expected a finite loss at one of the --learning-rates {list(self.rates)} (got none for "
+                f"{', '.join(lost)}). Do add a lower one."
+            )
+        return {name: (rate,) for name, rate in best.items()}
 
 
 def check_rates(rates: Sequence[float]) -> None:
@@ -180,5 +191,13 @@ def verdict(trained: Mapping[tuple[int, str], Result]) -> str:
 
 
 def _last_loss(training: Training) -> float:
+    """The validation loss at the end of training, infinite where the loss has run away."""
+    if training.has_diverged:
+        return math.inf
     losses = [row.get("validation_loss") for row in training.folder.rows]
-    return next(loss for loss in reversed(losses) if loss is not None)
+    last = next(loss for loss in reversed(losses) if loss is not None)
+    return last if math.isfinite(last) else math.inf
+
+
+def _in_table(loss: float) -> str:
+    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"

@@ -89,17 +89,19 @@ def train(
     return train_together([training], block=config.steps)[0]
 
 
-def train_together(trainings: Sequence[Training], block: int = 25) -> list[list[Row]]:
+def train_together(trainings: Sequence[Training], block: int = 25, *, may_diverge: bool = False) -> list[list[Row]]:
     """Trains several models in turns of `block` steps, so that their step times are measured side by side.
 
     Args:
         trainings: with distinct run folders.
         block: steps of a turn.
+        may_diverge: a run whose loss is no longer finite ends there, with `has_diverged` set, and the others go on.
 
     Returns:
         The log of each.
 
     Raises:
+        FloatingPointError: a loss is no longer finite, unless it may be.
         TrainingInterrupted: after Ctrl-C; all have written a checkpoint then.
     """
     try:
@@ -107,7 +109,13 @@ def train_together(trainings: Sequence[Training], block: int = 25) -> list[list[
             while unfinished := [training for training in trainings if not training.is_done]:
                 target = (min(training.step for training in unfinished) // block + 1) * block
                 for training in unfinished:
-                    if training.advance(target, interrupted.is_set):
+                    try:
+                        is_interrupted = training.advance(target, interrupted.is_set)
+                    except FloatingPointError:
+                        if not may_diverge:
+                            raise
+                        continue
+                    if is_interrupted:
                         _stop(trainings)
         for training in trainings:
             training.gather()
@@ -119,5 +127,6 @@ def train_together(trainings: Sequence[Training], block: int = 25) -> list[list[
 
 def _stop(trainings: Sequence[Training]) -> None:
     for training in trainings:
-        training.save()
+        if not training.has_diverged:
+            training.save()
     raise TrainingInterrupted(f"stopped at step {max(training.step for training in trainings)}")

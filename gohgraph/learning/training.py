@@ -40,6 +40,7 @@ class Training:
     Attributes:
         step: steps done.
         seconds: time spent in steps, evaluations and checkpoints not counted.
+        has_diverged: whether the loss is no longer finite, which ends the run.
         folder: the `RunFolder`, whose `rows` are the log.
     """
 
@@ -71,7 +72,7 @@ class Training:
         self.accelerator.wait_for_everyone()
         self.model, self.optimizer, self.schedule = self.engine.prepare(model)
         self.callable = torch.compile(self.model) if config.compile else self.model
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.has_diverged = 0, 0.0, False
         # Losses since the last row of the log: on the device, and read from it.
         self._new: list[Tensor] = []
         self._losses: list[float] = []
@@ -91,10 +92,10 @@ class Training:
 
     @property
     def is_done(self) -> bool:
-        """Whether all steps are done, or training has stopped early."""
+        """Whether all steps are done, or training has stopped early or diverged."""
         losses, patience = self._validation_losses, self.config.patience
         stopped = patience is not None and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
-        return self.step >= self.config.steps or stopped
+        return self.step >= self.config.steps or stopped or self.has_diverged
 
     def advance(self, target: int, interrupted: Callable[[], bool] = lambda: False) -> bool:
         """Trains up to step `target` or to the last one; returns True when it was interrupted."""
@@ -187,6 +188,7 @@ class Training:
             torch.accelerator.synchronize()
         for step, value in enumerate(losses, start=self.step - len(losses) + 1):
             if not math.isfinite(value):
+                self.has_diverged = True
                 raise FloatingPointError(
                     f"Expected a finite loss (got {value} at step {step}). Do lower the learning rate."
                 )
