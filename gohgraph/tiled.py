@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +12,16 @@ from torch.autograd.function import once_differentiable
 
 from gohgraph.kernels.mixed_attention import flash_mixed_attention, kernel_takes
 
-# Numbers of a tile of maps (rows * H * S) that stay in a core's cache between its products, and the rows between which
-# products are neither too flat to be fast nor waste much above the diagonal. Flat from a half to the double of each.
-TILE_NUMBERS = 2**19
+# Numbers of a tile of maps (rows * H * S), of which backward holds three: they stay in a core's cache between products,
+# and count little beside a block. Time is flat up to the double; with fewer rows products are too flat to be fast, with
+# more they waste much above the diagonal.
+TILE_NUMBERS = 2**18
 FEWEST_ROWS, MOST_ROWS = 64, 128
 
-
-# From so many keys, and queries enough for a tile, on tiles are the fastest form of every graph on a CPU; a few queries
-# over many keys take up to three times longer in tiles than on whole maps.
-TILED_FROM_KEYS = 256
+# Where tiles are the fastest form of dense graphs on a CPU, given queries enough for a tile: from so many keys, or from
+# so many numbers of a head's keys, where whole maps take about as long and more memory. Below, and for a few queries
+# over many keys, what is done once a tile outweighs it.
+TILED_FROM_KEYS, TILED_FROM_NUMBERS = 256, 128 * 64
 
 
 class Tile(NamedTuple):
@@ -101,7 +103,7 @@ def runs_in_tiles(
 
     It can where all are linear maps of the dense backend, there are several queries, no dropout and no tracing by the
     compiler. Second gradients are asked for as of torch's own attention, by `sdpa_kernel(SDPBackend.MATH)`. By
-    default it does on a CPU, from a measured length on; on other devices, and so in the kernel for CUDA, if told to.
+    default it does on a CPU, from a measured size on; on other devices, and so in the kernel for CUDA, if told to.
 
     Args:
         graphs: over scores and over weights, `None` for none.
@@ -116,8 +118,9 @@ def runs_in_tiles(
     there = [graph for graph in graphs if graph is not None]
     if not all(getattr(graph, "is_mixing", False) and graph.backend == "dense" for graph in there):
         return False
-    pays = k.device.type == "cpu" and k.shape[1] >= TILED_FROM_KEYS and q.shape[1] >= FEWEST_ROWS
-    return bool(tiled) or pays
+    keys, head_dim = k.shape[1], k.shape[-1]
+    is_long = keys >= TILED_FROM_KEYS or keys * head_dim >= TILED_FROM_NUMBERS
+    return bool(tiled) or (k.device.type == "cpu" and q.shape[1] >= FEWEST_ROWS and is_long)
 
 
 def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) -> Iterator[Tile]:
@@ -125,9 +128,9 @@ def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) ->
 
     Example:
         >>> [tile.keys for tile in tiles_of(1, 300, 8, 300, is_causal=True)]
-        [128, 256, 300]
+        [96, 192, 288, 300]
     """
-    rows = min(MOST_ROWS, max(FEWEST_ROWS, TILE_NUMBERS // (heads * keys)))
+    rows = min(MOST_ROWS, max(FEWEST_ROWS, TILE_NUMBERS // (heads * keys) // 16 * 16))
     for item in range(batch):
         for start in range(0, tokens, rows):
             stop = min(start + rows, tokens)
@@ -148,12 +151,16 @@ class _TiledAttention(torch.autograd.Function):
         z = torch.empty_like(q)
         values = v.transpose(1, 2).contiguous()  # [B, H, S, D]
         keys = k.permute(0, 2, 3, 1).contiguous()  # [B, H, D, S]
-        for tile in tiles_of(*q.shape[:3], k.shape[1], is_causal):
+
+        # In a function of its own, a tile's maps are freed before the next one's are made.
+        def found(tile: Tile) -> Tensor:
             _, weights = _maps(q, keys, mix_scores, keep_mask, is_causal, tile)
             if mix_weights is not None:
                 weights = torch.bmm(mix_weights[tile.item, tile.rows], weights)  # [t, H, n]
-            found = torch.bmm(weights.transpose(0, 1), values[tile.item, :, : tile.keys])  # [H, t, D]
-            z[tile.item, tile.rows] = found.transpose(0, 1)  # [t, H, D]
+            return torch.bmm(weights.transpose(0, 1), values[tile.item, :, : tile.keys])  # [H, t, D]
+
+        for tile in tiles_of(*q.shape[:3], k.shape[1], is_causal):
+            z[tile.item, tile.rows] = found(tile).transpose(0, 1)  # [t, H, D]
         return z
 
     @staticmethod
@@ -164,50 +171,72 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mix_scores, mix_weights, keep_mask, z = ctx.saved_tensors
-        grads = _Gradients(q, k, v, mix_scores, mix_weights)
-        keys = k.permute(0, 2, 3, 1).contiguous()  # [B, H, D, S]
-        values = v.permute(0, 2, 3, 1).contiguous()  # [B, H, D, S]
-        # sum_s P dP for every row, without another pass over the maps; messages between weights need that pass.
-        products = None if mix_weights is not None else (grad * z).sum(dim=-1, keepdim=True)  # [B, T, H, 1]
+        q, k = ctx.saved_tensors[:2]
+        gradients = _Gradients(*ctx.saved_tensors, grad, ctx.is_causal)
         for tile in tiles_of(*q.shape[:3], k.shape[1], ctx.is_causal):
-            b, rows, n = tile
-            scores, weights = _maps(q, keys, mix_scores, keep_mask, ctx.is_causal, tile)
-            dz = grad[b, rows].transpose(0, 1)  # [H, t, D]
-            dweights = torch.bmm(dz, values[b, :, :, :n]).transpose(0, 1)  # [t, H, n]
-            if mix_weights is None:
-                grads.v[b, :, :, :n] += torch.bmm(dz.transpose(1, 2), weights.transpose(0, 1))  # [H, D, n]
-                dscores = dweights.sub_(products[b, rows]).mul_(weights)  # [t, H, n]
-            else:
-                mixed = torch.bmm(mix_weights[b, rows], weights)  # [t, H, n]
-                grads.v[b, :, :, :n] += torch.bmm(dz.transpose(1, 2), mixed.transpose(0, 1))  # [H, D, n]
-                grads.mix_weights[b, rows] = torch.bmm(dweights, weights.transpose(1, 2))  # [t, H, H]
-                dweights = torch.bmm(mix_weights[b, rows].transpose(1, 2), dweights)  # [t, H, n]
-                product = (dweights * weights).sum(dim=-1, keepdim=True)  # [t, H, 1]
-                dscores = dweights.sub_(product).mul_(weights)  # [t, H, n]
-            if mix_scores is not None:
-                grads.mix_scores[b, rows] = torch.bmm(dscores, scores.permute(1, 2, 0))  # [t, H, H]
-                dscores = torch.bmm(mix_scores[b, rows].transpose(1, 2), dscores)  # [t, H, n]
-            dscores = dscores.transpose(0, 1)  # [H, t, n]
-            grads.q[b, rows] = torch.bmm(dscores, k[b, :n].transpose(0, 1)).transpose(0, 1)  # [t, H, D]
-            grads.k[b, :, :, :n] += torch.bmm(q[b, rows].permute(1, 2, 0), dscores)  # [H, D, n]
-        return (*grads.of_inputs(), None, None)
+            gradients.add(tile)
+        return (*gradients.of_inputs(), None, None)
 
 
 class _Gradients:
     """Gradients of the inputs; those of keys and values, to which every tile adds, lie as products are fastest."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, mix_scores: Tensor | None, mix_weights: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mix_scores: Tensor | None,
+        mix_weights: Tensor | None,
+        keep_mask: Tensor | None,
+        z: Tensor,
+        grad: Tensor,
+        is_causal: bool,
     ) -> None:
-        self.q = torch.empty_like(q)
-        self.k, self.v = (x.new_zeros(x.permute(0, 2, 3, 1).shape) for x in (k, v))  # [B, H, D, S]
-        mixes = (mix_scores, mix_weights)
-        self.mix_scores, self.mix_weights = (w if w is None else w.new_empty(w.shape) for w in mixes)
+        self.inputs, self.dz = (q, k, mix_scores, mix_weights), grad
+        self.keys, self.values = (x.permute(0, 2, 3, 1).contiguous() for x in (k, v))  # [B, H, D, S]
+        self.maps = partial(_maps, q, self.keys, mix_scores, keep_mask, is_causal)
+        # sum_s P dP for every row, without another pass over the maps; messages between weights need that pass.
+        self.products = None if mix_weights is not None else (grad * z).sum(dim=-1, keepdim=True)  # [B, T, H, 1]
+        self.dq = torch.empty_like(q)
+        self.dk, self.dv = (torch.zeros_like(x) for x in (self.keys, self.values))  # [B, H, D, S]
+        self.dmix_scores, self.dmix_weights = (w if w is None else w.new_empty(w.shape) for w in self.inputs[2:])
+
+    def add(self, tile: Tile) -> None:
+        """Computes the maps of a tile again and adds what they contribute; at most three maps are in memory."""
+        b, rows, n = tile
+        q, k, mix_scores, _ = self.inputs
+        scores, weights = self.maps(tile)
+        dscores = self._through_weights(tile, weights)  # [t, H, n]
+        del weights
+        if mix_scores is not None:
+            self.dmix_scores[b, rows] = torch.bmm(dscores, scores.permute(1, 2, 0))  # [t, H, H]
+            dscores = torch.bmm(mix_scores[b, rows].transpose(1, 2), dscores)  # [t, H, n]
+        dscores = dscores.transpose(0, 1)  # [H, t, n]
+        self.dq[b, rows] = torch.bmm(dscores, k[b, :n].transpose(0, 1)).transpose(0, 1)  # [t, H, D]
+        self.dk[b, :, :, :n] += torch.bmm(q[b, rows].permute(1, 2, 0), dscores)  # [H, D, n]
 
     def of_inputs(self) -> tuple[Tensor | None, ...]:
-        k, v = (x.permute(0, 3, 1, 2) for x in (self.k, self.v))  # [B, S, H, D]
-        return self.q, k, v, self.mix_scores, self.mix_weights
+        """Returns the gradients in the order of the inputs."""
+        dk, dv = (x.permute(0, 3, 1, 2) for x in (self.dk, self.dv))  # [B, S, H, D]
+        return self.dq, dk, dv, self.dmix_scores, self.dmix_weights
+
+    def _through_weights(self, tile: Tile, weights: Tensor) -> Tensor:
+        """Adds to the values' gradients and returns those of the scores after messages, `[t, H, n]`."""
+        b, rows, n = tile
+        dz = self.dz[b, rows].transpose(0, 1)  # [H, t, D]
+        dweights = torch.bmm(dz, self.values[b, :, :, :n]).transpose(0, 1)  # [t, H, n]
+        mix_weights = self.inputs[3]
+        if mix_weights is None:
+            self.dv[b, :, :, :n] += torch.bmm(dz.transpose(1, 2), weights.transpose(0, 1))  # [H, D, n]
+            return dweights.sub_(self.products[b, rows]).mul_(weights)
+        self.dmix_weights[b, rows] = torch.bmm(dweights, weights.transpose(1, 2))  # [t, H, H]
+        mixed = torch.bmm(mix_weights[b, rows], weights)  # [t, H, n]
+        self.dv[b, :, :, :n] += torch.bmm(dz.transpose(1, 2), mixed.transpose(0, 1))  # [H, D, n]
+        del mixed
+        dweights = torch.bmm(mix_weights[b, rows].transpose(1, 2), dweights)  # [t, H, n]
+        product = (dweights * weights).sum(dim=-1, keepdim=True)  # [t, H, 1]
+        return dweights.sub_(product).mul_(weights)
 
 
 def _maps(

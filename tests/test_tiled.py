@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gohgraph as goh
 from gohgraph import tiled
+from gohgraph.benchmarks.timing import cpu_peak
 from gohgraph.scores import causal_mask, mixed_attention, plain_attention
 from gohgraph.tiled import tiled_attention, tiles_of
 
@@ -116,7 +117,7 @@ def test_tiles_shrink_with_the_maps_between_their_limits(monkeypatch):
     monkeypatch.setattr(tiled, "MOST_ROWS", 101)
     monkeypatch.setattr(tiled, "TILE_NUMBERS", 10_000)
     rows = [next(tiles_of(1, 1000, heads, 59, is_causal=False)).rows.stop for heads in (1, 4, 31)]
-    assert rows == [101, 10_000 // (4 * 59), 17]
+    assert rows == [101, 32, 17] and 10_000 // (4 * 59) == 42
 
 
 def test_a_mask_beside_causality_is_refused():
@@ -139,6 +140,24 @@ def test_memory_does_not_hold_maps():
     with Largest():
         tiled_attention(q, k, v, torch.eye(4) + mix @ mix.transpose(-1, -2), is_causal=True).sum().backward()
     assert max(largest) <= 701 * 4 * 4
+
+
+@pytest.mark.parametrize("weighs, maps", [(False, 3), (True, 4)])
+def test_a_tile_is_a_few_maps_in_memory(monkeypatch, weighs, maps):
+    """How the peak of forward and backward grows with the rows of a tile, in maps of so many rows."""
+
+    def both():
+        q, k, v, mix = (torch.randn(1, 701, 4, 3, requires_grad=True) for _ in range(4))
+        mix = torch.eye(4) + mix @ mix.transpose(-1, -2)
+        tiled_attention(q, k, v, mix, mix if weighs else None).sum().backward()
+
+    peaks = []
+    for rows in (64, 128):
+        monkeypatch.setattr(tiled, "FEWEST_ROWS", rows)
+        monkeypatch.setattr(tiled, "MOST_ROWS", rows)
+        peaks.append(cpu_peak(both))
+    one_map = 64 * 4 * 701 * 4
+    assert maps - 0.5 < (peaks[1] - peaks[0]) / one_map < maps + 0.5
 
 
 def attention(topology="complete", sites=("scores",), rounds=1, **settings):
@@ -186,6 +205,14 @@ def spied(monkeypatch):
 def test_tiles_are_chosen_from_the_measured_length_on(monkeypatch, keys, expected):
     calls = spied(monkeypatch)
     attention()(torch.randn(1, keys, M).double())
+    assert len(calls) == expected
+
+
+@pytest.mark.parametrize("keys, expected", [(127, 0), (128, 1)])
+def test_wide_heads_run_in_tiles_sooner(monkeypatch, keys, expected):
+    calls = spied(monkeypatch)
+    conv = goh.HeadGraphConv(goh.head_graph(3), 64, 192)
+    goh.MultiHeadAttention(192, 3, score_graph=conv)(torch.randn(1, keys, 192))
     assert len(calls) == expected
 
 
