@@ -12,6 +12,7 @@ fewer needs no pilots. An interrupted comparison goes on where it stopped when i
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +29,7 @@ from gohgraph.learning.language import VOCAB_SIZE, next_token_output, window_los
 from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.matching import count_parameters, match_parameters
 from gohgraph.learning.sweep import sweep
+from gohgraph.learning.tuning import run_name, tuned_sweep
 from gohgraph.load import load_cv
 from gohgraph.tables import mean_and_deviation
 
@@ -68,19 +70,14 @@ def compare(flags: argparse.Namespace) -> None:
     common = {"data": flags.data, "length": flags.length, "batch_size": flags.batch_size}
     tasks = {name: {"name": name, "config": config.to_dict(), **common} for name, config in configs.items()}
     finalists = _finalists(tasks, flags, folder)
-    full = {
-        _key(name, rate, seed): {**task, "steps": flags.steps, "learning_rate": rate, "seed": seed}
+    runs = {
+        (name, rate, seed): {**task, "steps": flags.steps, "learning_rate": rate, "seed": seed}
+        for seed in flags.seeds
         for name, task in tasks.items()
         for rate in finalists[name]
-        for seed in flags.seeds
     }
-    finish = partial(sweep, partial(_train, str(folder / "runs")), folder=folder / "results", jobs=flags.jobs)
-    contest = [_key(name, rate, flags.seeds[0]) for name in configs for rate in finalists[name]]
-    first = finish({key: full[key] for key in contest})
-    rates = {name: _best(first, name, finalists[name], flags.seeds[0])[0] for name in configs}
-    chosen = {(name, seed): _key(name, rates[name], seed) for seed in flags.seeds for name in configs}
-    results = finish({key: full[key] for key in chosen.values()})
-    histories = {place: results[key] for place, key in chosen.items()}
+    function = partial(_train, str(folder / "runs"))
+    rates, histories = tuned_sweep(function, runs, folder / "results", loss=_last_loss, jobs=flags.jobs)
     table = _table(configs, rates, histories, flags.seeds)
     (folder / "table.md").write_text(table, encoding="utf-8")
     draw_curves({name: histories[name, flags.seeds[0]] for name in configs}, folder / "curves.png")
@@ -94,12 +91,20 @@ def _finalists(
     if len(flags.learning_rates) <= FINALISTS:
         return {name: flags.learning_rates for name in tasks}
     pilots = {
-        _key(name, rate): {**task, "steps": flags.pilot_steps, "learning_rate": rate, "seed": PILOT_SEED}
+        run_name(name, rate, PILOT_SEED): {
+            **task, "steps": flags.pilot_steps, "learning_rate": rate, "seed": PILOT_SEED
+        }
         for name, task in tasks.items()
         for rate in flags.learning_rates
-    }
-    tried = sweep(partial(_train, str(folder / "pilots")), pilots, folder / "pilot-results", jobs=flags.jobs)
-    return {name: _best(tried, name, flags.learning_rates)[:FINALISTS] for name in tasks}
+    }  # fmt: skip
+    function = partial(_train, str(folder / "pilots"))
+    tried = sweep(function, pilots, folder / "pilot-results", jobs=flags.jobs, may_diverge=True)
+
+    def loss(name: str, rate: float) -> float:
+        history = tried[run_name(name, rate, PILOT_SEED)]
+        return math.inf if history is None else _last_loss(history)
+
+    return {name: sorted(flags.learning_rates, key=partial(loss, name))[:FINALISTS] for name in tasks}
 
 
 def _configs(flags: argparse.Namespace) -> dict[str, TransformerConfig]:
@@ -134,7 +139,7 @@ def _train(
     torch.manual_seed(seed)
     corpus = load_corpus(data)
     model = LanguageModel(TransformerConfig.from_dict(config))
-    path = Path(folder) / _key(name, learning_rate, seed)
+    path = Path(folder) / run_name(name, learning_rate, seed)
     every = max(1, steps // EVALUATIONS)
     return train(
         model,
@@ -170,13 +175,8 @@ def _evaluate(validation: torch.Tensor, length: int, model: torch.nn.Module) -> 
     return measured
 
 
-def _key(name: str, rate: float, seed: int = PILOT_SEED) -> str:
-    return f"{name}-{rate:g}-{seed}"
-
-
-def _best(histories: dict[str, list[dict]], name: str, rates: list[float], seed: int = PILOT_SEED) -> list[float]:
-    """The learning rates of a variant, best first by the validation loss at the end."""
-    return sorted(rates, key=lambda rate: histories[_key(name, rate, seed)][-1]["validation_loss"])
+def _last_loss(history: list[dict[str, Any]]) -> float:
+    return history[-1]["validation_loss"]
 
 
 def _table(

@@ -32,7 +32,6 @@ import torch
 from gohgraph import HeadGraphConfig, LanguageModel, SiteConfig, TransformerConfig
 from gohgraph.command_line import ArgumentParser, run
 from gohgraph.learning.adapters import TaskAdapters
-from gohgraph.learning.contest import check_rates
 from gohgraph.learning.continual import (
     ElasticWeights,
     Learner,
@@ -61,6 +60,7 @@ from gohgraph.learning.loop import train
 from gohgraph.learning.low_rank import ALL_LINEAR, add_low_rank, matching_rank
 from gohgraph.learning.matching import count_parameters
 from gohgraph.learning.run_folder import write_text
+from gohgraph.learning.tuning import check_rates
 from gohgraph.tables import markdown_table, mean_and_deviation
 
 BASE, TASKS = "documentation", ("python", "cpp", "names", "licences")

@@ -38,8 +38,8 @@ from gohgraph.learning.domains import DOMAINS, load_domain
 from gohgraph.learning.language import window_losses
 from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.matching import count_parameters
-from gohgraph.learning.sweep import sweep
 from gohgraph.learning.text_models import encoder_of
+from gohgraph.learning.tuning import run_name, tuned_sweep
 from gohgraph.outputs import ModelOutput, model_output
 from gohgraph.stacks import StackOutput
 from gohgraph.tables import markdown_table, mean_and_deviation
@@ -71,16 +71,14 @@ def tune(flags: argparse.Namespace) -> None:
     model = flags.model or _base(folder / "base", flags)
     common = {"model": str(model), "data": flags.data, "length": flags.length, "batch_size": flags.batch_size}
     runs = {
-        _key(name, rate, seed): {"name": name, **common, "steps": flags.steps, "learning_rate": rate, "seed": seed}
+        (name, rate, seed): {"name": name, **common, "steps": flags.steps, "learning_rate": rate, "seed": seed}
+        for seed in flags.seeds
         for name in flags.variants
         for rate in flags.learning_rates
-        for seed in flags.seeds
     }
-    finish = partial(sweep, partial(_train, str(folder / "runs")), folder=folder / "results", jobs=flags.jobs)
-    first = finish({key: task for key, task in runs.items() if task["seed"] == flags.seeds[0]})
-    rates = {name: _best(first, name, flags) for name in flags.variants}
-    results = finish({key: task for key, task in runs.items() if task["learning_rate"] == rates[task["name"]]})
-    found = {name: [results[_key(name, rates[name], seed)] for seed in flags.seeds] for name in flags.variants}
+    function = partial(_train, str(folder / "runs"))
+    rates, results = tuned_sweep(function, runs, folder / "results", loss=_last_loss, jobs=flags.jobs)
+    found = {name: [results[name, seed] for seed in flags.seeds] for name in flags.variants}
     table = _table(found, rates)
     (folder / "table.md").write_text(table, encoding="utf-8")
     draw_curves({name: each[0]["rows"] for name, each in found.items()}, folder / "curves.png")
@@ -119,7 +117,7 @@ def _train(
     evaluate = partial(_evaluate, texts["validation"], length)
     before = evaluate(start.eval())["validation_loss"]
     config = prepare(start, name, [batch(-1 - index) for index in range(IMPORTANCE_BATCHES)])
-    path, every = Path(folder) / _key(name, learning_rate, seed), max(1, steps // EVALUATIONS)
+    path, every = Path(folder) / run_name(name, learning_rate, seed), max(1, steps // EVALUATIONS)
     rows = train(
         start,
         batch,
@@ -223,20 +221,14 @@ def _evaluate(data: Tensor, length: int, model: nn.Module) -> dict[str, float]:
     return {"validation_loss": losses.mean().item()}
 
 
-def _key(name: str, rate: float, seed: int) -> str:
-    return f"{name}-{rate:g}-{seed}"
-
-
-def _best(results: dict[str, Any], name: str, flags: argparse.Namespace) -> float:
-    """The learning rate of a variant whose loss on the first seed is the lowest at the end."""
-    ends = {rate: results[_key(name, rate, flags.seeds[0])]["rows"][-1] for rate in flags.learning_rates}
-    return min(ends, key=lambda rate: ends[rate]["validation_loss"])
+def _last_loss(result: dict[str, Any]) -> float:
+    return result["rows"][-1]["validation_loss"]
 
 
 def _table(found: dict[str, list[dict[str, Any]]], rates: dict[str, float]) -> str:
     """Validation loss over seeds; differences are taken seed by seed to the first variant."""
     reference = next(iter(found))
-    ends = {name: [each["rows"][-1]["validation_loss"] for each in results] for name, results in found.items()}
+    ends = {name: list(map(_last_loss, results)) for name, results in found.items()}
     lines = [["", "trained parameters", "learning rate", "validation loss", f"minus {reference}"]]
     lines.append(["before", "", "", f"{found[reference][0]['before']:.4f}", ""])
     for name, results in found.items():

@@ -25,8 +25,9 @@ def run(
 ) -> int:
     """Parses `argv`, calls `command(flags)` and returns the exit code.
 
-    Bad input is an `OSError`, or a `ValueError` or `TypeError` whose message begins with "Expected": it is printed as
-    one line without a traceback, and the code is 2. Any other exception is a fault of the program and is raised.
+    Bad input is an `OSError`, or a `ValueError`, `TypeError` or `FloatingPointError`, of a loss that runs away,
+    whose message begins with "Expected": it is printed as one line without a traceback, and the code is 2. Any other
+    exception is a fault of the program and is raised.
 
     Args:
         parser: of the flags.
@@ -42,7 +43,7 @@ def run(
     """
     try:
         command(parser.parse_args(argv))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, FloatingPointError) as error:
         if not isinstance(error, OSError) and not str(error).startswith("Expected"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -143,7 +143,7 @@ def test_a_rate_at_which_the_loss_runs_away_is_not_taken(tool, tmp_path, capsys)
     flags = "--tasks two-cues --variants plain --steps 4 --seeds 0 1 --budgets --rounds 2 --jobs 1".split()
     argv = ["quality", "--run", str(tmp_path / "run"), *flags, "--rates", "1e30"]
     assert tool.main(argv) == 2
-    assert "Expected finite losses" in capsys.readouterr().err
+    assert "Expected a finite loss at one of the learning rates [1e+30] (got none for plain)" in capsys.readouterr().err
     argv[2] = str(tmp_path / "other")
     assert tool.main([*argv, "0.004"]) == 0
     with open(tmp_path / "other" / "results.csv", encoding="utf-8") as file:

@@ -16,9 +16,10 @@ import argparse
 import csv
 import dataclasses
 import json
-import math
 from functools import partial
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -32,6 +33,7 @@ from gohgraph.benchmarks.trials import TrainingStep, Trial, first_model, run_tri
 from gohgraph.config import TransformerConfig
 from gohgraph.learning.matching import count_parameters, match_parameters
 from gohgraph.learning.sweep import sweep
+from gohgraph.learning.tuning import tuned_sweep
 
 PLAIN = "plain"
 # Every opponent that is not another one's smaller form, then head graphs at every site.
@@ -92,66 +94,49 @@ class TaskRuns:
         self.options = _options(name, flags)
         self.task: Task = TASKS[name](**self.options)
         self.configs = equal_configs(self.task, flags.variants)
-        self.rates = self._best_rates()
-        self.results = self._train([self._trial(v, s) for s in flags.seeds for v in self.configs])
+        self.folder, self.function = flags.run / "results", partial(run_trial, str(flags.run / "runs"))
+        runs = product(flags.seeds, self.configs, self.task.learning_rates)
+        self.rates, self.results = tuned_sweep(
+            self.function,
+            {(variant, rate, seed): self._arguments(Trial(name, variant, rate, seed)) for seed, variant, rate in runs},
+            self.folder,
+            loss=self._end,
+            jobs=flags.jobs,
+            key=lambda *run: Trial(name, *run).name,
+        )
 
     def entries(self) -> dict[str, Entry]:
         """Returns what was found of every variant, plain attention first."""
         times = self._times()
         found = {}
         for variant, config in self.configs.items():
-            logs = [self.results[self._trial(variant, seed).name] for seed in self.flags.seeds]
+            logs = [self.results[variant, seed] for seed in self.flags.seeds]
             parameters = count_parameters(self.task.model(config))
             found[variant] = Entry(parameters, config.d_ff, self.rates[variant], logs, times[variant])
         return found
 
     def plain_curve(self) -> dict[float, float]:
         """Returns plain attention's mean measure by budget, from runs of their own, over the first three seeds."""
-        seeds = self.flags.seeds[:3]
-        trials = [self._trial(PLAIN, seed, budget) for budget in self.flags.budgets for seed in seeds]
-        found = {**self._train(trials), **self.results}
-        return {
-            budget: sum(self._end(found[self._trial(PLAIN, seed, budget).name]) for seed in seeds) / len(seeds)
+        trials = {
+            budget: [Trial(self.name, PLAIN, self.rates[PLAIN], seed, budget) for seed in self.flags.seeds[:3]]
             for budget in sorted({1.0, *self.flags.budgets})
         }
+        runs = {trial.name: self._arguments(trial) for own in trials.values() for trial in own}
+        logs = sweep(self.function, runs, self.folder, jobs=self.flags.jobs)
+        return {budget: fmean(self._end(logs[trial.name]) for trial in own) for budget, own in trials.items()}
 
-    def _best_rates(self) -> dict[str, float]:
-        seed, grid = self.flags.seeds[0], self.task.learning_rates
-        trials = [Trial(self.name, variant, rate, seed) for variant in self.configs for rate in grid]
-        ends = {key: self._end(log) for key, log in self._train(trials, may_diverge=True).items()}
+    def _arguments(self, trial: Trial) -> dict[str, Any]:
         return {
-            variant: min(grid, key=lambda rate: ends[Trial(self.name, variant, rate, seed).name])
-            for variant in self.configs
+            "name": trial.name,
+            "task": self.name,
+            "options": self.options,
+            "config": self.configs[trial.variant].to_dict(),
+            "plain": self.configs[PLAIN].to_dict(),
+            "rate": trial.rate,
+            "seed": trial.seed,
+            "steps": max(2, round(self.task.steps * trial.budget)),
+            "graph_lr_factor": self.flags.graph_lr_factor,
         }
-
-    def _trial(self, variant: str, seed: int, budget: float = 1.0) -> Trial:
-        return Trial(self.name, variant, self.rates[variant], seed, budget)
-
-    def _train(self, trials: list[Trial], *, may_diverge: bool = False) -> dict[str, list[dict[str, Any]]]:
-        plain = self.configs[PLAIN].to_dict()
-        runs = {
-            trial.name: {
-                "name": trial.name,
-                "task": self.name,
-                "options": self.options,
-                "config": self.configs[trial.variant].to_dict(),
-                "plain": plain,
-                "rate": trial.rate,
-                "seed": trial.seed,
-                "steps": max(2, round(self.task.steps * trial.budget)),
-                "graph_lr_factor": self.flags.graph_lr_factor,
-            }
-            for trial in trials
-        }
-        function = partial(run_trial, str(self.flags.run / "runs"))
-        results = sweep(function, runs, self.flags.run / "results", jobs=self.flags.jobs)
-        lost = [name for name, log in results.items() if self._end(log) == math.inf]
-        if lost and not may_diverge:
-            raise ValueError(
-                f"Expected finite losses at the best of --rates {list(self.task.learning_rates)} (got others in "
-                f"{', '.join(lost)}). Do leave out the highest rate, or add a lower one."
-            )
-        return results
 
     def _times(self) -> dict[str, list[float]]:
         """Seconds of a training step as ratios to plain attention: lower quartile, median and upper quartile."""
@@ -171,8 +156,7 @@ class TaskRuns:
         return {variant: ratios(own, seconds[PLAIN]) for variant, own in seconds.items()}
 
     def _end(self, log: list[dict[str, Any]]) -> float:
-        value = log[-1][self.task.measure]
-        return value if math.isfinite(value) else math.inf
+        return log[-1][self.task.measure]
 
 
 def equal_configs(task: Task, variants: list[str]) -> dict[str, TransformerConfig]:

@@ -96,7 +96,7 @@ def draw_quality(
             axis.errorbar(centre, place, xerr=half, fmt="o", color=COLOURS[kind], markersize=4, linewidth=1.4)
         axis.axvline(0, color=INK, linewidth=0.8)
         axis.set_yticks(range(len(others)), [variant for variant, _ in others], fontsize=8)
-        axis.set_ylim(len(others) - 0.5, -0.5)
+        axis.set_ylim(max(len(others), 1) - 0.5, -0.5)
         axis.set_title(task, fontsize=10, color=INK)
         axis.set_xlabel(f"{measures[task].replace('_', ' ')}, minus plain", fontsize=9, color=INK)
         axis.spines[["top", "right"]].set_visible(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -66,8 +65,6 @@ def run_trial(
 ) -> list[dict[str, Any]]:
     """Trains one model on one thread and returns its log; an interrupted run goes on from its checkpoint.
 
-    Where the loss does not stay finite, the log is one row of infinite losses.
-
     Args:
         folder: of all run folders.
         name: of this run.
@@ -82,33 +79,29 @@ def run_trial(
     model = first_model(own, TransformerConfig.from_dict(config), TransformerConfig.from_dict(plain), seed)
     every = max(1, steps // EVALUATIONS)
     learns_topology = any(isinstance(module, LearnedTopologyConv) for module in model.modules())
-    training = TrainConfig(
-        steps=steps,
-        learning_rate=rate,
-        graph_lr_factor=graph_lr_factor,
-        warmup=steps // 20,
-        anneal_in_degree=steps // 2 if learns_topology else 0,
-        eval_every=every,
-        checkpoint_every=every,
-        keep_checkpoints=1,
-        log_every=every,
-        seed=seed,
-        device="cpu",
+    log = train(
+        model,
+        partial(own.batch, seed=seed),
+        own.output,
+        TrainConfig(
+            steps=steps,
+            learning_rate=rate,
+            graph_lr_factor=graph_lr_factor,
+            warmup=steps // 20,
+            anneal_in_degree=steps // 2 if learns_topology else 0,
+            eval_every=every,
+            checkpoint_every=every,
+            keep_checkpoints=1,
+            log_every=every,
+            seed=seed,
+            device="cpu",
+        ),
+        path,
+        evaluate=own.evaluate,
+        resume=(path / "config.json").exists(),
+        settings={"model": config},
+        description=name,
     )
-    try:
-        log = train(
-            model,
-            partial(own.batch, seed=seed),
-            own.output,
-            training,
-            path,
-            evaluate=own.evaluate,
-            resume=(path / "config.json").exists(),
-            settings={"model": config},
-            description=name,
-        )
-    except FloatingPointError:
-        log = [{"step": steps, "loss": math.inf, own.measure: math.inf}]
     # The log is what is wanted of hundreds of runs; each checkpoint is three times its model.
     shutil.rmtree(path / "checkpoints", ignore_errors=True)
     return log

@@ -16,6 +16,7 @@ import torch
 from gohgraph.learning.language import standard_error
 from gohgraph.learning.loop import Training, train_together
 from gohgraph.learning.run_folder import runs_in, write_text
+from gohgraph.learning.tuning import best_rates, check_rates
 from gohgraph.parallel.ranks import on_first_rank
 from gohgraph.tables import markdown_table, mean_and_deviation
 
@@ -72,8 +73,8 @@ class Contest:
             The results by seed and name, each with its `learning_rate` and `leaf`, its place in the folder.
 
         Raises:
-            ValueError: the folder holds other runs.
-            FloatingPointError: the loss of a model does not stay finite, at any rate or on a later seed at its best.
+            ValueError: the folder holds other runs, or a model's loss is finite at no rate.
+            FloatingPointError: a loss does not stay finite where nothing is chosen: at one rate, or on a later seed.
         """
         if resume:
             self._check_runs()
@@ -116,20 +117,7 @@ class Contest:
         table = markdown_table([header, *rows]) + "\n"
         write_text(self.folder / RATES, table)
         print(f"\n{table}")
-        best = {name: min(self.rates, key=lambda rate, name=name: ends[name, rate]) for name in self.models}
-        lost = [name for name, rate in best.items() if ends[name, rate] == math.inf]
-        if lost:
-            raise FloatingPointError(
-                f"Expected a finite loss at one of the --learning-rates {list(self.rates)} (got none for "
-                f"{', '.join(lost)}). Do add a lower one."
-            )
-        return {name: (rate,) for name, rate in best.items()}
-
-
-def check_rates(rates: Sequence[float]) -> None:
-    """Raises ValueError where a learning rate is repeated or not above 0."""
-    if len(set(rates)) < len(rates) or not all(0 < rate < float("inf") for rate in rates):
-        raise ValueError(f"Expected different --learning-rates above 0 (got {list(rates)}). Do change them.")
+        return {name: (rate,) for name, rate in best_rates(ends).items()}
 
 
 def by_model(trained: Mapping[tuple[int, str], Result]) -> dict[str, list[Result]]:
@@ -195,8 +183,7 @@ def _last_loss(training: Training) -> float:
     if training.has_diverged:
         return math.inf
     losses = [row.get("validation_loss") for row in training.folder.rows]
-    last = next(loss for loss in reversed(losses) if loss is not None)
-    return last if math.isfinite(last) else math.inf
+    return next(loss for loss in reversed(losses) if loss is not None)
 
 
 def _in_table(loss: float) -> str:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from tqdm import tqdm
 
 
 def sweep(
-    function: Callable[..., Any], runs: dict[str, dict[str, Any]], folder: str | Path, *, jobs: int = 1
+    function: Callable[..., Any],
+    runs: dict[str, dict[str, Any]],
+    folder: str | Path,
+    *,
+    jobs: int = 1,
+    may_diverge: bool = False,
 ) -> dict[str, Any]:
     """Calls `function(**runs[name])` for every name whose result is not in `folder` yet.
 
@@ -26,6 +32,7 @@ def sweep(
         runs: keyword arguments, which JSON can hold, by name.
         folder: where results are kept.
         jobs: processes side by side; with one, runs stay in this process.
+        may_diverge: a run that raises `FloatingPointError`, since its loss is no longer finite, has the result `None`.
 
     Returns:
         The results by name, in the order of `runs`.
@@ -33,6 +40,7 @@ def sweep(
     Raises:
         ValueError: jobs below 1, a damaged result, or one that other arguments gave.
         OSError: the folder cannot be written.
+        FloatingPointError: a loss is no longer finite, unless it may be.
 
     Example:
         >>> import tempfile
@@ -56,7 +64,8 @@ def sweep(
         if jobs == 1:
             for name in missing:
                 bar.set_postfix_str(name)
-                results[name] = _write(folder / f"{name}.json", runs[name], function(**runs[name]))
+                result = _result(partial(function, **runs[name]), may_diverge)
+                results[name] = _write(folder / f"{name}.json", runs[name], result)
                 bar.update()
             return {name: result["result"] for name, result in results.items()}
         # Spawned, not forked: a fork of a process with running threads can hang.
@@ -68,13 +77,22 @@ def sweep(
             futures = {pool.submit(function, **runs[name]): name for name in missing}
             for future in as_completed(futures):
                 name = futures[future]
-                results[name] = _write(folder / f"{name}.json", runs[name], future.result())
+                results[name] = _write(folder / f"{name}.json", runs[name], _result(future.result, may_diverge))
                 bar.set_postfix_str(name)
                 bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
             os.environ.pop("TQDM_DISABLE") if bars is None else os.environ.update(TQDM_DISABLE=bars)
     return {name: result["result"] for name, result in results.items()}
+
+
+def _result(run: Callable[[], Any], may_diverge: bool) -> Any:
+    try:
+        return run()
+    except FloatingPointError:
+        if not may_diverge:
+            raise
+        return None
 
 
 def _read(path: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
