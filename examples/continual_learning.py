@@ -21,7 +21,10 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -60,7 +63,7 @@ from gohgraph.learning.loop import train
 from gohgraph.learning.low_rank import ALL_LINEAR, add_low_rank, matching_rank
 from gohgraph.learning.matching import count_parameters
 from gohgraph.learning.run_folder import write_text
-from gohgraph.learning.tuning import check_rates
+from gohgraph.learning.tuning import best_rates, check_rates
 from gohgraph.tables import markdown_table, mean_and_deviation
 
 BASE, TASKS = "documentation", ("python", "cpp", "names", "licences")
@@ -98,7 +101,7 @@ def _main(argv: list[str], flags: argparse.Namespace) -> None:
             model = _base(base, flags, seed, place / "base")
             for method in flags.methods:
                 learn = partial(_learn, method, model, tasks, flags, seed, place / method)
-                best = min(map(learn, rates[method]), key=lambda result: result["average_loss"])
+                best = _best(method, learn, rates[method])
                 # The first seed tries them all.
                 rates[method], results[seed, method] = [best["learning_rate"]], best
     _report(results, folder, flags)
@@ -147,6 +150,18 @@ def _base(text: Corpus, flags: argparse.Namespace, seed: int, folder: Path) -> L
         description=f"base: {text.name}",
     )
     return model.cpu()
+
+
+def _best(method: str, learn: Callable[[float], dict[str, Any]], rates: list[float]) -> dict[str, Any]:
+    """The result at the best of the learning rates; one at which the loss runs away is the worst."""
+    if len(rates) == 1:
+        return learn(rates[0])
+    results = {}
+    for rate in rates:
+        with suppress(FloatingPointError):
+            results[rate] = learn(rate)
+    losses = {(method, rate): results[rate]["average_loss"] if rate in results else math.inf for rate in rates}
+    return results[best_rates(losses)[method]]
 
 
 def _learn(

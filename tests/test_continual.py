@@ -145,6 +145,14 @@ def test_each_method_takes_its_best_rate_of_the_first_seed(main, tmp_path, capsy
     assert row.split("|")[2].strip() == best.removeprefix("rate-")
 
 
+def test_a_rate_at_which_the_loss_runs_away_is_not_taken(main, tmp_path, capsys):
+    assert main("--run", "out", "--methods", "lora", "--learning-rates", "1e30", "0.001") == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| lora"))
+    assert row.split("|")[2].strip() == "0.001"
+    assert main("--run", "lost", "--methods", "lora", "--learning-rates", "1e30", "1e29") == 2
+    assert "finite loss at one of the learning rates" in capsys.readouterr().err
+
+
 def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatch, capsys):
     flags = ["--methods", "ewc", "both"]
     check_resumed(lambda *more: main(*flags, *more), tmp_path, monkeypatch, capsys, stop_at=6 + 4 + 2)
