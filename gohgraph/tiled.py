@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -137,29 +136,53 @@ def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) ->
             yield Tile(item, slice(start, stop), stop if is_causal else keys)
 
 
+class _Inputs(NamedTuple):
+    """The inputs of `tiled_attention` as its tiles read them: queries scaled, keys and values of every head."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mix_scores: Tensor | None
+    mix_weights: Tensor | None
+    keep_mask: Tensor | None
+    is_causal: bool
+
+    def tiles(self) -> Iterator[Tile]:
+        return tiles_of(*self.q.shape[:3], self.k.shape[1], self.is_causal)
+
+    def maps(self, keys: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Scores `[H, t, n]` before messages, and the weights `[t, H, n]` after them, for keys `[B, H, D, S]`."""
+        b, rows, n = tile
+        scores = torch.bmm(self.q[b, rows].transpose(0, 1), keys[b, :, :, :n])  # [H, t, n]
+        mixed = scores.transpose(0, 1)  # [t, H, n]
+        mixed = mixed.clone() if self.mix_scores is None else torch.bmm(self.mix_scores[b, rows], mixed)
+        if self.is_causal:
+            size = rows.stop - rows.start
+            later = torch.ones(size, size, dtype=torch.bool, device=keys.device).triu(1).unsqueeze(1)  # [t, 1, t]
+            mixed[..., rows].masked_fill_(later, float("-inf"))
+        if self.keep_mask is None:
+            return scores, mixed.softmax(dim=-1)
+        keep = self.keep_mask[b, :, rows, :n].transpose(0, 1)  # [t, H, n]
+        weights = mixed.masked_fill_(~keep, float("-inf")).softmax(dim=-1)
+        return scores, weights.masked_fill_(~keep.any(dim=-1, keepdim=True), 0.0)
+
+
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mix_scores: Tensor | None,
-        mix_weights: Tensor | None,
-        keep_mask: Tensor | None,
-        is_causal: bool,
-    ) -> Tensor:
-        z = torch.empty_like(q)
-        values = v.transpose(1, 2).contiguous()  # [B, H, S, D]
-        keys = k.permute(0, 2, 3, 1).contiguous()  # [B, H, D, S]
+    def forward(*inputs: Any) -> Tensor:
+        own = _Inputs(*inputs)
+        z = torch.empty_like(own.q)
+        values = own.v.transpose(1, 2).contiguous()  # [B, H, S, D]
+        keys = own.k.permute(0, 2, 3, 1).contiguous()  # [B, H, D, S]
 
         # In a function of its own, a tile's maps are freed before the next one's are made.
         def found(tile: Tile) -> Tensor:
-            _, weights = _maps(q, keys, mix_scores, keep_mask, is_causal, tile)
-            if mix_weights is not None:
-                weights = torch.bmm(mix_weights[tile.item, tile.rows], weights)  # [t, H, n]
+            _, weights = own.maps(keys, tile)
+            if own.mix_weights is not None:
+                weights = torch.bmm(own.mix_weights[tile.item, tile.rows], weights)  # [t, H, n]
             return torch.bmm(weights.transpose(0, 1), values[tile.item, :, : tile.keys])  # [H, t, D]
 
-        for tile in tiles_of(*q.shape[:3], k.shape[1], is_causal):
+        for tile in own.tiles():
             z[tile.item, tile.rows] = found(tile).transpose(0, 1)  # [t, H, D]
         return z
 
@@ -171,9 +194,10 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k = ctx.saved_tensors[:2]
-        gradients = _Gradients(*ctx.saved_tensors, grad, ctx.is_causal)
-        for tile in tiles_of(*q.shape[:3], k.shape[1], ctx.is_causal):
+        *tensors, z = ctx.saved_tensors
+        inputs = _Inputs(*tensors, ctx.is_causal)
+        gradients = _Gradients(inputs, z, grad)
+        for tile in inputs.tiles():
             gradients.add(tile)
         return (*gradients.of_inputs(), None, None)
 
@@ -181,32 +205,25 @@ class _TiledAttention(torch.autograd.Function):
 class _Gradients:
     """Gradients of the inputs; those of keys and values, to which every tile adds, lie as products are fastest."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mix_scores: Tensor | None,
-        mix_weights: Tensor | None,
-        keep_mask: Tensor | None,
-        z: Tensor,
-        grad: Tensor,
-        is_causal: bool,
-    ) -> None:
-        self.inputs, self.dz = (q, k, mix_scores, mix_weights), grad
-        self.keys, self.values = (x.permute(0, 2, 3, 1).contiguous() for x in (k, v))  # [B, H, D, S]
-        self.maps = partial(_maps, q, self.keys, mix_scores, keep_mask, is_causal)
+    def __init__(self, inputs: _Inputs, z: Tensor, grad: Tensor) -> None:
+        self.inputs, self.dz = inputs, grad
+        self.keys, self.values = (x.permute(0, 2, 3, 1).contiguous() for x in (inputs.k, inputs.v))  # [B, H, D, S]
         # sum_s P dP for every row, without another pass over the maps; messages between weights need that pass.
-        self.products = None if mix_weights is not None else (grad * z).sum(dim=-1, keepdim=True)  # [B, T, H, 1]
-        self.dq = torch.empty_like(q)
+        has_products = inputs.mix_weights is None
+        self.products = (grad * z).sum(dim=-1, keepdim=True) if has_products else None  # [B, T, H, 1]
+        self.dq = torch.empty_like(inputs.q)
         self.dk, self.dv = (torch.zeros_like(x) for x in (self.keys, self.values))  # [B, H, D, S]
-        self.dmix_scores, self.dmix_weights = (w if w is None else w.new_empty(w.shape) for w in self.inputs[2:])
+        mixes = (inputs.mix_scores, inputs.mix_weights)
+        self.dmix_scores, self.dmix_weights = (w if w is None else w.new_empty(w.shape) for w in mixes)
 
     def add(self, tile: Tile) -> None:
-        """Computes the maps of a tile again and adds what they contribute; at most three maps are in memory."""
+        """Computes the maps of a tile again and adds what they contribute.
+
+        At most three maps are in memory, four with messages between weights.
+        """
         b, rows, n = tile
-        q, k, mix_scores, _ = self.inputs
-        scores, weights = self.maps(tile)
+        q, k, mix_scores = self.inputs.q, self.inputs.k, self.inputs.mix_scores
+        scores, weights = self.inputs.maps(self.keys, tile)
         dscores = self._through_weights(tile, weights)  # [t, H, n]
         del weights
         if mix_scores is not None:
@@ -224,9 +241,9 @@ class _Gradients:
     def _through_weights(self, tile: Tile, weights: Tensor) -> Tensor:
         """Adds to the values' gradients and returns those of the scores after messages, `[t, H, n]`."""
         b, rows, n = tile
+        mix_weights = self.inputs.mix_weights
         dz = self.dz[b, rows].transpose(0, 1)  # [H, t, D]
         dweights = torch.bmm(dz, self.values[b, :, :, :n]).transpose(0, 1)  # [t, H, n]
-        mix_weights = self.inputs[3]
         if mix_weights is None:
             self.dv[b, :, :, :n] += torch.bmm(dz.transpose(1, 2), weights.transpose(0, 1))  # [H, D, n]
             return dweights.sub_(self.products[b, rows]).mul_(weights)
@@ -237,22 +254,3 @@ class _Gradients:
         dweights = torch.bmm(mix_weights[b, rows].transpose(1, 2), dweights)  # [t, H, n]
         product = (dweights * weights).sum(dim=-1, keepdim=True)  # [t, H, 1]
         return dweights.sub_(product).mul_(weights)
-
-
-def _maps(
-    q: Tensor, keys: Tensor, mix_scores: Tensor | None, keep_mask: Tensor | None, is_causal: bool, tile: Tile
-) -> tuple[Tensor, Tensor]:
-    """Scores `[H, t, n]` before messages, and the weights `[t, H, n]` after them, of a tile."""
-    b, rows, n = tile
-    scores = torch.bmm(q[b, rows].transpose(0, 1), keys[b, :, :, :n])  # [H, t, n]
-    mixed = scores.transpose(0, 1)  # [t, H, n]
-    mixed = mixed.clone() if mix_scores is None else torch.bmm(mix_scores[b, rows], mixed)
-    if is_causal:
-        size = rows.stop - rows.start
-        later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1).unsqueeze(1)  # [t, 1, t]
-        mixed[..., rows].masked_fill_(later, float("-inf"))
-    if keep_mask is None:
-        return scores, mixed.softmax(dim=-1)
-    keep = keep_mask[b, :, rows, :n].transpose(0, 1)  # [t, H, n]
-    weights = mixed.masked_fill_(~keep, float("-inf")).softmax(dim=-1)
-    return scores, weights.masked_fill_(~keep.any(dim=-1, keepdim=True), 0.0)

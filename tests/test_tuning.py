@@ -55,6 +55,12 @@ def test_a_loss_that_runs_away_on_a_later_seed_is_an_error(tmp_path):
         tuned_sweep(loss_of, later, tmp_path, loss=lambda loss: loss)
 
 
+def test_a_run_left_behind_that_has_run_away_is_not_a_result(tmp_path):
+    sweep(lambda seed: None, {"low-0.1-5": {"seed": 5}}, tmp_path)
+    with pytest.raises(FloatingPointError, match=r"others in \['low-0.1-5'\]"):
+        tuned_sweep(float, {("low", 0.1, 3): {}, ("low", 0.1, 5): {"seed": 5}}, tmp_path, loss=lambda loss: loss)
+
+
 LOST = {"lost": {"name": "low", "rate": 0.4, "seed": 0}}
 
 

@@ -96,4 +96,9 @@ def tuned_sweep(
     losses = {run[:2]: math.inf if result is None else loss(result) for run, result in tried.items()}
     rates = best_rates(losses)
     kept = train([run for run in runs if run[1] == rates[run[0]]], may_diverge=False)
+    # Another choice of the first seed may have left such a run behind.
+    if lost := [key(*run) for run, result in kept.items() if result is None]:
+        raise FloatingPointError(
+            f"Expected finite losses at the best learning rates (got others in {lost}). Do leave those rates out."
+        )
     return rates, {(name, seed): result for (name, _, seed), result in kept.items()}
