@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 # Flower needs Python 3.11.
 _NEEDS = {
-    "triton": ["gohgraph/kernels/[!_m]*.py"],
-    "flwr": ["gohgraph/learning/federated/*", "tests/test_federated*"],
+    "triton": ["gohgraph/attention/kernels/[!_m]*.py"],
+    "flwr": ["gohgraph/learning/federated/*", "tests/*/test_federated*"],
 }
 collect_ignore_glob = [glob for package, globs in _NEEDS.items() if find_spec(package) is None for glob in globs]

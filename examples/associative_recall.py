@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 
 from gohgraph import HeadGraphConfig, SiteConfig, TransformerConfig
-from gohgraph.command_line import ArgumentParser, run
-from gohgraph.curves import CURVES
-from gohgraph.figures import INK, WIDTH, new_figure, save_figure
-from gohgraph.learning.matching import count_parameters, match_parameters
-from gohgraph.learning.recall import RecallModel, RecallTask, recall_batch
-from gohgraph.learning.sweep import sweep
+from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.drawing.curves import CURVES
+from gohgraph.drawing.figures import INK, WIDTH, new_figure, save_figure
+from gohgraph.learning.contests.matching import count_parameters, match_parameters
+from gohgraph.learning.contests.sweep import sweep
+from gohgraph.learning.data.recall import RecallModel, RecallTask, recall_batch
 
 GOAL = 0.9
 EVALUATION_SEED, EVALUATION_EPISODES = -1, 512

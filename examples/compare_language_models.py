@@ -22,16 +22,16 @@ from typing import Any
 import torch
 
 from gohgraph import HeadGraphConfig, LanguageModel, RoutingConfig, SiteConfig, TransformerConfig
-from gohgraph.command_line import ArgumentParser, run
+from gohgraph.attention.head_load import load_cv
+from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.tables import mean_and_deviation
 from gohgraph.drawing import draw_curves
-from gohgraph.learning.corpus import evaluation_batches, load_corpus, sample_batch
-from gohgraph.learning.language import VOCAB_SIZE, next_token_output, window_losses
+from gohgraph.learning.contests.matching import count_parameters, match_parameters
+from gohgraph.learning.contests.sweep import sweep
+from gohgraph.learning.contests.tuning import run_name, tuned_sweep
+from gohgraph.learning.data.corpus import evaluation_batches, load_corpus, sample_batch
 from gohgraph.learning.loop import TrainConfig, train
-from gohgraph.learning.matching import count_parameters, match_parameters
-from gohgraph.learning.sweep import sweep
-from gohgraph.learning.tuning import run_name, tuned_sweep
-from gohgraph.load import load_cv
-from gohgraph.tables import mean_and_deviation
+from gohgraph.learning.regimes.language import VOCAB_SIZE, next_token_output, window_losses
 
 PILOT_SEED, FINALISTS = 1000, 3
 EVALUATIONS = 8

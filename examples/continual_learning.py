@@ -33,9 +33,25 @@ from typing import Any
 import torch
 
 from gohgraph import HeadGraphConfig, LanguageModel, SiteConfig, TransformerConfig
-from gohgraph.command_line import ArgumentParser, run
-from gohgraph.learning.adapters import TaskAdapters
-from gohgraph.learning.continual import (
+from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.tables import markdown_table, mean_and_deviation
+from gohgraph.learning.cli.experiment import (
+    add_run_flags,
+    add_size_flags,
+    add_training_flags,
+    can_resume,
+    fill_sizes,
+    open_folder,
+    resumable,
+    train_config,
+)
+from gohgraph.learning.contests.matching import count_parameters
+from gohgraph.learning.contests.tuning import best_rates, check_rates
+from gohgraph.learning.data.corpus import Corpus
+from gohgraph.learning.data.domains import load_domain
+from gohgraph.learning.loop import train
+from gohgraph.learning.regimes.adapters import TaskAdapters
+from gohgraph.learning.regimes.continual import (
     ElasticWeights,
     Learner,
     PerTask,
@@ -46,25 +62,9 @@ from gohgraph.learning.continual import (
     forgetting,
     learn_in_sequence,
 )
-from gohgraph.learning.corpus import Corpus
-from gohgraph.learning.domains import load_domain
-from gohgraph.learning.experiment import (
-    add_run_flags,
-    add_size_flags,
-    add_training_flags,
-    can_resume,
-    fill_sizes,
-    open_folder,
-    resumable,
-    train_config,
-)
-from gohgraph.learning.language import VOCAB_SIZE
-from gohgraph.learning.loop import train
-from gohgraph.learning.low_rank import ALL_LINEAR, add_low_rank, matching_rank
-from gohgraph.learning.matching import count_parameters
+from gohgraph.learning.regimes.language import VOCAB_SIZE
+from gohgraph.learning.regimes.low_rank import ALL_LINEAR, add_low_rank, matching_rank
 from gohgraph.learning.run_folder import write_text
-from gohgraph.learning.tuning import best_rates, check_rates
-from gohgraph.tables import markdown_table, mean_and_deviation
 
 BASE, TASKS = "documentation", ("python", "cpp", "names", "licences")
 ADAPTERS = ("graph", "lora", "both")

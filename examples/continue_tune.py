@@ -28,21 +28,21 @@ from torch import Tensor, nn
 
 import gohgraph as goh
 from gohgraph.analysis import head_importance
-from gohgraph.command_line import ArgumentParser, run
+from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.convert.conversion import find_blocks
+from gohgraph.convert.head_order import share_important_heads
 from gohgraph.drawing import draw_curves
-from gohgraph.head_order import share_important_heads
-from gohgraph.inputs import next_token_loss
-from gohgraph.learning.corpus import Corpus, load_corpus, sample_batch
-from gohgraph.learning.domains import DOMAINS, load_domain
-from gohgraph.learning.language import window_losses
+from gohgraph.learning.contests.matching import count_parameters
+from gohgraph.learning.contests.tuning import run_name, tuned_sweep
+from gohgraph.learning.data.corpus import Corpus, load_corpus, sample_batch
+from gohgraph.learning.data.domains import DOMAINS, load_domain
 from gohgraph.learning.loop import TrainConfig, train
-from gohgraph.learning.matching import count_parameters
-from gohgraph.learning.text_models import encoder_of
-from gohgraph.learning.tuning import run_name, tuned_sweep
-from gohgraph.outputs import ModelOutput, model_output
-from gohgraph.stacks import StackOutput
-from gohgraph.tables import markdown_table, mean_and_deviation
+from gohgraph.learning.regimes.language import window_losses
+from gohgraph.learning.regimes.text_models import encoder_of
+from gohgraph.models.boundary import next_token_loss
+from gohgraph.models.model_output import ModelOutput, model_output
+from gohgraph.models.stacks import StackOutput
 
 VARIANTS = {
     "continued": "trained on, without head graphs",

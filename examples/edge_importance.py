@@ -28,12 +28,12 @@ from gohgraph.analysis import (
     pruning_curve,
     random_scores,
 )
-from gohgraph.command_line import ArgumentParser, run
+from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.learning.checkpoints import load_language_model
-from gohgraph.learning.corpus import PYTHON_DOCS, evaluation_batches, load_corpus
-from gohgraph.learning.language import next_token_output
+from gohgraph.learning.data.corpus import PYTHON_DOCS, evaluation_batches, load_corpus
+from gohgraph.learning.regimes.language import next_token_output
 from gohgraph.learning.run_folder import write_text
-from gohgraph.tables import markdown_table, mean_and_deviation
 
 KEEP = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)
 TABLE = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0)

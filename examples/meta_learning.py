@@ -26,12 +26,10 @@ from typing import Any
 import torch
 
 from gohgraph import Classifier, ClassifierConfig, HeadGraphConfig, HeadGraphConv, TransformerConfig
-from gohgraph.command_line import ArgumentParser, run
+from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.drawing import draw_curves
-from gohgraph.learning.classification import load_digits
-from gohgraph.learning.contest import Contest, add_rate_flags, by_model
-from gohgraph.learning.episodes import EpisodeSampler, few_shot_classes
-from gohgraph.learning.experiment import (
+from gohgraph.learning.cli.experiment import (
     add_run_flags,
     add_size_flags,
     add_training_flags,
@@ -41,13 +39,15 @@ from gohgraph.learning.experiment import (
     resumable,
     train_config,
 )
-from gohgraph.learning.language import standard_error
+from gohgraph.learning.contests.contest import Contest, add_rate_flags, by_model
+from gohgraph.learning.contests.matching import count_parameters
+from gohgraph.learning.data.classification import load_digits
+from gohgraph.learning.data.episodes import EpisodeSampler, few_shot_classes
 from gohgraph.learning.loop import Training
-from gohgraph.learning.low_rank import ATTENTION, LowRankUpdate, add_low_rank, matching_rank
-from gohgraph.learning.matching import count_parameters
-from gohgraph.learning.meta import MetaLearner, few_shot_accuracy, maml_loss, parameters_of, reptile_loss
+from gohgraph.learning.regimes.language import standard_error
+from gohgraph.learning.regimes.low_rank import ATTENTION, LowRankUpdate, add_low_rank, matching_rank
+from gohgraph.learning.regimes.meta import MetaLearner, few_shot_accuracy, maml_loss, parameters_of, reptile_loss
 from gohgraph.learning.run_folder import write_text
-from gohgraph.tables import markdown_table, mean_and_deviation
 
 # What adapts in the inner loop: types and names of modules, all of them without either.
 ADAPTED: dict[str, dict[str, Any]] = {

@@ -30,13 +30,10 @@ import torch
 from torch import nn
 
 from gohgraph import HeadGraphConfig, LanguageModel, TransformerConfig
-from gohgraph.command_line import ArgumentParser, run
+from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.drawing import draw_curves
-from gohgraph.learning.adapters import TaskAdapters
-from gohgraph.learning.contest import Contest, add_rate_flags
-from gohgraph.learning.corpus import Corpus, sample_batch
-from gohgraph.learning.domains import DOMAINS, load_domain
-from gohgraph.learning.experiment import (
+from gohgraph.learning.cli.experiment import (
     add_run_flags,
     add_size_flags,
     add_training_flags,
@@ -46,13 +43,16 @@ from gohgraph.learning.experiment import (
     resumable,
     train_config,
 )
-from gohgraph.learning.language import VOCAB_SIZE, window_losses
+from gohgraph.learning.contests.contest import Contest, add_rate_flags
+from gohgraph.learning.contests.matching import count_parameters, match_parameters
+from gohgraph.learning.data.corpus import Corpus, sample_batch
+from gohgraph.learning.data.domains import DOMAINS, load_domain
 from gohgraph.learning.loop import Training
-from gohgraph.learning.low_rank import add_low_rank, matching_rank
-from gohgraph.learning.matching import count_parameters, match_parameters
-from gohgraph.learning.multitask import TaskSampler, task_output
+from gohgraph.learning.regimes.adapters import TaskAdapters
+from gohgraph.learning.regimes.language import VOCAB_SIZE, window_losses
+from gohgraph.learning.regimes.low_rank import add_low_rank, matching_rank
+from gohgraph.learning.regimes.multitask import TaskSampler, task_output
 from gohgraph.learning.run_folder import write_text
-from gohgraph.tables import markdown_table, mean_and_deviation
 
 PER_TASK = ("graph-per-task", "lora-per-task", "read-out-per-task")
 METHODS = ("plain", "graph", *PER_TASK, "separate")

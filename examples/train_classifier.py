@@ -27,19 +27,9 @@ from typing import Any
 import torch
 
 from gohgraph import Classifier, ClassifierConfig, TransformerConfig, draw, draw_confusion, record
-from gohgraph.command_line import ArgumentParser, run
+from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.drawing import draw_curves
-from gohgraph.graph_flags import add_graph_flags, graph_from_flags
-from gohgraph.learning.classification import (
-    LabelledData,
-    classification_output,
-    classify,
-    confusion_matrix,
-    load_digits,
-    load_text_classes,
-)
-from gohgraph.learning.contest import Contest, add_rate_flags, results_table, verdict
-from gohgraph.learning.experiment import (
+from gohgraph.learning.cli.experiment import (
     add_run_flags,
     add_size_flags,
     add_training_flags,
@@ -49,8 +39,18 @@ from gohgraph.learning.experiment import (
     resumable,
     train_config,
 )
+from gohgraph.learning.cli.graph_flags import add_graph_flags, graph_from_flags
+from gohgraph.learning.contests.contest import Contest, add_rate_flags, results_table, verdict
+from gohgraph.learning.contests.matching import count_parameters, with_plain
+from gohgraph.learning.data.classification import (
+    LabelledData,
+    classification_output,
+    classify,
+    confusion_matrix,
+    load_digits,
+    load_text_classes,
+)
 from gohgraph.learning.loop import Training
-from gohgraph.learning.matching import count_parameters, with_plain
 from gohgraph.learning.run_folder import step_seconds, write_text
 
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "length", "batch_size", "steps")

@@ -27,13 +27,10 @@ from typing import Any
 import torch
 
 from gohgraph import LanguageModel, TransformerConfig, draw, draw_load, log_head_graphs, record
-from gohgraph.command_line import ArgumentParser, run
-from gohgraph.config import FEED_FORWARD_ACTIVATIONS, POSITIONS
+from gohgraph.attention.head_load import load_cv, load_entropy
+from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.drawing import draw_curves
-from gohgraph.graph_flags import add_graph_flags, graph_from_flags
-from gohgraph.learning.contest import Contest, add_rate_flags, verdict
-from gohgraph.learning.corpus import PYTHON_DOCS, Corpus, evaluation_batches, load_corpus, sample_batch
-from gohgraph.learning.experiment import (
+from gohgraph.learning.cli.experiment import (
     add_parallel_flags,
     add_run_flags,
     add_size_flags,
@@ -45,7 +42,12 @@ from gohgraph.learning.experiment import (
     resumable,
     train_config,
 )
-from gohgraph.learning.language import (
+from gohgraph.learning.cli.graph_flags import add_graph_flags, graph_from_flags
+from gohgraph.learning.contests.contest import Contest, add_rate_flags, verdict
+from gohgraph.learning.contests.matching import count_parameters, match_parameters
+from gohgraph.learning.data.corpus import PYTHON_DOCS, Corpus, evaluation_batches, load_corpus, sample_batch
+from gohgraph.learning.loop import Training
+from gohgraph.learning.regimes.language import (
     VOCAB_SIZE,
     head_loads,
     next_token_output,
@@ -53,11 +55,9 @@ from gohgraph.learning.language import (
     standard_error,
     window_losses,
 )
-from gohgraph.learning.loop import Training
-from gohgraph.learning.matching import count_parameters, match_parameters
 from gohgraph.learning.run_folder import step_seconds, write_text
 from gohgraph.learning.tracking import TensorBoard
-from gohgraph.load import load_cv, load_entropy
+from gohgraph.models.config import FEED_FORWARD_ACTIVATIONS, POSITIONS
 from gohgraph.parallel import ParallelConfig, process_group
 
 # Two models of this size, trained for this long, take about two and a half minutes on one thread.

@@ -31,11 +31,9 @@ import torch
 from tqdm import tqdm
 
 from gohgraph import Transformer, TransformerConfig, draw, record
-from gohgraph.command_line import ArgumentParser, run
+from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.drawing import draw_curves
-from gohgraph.graph_flags import add_graph_flags, graph_from_flags
-from gohgraph.learning.contest import Contest, add_rate_flags, results_table, verdict
-from gohgraph.learning.experiment import (
+from gohgraph.learning.cli.experiment import (
     add_run_flags,
     add_size_flags,
     add_training_flags,
@@ -45,11 +43,13 @@ from gohgraph.learning.experiment import (
     resumable,
     train_config,
 )
+from gohgraph.learning.cli.graph_flags import add_graph_flags, graph_from_flags
+from gohgraph.learning.contests.contest import Contest, add_rate_flags, results_table, verdict
+from gohgraph.learning.contests.matching import count_parameters, with_plain
+from gohgraph.learning.data.parallel_text import NUMERALS, PairBatches, ParallelText, Subwords, load_parallel_text
 from gohgraph.learning.loop import Training
-from gohgraph.learning.matching import count_parameters, with_plain
-from gohgraph.learning.parallel_text import NUMERALS, PairBatches, ParallelText, Subwords, load_parallel_text
+from gohgraph.learning.regimes.translation import bleu, sentence_losses, translate, translation_output
 from gohgraph.learning.run_folder import step_seconds, write_text
-from gohgraph.learning.translation import bleu, sentence_losses, translate, translation_output
 
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "vocab_size", "batch_size", "steps")
 FULL = dict(zip(SIZES, (96, 8, 2, 192, 400, 32, 600), strict=True))

@@ -1,11 +1,16 @@
 """Graphs-of-Heads: attention heads as the nodes of an explicit graph that passes messages between them."""
 
 from gohgraph.analysis import head_importance, prune
-from gohgraph.collect import collect_routing
-from gohgraph.config import ClassifierConfig, TransformerConfig
-from gohgraph.confusion_chart import draw_confusion
-from gohgraph.conv import HeadGraphConv
+from gohgraph.analysis.network import HeadNetwork, head_graph_of
+from gohgraph.analysis.network_files import load_head_graph, save_head_graph
+from gohgraph.analysis.record import record
+from gohgraph.attention.block import Heads, MultiHeadAttention
+from gohgraph.attention.routing import HeadRouter, Routing
+from gohgraph.attention.routing_hooks import collect_routing
 from gohgraph.convert import Report, convert, load_converted, save_converted, unconvert
+from gohgraph.convert.dropin import GraphMultiheadAttention
+from gohgraph.convert.fold import fold
+from gohgraph.convert.head_order import share_important_heads
 from gohgraph.drawing import (
     draw,
     draw_difference,
@@ -16,26 +21,21 @@ from gohgraph.drawing import (
     save_film,
     save_page,
 )
-from gohgraph.dropin import GraphMultiheadAttention
-from gohgraph.experts import GraphExperts
-from gohgraph.feed_forward import FeedForward
-from gohgraph.fold import fold
-from gohgraph.graph import head_graph
-from gohgraph.graph_config import HeadGraphConfig, RoutingConfig
-from gohgraph.head_order import share_important_heads
-from gohgraph.keyed import KeyedGraphConv
-from gohgraph.learned_topology import LearnedTopologyConv
-from gohgraph.load_chart import draw_load
-from gohgraph.models import Classifier, LanguageModel, Transformer
-from gohgraph.network import HeadNetwork, head_graph_of
-from gohgraph.network_files import load_head_graph, save_head_graph
-from gohgraph.objects import Heads, MultiHeadAttention
-from gohgraph.outputs import ModelOutput
-from gohgraph.record import record
-from gohgraph.routing import HeadRouter, Routing
-from gohgraph.site_config import BaselineConfig, SiteConfig
-from gohgraph.stacks import DecoderLayer, EncoderLayer, Stack
-from gohgraph.tensorboard import log_head_graphs
+from gohgraph.drawing.confusion_chart import draw_confusion
+from gohgraph.drawing.load_chart import draw_load
+from gohgraph.drawing.tensorboard import log_head_graphs
+from gohgraph.graphs.config import HeadGraphConfig, RoutingConfig
+from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.experts import GraphExperts
+from gohgraph.graphs.graph import head_graph
+from gohgraph.graphs.keyed import KeyedGraphConv
+from gohgraph.graphs.learned_topology import LearnedTopologyConv
+from gohgraph.graphs.site_config import BaselineConfig, SiteConfig
+from gohgraph.models.config import ClassifierConfig, TransformerConfig
+from gohgraph.models.model_output import ModelOutput
+from gohgraph.models.models import Classifier, LanguageModel, Transformer
+from gohgraph.models.objects import FeedForward
+from gohgraph.models.stacks import DecoderLayer, EncoderLayer, Stack
 
 __version__ = "0.1.0"
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import gohgraph as goh
-from gohgraph.kernels import launch
-from gohgraph.kernels.mixed_attention import flash_mixed_attention
-from gohgraph.scores import causal_mask, mixed_attention, plain_attention
+from gohgraph.attention.kernels import launch
+from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention
+from gohgraph.attention.maps import causal_mask, mixed_attention, plain_attention
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 pytestmark = pytest.mark.skipif(
@@ -117,9 +117,9 @@ def test_large_scores_do_not_overflow():
 def on_cuda(monkeypatch):
     """CPU tensors take the way those on a GPU would."""
     calls = []
-    monkeypatch.setattr("gohgraph.tiled.kernel_takes", lambda *args: True)
+    monkeypatch.setattr("gohgraph.attention.tiled.kernel_takes", lambda *args: True)
     monkeypatch.setattr(
-        "gohgraph.tiled.flash_mixed_attention", lambda *args: calls.append(1) or flash_mixed_attention(*args)
+        "gohgraph.attention.tiled.flash_mixed_attention", lambda *args: calls.append(1) or flash_mixed_attention(*args)
     )
     return calls
 

@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 from helpers import load_script, trained_like
+from planning.traffic import Traffic
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,11 +25,11 @@ from gohgraph import (
     Transformer,
     TransformerConfig,
 )
+from gohgraph.attention.routing import share_statistics
+from gohgraph.graphs.topologies import TOPOLOGIES
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.learning.train_config import TrainConfig
-from gohgraph.parallel import Layout, ParallelConfig, Traffic, clip_gradients, parallelize
-from gohgraph.routing import share_statistics
-from gohgraph.topologies import TOPOLOGIES
+from gohgraph.parallel import Layout, ParallelConfig, clip_gradients, parallelize
 
 VOCAB, BATCH, LENGTH = 13, 4, 12
 OPTIONS = {"ring": {"hops": 2}, "groups": {"ranks": 4}, "small-world": {"neighbors": 2}}

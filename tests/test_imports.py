@@ -7,32 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gohgraph"
 
-# Lowest first: a module imports from lines before its own, and from its own line only what stands to its left.
-ORDER = [
-    ["config_base", "site_config", "graph_config", "config"],
-    ["topologies", "graph", "edges", "cache", "generation", "checkpoint", "figures", "tables"],
-    ["command_line", "graph_flags"],
-    ["inputs", "moments", "places"],
-    ["conv", "routing", "collect", "load", "baselines"],
-    ["experts", "keyed", "learned_topology", "sites"],
-    ["scores", "kernels", "tiled", "skipping", "grouping", "embeddings", "feed_forward", "objects"],
-    ["head_sites"],
-    ["sublayers", "stacks"],
-    ["outputs", "models"],
-    ["dropin", "convert", "fold", "head_order"],
-    ["record"],
-    ["network", "network_files"],
-    ["analysis"],
-    ["curves", "load_chart", "confusion_chart", "drawing"],
-    ["tensorboard"],
-    ["parallel", "learning", "benchmarks"],
-]
-PLACE = {module: place for place, module in enumerate(module for line in ORDER for module in line)}
+# The floors, lowest first: a room imports from those below it. At the top of the package stand the command lines.
+ROOMS = ("common", "graphs", "attention", "models", "convert", "analysis", "drawing", "parallel", "learning")
+TOP = ("__init__", "__main__", "cli")
 
 
 def imports_of(path):
@@ -49,69 +29,61 @@ def own_imports(path):
     return [(module, names) for module, names in imports_of(path) if module.split(".")[0] == "gohgraph"]
 
 
-def part_of(module):
-    """The module or subpackage directly under gohgraph that a dotted name lies in."""
-    return module.split(".")[1]
+def at_the_top(path):
+    """Yields the dotted names a file imports when it is imported itself."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-relative = [str(path.relative_to(ROOT)) for path in FILES]
+WITH_PYG = {f"graphs/{name}.py" for name in ("graph", "conv", "experts", "keyed", "learned_topology")}
+WITH_PYG |= {"analysis/network.py"}
+WITH_TRITON = {f"attention/kernels/{name}.py" for name in ("tiles", "forward", "backward", "launch")}
+OPTIONAL = {"matplotlib", "networkx", "accelerate", "transformers", "bokeh", "tensorboard", "flwr"}
+OUTSIDE = {"tools", "examples", "tests", "helpers", "conftest", "benchmarks", "planning"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_the_package_imports_one_way(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert own in PLACE, f"{own} has no place in ORDER yet"
-    for module, _ in own_imports(path):
-        assert module != "gohgraph", "modules import modules, not the public names"
-        if part_of(module) != own:
-            assert PLACE[part_of(module)] < PLACE[own], f"{own} must not import {module}"
+def test_the_package_has_nine_rooms():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(ROOMS) and {path.stem for path in PACKAGE.glob("*.py")} <= set(TOP)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_package_imports_nothing_from_outside_it(path):
-    roots = {module.split(".")[0] for module, _ in imports_of(path)}
-    assert not roots & {"tools", "examples", "tests", "helpers", "conftest"}
+def test_imports_point_down_and_optional_packages_are_imported_where_they_are_used():
+    wrong = []
+    for path in FILES:
+        name, room = path.relative_to(PACKAGE).as_posix(), path.relative_to(PACKAGE).parts[0]
+        roots = {module.split(".")[0] for module, _ in imports_of(path)}
+        wrong += [(name, root) for root in roots & OUTSIDE]
+        if name not in WITH_PYG and "torch_geometric" in roots:
+            wrong.append((name, "torch_geometric"))
+        wrong += [(name, root) for root in {module.split(".")[0] for module in at_the_top(path)} & OPTIONAL]
+        for module, _ in own_imports(path) if room in ROOMS else ():
+            if module == "gohgraph":
+                wrong.append((name, "modules import modules, not the public names"))
+            elif ROOMS.index(module.split(".")[1]) > ROOMS.index(room):
+                wrong.append((name, module))
+    assert not wrong
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_graphs_are_built_in_few_places(path):
-    roots = {module.split(".")[0] for module, _ in imports_of(path)}
-    if path.name not in ("graph.py", "conv.py", "experts.py", "keyed.py", "learned_topology.py", "network.py"):
-        assert "torch_geometric" not in roots
+def test_triton_is_imported_by_its_kernels_alone_and_these_where_they_run():
+    kernels = tuple("gohgraph." + name.removesuffix(".py").replace("/", ".") for name in WITH_TRITON)
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in FILES
+        if any(module.split(".")[0] == "triton" or module.startswith(kernels) for module in at_the_top(path))
+    }
+    assert found == WITH_TRITON
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_pictures_and_networkx_are_imported_where_used(path):
-    at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    roots = {name.split(".")[0] for node in at_top for name in ([a.name for a in node.names] + [node_module(node)])}
-    assert not roots & {"matplotlib", "networkx", "accelerate", "transformers", "bokeh", "tensorboard", "flwr"}
-
-
-WITH_TRITON = [PACKAGE / "kernels" / f"{name}.py" for name in ("tiles", "forward", "backward", "launch")]
-
-
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_triton_is_imported_by_its_kernels_alone_and_these_where_they_run(path):
-    at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {f"{node_module(node)}.{alias.name}".strip(".") for node in at_top for alias in node.names}
-    kernels = tuple(f"gohgraph.kernels.{file.stem}" for file in WITH_TRITON)
-    found = [name for name in names if name.split(".")[0] == "triton" or name.startswith(kernels)]
-    assert bool(found) == (path in WITH_TRITON)
-
-
-def node_module(node):
-    return getattr(node, "module", None) or ""
-
-
-PROGRAMS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "examples").rglob("*.py"), *(ROOT / "tests").glob("*.py")])
-
-
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_programs_use_public_names(path):
-    for module, names in own_imports(path):
-        private = [name for name in (*module.split("."), *names) if name.startswith("_") and name != "__version__"]
-        assert not private, f"{path.name} imports {private} from {module}"
+def test_programs_use_public_names():
+    programs = [path for folder in ("tools", "examples", "tests") for path in (ROOT / folder).rglob("*.py")]
+    for path in programs:
+        for module, names in own_imports(path):
+            private = [name for name in (*module.split("."), *names) if name.startswith("_") and name != "__version__"]
+            assert not private, f"{path.name} imports {private} from {module}"
 
 
 def run(code):

@@ -6,7 +6,7 @@
     python tools/benchmark.py convert --kinds forward "forward and backward"
     python tools/benchmark.py quality --tasks text two-cues --variants plain element-gate outputs
 
-The first argument names what is measured, `speed` without one; each is a module of `gohgraph.benchmarks`, which says
+The first argument names what is measured, `speed` without one; each is a module of `benchmarks`, which says
 how it measures.
 """
 
@@ -22,11 +22,11 @@ from functools import partial
 from types import ModuleType
 
 import torch
+from benchmarks import convert, kernels, memory, quality, routing, scaling, speed
+from benchmarks.timing import machine
 from tqdm import tqdm
 
-from gohgraph.benchmarks import convert, kernels, memory, quality, routing, scaling, speed
-from gohgraph.benchmarks.timing import machine
-from gohgraph.command_line import ArgumentParser, run
+from gohgraph.common.command_line import ArgumentParser, run
 
 COMMANDS = {
     "speed": speed,

@@ -19,21 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from planning.cost import Cluster, Cost, Workload, graph_cost, plain_cost
+from planning.counting import count_step
 
 from gohgraph import HeadGraphConfig, RoutingConfig, SiteConfig
-from gohgraph.command_line import ArgumentParser, run
-from gohgraph.parallel import (
-    Cluster,
-    Cost,
-    ParallelConfig,
-    Workload,
-    count_step,
-    graph_cost,
-    plain_cost,
-    process_group,
-)
-from gohgraph.tables import markdown_table
-from gohgraph.topologies import TOPOLOGIES
+from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.tables import markdown_table
+from gohgraph.graphs.topologies import TOPOLOGIES
+from gohgraph.parallel import ParallelConfig, process_group
 
 HEAD = ("head graph", "parameters", "FLOPs", "tensor MB", "pipeline MB", "data MB", "step [ms]", "overhead")
 

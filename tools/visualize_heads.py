@@ -27,16 +27,16 @@ from tqdm import tqdm
 
 import gohgraph as goh
 from gohgraph.analysis import edge_attribution, edge_strength, head_importance, pruning_curve, random_scores
-from gohgraph.command_line import ArgumentParser, run
+from gohgraph.analysis.network_files import GRAPH_SUFFIXES
+from gohgraph.analysis.record import Recordings
+from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.files import PICTURES, checked_path
 from gohgraph.drawing.film import FILM_SUFFIXES
 from gohgraph.drawing.panels import of_layer
-from gohgraph.figures import SUFFIXES, checked_path
 from gohgraph.learning.checkpoints import load_language_model, training_steps
-from gohgraph.learning.corpus import PYTHON_DOCS, evaluation_batches, load_corpus
-from gohgraph.learning.demo import demo_model
-from gohgraph.learning.text_models import TextModel, load_text_model, of_bytes
-from gohgraph.network_files import GRAPH_SUFFIXES
-from gohgraph.record import Recordings
+from gohgraph.learning.data.corpus import PYTHON_DOCS, evaluation_batches, load_corpus
+from gohgraph.learning.regimes.demo import demo_model
+from gohgraph.learning.regimes.text_models import TextModel, load_text_model, of_bytes
 
 VIEWS = ("circle", "matrix", "network", "tokens", "difference", "pruning", "film")
 OF_A_LAYER = ("circle", "matrix", "tokens", "difference")
@@ -107,13 +107,13 @@ def _parser() -> ArgumentParser:
 
 def _checked(flags: argparse.Namespace) -> Path:
     """Where to write, once the flags fit each other."""
-    out = checked_path(flags.out, (*SUFFIXES, ".html", *FILM_SUFFIXES, *GRAPH_SUFFIXES))
+    out = checked_path(flags.out, (*PICTURES, ".html", *FILM_SUFFIXES, *GRAPH_SUFFIXES))
     flags.suffix = out.suffix.lower()
-    kinds = FILM_SUFFIXES if flags.view == "film" else SUFFIXES
+    kinds = FILM_SUFFIXES if flags.view == "film" else PICTURES
     if flags.view is not None and flags.suffix not in kinds:
         raise ValueError(f"Expected --out of {', '.join(kinds)} for --view {flags.view} (got {out}). Do change it.")
     if flags.view is None:
-        flags.view = "film" if flags.suffix in FILM_SUFFIXES else "circle" if flags.suffix in SUFFIXES else None
+        flags.view = "film" if flags.suffix in FILM_SUFFIXES else "circle" if flags.suffix in PICTURES else None
     for name in ("tokens", "length", "threads"):
         if getattr(flags, name) < 1:
             raise ValueError(f"Expected --{name} of at least 1 (got {getattr(flags, name)}). Do raise it.")

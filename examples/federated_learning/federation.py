@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from gohgraph import HeadGraphConfig, LanguageModel, SiteConfig, TransformerConfig
-from gohgraph.learning.corpus import Corpus, evaluation_batches, sample_batch
-from gohgraph.learning.domains import DOMAINS, load_domain
+from gohgraph.learning.contests.matching import count_parameters
+from gohgraph.learning.data.corpus import Corpus, evaluation_batches, sample_batch
+from gohgraph.learning.data.domains import DOMAINS, load_domain
 from gohgraph.learning.federated.client import Client
 from gohgraph.learning.federated.sharing import SHARINGS
 from gohgraph.learning.federated.split import dirichlet_split
-from gohgraph.learning.language import VOCAB_SIZE, next_token_output
 from gohgraph.learning.loop import TrainConfig
-from gohgraph.learning.low_rank import ALL_LINEAR, add_low_rank, matching_rank
-from gohgraph.learning.matching import count_parameters
+from gohgraph.learning.regimes.language import VOCAB_SIZE, next_token_output
+from gohgraph.learning.regimes.low_rank import ALL_LINEAR, add_low_rank, matching_rank
 
 # The base knows the first kind of text; clients have the others.
 BASE, KINDS = "documentation", tuple(name for name in DOMAINS if name != "documentation")

@@ -49,11 +49,10 @@ import torch
 from federation import BASE, KINDS, Settings, make_client, make_shared, measure, parameters_of, split
 
 from gohgraph import LanguageModel, TransformerConfig
-from gohgraph.command_line import ArgumentParser, run
+from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.drawing import draw_curves
-from gohgraph.learning.corpus import sample_batch
-from gohgraph.learning.domains import load_domain
-from gohgraph.learning.experiment import (
+from gohgraph.learning.cli.experiment import (
     add_run_flags,
     add_size_flags,
     add_training_flags,
@@ -63,12 +62,13 @@ from gohgraph.learning.experiment import (
     resumable,
     train_config,
 )
+from gohgraph.learning.data.corpus import sample_batch
+from gohgraph.learning.data.domains import load_domain
 from gohgraph.learning.federated.sharing import SHARINGS
 from gohgraph.learning.interrupts import interrupts
-from gohgraph.learning.language import VOCAB_SIZE, next_token_output
 from gohgraph.learning.loop import train
+from gohgraph.learning.regimes.language import VOCAB_SIZE, next_token_output
 from gohgraph.learning.run_folder import write_text
-from gohgraph.tables import markdown_table, mean_and_deviation
 
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "length", "batch_size", "base_steps", "rounds", "local_steps")
 SIZES += ("windows", "limit")

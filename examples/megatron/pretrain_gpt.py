@@ -36,10 +36,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gohgraph import HeadGraphConfig
-from gohgraph.command_line import ArgumentParser, run
+from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.drawing import draw_curves
-from gohgraph.graph_flags import add_graph_flags, graph_from_flags
-from gohgraph.learning.corpus import PYTHON_DOCS, evaluation_batches, load_corpus, sample_batch
+from gohgraph.learning.cli.graph_flags import add_graph_flags, graph_from_flags
+from gohgraph.learning.data.corpus import PYTHON_DOCS, evaluation_batches, load_corpus, sample_batch
 from gohgraph.learning.interrupts import TrainingInterrupted, interrupts
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.learning.run_folder import STATE, RunFolder, write_text

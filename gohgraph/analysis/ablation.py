@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from gohgraph.analysis.interventions import check_intervention, fills, weights_of
 from gohgraph.analysis.losses import Loss, mean_loss
-from gohgraph.conv import HeadGraphConv
-from gohgraph.record import head_graphs
+from gohgraph.analysis.record import head_graphs
+from gohgraph.graphs.conv import HeadGraphConv
 
 
 def edge_ablation(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gohgraph.analysis.interventions import check_intervention, fills, weights_of
 from gohgraph.analysis.losses import Loss, batch_loss
-from gohgraph.record import head_graphs
+from gohgraph.analysis.record import head_graphs
 
 
 def edge_attribution(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.analysis.losses import Loss, batch_loss, check_batches
-from gohgraph.conv import HeadGraphConv
+from gohgraph.analysis.module_names import block_of, site_of
+from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.convert.conversion import find_blocks
-from gohgraph.objects import MultiHeadAttention
-from gohgraph.places import block_of, site_of
+from gohgraph.graphs.conv import HeadGraphConv
 
 
 def head_importance(

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from gohgraph.analysis.losses import Loss, check_batches, mean_loss
-from gohgraph.conv import HeadGraphConv
-from gohgraph.edges import EdgeWeights
-from gohgraph.moments import Moments
+from gohgraph.analysis.running_stats import Moments
+from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edges import EdgeWeights
 
 REPLACEMENTS = ("zero", "mean")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gohgraph.record import Recording
+from gohgraph.analysis.record import Recording
 
 
 class Measures(NamedTuple):

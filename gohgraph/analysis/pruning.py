@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gohgraph.analysis.losses import Loss, mean_loss
+from gohgraph.analysis.record import head_graphs
 from gohgraph.analysis.strength import edge_strength
-from gohgraph.record import head_graphs
-from gohgraph.scores import WideHeads, wide_heads_for
+from gohgraph.attention.maps import WideHeads, wide_heads_for
 
 Module = TypeVar("Module", bound=nn.Module)
 KEEP = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from gohgraph.conv import HeadGraphConv
-from gohgraph.record import Recording, head_graphs
+from gohgraph.analysis.record import Recording, head_graphs
+from gohgraph.graphs.conv import HeadGraphConv
 
 
 def edge_strength(source: nn.Module | Mapping[str, Recording]) -> dict[str, Tensor]:

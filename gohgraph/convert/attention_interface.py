@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohgraph.head_sites import HeadSites
-from gohgraph.routing import Routing
+from gohgraph.attention.routing import Routing
+from gohgraph.attention.slots import HeadSites
 
 PREFIX = "gohgraph_"
 CHILD, CONTEXT, HOOKS = "head_graphs", "_head_graph_context", "_head_graph_hooks"

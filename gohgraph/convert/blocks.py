@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gohgraph.graph_config import HeadGraphConfig
-from gohgraph.head_sites import HeadSites
-from gohgraph.objects import MultiHeadAttention
-from gohgraph.routing import HeadRouter
-from gohgraph.sites import site_module
+from gohgraph.attention.block import MultiHeadAttention
+from gohgraph.attention.routing import HeadRouter
+from gohgraph.attention.slots import HeadSites
+from gohgraph.graphs.building import build_graph
+from gohgraph.graphs.config import HeadGraphConfig
 
 CONVERSION = "head_graph_conversion"
 SLOTS = ("output_graph", "score_graph", "router")
@@ -129,8 +129,8 @@ def slots_of(config: HeadGraphConfig, sizes: tuple[int, int, int], layer: int) -
     """Builds the slots of one attention block of sizes (H, D, M)."""
     routing, (num_heads, _, d_model) = config.routing, sizes
     return {
-        "output_graph": site_module(config.outputs, sizes),
-        "score_graph": site_module(config.scores, sizes),
+        "output_graph": build_graph(config.outputs, sizes),
+        "score_graph": build_graph(config.scores, sizes),
         "router": routing and HeadRouter.from_config(routing, d_model, num_heads, layer=layer),
     }
 

@@ -19,8 +19,8 @@ from gohgraph.convert.blocks import (
     head_graph_parameters,
     head_sites,
 )
-from gohgraph.graph_config import HeadGraphConfig
-from gohgraph.site_config import parts_of
+from gohgraph.graphs.config import HeadGraphConfig
+from gohgraph.graphs.site_config import parts_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = Callable[[str], bool] | str | Sequence[str] | None

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gohgraph.attention.slots import HeadSites
 from gohgraph.convert.blocks import Block, Search
 from gohgraph.convert.torch_modules import set_module
-from gohgraph.head_sites import HeadSites
 
 CHILDREN = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
 TOKENS = 5

@@ -6,10 +6,10 @@ import dataclasses
 
 from torch import nn
 
-from gohgraph.config import ClassifierConfig, TransformerConfig
-from gohgraph.graph_config import HeadGraphConfig
-from gohgraph.objects import MultiHeadAttention
-from gohgraph.stacks import Stack
+from gohgraph.attention.block import MultiHeadAttention
+from gohgraph.graphs.config import HeadGraphConfig
+from gohgraph.models.config import ClassifierConfig, TransformerConfig
+from gohgraph.models.stacks import Stack
 
 SLOTS = ("output_graph", "score_graph", "router", "inner_graphs", "wide")
 

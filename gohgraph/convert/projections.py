@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gohgraph.attention.slots import HeadSites
 from gohgraph.convert.attention_interface import CHILD, CONTEXT, HOOKS, detach, hidden_states
 from gohgraph.convert.blocks import Block, Search
-from gohgraph.head_sites import HeadSites
 
 # Where the projection is called so, and what the number of heads is called.
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "proj", "to_out", "out_lin", "dense", "wo", "o", "output.dense")

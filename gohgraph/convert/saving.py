@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from gohgraph.checkpoint import PretrainedMixin
-from gohgraph.config_base import Config
+from gohgraph.attention.slots import HeadSites
+from gohgraph.common.checkpoint import PretrainedMixin
+from gohgraph.common.config_base import Config
 from gohgraph.convert import own_models
 from gohgraph.convert.blocks import SLOTS, converted, head_sites, sites_at, slots_of
 from gohgraph.convert.conversion import convert, unconvert
-from gohgraph.graph_config import HeadGraphConfig
-from gohgraph.head_sites import HeadSites
+from gohgraph.graphs.config import HeadGraphConfig
 
 BACKBONE, WEIGHTS = "backbone", "model.safetensors"
 SIZES = ("num_heads", "head_dim", "d_model")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from gohgraph.convert.blocks import Block, Search
-from gohgraph.dropin import GraphMultiheadAttention
+from gohgraph.convert.dropin import GraphMultiheadAttention
 
 
 def find(model: nn.Module, search: Search, example: Any) -> None:

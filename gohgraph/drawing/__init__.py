@@ -1,7 +1,8 @@
 """Figures of head graphs, one file per view; each function takes data, returns the figure and never shows it."""
 
-from gohgraph.curves import draw_curves
+from gohgraph.analysis.module_names import graph_titles
 from gohgraph.drawing.circles import draw
+from gohgraph.drawing.curves import draw_curves
 from gohgraph.drawing.difference import draw_difference
 from gohgraph.drawing.film import save_film
 from gohgraph.drawing.layered import draw_network
@@ -9,7 +10,6 @@ from gohgraph.drawing.matrices import draw_matrices
 from gohgraph.drawing.page import save_page
 from gohgraph.drawing.pruning import draw_pruning
 from gohgraph.drawing.tokens import draw_tokens
-from gohgraph.places import graph_titles
 
 __all__ = [
     "draw",

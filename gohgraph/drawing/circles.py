@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from gohgraph.common.files import checked_path
 from gohgraph.drawing.colours import FAINT, colour_bar, colour_scale, is_dark
+from gohgraph.drawing.figures import INK, new_figure, save_figure
 from gohgraph.drawing.panels import Panel, grid_of, panels_of, strongest_weight
-from gohgraph.figures import INK, checked_path, new_figure, save_figure
 
 RING_GAP = 0.46
 # More edges than this in a circle of so many inches are a blot: the strongest are drawn.

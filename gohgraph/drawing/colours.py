@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from gohgraph.figures import INK
+from gohgraph.drawing.figures import INK
 
 DIVERGING = ("#084a91", "#2f7ebc", "#94c4df", "#ececec", "#fdae6b", "#e8590c", "#9c3203")
 FAINT = "#d4d4d4"

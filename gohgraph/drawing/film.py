@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gohgraph.common.files import checked_path, write_whole
 from gohgraph.drawing.circles import draw
 from gohgraph.drawing.colours import round_limit
 from gohgraph.drawing.panels import panels_of, strongest_weight
-from gohgraph.figures import checked_path, write_whole
 
 FILM_SUFFIXES = (".gif", ".mp4")
 DPI = 72

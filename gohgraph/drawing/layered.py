@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gohgraph.analysis.network import HeadNetwork
+from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import check_threshold
 from gohgraph.drawing.colours import colour_bar, colour_scale, is_dark
-from gohgraph.figures import INK, WIDTH, checked_path, new_figure, save_figure
-from gohgraph.network import HeadNetwork
+from gohgraph.drawing.figures import INK, WIDTH, new_figure, save_figure
 
 MOST_EDGES = 300
 # Inches between rows, by the number of rows that has so much room.

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from gohgraph.common.files import checked_path
 from gohgraph.drawing.colours import colour_bar, colour_scale
+from gohgraph.drawing.figures import INK, new_figure, save_figure
 from gohgraph.drawing.panels import Panel, grid_of, panels_of, strongest_weight
-from gohgraph.figures import INK, checked_path, new_figure, save_figure
 
 LABEL = "mean edge weight   (row: receiver,  column: sender,  white: no edge)"
 

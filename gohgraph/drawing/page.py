@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from gohgraph.analysis.network import HeadNetwork, head_graph_of
+from gohgraph.analysis.record import Recordings
+from gohgraph.common.files import checked_path, write_whole
 from gohgraph.drawing.circles import check_threshold
 from gohgraph.drawing.colours import DIVERGING, round_limit
 from gohgraph.drawing.layered import layout_of
@@ -24,9 +27,6 @@ from gohgraph.drawing.page_data import (
 from gohgraph.drawing.page_figures import Themed, network_figure, strip_figure
 from gohgraph.drawing.page_script import PREFERENCE, STYLE, THEME, UPDATE
 from gohgraph.drawing.tokens import check_tokens_recorded, shades_of, token_changes
-from gohgraph.figures import checked_path, write_whole
-from gohgraph.network import HeadNetwork, head_graph_of
-from gohgraph.record import Recordings
 
 MOST_EDGES, MOST_TOKENS = 4000, 400
 # On dark paper a weight of 0 is dark as well.

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from gohgraph.analysis.network import HeadNetwork
+from gohgraph.analysis.record import Recording, Recordings
+from gohgraph.drawing.figures import INK
 from gohgraph.drawing.layered import Layout, arcs, head_sizes
-from gohgraph.figures import INK
-from gohgraph.network import HeadNetwork
-from gohgraph.record import Recording, Recordings
 
 # A weight of a token is one byte: MOST_BYTE steps from 0 to the largest.
 MOST_BYTE = 127

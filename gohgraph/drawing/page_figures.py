@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from gohgraph.analysis.network import HeadNetwork
+from gohgraph.drawing.figures import INK
 from gohgraph.drawing.layered import Layout
 from gohgraph.drawing.tokens import CHOSEN, readable, strip_of
-from gohgraph.figures import INK
-from gohgraph.network import HeadNetwork
 
 PIXELS = 110
 LINE = "#e6e6e6"

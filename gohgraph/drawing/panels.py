@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gohgraph.figures import WIDTH
-from gohgraph.places import SITES, block_of, graph_titles, layer_of, site_of
+from gohgraph.analysis.module_names import SITES, block_of, graph_titles, layer_of, site_of
+from gohgraph.drawing.figures import WIDTH
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gohgraph.figures import INK, checked_path, new_figure, save_figure
+from gohgraph.common.files import checked_path
+from gohgraph.drawing.figures import INK, new_figure, save_figure
 
 # Okabe and Ito's palette, without its yellow; markers and dashes tell lines apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")

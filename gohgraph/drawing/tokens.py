@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from gohgraph.analysis.record import Recording, Recordings
+from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import check_threshold, circle_label, draw_circle
 from gohgraph.drawing.colours import colour_bar, colour_scale
+from gohgraph.drawing.figures import INK, WIDTH, new_figure, save_figure
 from gohgraph.drawing.panels import grid_of, panels_of, strongest_weight
-from gohgraph.figures import INK, WIDTH, checked_path, new_figure, save_figure
-from gohgraph.record import Recording, Recordings
 
 # Lines of a strip, inches of each, and letters in it.
 ROWS, CELL_HEIGHT, ROOM = 6, 0.27, 92

@@ -9,9 +9,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 
-from gohgraph.config import TransformerConfig
 from gohgraph.learning.run_folder import CHECKPOINTS, STATE
-from gohgraph.models import LanguageModel
+from gohgraph.models.config import TransformerConfig
+from gohgraph.models.models import LanguageModel
 
 WEIGHTS = "model.safetensors"
 

@@ -63,8 +63,8 @@ def train(
         The log, one row per `log_every` steps and per evaluation: step, loss (mean since the row before, in nats where
         it is a cross entropy), validation_loss or None, lr, tokens_per_second, seconds (of training alone), and
         whatever else `evaluate` returns. Where `loss` returns a routing, also means over the same steps and over
-        layers: balance_loss, z_loss, load_cv and load_entropy (see `gohgraph.load`; of the load of each step), and
-        router_entropy (of a token's scores, in nats).
+        layers: balance_loss, z_loss, load_cv and load_entropy (see `gohgraph.attention.head_load`; of the load of each
+        step), and router_entropy (of a token's scores, in nats).
 
     Raises:
         ImportError: accelerate is not installed.

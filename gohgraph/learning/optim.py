@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gohgraph.conv import HeadGraphConv
+from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.parallel.gradients import layout_of
 

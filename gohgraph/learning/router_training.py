@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gohgraph.load import load_cv, load_entropy
-from gohgraph.routing import Routing, routers, share_statistics
+from gohgraph.attention.head_load import load_cv, load_entropy
+from gohgraph.attention.routing import Routing, routers, share_statistics
 
 COLUMNS = ("balance_loss", "z_loss", "load_cv", "load_entropy", "router_entropy")
 

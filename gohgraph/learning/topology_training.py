@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from gohgraph.learned_topology import LearnedTopologyConv
+from gohgraph.graphs.learned_topology import LearnedTopologyConv
 from gohgraph.learning.router_training import annealed_top_k
 
 

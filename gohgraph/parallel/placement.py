@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gohgraph.conv import HeadGraphConv
-from gohgraph.graph import head_graph
-from gohgraph.head_order import permute_heads
-from gohgraph.models import LanguageModel
-from gohgraph.objects import MultiHeadAttention
-from gohgraph.routing import HeadRouter
-from gohgraph.site_config import SiteConfig
+from gohgraph.attention.block import MultiHeadAttention
+from gohgraph.attention.routing import HeadRouter
+from gohgraph.convert.head_order import permute_heads
+from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.graph import head_graph
+from gohgraph.graphs.site_config import SiteConfig
+from gohgraph.models.models import LanguageModel
 
 STARTS = 8
 
@@ -30,7 +30,7 @@ def cut_weight(graph: Any, ranks: int, order: list[int] | None = None, weights: 
         weights: of every edge `[E]`, such as their mean strength; `None` for 1 each.
 
     Example:
-        >>> from gohgraph.graph import head_graph
+        >>> from gohgraph.graphs.graph import head_graph
         >>> cut_weight(head_graph(8, "ring"), ranks=2)
         2.0
     """
@@ -59,7 +59,7 @@ def place_heads(graph: Any, ranks: int, weights: Tensor | None = None, *, seed: 
         ValueError: the ranks do not divide the heads.
 
     Example:
-        >>> from gohgraph.graph import head_graph
+        >>> from gohgraph.graphs.graph import head_graph
         >>> graph = head_graph(8, [(0, 7), (7, 3), (3, 4), (4, 0), (1, 2), (2, 5), (5, 6), (6, 1)])
         >>> order = place_heads(graph, ranks=2)
         >>> cut_weight(graph, 2), cut_weight(graph, 2, order)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from gohgraph.conv import HeadGraphConv
-from gohgraph.edges import EdgeWeights
+from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edges import EdgeWeights
 from gohgraph.parallel.exchange import (
     GATHER,
     SCATTER,

@@ -9,10 +9,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from gohgraph.learned_topology import LearnedTopologyConv
+from gohgraph.graphs.learned_topology import LearnedTopologyConv
+from gohgraph.models.stacks import DecoderLayer, EncoderLayer, Stack
 from gohgraph.parallel.layout import Layout
 from gohgraph.parallel.tensor import tensor_parallel
-from gohgraph.stacks import DecoderLayer, EncoderLayer, Stack
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -17,15 +17,15 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from gohgraph.conv import HeadGraphConv
-from gohgraph.feed_forward import FeedForward
-from gohgraph.objects import MultiHeadAttention
+from gohgraph.attention.block import MultiHeadAttention
+from gohgraph.attention.maps import wide_heads_for
+from gohgraph.attention.routing import Routing
+from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.models.objects import FeedForward
+from gohgraph.models.stacks import Stack, StackOutput
+from gohgraph.models.sublayers import NORMS
 from gohgraph.parallel.exchange import local, own_part
 from gohgraph.parallel.sharded_graph import ShardedHeadGraphConv
-from gohgraph.routing import Routing
-from gohgraph.scores import wide_heads_for
-from gohgraph.stacks import Stack, StackOutput
-from gohgraph.sublayers import NORMS
 
 Module = TypeVar("Module", bound=nn.Module)
 WHOLE, TOKENS = Replicate(), Shard(1)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from gohgraph.conv import HeadGraphConv
-from gohgraph.learning.low_rank import LowRankUpdate
-from gohgraph.routing import HeadRouter
+from gohgraph.attention.routing import HeadRouter
+from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.learning.regimes.low_rank import LowRankUpdate
 
 KINDS = ("base", "graph", "lora")
 _OWNERS = {"graph": (HeadGraphConv, HeadRouter), "lora": (LowRankUpdate,)}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gohgraph.learning.corpus import Corpus
+from gohgraph.learning.data.corpus import Corpus
 
 
 def dirichlet_split(

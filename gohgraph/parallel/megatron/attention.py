@@ -14,14 +14,14 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from gohgraph.graph_config import HeadGraphConfig
+from gohgraph.attention.maps import WideHeads
+from gohgraph.attention.routing import HeadRouter
+from gohgraph.graphs.config import HeadGraphConfig
+from gohgraph.graphs.site_config import SiteConfig
 from gohgraph.parallel.megatron.checks import check_sizes, check_transformer
 from gohgraph.parallel.megatron.collectives import gather_sequence, own_heads
 from gohgraph.parallel.megatron.losses import attach_losses
 from gohgraph.parallel.megatron.sharded_conv import ShardedHeadGraphConv
-from gohgraph.routing import HeadRouter
-from gohgraph.scores import WideHeads
-from gohgraph.site_config import SiteConfig
 
 
 class HeadGraphSelfAttention(SelfAttention):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gohgraph.graph_config import SITES, HeadGraphConfig
-from gohgraph.site_config import SiteConfig
+from gohgraph.graphs.config import SITES, HeadGraphConfig
+from gohgraph.graphs.site_config import SiteConfig
 
 
 def check_head_graph(head_graph: HeadGraphConfig) -> None:

@@ -7,8 +7,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_t
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from gohgraph.graph_config import RoutingConfig
-from gohgraph.routing import Routing
+from gohgraph.attention.routing import Routing
+from gohgraph.graphs.config import RoutingConfig
 
 BALANCE, Z = "head_balance_loss", "head_z_loss"
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gohgraph.conv import HeadGraphConv
+from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.parallel.exchange import plan_exchange
 from gohgraph.parallel.megatron.collectives import copy_to_ranks, gather_heads
 

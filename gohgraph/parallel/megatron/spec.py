@@ -11,7 +11,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
-from gohgraph.graph_config import HeadGraphConfig
+from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.parallel.megatron.attention import HeadGraphCoreAttention, HeadGraphSelfAttention
 from gohgraph.parallel.megatron.checks import check_head_graph
 from gohgraph.parallel.megatron.torch_attention import TorchCoreAttention

@@ -1,0 +1,175 @@
+"""Files of a head network: GraphML, GEXF (Gephi), JSON and CSV, written whole and read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gohgraph.analysis.network import HeadNetwork
+from gohgraph.common.files import checked_path, write_whole
+
+GRAPH_SUFFIXES = (".graphml", ".gexf", ".json", ".csv")
+# What Gephi calls the columns of its tables of nodes and edges.
+NODE, ENDS = "Id", ("Source", "Target")
+
+
+def save_head_graph(network: HeadNetwork, path: str | os.PathLike[str]) -> None:
+    """Writes a head network in the format of the file's suffix, with all attributes.
+
+    `.graphml` and `.gexf` are networkx's, `.json` its node-link data. `.csv` is a table of edges, beside which
+    `NAME.nodes.csv` holds the heads; Gephi imports both.
+
+    Args:
+        network: as `head_graph_of` makes it.
+        path: a file that ends in .graphml, .gexf, .json or .csv.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: the file cannot be written; an older one is kept.
+
+    Example:
+        >>> import tempfile, gohgraph as goh
+        >>> shape = dict(d_model=8, num_heads=2, num_layers=2, d_ff=8)
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
+        >>> path = tempfile.mkdtemp() + "/heads.gexf"
+        >>> save_head_graph(goh.head_graph_of(model), path)
+        >>> load_head_graph(path).num_edges
+        8
+    """
+    path = checked_path(path, GRAPH_SUFFIXES)
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        # Nodes first: the edges' table is the one that is asked for, and the last to change.
+        write_whole(_nodes_of(path), lambda pending: _write_rows(pending, *_node_table(network)))
+    write_whole(path, lambda pending: WRITERS[suffix](network, pending))
+
+
+def load_head_graph(path: str | os.PathLike[str]) -> HeadNetwork:
+    """Reads a head network that `save_head_graph` wrote.
+
+    Raises:
+        ValueError: another suffix, or a file that is damaged or holds another graph.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"Expected a file that ends in {', '.join(GRAPH_SUFFIXES)} (got {path}). Do pass another.")
+    try:
+        return HeadNetwork.from_networkx(reader(path))
+    except OSError:
+        raise
+    # Each parser has errors of its own for a damaged file.
+    except Exception as error:
+        raise ValueError(
+            f"Expected a head graph written by save_head_graph (got {path}: {' '.join(str(error).split())[:200]}). "
+            "Do write it again."
+        ) from error
+
+
+def _write_graphml(network: HeadNetwork, path: Path) -> None:
+    import networkx
+
+    networkx.write_graphml(network.to_networkx(), path)
+
+
+def _write_gexf(network: HeadNetwork, path: Path) -> None:
+    import networkx
+
+    networkx.write_gexf(network.to_networkx(), path)
+
+
+def _write_json(network: HeadNetwork, path: Path) -> None:
+    import networkx
+
+    data = networkx.node_link_data(network.to_networkx(), edges="edges")
+    path.write_text(json.dumps(_without_nan(data), indent=1, allow_nan=False), encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    """The same values with `None` for NaN, which JSON has not."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if value != value else value
+
+
+def _write_csv(network: HeadNetwork, path: Path) -> None:
+    names = network.attributes()[1]
+    edges = network.to_networkx().edges(data=True)
+    _write_rows(path, [*ENDS, *names], [[j, i, *(values[n] for n in names)] for j, i, values in edges])
+
+
+def _node_table(network: HeadNetwork) -> tuple[list[str], list[list[Any]]]:
+    names = network.attributes()[0]
+    nodes = network.to_networkx().nodes(data=True)
+    return [NODE, *names], [[node, *(values[n] for n in names)] for node, values in nodes]
+
+
+def _write_rows(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _nodes_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.nodes{path.suffix}")
+
+
+def _read_graphml(path: Path):
+    import networkx
+
+    return networkx.read_graphml(path, node_type=int, force_multigraph=True)
+
+
+def _read_gexf(path: Path):
+    import networkx
+
+    return networkx.read_gexf(path, node_type=int)
+
+
+def _read_json(path: Path):
+    import networkx
+
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for row in (*data["nodes"], *data["edges"]):
+        for name in ("importance", "edge_importance"):
+            if name in row and row[name] is None:
+                row[name] = float("nan")
+    return networkx.node_link_graph(data, edges="edges")
+
+
+def _read_csv(path: Path):
+    import networkx
+
+    graph = networkx.MultiDiGraph()
+    for row in _read_rows(_nodes_of(path)):
+        graph.add_node(int(row.pop(NODE)), **row)
+    for row in _read_rows(path):
+        graph.add_edge(*(int(row.pop(end)) for end in ENDS), **row)
+    return graph
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+WRITERS: dict[str, Callable[[HeadNetwork, Path], None]] = {
+    ".graphml": _write_graphml,
+    ".gexf": _write_gexf,
+    ".json": _write_json,
+    ".csv": _write_csv,
+}
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".graphml": _read_graphml,
+    ".gexf": _read_gexf,
+    ".json": _read_json,
+    ".csv": _read_csv,
+}

@@ -1,0 +1,249 @@
+"""Recording what head graphs do in a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gohgraph.analysis.module_names import block_of, site_of
+from gohgraph.analysis.running_stats import Moments, samples
+from gohgraph.attention.block import MultiHeadAttention
+from gohgraph.attention.routing import HeadRouter, Routing
+from gohgraph.graphs.conv import HeadGraphConv
+
+# Heads there are those of keys and values, whose tokens are not the ones a router chose heads for.
+OF_KEYS = ("keys", "values")
+
+
+class Recording:
+    """What one head graph did over tokens: its edges' weights, and the gates and outputs of the heads of its block.
+
+    Means and variances are running ones, float64 on the CPU: memory does not grow with tokens. The weights are alpha
+    as the context gives it, before a router or `top_edges` leaves any out; `share` tells how often that is.
+
+    Args:
+        conv: the recorded graph.
+        router: the `HeadRouter` of the same attention block, or `None`.
+        every_token: also keeps the values of every token, in `every`.
+
+    Attributes:
+        edge_index: `[2, E]`, senders in row 0.
+        num_heads: H.
+        num_shared: h_s of the router, the first heads, always active; `None` without one.
+        tokens: number of tokens seen; of static edges, forward passes.
+        mean, std: `[R, E]` weight of every edge in each round: mean over tokens and standard deviation, 0 if static.
+        strength: `[E]`, root mean square of the weight over tokens and rounds.
+        share: `[R, E]`, share of tokens where the edge carries a weight other than 0 between active heads.
+        load: `[H]`, share of tokens a head is active for, 1 without router; before the first token, in balance.
+        gate, gate_std: `[H]`, mean and standard deviation of a head's gate, 1 and 0 without router.
+        output_mean, output_std: `[H, D]`, the heads' outputs: those an attention block reads out, after messages and
+            times their gates; of other blocks, what the output graph returns. `None` where no such output was seen.
+        output_norm: `[H]`, root mean square over tokens of a head output's length, or `None`.
+        every: with `every_token`, what was seen of every token, in order: `"weights"` `[N, R, E]`, and where there are
+            such, `"gates"` `[N, H]`, `"active"` bool `[N, H]`, `"outputs"` `[N, H, D]`; else `None`.
+    """
+
+    def __init__(self, conv: HeadGraphConv, router: HeadRouter | None = None, *, every_token: bool = False) -> None:
+        self.edge_index, self.num_heads = conv.edge_index.detach().cpu(), conv.num_heads
+        self.num_shared = None if router is None else router.num_shared
+        shape = (conv.rounds, self.edge_index.shape[1])
+        self._weights, self._share = Moments(shape), Moments(shape)
+        self._active, self._gates = Moments((self.num_heads,)), Moments((self.num_heads,))
+        self._balanced = torch.ones(self.num_heads, dtype=torch.float64)
+        if router is not None:
+            self._balanced[router.num_shared :] = router.top_k / max(1, router.num_routed)
+        self._outputs: Moments | None = None
+        self._every: dict[str, list[Tensor]] | None = {} if every_token else None
+
+    def update(self, alpha: Tensor, used: Tensor | None = None) -> None:
+        """Takes in the weights of one pass, `[*, R, E]`, and those that are used, with zeros for the others."""
+        self._weights.update(alpha)
+        self._share.update((alpha if used is None else used) != 0)
+        self._keep("weights", alpha, 2)
+
+    def update_routing(self, routing: Routing) -> None:
+        """Takes in a router's decisions."""
+        self._active.update(routing.active)
+        self._gates.update(routing.gates)
+        self._keep("active", routing.active, 1)
+        self._keep("gates", routing.gates, 1)
+
+    def update_outputs(self, outputs: Tensor) -> None:
+        """Takes in the heads' outputs `[*, H, D]`."""
+        if self._outputs is None:
+            self._outputs = Moments(outputs.shape[-2:])
+        self._outputs.update(outputs)
+        self._keep("outputs", outputs, 2)
+
+    def _keep(self, name: str, values: Tensor, dims: int) -> None:
+        if self._every is not None:
+            self._every.setdefault(name, []).append(samples(values, dims).cpu().clone())  # [N, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self._weights.count
+
+    @property
+    def mean(self) -> Tensor:
+        return self._weights.mean
+
+    @property
+    def std(self) -> Tensor:
+        return self._weights.std
+
+    @property
+    def strength(self) -> Tensor:
+        return self._weights.rms.square().mean(dim=0).sqrt()
+
+    @property
+    def share(self) -> Tensor:
+        return self._share.mean
+
+    @property
+    def load(self) -> Tensor:
+        return self._active.mean if self._active.count else self._balanced
+
+    @property
+    def gate(self) -> Tensor:
+        return self._gates.mean if self._gates.count else torch.ones(self.num_heads, dtype=torch.float64)
+
+    @property
+    def gate_std(self) -> Tensor:
+        return self._gates.std
+
+    @property
+    def output_mean(self) -> Tensor | None:
+        return None if self._outputs is None else self._outputs.mean
+
+    @property
+    def output_std(self) -> Tensor | None:
+        return None if self._outputs is None else self._outputs.std
+
+    @property
+    def output_norm(self) -> Tensor | None:
+        return None if self._outputs is None else self._outputs.rms.square().sum(dim=-1).sqrt()
+
+    @property
+    def every(self) -> dict[str, Tensor] | None:
+        return None if self._every is None else {name: torch.cat(parts) for name, parts in self._every.items()}
+
+
+class Recordings(dict[str, Recording]):
+    """The recordings of a model by module name, in model order.
+
+    Attributes:
+        token_strings: the recorded tokens as they are to be read, or `None`.
+    """
+
+    def __init__(self, recordings: dict[str, Recording], token_strings: Sequence[str] | None = None) -> None:
+        super().__init__(recordings)
+        self.token_strings = None if token_strings is None else list(token_strings)
+
+
+@contextmanager
+def record(
+    model: nn.Module, *, every_token: bool = False, token_strings: Sequence[str] | None = None
+) -> Iterator[Recordings]:
+    """Records what every head graph of `model` does while the block runs: edge weights, gates, heads' outputs.
+
+    Args:
+        model: any module that contains `HeadGraphConv`s.
+        every_token: keeps the values of every token, beside means and variances.
+        token_strings: the tokens that are run, as they are to be read in figures; one for each.
+
+    Yields:
+        The `Recording`s by module name, e.g. `"decoder.layers.0.attention.object.output_graph"`, in model order.
+
+    Raises:
+        ValueError: the model has no head graph; at the end, another number of tokens was run than there are strings.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> shape = dict(d_model=8, num_heads=2, num_layers=1, d_ff=8)
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
+        >>> with record(model, every_token=True, token_strings=["a", "b", "c"]) as heads:
+        ...     _ = model(torch.tensor([[1, 2, 3]]))
+        >>> recording = heads["decoder.layers.0.attention.object.output_graph"]
+        >>> recording.tokens, recording.mean.shape, recording.every["weights"].shape, recording.output_mean.shape
+        (3, torch.Size([1, 4]), torch.Size([3, 1, 4]), torch.Size([2, 4]))
+    """
+    graphs = head_graphs(model)
+    routers = {name: module for name, module in model.named_modules() if isinstance(module, HeadRouter)}
+    heads = Recordings({}, token_strings)
+    hooks = []
+    for name, conv in graphs.items():
+        router = None if site_of(name) in OF_KEYS else _router_of(name, routers)
+        heads[name] = Recording(conv, router, every_token=every_token)
+        hooks += _hooks(heads[name], name, conv, router, model)
+    try:
+        yield heads
+        _check_strings(heads, graphs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def head_graphs(model: nn.Module) -> dict[str, HeadGraphConv]:
+    """Returns the head graphs of a model by module name, in model order.
+
+    Raises:
+        ValueError: there are none.
+    """
+    graphs = {name: module for name, module in model.named_modules() if isinstance(module, HeadGraphConv)}
+    if not graphs:
+        raise ValueError("Expected a model with head graphs (got none). Do build it with head_graph=HeadGraphConfig().")
+    return graphs
+
+
+def _router_of(name: str, routers: dict[str, HeadRouter]) -> HeadRouter | None:
+    """The router in the nearest module around a graph."""
+    around = {f"{router.rpartition('.')[0]}.".removeprefix("."): module for router, module in routers.items()}
+    fitting = [prefix for prefix in around if name.startswith(prefix)]
+    return around[max(fitting, key=len)] if fitting else None
+
+
+def _hooks(recording: Recording, name: str, conv: HeadGraphConv, router: HeadRouter | None, model: nn.Module) -> list:
+    last: list[Tensor] = []
+
+    def on_routing(inputs: Any, routing: Routing) -> None:
+        last[:] = [routing.active]
+        recording.update_routing(routing)
+
+    def on_edges(inputs: Any, alpha: Tensor) -> None:
+        with torch.no_grad():
+            recording.update(alpha, conv.select(alpha, *last))
+
+    block = model.get_submodule(block_of(name))
+    # Both sites ask the edges for their weights, so that is where they are seen.
+    hooks = [_hook(conv.edges, on_edges)]
+    if router is not None:
+        hooks.append(_hook(router, on_routing))
+    if isinstance(block, MultiHeadAttention):
+        hooks.append(_hook(block, lambda inputs, result: recording.update_outputs(result[1].outputs)))
+    elif site_of(name) == "outputs":
+        hooks.append(_hook(conv, lambda inputs, z: recording.update_outputs(z[0] if isinstance(z, tuple) else z)))
+    return hooks
+
+
+def _hook(owner: nn.Module, take: Callable[[Any, Any], None]):
+    def take_own(module: nn.Module, inputs: Any, result: Any) -> None:
+        # A deep copy of the model made inside the block carries this hook along: it is not what is recorded.
+        if module is owner:
+            take(inputs, result)
+
+    return owner.register_forward_hook(take_own)
+
+
+def _check_strings(heads: Recordings, graphs: dict[str, HeadGraphConv]) -> None:
+    if heads.token_strings is None:
+        return
+    for name, recording in heads.items():
+        if graphs[name].edges.weight is not None and recording.tokens != len(heads.token_strings):
+            raise ValueError(
+                f"Expected a string for each of the {recording.tokens} tokens that were run (got "
+                f"{len(heads.token_strings)}). Do pass as many."
+            )

@@ -1,0 +1,256 @@
+"""Attention with messages between its maps, a few queries at a time: no map is ever whole in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_takes
+
+# Numbers of a tile of maps (rows * H * S), of which backward holds three: they stay in a core's cache between products,
+# and count little beside a block. Time is flat up to the double; with fewer rows products are too flat to be fast, with
+# more they waste much above the diagonal.
+TILE_NUMBERS = 2**18
+FEWEST_ROWS, MOST_ROWS = 64, 128
+
+# Where tiles are the fastest form of dense graphs on a CPU, given queries enough for a tile: from so many keys, or from
+# so many numbers of a head's keys, where whole maps take about as long and more memory. Below, and for a few queries
+# over many keys, what is done once a tile outweighs it.
+TILED_FROM_KEYS, TILED_FROM_NUMBERS = 256, 128 * 64
+
+
+class Tile(NamedTuple):
+    """Some queries of one sequence, and the keys they may see.
+
+    Args:
+        item: index in the batch.
+        rows: the queries.
+        keys: the number of keys, from the first one.
+    """
+
+    item: int
+    rows: slice
+    keys: int
+
+
+def tiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mix_scores: Tensor | None = None,
+    mix_weights: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    r"""Attention with linear messages between scores, between the weights they become, or both, in tiles of queries.
+
+    .. math:: P_i(t, s) = \mathrm{softmax}_s \sum_j w_{ij}(t)\, q_j(t) \cdot k_j(s) / \sqrt{D}, \qquad
+        z_i(t) = \sum_s \sum_j u_{ij}(t)\, P_j(t, s)\, v_i(s)
+
+    with w = `mix_scores` and u = `mix_weights`. Equal to `mixed_attention`, its slow reference, at the price of about
+    plain attention for every graph up to the complete one. Backward computes the maps again, tile by tile, so memory
+    grows with T and not with T x S. Gradients are for one backward pass: second ones need `mixed_attention`.
+
+    On CUDA, messages between scores alone run as one Triton kernel, `flash_mixed_attention`, where `kernel_takes` the
+    device, type and sizes.
+
+    Source: tiles and recomputation as in FlashAttention (arXiv 2205.14135); here a tile holds the maps of all heads and
+    whole rows, so that its softmax is the ordinary one.
+
+    Args:
+        q: queries `[B, T, H, D]`.
+        k, v: keys and values `[B, S, G, D]`, G dividing H.
+        mix_scores, mix_weights: w and u, `[B, T, H, H]` or `[H, H]`, rows receive; `None` for the identity.
+        keep_mask: bool, broadcastable to `[B, H, T, S]`, True = may attend; a row without any gives zeros.
+        is_causal: query t sees keys up to t; T = S. Not beside a mask.
+
+    Returns:
+        Head outputs `[B, T, H, D]`.
+
+    Raises:
+        ValueError: a mask beside `is_causal`.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 7, 5, 4)
+        >>> tiled_attention(q, k, v, torch.randn(2, 7, 5, 5), is_causal=True).shape
+        torch.Size([2, 7, 5, 4])
+    """
+    if is_causal and keep_mask is not None:
+        raise ValueError("Expected keep_mask or is_causal (got both). Do make causality part of the mask.")
+    batch, tokens, heads, head_dim = q.shape
+    if mix_weights is None and mix_scores is not None and kernel_takes(q.device, q.dtype, heads, head_dim):
+        return flash_mixed_attention(q, k.to(q.dtype), v.to(q.dtype), mix_scores, keep_mask, is_causal)
+    groups = heads // k.shape[2]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # [B, S, H, D]
+    mixes = [w if w is None else w.to(q.dtype).expand(batch, tokens, -1, -1) for w in (mix_scores, mix_weights)]
+    if keep_mask is not None:
+        keep_mask = keep_mask.expand(batch, heads, tokens, k.shape[1])  # [B, H, T, S]
+    # Inputs have one dtype; autocast would turn only some of the products inside into another.
+    with torch.autocast(q.device.type, enabled=False):
+        return _TiledAttention.apply(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), *mixes, keep_mask, is_causal)
+
+
+def runs_in_tiles(
+    graphs: Iterable[nn.Module | None], q: Tensor, k: Tensor, dropout: float, tiled: bool | None = None
+) -> bool:
+    """Whether `tiled_attention` is to stand in for messages of these graphs between maps.
+
+    It can where all are linear maps of the dense backend, there are several queries, no dropout and no tracing by the
+    compiler. Second gradients are asked for as of torch's own attention, by `sdpa_kernel(SDPBackend.MATH)`. By
+    default it does on a CPU, from a measured size on; on other devices, and so in the kernel for CUDA, if told to.
+
+    Args:
+        graphs: over scores and over weights, `None` for none.
+        q, k: queries `[B, T, H, D]` and keys `[B, S, G, D]`.
+        dropout: probability of dropping an attention weight.
+        tiled: `None` where tiles were measured to pay, True wherever they can run, False for never.
+    """
+    if tiled is False or dropout or q.shape[1] == 1 or not q.numel() or not k.shape[1]:
+        return False
+    if torch.compiler.is_compiling() or not torch.backends.cuda.flash_sdp_enabled():
+        return False
+    there = [graph for graph in graphs if graph is not None]
+    if not all(getattr(graph, "is_mixing", False) and graph.backend == "dense" for graph in there):
+        return False
+    keys, head_dim = k.shape[1], k.shape[-1]
+    is_long = keys >= TILED_FROM_KEYS or keys * head_dim >= TILED_FROM_NUMBERS
+    return bool(tiled) or (k.device.type == "cpu" and q.shape[1] >= FEWEST_ROWS and is_long)
+
+
+def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) -> Iterator[Tile]:
+    """Yields the tiles that cover all queries of all sequences.
+
+    Example:
+        >>> [tile.keys for tile in tiles_of(1, 300, 8, 300, is_causal=True)]
+        [96, 192, 288, 300]
+    """
+    rows = min(MOST_ROWS, max(FEWEST_ROWS, TILE_NUMBERS // (heads * keys) // 16 * 16))
+    for item in range(batch):
+        for start in range(0, tokens, rows):
+            stop = min(start + rows, tokens)
+            yield Tile(item, slice(start, stop), stop if is_causal else keys)
+
+
+class _Inputs(NamedTuple):
+    """The inputs of `tiled_attention` as its tiles read them: queries scaled, keys and values of every head."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mix_scores: Tensor | None
+    mix_weights: Tensor | None
+    keep_mask: Tensor | None
+    is_causal: bool
+
+    def tiles(self) -> Iterator[Tile]:
+        return tiles_of(*self.q.shape[:3], self.k.shape[1], self.is_causal)
+
+    def maps(self, keys: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Scores `[H, t, n]` before messages, and the weights `[t, H, n]` after them, for keys `[B, H, D, S]`."""
+        b, rows, n = tile
+        scores = torch.bmm(self.q[b, rows].transpose(0, 1), keys[b, :, :, :n])  # [H, t, n]
+        mixed = scores.transpose(0, 1)  # [t, H, n]
+        mixed = mixed.clone() if self.mix_scores is None else torch.bmm(self.mix_scores[b, rows], mixed)
+        if self.is_causal:
+            size = rows.stop - rows.start
+            later = torch.ones(size, size, dtype=torch.bool, device=keys.device).triu(1).unsqueeze(1)  # [t, 1, t]
+            mixed[..., rows].masked_fill_(later, float("-inf"))
+        if self.keep_mask is None:
+            return scores, mixed.softmax(dim=-1)
+        keep = self.keep_mask[b, :, rows, :n].transpose(0, 1)  # [t, H, n]
+        weights = mixed.masked_fill_(~keep, float("-inf")).softmax(dim=-1)
+        return scores, weights.masked_fill_(~keep.any(dim=-1, keepdim=True), 0.0)
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        own = _Inputs(*inputs)
+        z = torch.empty_like(own.q)
+        values = own.v.transpose(1, 2).contiguous()  # [B, H, S, D]
+        keys = own.k.permute(0, 2, 3, 1).contiguous()  # [B, H, D, S]
+
+        # In a function of its own, a tile's maps are freed before the next one's are made.
+        def found(tile: Tile) -> Tensor:
+            _, weights = own.maps(keys, tile)
+            if own.mix_weights is not None:
+                weights = torch.bmm(own.mix_weights[tile.item, tile.rows], weights)  # [t, H, n]
+            return torch.bmm(weights.transpose(0, 1), values[tile.item, :, : tile.keys])  # [H, t, D]
+
+        for tile in own.tiles():
+            z[tile.item, tile.rows] = found(tile).transpose(0, 1)  # [t, H, D]
+        return z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.is_causal = inputs
+        ctx.save_for_backward(*tensors, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, z = ctx.saved_tensors
+        inputs = _Inputs(*tensors, ctx.is_causal)
+        gradients = _Gradients(inputs, z, grad)
+        for tile in inputs.tiles():
+            gradients.add(tile)
+        return (*gradients.of_inputs(), None, None)
+
+
+class _Gradients:
+    """Gradients of the inputs; those of keys and values, to which every tile adds, lie as products are fastest."""
+
+    def __init__(self, inputs: _Inputs, z: Tensor, grad: Tensor) -> None:
+        self.inputs, self.dz = inputs, grad
+        self.keys, self.values = (x.permute(0, 2, 3, 1).contiguous() for x in (inputs.k, inputs.v))  # [B, H, D, S]
+        # sum_s P dP for every row, without another pass over the maps; messages between weights need that pass.
+        has_products = inputs.mix_weights is None
+        self.products = (grad * z).sum(dim=-1, keepdim=True) if has_products else None  # [B, T, H, 1]
+        self.dq = torch.empty_like(inputs.q)
+        self.dk, self.dv = (torch.zeros_like(x) for x in (self.keys, self.values))  # [B, H, D, S]
+        mixes = (inputs.mix_scores, inputs.mix_weights)
+        self.dmix_scores, self.dmix_weights = (w if w is None else w.new_empty(w.shape) for w in mixes)
+
+    def add(self, tile: Tile) -> None:
+        """Computes the maps of a tile again and adds what they contribute.
+
+        At most three maps are in memory, four with messages between weights.
+        """
+        b, rows, n = tile
+        q, k, mix_scores = self.inputs.q, self.inputs.k, self.inputs.mix_scores
+        scores, weights = self.inputs.maps(self.keys, tile)
+        dscores = self._through_weights(tile, weights)  # [t, H, n]
+        del weights
+        if mix_scores is not None:
+            self.dmix_scores[b, rows] = torch.bmm(dscores, scores.permute(1, 2, 0))  # [t, H, H]
+            dscores = torch.bmm(mix_scores[b, rows].transpose(1, 2), dscores)  # [t, H, n]
+        dscores = dscores.transpose(0, 1)  # [H, t, n]
+        self.dq[b, rows] = torch.bmm(dscores, k[b, :n].transpose(0, 1)).transpose(0, 1)  # [t, H, D]
+        self.dk[b, :, :, :n] += torch.bmm(q[b, rows].permute(1, 2, 0), dscores)  # [H, D, n]
+
+    def of_inputs(self) -> tuple[Tensor | None, ...]:
+        """Returns the gradients in the order of the inputs."""
+        dk, dv = (x.permute(0, 3, 1, 2) for x in (self.dk, self.dv))  # [B, S, H, D]
+        return self.dq, dk, dv, self.dmix_scores, self.dmix_weights
+
+    def _through_weights(self, tile: Tile, weights: Tensor) -> Tensor:
+        """Adds to the values' gradients and returns those of the scores after messages, `[t, H, n]`."""
+        b, rows, n = tile
+        mix_weights = self.inputs.mix_weights
+        dz = self.dz[b, rows].transpose(0, 1)  # [H, t, D]
+        dweights = torch.bmm(dz, self.values[b, :, :, :n]).transpose(0, 1)  # [t, H, n]
+        if mix_weights is None:
+            self.dv[b, :, :, :n] += torch.bmm(dz.transpose(1, 2), weights.transpose(0, 1))  # [H, D, n]
+            return dweights.sub_(self.products[b, rows]).mul_(weights)
+        self.dmix_weights[b, rows] = torch.bmm(dweights, weights.transpose(1, 2))  # [t, H, H]
+        mixed = torch.bmm(mix_weights[b, rows], weights)  # [t, H, n]
+        self.dv[b, :, :, :n] += torch.bmm(dz.transpose(1, 2), mixed.transpose(0, 1))  # [H, D, n]
+        del mixed
+        dweights = torch.bmm(mix_weights[b, rows].transpose(1, 2), dweights)  # [t, H, n]
+        product = (dweights * weights).sum(dim=-1, keepdim=True)  # [t, H, 1]
+        return dweights.sub_(product).mul_(weights)

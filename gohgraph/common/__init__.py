@@ -1,0 +1,1 @@
+"""Foundations that know neither head graphs nor attention: configurations, checkpoints, tables, command lines."""

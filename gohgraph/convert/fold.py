@@ -1,0 +1,119 @@
+"""Folding static output graphs into the output projections: what is left has no graphs, a converted model is stock."""
+
+from __future__ import annotations
+
+import dataclasses
+from copy import deepcopy
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from gohgraph.attention.block import MultiHeadAttention
+from gohgraph.attention.slots import HeadSites
+from gohgraph.convert import unconvert
+from gohgraph.convert.blocks import converted, sites_at
+from gohgraph.convert.dropin import GraphMultiheadAttention
+from gohgraph.graphs.config import SITES
+from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.models.config import ClassifierConfig, TransformerConfig
+
+PROJECTIONS = ("Linear", "NonDynamicallyQuantizableLinear", "Conv1D")
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@torch.no_grad()
+def fold(module: Module) -> Module:
+    r"""Merges static output graphs into the output projections, exactly; the graphs are gone afterwards.
+
+    .. math:: y = \sum_i W_O^i \sum_j M_{ij} z_j = \sum_j \Big(\sum_i M_{ij} W_O^i\Big) z_j
+
+    M is the graph's mixing matrix over all rounds. The product is taken in float64. A block's output y stays what it
+    was; the head outputs it returns beside y are now those before messages.
+
+    Args:
+        module: a `MultiHeadAttention` or `GraphMultiheadAttention`, a model whose blocks all have such a graph, or one
+            that `convert` gave them; changed in place, its `config` too, so that it can be saved and loaded. Where one
+            block does not fold, nothing is changed.
+
+    Returns:
+        The same module, every `output_graph` now `None`; of a converted model the stock model, its projections changed.
+
+    Raises:
+        TypeError: no attention with slots for head graphs and none inside.
+        ValueError: no output graph, or one that does not fold: token edges and routed heads differ from token to
+            token, normalised or shifted messages are not linear in the heads, earlier layers' heads have no part in
+            this projection.
+
+    Example:
+        >>> from gohgraph.graphs.graph import head_graph
+        >>> graph = HeadGraphConv(head_graph(4, "ring"), head_dim=2, context_dim=8, edges="static")
+        >>> fold(MultiHeadAttention(8, 4, output_graph=graph)).output_graph is None
+        True
+    """
+    inside = list(module.modules()) if isinstance(module, nn.Module) else []
+    sites = [part for part in inside if isinstance(part, HeadSites)]
+    blocks = sites or [part for part in inside if isinstance(part, MultiHeadAttention)]
+    if not blocks:
+        raise TypeError(f"Expected a MultiHeadAttention or a model of them (got {type(module).__name__}). Do pass one.")
+    for block in blocks:
+        _check(block.output_graph)
+        if block.router is not None:
+            raise ValueError("Expected attention without a router (got one: heads differ by token). Do not fold it.")
+    projections = _projections(module, sites) if sites else [block.output for block in blocks]
+    for block, projection in zip(blocks, projections, strict=True):
+        _fold_into(projection, block)
+        block.output_graph = None
+    if any(not isinstance(part, GraphMultiheadAttention) or part is not module for part in sites):
+        return unconvert(module)
+    if isinstance(getattr(module, "config", None), (TransformerConfig, ClassifierConfig)):
+        module.config = _without_output_graphs(module.config)
+    return module
+
+
+def _fold_into(projection: nn.Module, block: nn.Module) -> None:
+    mixing = deepcopy(block.output_graph).double().mixing()  # [H, H]
+    # transformers' Conv1D keeps its matrix the other way round.
+    matrix = projection.weight if isinstance(projection, nn.Linear) else projection.weight.t()  # [M, H*D]
+    weight = matrix.double().unflatten(1, (block.num_heads, -1))  # [M, H, D]
+    matrix.copy_(torch.einsum("mid,ij->mjd", weight, mixing).flatten(1))  # [M, H*D]
+
+
+def _projections(module: nn.Module, sites: list[HeadSites]) -> list[nn.Module]:
+    """The output projections of converted blocks, in their order."""
+    if isinstance(module, GraphMultiheadAttention):
+        return [module.out_proj]
+    model, conversion = converted(module)
+    names = {id(sites_at(model, name)): place for name, place in conversion.projections.items()}
+    found = [model.get_submodule(names[id(part)]) if id(part) in names else None for part in sites]
+    for part, projection in zip(sites, found, strict=True):
+        if type(projection).__name__ not in PROJECTIONS:
+            raise ValueError(
+                f"Expected a linear output projection to fold into (got {type(projection).__name__}). Do merge "
+                "adapters first, or keep the graphs."
+            )
+        if part.score_graph is not None:
+            raise ValueError("Expected no score graph in a converted model (got one). Do not fold it.")
+    return found
+
+
+def _check(graph: nn.Module | None) -> None:
+    if not isinstance(graph, HeadGraphConv):
+        got = "none" if graph is None else type(graph).__name__
+        raise ValueError(f"Expected a HeadGraphConv at the output site (got {got}). Do fold static head graphs only.")
+    reasons = {
+        "edges that depend on the token": graph.edges.weight is not None,
+        "normalised or shifted messages, which are not linear": not graph.is_linear,
+        "senders from other layers": graph.cross_layer > 0,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"Expected a static linear output graph (got {reason}). Do keep this graph unfolded.")
+
+
+def _without_output_graphs(config: TransformerConfig | ClassifierConfig) -> TransformerConfig | ClassifierConfig:
+    if isinstance(config, ClassifierConfig):
+        return dataclasses.replace(config, transformer=_without_output_graphs(config.transformer))
+    graphs = dataclasses.replace(config.head_graph, outputs=None)
+    is_left = any(getattr(graphs, site) is not None for site in SITES)
+    return dataclasses.replace(config, head_graph=graphs if is_left else None)

@@ -1,0 +1,1 @@
+"""Head graphs: topologies, learned edges, the convolution over heads, and what it has to beat."""

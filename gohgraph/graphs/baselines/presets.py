@@ -1,0 +1,98 @@
+"""Whole configurations by name: head graphs, what they have to beat, and what each part of them is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from gohgraph.graphs.config import HeadGraphConfig, RoutingConfig
+from gohgraph.graphs.site_config import BaselineConfig, Site, SiteConfig
+
+Preset = Callable[[int], HeadGraphConfig | None]
+
+# Talking heads and MEA are linear, without the tanh of a head graph.
+MIXING = SiteConfig(edges="static", activation=None)
+ELEMENT_GATE, HEAD_NORM = BaselineConfig("gate"), BaselineConfig("norm")
+HEAD_GATE, LOW_RANK_GATE = BaselineConfig("gate", {"grain": "head"}), BaselineConfig("gate", {"rank": 16})
+COMPOSED, KNOCKED = BaselineConfig("composition"), BaselineConfig("knocking", {"form": "linear"})
+
+
+def _outputs(*parts: SiteConfig | BaselineConfig, **sites: Site) -> Preset:
+    return lambda heads: HeadGraphConfig(parts[0] if len(parts) == 1 else parts, **sites)
+
+
+def _inner(**sites: Site) -> Preset:
+    return lambda heads: HeadGraphConfig(None, **sites)
+
+
+def _experts(heads: int, rounds: int) -> HeadGraphConfig:
+    return HeadGraphConfig.graph_experts(heads // 4, rounds)
+
+
+# Ways to let heads talk, or to weigh them, without a head graph of ours.
+OPPONENTS: dict[str, Preset] = {
+    "plain": lambda heads: None,
+    "head-gate": _outputs(HEAD_GATE),
+    "element-gate": _outputs(ELEMENT_GATE),
+    "low-rank-gate": _outputs(LOW_RANK_GATE),
+    "head-norm": _outputs(HEAD_NORM),
+    "norm-head-gate": _outputs(HEAD_NORM, HEAD_GATE),
+    "norm-element-gate": _outputs(HEAD_NORM, ELEMENT_GATE),
+    "talking-heads": _inner(scores=MIXING, weights=MIXING),
+    "dcmha": _inner(scores=COMPOSED, weights=COMPOSED),
+    "knocking-heads": _inner(values=BaselineConfig("knocking")),
+    "knocking-linear": _inner(queries=KNOCKED, keys=KNOCKED, values=KNOCKED),
+    "mea": _outputs(HEAD_NORM, keys=MIXING, values=MIXING),
+    "moh-75": lambda heads: HeadGraphConfig.moh(heads // 4, heads // 2),
+    "moh-50": lambda heads: HeadGraphConfig.moh(heads // 4, heads // 4),
+    "static-graph": _outputs(SiteConfig(edges="static")),
+    "frozen-graph": _outputs(SiteConfig(edges="frozen")),
+}
+
+# Head graphs: the sites, and on each the choices of topology, edges and rounds.
+HEAD_GRAPHS: dict[str, Preset] = {
+    "outputs": _outputs(SiteConfig()),
+    "scores": _inner(scores=SiteConfig.ring(4)),
+    "both": lambda heads: HeadGraphConfig(scores=SiteConfig.ring(4)),
+    "values": _inner(values=SiteConfig()),
+    "outputs-values": _outputs(SiteConfig(), values=SiteConfig()),
+    "weights": _inner(weights=SiteConfig()),
+    "keyed-scores": _inner(scores=SiteConfig.ring(4, keyed=True)),
+    "scores-complete": _inner(scores=SiteConfig()),
+    "scores-weights": _inner(scores=SiteConfig(), weights=SiteConfig()),
+    "outputs-ring-2": _outputs(SiteConfig.ring(2)),
+    "outputs-ring-4": _outputs(SiteConfig.ring(4)),
+    "outputs-learned-4": _outputs(SiteConfig(in_degree=4)),
+    "outputs-top-4": _outputs(SiteConfig(top_edges=4)),
+    "outputs-softmax": _outputs(BaselineConfig("softmax")),
+    "outputs-own-context": _outputs(BaselineConfig("own-context")),
+    "outputs-gates-only": _outputs(SiteConfig("empty")),
+    "outputs-no-loops": _outputs(SiteConfig(self_loops=False)),
+    "outputs-rank-16": _outputs(SiteConfig(rank=16)),
+    "outputs-linear": _outputs(SiteConfig(activation=None)),
+    "outputs-rounds-2": _outputs(SiteConfig(rounds=2)),
+    "outputs-norm": _outputs(SiteConfig(norm=True)),
+    "norm-outputs": _outputs(HEAD_NORM, SiteConfig()),
+    "outputs-element-gate": _outputs(SiteConfig(), ELEMENT_GATE),
+    "norm-outputs-element-gate": _outputs(HEAD_NORM, SiteConfig(), ELEMENT_GATE),
+    "cross-layer-1": _outputs(SiteConfig(cross_layer=1, norm=True)),
+    "outputs-moh-75": lambda heads: HeadGraphConfig(routing=RoutingConfig(heads // 4, heads // 2)),
+    **{f"experts-{rounds}": partial(_experts, rounds=rounds) for rounds in (1, 2, 3)},
+}
+
+PRESETS = {**OPPONENTS, **HEAD_GRAPHS}
+
+
+def preset(name: str, num_heads: int) -> HeadGraphConfig | None:
+    """Returns the configuration of a name for so many heads; `None` is plain attention.
+
+    Raises:
+        ValueError: an unknown name.
+
+    Example:
+        >>> preset("talking-heads", num_heads=8).scores
+        SiteConfig(edges='static', activation=None)
+    """
+    if name not in PRESETS:
+        raise ValueError(f"Expected one of {list(PRESETS)} (got {name!r}). Do choose one of them.")
+    return PRESETS[name](num_heads)

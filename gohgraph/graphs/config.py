@@ -1,0 +1,179 @@
+"""Configurations of head graphs: what stands at each site of attention, and the routing of heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gohgraph.common.config_base import Config, check_bool, check_int, check_weight
+from gohgraph.graphs.site_config import BaselineConfig, Site, SiteConfig, parts_of, site_from_dict
+
+SITES = ("outputs", "scores", "queries", "keys", "values", "weights")
+
+
+@dataclass(frozen=True)
+class RoutingConfig(Config):
+    """Mixture-of-Head routing: which heads a token uses, and how their load is kept balanced.
+
+    Args:
+        num_shared: the first heads, always active (0 or more).
+        top_k: routed heads a token uses: one number, or a tuple with one for each layer of a stack; 0 when all heads
+            are shared.
+        straight_through: gates of 0 and 1, as in `HeadRouter`.
+        balance_loss: weight of the load-balance loss in a model's training loss (MoH's 0.01 is 0.01 k here: its loss
+            is k times ours).
+        z_loss: weight of the router z-loss there (0.001 in ST-MoE, arXiv 2202.08906).
+        bias_rate: how fast the balance bias moves, per step; 0 for no bias (arXiv 2408.15664 takes 0.001, and no
+            `balance_loss`).
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range, named in the message.
+
+    Example:
+        >>> RoutingConfig(num_shared=2, top_k=(4, 2)).top_k
+        (4, 2)
+    """
+
+    num_shared: int
+    top_k: int | tuple[int, ...]
+    straight_through: bool = False
+    balance_loss: float = 0.04
+    z_loss: float = 0.0
+    bias_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_int(self, "num_shared", low=0)
+        check_bool(self, "straight_through")
+        for name in ("balance_loss", "z_loss", "bias_rate"):
+            check_weight(self, name)
+        if isinstance(self.top_k, list):
+            object.__setattr__(self, "top_k", tuple(self.top_k))
+        budgets = self.top_k if isinstance(self.top_k, tuple) else (self.top_k,)
+        if not budgets or any(isinstance(k, bool) or not isinstance(k, int) or k < 0 for k in budgets):
+            raise ValueError(f"Expected top_k >= 0, for all layers or each (got {self.top_k!r}). Do pass e.g. 4.")
+
+    def check_heads(self, num_heads: int, num_layers: int) -> None:
+        """Raises `ValueError` where a stack of so many heads and layers cannot be routed like this."""
+        routed = num_heads - self.num_shared
+        budgets = self.top_k if isinstance(self.top_k, tuple) else (self.top_k,) * num_layers
+        if len(budgets) != num_layers:
+            raise ValueError(f"Expected one top_k for each of {num_layers} layers (got {self.top_k}). Do pass as many.")
+        if routed < 0 or not all(min(1, routed) <= k <= routed for k in budgets):
+            raise ValueError(
+                f"Expected num_shared <= {num_heads} heads, and top_k of at least 1 and at most the others' number, 0 "
+                f"if there are none (got num_shared={self.num_shared}, top_k={self.top_k}). Do change them."
+            )
+
+
+@dataclass(frozen=True)
+class HeadGraphConfig(Config):
+    """The head graphs of an attention block, at its heads' outputs, at scores or further sites, and who is in them.
+
+    A site takes a `SiteConfig`, a `BaselineConfig`, a tuple of them for one after another, or `None` for nothing.
+
+    Args:
+        outputs: messages between head outputs, read out in place of concatenating heads.
+        scores: messages between attention scores before the softmax.
+        routing: Mixture-of-Head routing; messages then flow among the active heads of a token only. `None`: all work.
+        alignment: weight, in a model's training loss, of the alignment between heads before and after all rounds of
+            messages (`outputs` with `num_shared` only, see `GraphExperts`).
+        queries, keys, values: messages between heads before attention, among key/value heads for the last two.
+        weights: messages between attention weights after the softmax.
+
+    Raises:
+        TypeError: a site or a routing of another type.
+        ValueError: a graph with `norm`, `cross_layer` or `num_shared` where its nodes do not have them, `keyed` edges
+            elsewhere than at scores, an alignment without graph experts.
+
+    Example:
+        >>> HeadGraphConfig(scores=SiteConfig.ring(2)).outputs
+        SiteConfig()
+    """
+
+    outputs: Site | None = field(default_factory=SiteConfig)
+    scores: Site | None = None
+    routing: RoutingConfig | None = None
+    alignment: float = 0.0
+    queries: Site | None = None
+    keys: Site | None = None
+    values: Site | None = None
+    weights: Site | None = None
+
+    def __post_init__(self) -> None:
+        for name in SITES:
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            for part in parts_of(getattr(self, name)):
+                _check_site(name, part)
+        if self.routing is not None and not isinstance(self.routing, RoutingConfig):
+            raise TypeError(
+                f"Expected routing to be a RoutingConfig or None (got {self.routing!r}). Do pass e.g. "
+                "RoutingConfig(num_shared=2, top_k=4)."
+            )
+        check_weight(self, "alignment")
+        if self.alignment and getattr(self.outputs, "num_shared", None) is None:
+            raise ValueError("Expected outputs with num_shared for an alignment (got none). Do use graph_experts.")
+
+    @classmethod
+    def moh(cls, num_shared: int, top_k: int | tuple[int, ...], **settings: Any) -> HeadGraphConfig:
+        """Returns Mixture-of-Head attention (arXiv 2410.11842): routed heads, no messages.
+
+        Args:
+            num_shared, top_k, **settings: of `RoutingConfig`.
+
+        Example:
+            >>> HeadGraphConfig.moh(num_shared=2, top_k=4).outputs is None
+            True
+        """
+        return cls(outputs=None, routing=RoutingConfig(num_shared, top_k, **settings))
+
+    @classmethod
+    def graph_experts(
+        cls,
+        num_shared: int,
+        rounds: int = 2,
+        *,
+        top_k: int | tuple[int, ...] | None = None,
+        alignment: float = 0.0,
+        **settings: Any,
+    ) -> HeadGraphConfig:
+        """Returns graph-convolution experts, in the manner of GaCLLM (arXiv 2402.08859); see `GraphExperts`.
+
+        The first `num_shared` heads and the others are the two kinds of nodes of a bipartite graph.
+
+        Args:
+            num_shared: heads of the first kind.
+            rounds: R, rounds of one-hop messages.
+            top_k: routed heads a token uses; `None` leaves all heads active, without a router.
+            alignment: weight of the alignment loss.
+            **settings: of `SiteConfig`.
+
+        Example:
+            >>> HeadGraphConfig.graph_experts(num_shared=2, rounds=3).outputs.topology
+            'bipartite'
+        """
+        options = {"num_shared": num_shared}
+        site = SiteConfig("bipartite", options, rounds=rounds, num_shared=num_shared, **settings)
+        routing = None if top_k is None else RoutingConfig(num_shared, top_k)
+        return cls(outputs=site, routing=routing, alignment=alignment)
+
+    @classmethod
+    def _nested(cls, values: dict[str, Any]) -> dict[str, Any]:
+        made = {name: site_from_dict(values[name]) for name in SITES if values.get(name) is not None}
+        if values.get("routing") is not None:
+            made["routing"] = RoutingConfig.from_dict(values["routing"])
+        return {**values, **made}
+
+
+def _check_site(name: str, part: Any) -> None:
+    if not isinstance(part, (SiteConfig, BaselineConfig)):
+        raise TypeError(f"Expected {name} to be a SiteConfig or None (got {part!r}). Do pass SiteConfig().")
+    if isinstance(part, BaselineConfig):
+        return
+    if part.keyed and name != "scores":
+        raise ValueError(f"Expected keyed edges at scores only (got them at {name}). Do set keyed off.")
+    has_features = name in ("outputs", "queries", "keys", "values")
+    if part.cross_layer and name != "outputs" or (part.norm or part.num_shared) and not has_features:
+        raise ValueError(
+            f"Expected a graph at {name} without norm, cross_layer and num_shared (got one). Do set them off."
+        )

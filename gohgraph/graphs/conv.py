@@ -1,0 +1,364 @@
+"""Message passing between the heads of one token over learned edges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.nn import MessagePassing
+
+from gohgraph.graphs.edges import EdgeWeights
+from gohgraph.graphs.graph import head_graph
+from gohgraph.graphs.site_config import SiteConfig
+
+BACKENDS = ("dense", "pyg")
+
+
+class HeadGraphConv(MessagePassing):
+    r"""Head-graph convolution: every head adds a signed, token-wise weighted sum of its senders.
+
+    .. math::
+        \alpha_{ji}(t) = \tanh(s_{ji} + (W c(t))_{ji}), \qquad
+        z'_i(t) = z_i(t) + \sum_{j \to i} \alpha_{ji}(t)\, z_j(t)
+
+    With `rounds = R > 1` the update is repeated, m^(r) being the sum in round r, and the rounds are fused by learned
+    coefficients: z' = z + sum_r (1 + f_r) m^(r). All of s, W and f start at zero, so a new graph returns its input bit
+    for bit. The nodes may be head outputs (features: head_dim) or attention scores (features: keys); a token's
+    messages stay with the token. Under a router, a token's graph is the induced subgraph of its active heads: the
+    others neither send nor receive.
+
+    Differs from `torch_geometric.nn.GATv2Conv`: weights are signed and not normalised over senders, come from a context
+    shared by all edges and not from pairs of nodes, and nodes carry batch dimensions `[*, H, D]`.
+
+    Args:
+        graph: PyG `Data` over the H heads (`head_graph`), edges from sender j to receiver i.
+        head_dim: D, the node features; sizes the gain of `norm`.
+        context_dim: M, size of the context c(t), usually d_model.
+        edges: `"token"` | `"static"` | `"frozen"`, see `EdgeWeights`.
+        rank: low rank of W, or `None` for full rank.
+        activation: `"tanh"` or `None`.
+        rounds: R >= 1.
+        cross_layer: w >= 0 adds the head outputs of the w layers before as senders (bipartite), over the same edges:
+            sender index j + l*H is head j of the l-th layer before.
+        norm: messages are RMS-normalised per head, with a learned gain `[senders, D]`, before they are weighted.
+        backend: `"dense"`, one batched matrix product (trains faster), or `"pyg"`, `propagate`, the definition.
+        top_edges: per token, every head keeps so many of its incoming edges, those of the largest |alpha|; `None` for
+            all. The weights of the others become zero but still get their gradients, so that none is lost for good.
+            Under a router the edges of the induced subgraph compete.
+
+    Shape:
+        z `[*, H, D]`, context `[*, M]`, earlier: w tensors `[*, H, D]` (nearest layer first), active: bool `[*, H]`, or
+        `None` for all -> `[*, H, D]`.
+
+    Raises:
+        TypeError: `graph` is not a PyG `Data`.
+        ValueError: an impossible option, or nodes of another number of heads.
+
+    Example:
+        >>> conv = HeadGraphConv(head_graph(8), head_dim=4, context_dim=32)
+        >>> z, x = torch.randn(2, 5, 8, 4), torch.randn(2, 5, 32)
+        >>> torch.equal(conv(z, context=x), z)
+        True
+        >>> conv.edge_weight(x).shape, conv.adjacency(x).shape
+        (torch.Size([2, 5, 64]), torch.Size([2, 5, 8, 8]))
+    """
+
+    def __init__(
+        self,
+        graph: Data,
+        head_dim: int,
+        context_dim: int,
+        *,
+        edges: str = "token",
+        rank: int | None = None,
+        activation: str | None = "tanh",
+        rounds: int = 1,
+        cross_layer: int = 0,
+        norm: bool = False,
+        backend: str = "dense",
+        top_edges: int | None = None,
+    ) -> None:
+        super().__init__(aggr="add", node_dim=-2)
+        _check_conv(graph, head_dim, context_dim, cross_layer, backend, top_edges)
+        self.num_heads, self.head_dim, self.backend, self.cross_layer = graph.num_nodes, head_dim, backend, cross_layer
+        self.num_senders, self.top_edges = self.num_heads * (1 + cross_layer), top_edges
+        edge_index = _with_earlier_layers(head_graph(self.num_heads, graph, self_loops=False), cross_layer)
+        num_edges = edge_index.shape[1]
+        in_degree = max(1.0, num_edges / self.num_heads)
+        self.edges = EdgeWeights(
+            num_edges, context_dim, kind=edges, rank=rank, activation=activation, rounds=rounds, scale=in_degree**-0.5
+        )
+        self.fusion = nn.Parameter(torch.zeros(rounds)) if rounds > 1 else None
+        self.gain = nn.Parameter(torch.ones(self.num_senders, head_dim)) if norm else None
+        # Saved with the weights, so that they never meet another graph of equally many edges.
+        self.register_buffer("edge_index", edge_index)
+        slots, places = self._slots_and_places()
+        self.register_buffer("slots", slots, persistent=False)
+        self.register_buffer("places", places, persistent=False)
+
+    @classmethod
+    def from_config(
+        cls, config: SiteConfig, num_heads: int, head_dim: int, context_dim: int, *, layer: int = 0, **more: Any
+    ) -> HeadGraphConv:
+        """Builds the graph and convolution a `SiteConfig` names, for the layer of that index in its stack.
+
+        A layer has only `layer` layers before it: `cross_layer` is cut to that. `more` goes to the constructor of a
+        subclass.
+
+        Example:
+            >>> HeadGraphConv.from_config(SiteConfig(topology="star"), 5, 3, 7).edge_index.shape
+            torch.Size([2, 13])
+        """
+        graph = head_graph(num_heads, config.topology, self_loops=config.self_loops, **config.options)
+        return cls(
+            graph,
+            head_dim,
+            context_dim,
+            edges=config.edges,
+            rank=config.rank,
+            activation=config.activation,
+            rounds=config.rounds,
+            cross_layer=min(config.cross_layer, layer),
+            norm=config.norm,
+            backend=config.backend,
+            top_edges=config.top_edges,
+            **more,
+        )
+
+    @property
+    def rounds(self) -> int:
+        """R, the number of message-passing rounds."""
+        return self.edges.rounds
+
+    @property
+    def is_complete(self) -> bool:
+        """True when every sender reaches every receiver, so that edges in order are the rows of the adjacency."""
+        return self.edges.num_edges == self.num_heads * self.num_senders
+
+    @property
+    def links(self) -> Tensor:
+        """Edges `[2, E]` as this module computes them: the place of the sender among its senders, and the receiver."""
+        return self.edge_index
+
+    def reset_parameters(self) -> None:
+        """Returns to the neutral start."""
+        self.edges.reset_parameters()
+        if self.fusion is not None:
+            nn.init.zeros_(self.fusion)
+        if self.gain is not None:
+            nn.init.ones_(self.gain)
+
+    @torch.no_grad()
+    def keep_edges(self, kept: Tensor) -> None:
+        """Leaves the edges of the bool mask `kept [E]` in the graph, with their weights; the others are gone for good.
+
+        Of a whole model `gohgraph.prune` does this, and rebuilds what hangs on the edges.
+        """
+        if kept.dtype != torch.bool or kept.shape != (self.edges.num_edges,):
+            raise ValueError(
+                f"Expected a bool mask of shape [{self.edges.num_edges}] (got {kept.dtype} {list(kept.shape)}). "
+                "Do pass one value for each edge."
+            )
+        kept = kept.to(self.edge_index.device)
+        self.edge_index = self.edge_index[:, kept]
+        self.edges.keep_edges(kept)
+        self.slots, self.places = self._slots_and_places()
+
+    def fit_to(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Prunes the graph to the edges saved under `prefix`, where they are some of its own; a checkpoint's loader."""
+        saved = tensors.get(prefix + "edge_index")
+        if saved is None or saved.dim() != 2 or saved.shape[1] >= self.edges.num_edges:
+            return
+        edges = {tuple(edge) for edge in saved.t().tolist()}
+        kept = torch.tensor([tuple(edge) in edges for edge in self.edge_index.t().tolist()])
+        if torch.equal(self.edge_index[:, kept], saved.to(self.edge_index.device)):
+            self.keep_edges(kept)
+
+    def _slots_and_places(self) -> tuple[Tensor, Tensor]:
+        """Of every cell of the adjacency its edge, `[H*S]` (E where there is none); of every edge its cell, `[E]`."""
+        num_edges, device = self.edges.num_edges, self.edge_index.device
+        slots = torch.full((self.num_heads * self.num_senders,), num_edges, device=device)
+        places = self.links[1] * self.num_senders + self.links[0]
+        slots[places] = torch.arange(num_edges, device=device)
+        return slots, places
+
+    def forward(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        earlier: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+    ) -> Tensor:
+        """Passes messages between the nodes `z [*, H, D]` under the context `[*, M]`."""
+        if self.fusion is None:
+            self._check_nodes(z, earlier)
+            return self._add_messages(z, self._senders(z, earlier), self.edge_weight(context, 0, active).to(z.dtype))
+        return self._fuse(z, self.messages(z, context, earlier, active))
+
+    def messages(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        earlier: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Returns m^(1), ..., m^(R), `[*, H, D]` each: what heads receive in each round; z^(r) = z^(r-1) + m^(r)."""
+        self._check_nodes(z, earlier)
+        weights = self._weights(context, active).to(z.dtype)  # [*, R, E] or [R, E]
+        received = []
+        for index in range(self.rounds):
+            received.append(self._add_messages(None, self._senders(z, earlier), weights[..., index, :]))  # [*, H, D]
+            z = z + received[-1]
+        return received
+
+    def edge_weight(self, context: Tensor | None = None, index: int = 0, active: Tensor | None = None) -> Tensor:
+        """Returns alpha of round `index`: `[*, E]` for a context `[*, M]` or active heads `[*, H]`, else `[E]`."""
+        return self._weights(context, active)[..., index, :]
+
+    def adjacency(self, context: Tensor | None = None, index: int = 0, active: Tensor | None = None) -> Tensor:
+        """Returns alpha of round `index` as a matrix `[*, H, senders]`: rows receive, absent edges are zero."""
+        return self._dense(self.edge_weight(context, index, active))
+
+    @property
+    def is_linear(self) -> bool:
+        """True when a message is a multiple of what its sender holds, neither normalised nor shifted."""
+        return self.gain is None
+
+    @property
+    def is_mixing(self) -> bool:
+        """True when all rounds together are a linear map of the heads' own nodes, see `mixing`."""
+        return self.is_linear and not self.cross_layer
+
+    def mixing(self, context: Tensor | None = None, active: Tensor | None = None) -> Tensor:
+        """Returns the linear map `[*, H, H]` of all rounds, z' = mixing z, for a context `[*, M]`.
+
+        Raises:
+            ValueError: a graph with `norm`, `cross_layer` or embeddings, which is not such a map.
+        """
+        if not self.is_mixing:
+            raise ValueError("Expected a linear graph of one layer (got another). Do drop norm and cross_layer.")
+        dtype = self.edges.bias.dtype if context is None else context.dtype
+        eye = torch.eye(self.num_heads, dtype=dtype, device=self.edge_index.device)  # [H, H]
+        varying = context if self.edges.weight is not None else active
+        tokens = () if varying is None else varying.shape[:-1]
+        return self(eye.expand(*tokens, -1, -1), context, active=active)  # [*, H, H]
+
+    def message(self, x_j: Tensor, alpha: Tensor) -> Tensor:
+        """The message of each edge: its weight times its sender, `[*, E, D]`."""
+        return alpha.unsqueeze(-1) * x_j
+
+    def _fuse(self, z: Tensor, messages: list[Tensor]) -> Tensor:
+        fusion = self._fusion()
+        for index, message in enumerate(messages):
+            factor = 1.0 if fusion is None else (1 + fusion[index]).to(message.dtype)
+            z = z + factor * message
+        return z
+
+    def _fusion(self) -> Tensor | None:
+        return self.fusion
+
+    def select(self, alpha: Tensor, active: Tensor | None = None) -> Tensor:
+        """Returns the weights `[*, R, E]` with zeros where the induced subgraph or `top_edges` leaves an edge out.
+
+        Args:
+            alpha: weights of all edges, `[*, R, E]` or `[R, E]`.
+            active: bool `[*, H]`, heads that work for the token; `None` for all.
+        """
+        if active is not None:
+            alpha = alpha * self._linked(active).unsqueeze(-2)  # [*, R, E]
+        return alpha if self.top_edges is None else self._strongest(alpha)
+
+    def _weights(self, context: Tensor | None, active: Tensor | None) -> Tensor:
+        return self.select(self.edges(context), active)  # [*, R, E] or [R, E]
+
+    def _linked(self, active: Tensor) -> Tensor:
+        # Heads of earlier layers that were off there send zeros: only the receiver counts.
+        sending = F.pad(active, (0, self.num_senders - self.num_heads), value=True)  # [*, S]
+        senders, receivers = self.edge_index
+        return sending.index_select(-1, senders) & active.index_select(-1, receivers)  # [*, E]
+
+    def _strongest(self, alpha: Tensor) -> Tensor:
+        size = self._dense(alpha.detach().abs())  # [*, R, H, S]
+        best = size.argsort(dim=-1, descending=True, stable=True)[..., : self.top_edges]  # [*, R, H, k]
+        kept = torch.zeros_like(size).scatter(-1, best, 1.0).flatten(-2).index_select(-1, self.places)  # [*, R, E]
+        return alpha - (alpha * (1 - kept)).detach()
+
+    def _senders(self, nodes: Tensor, earlier: Sequence[Tensor]) -> Tensor:
+        senders = torch.cat((nodes, *earlier[: self.cross_layer]), dim=-2) if self.cross_layer else nodes  # [*, S, D]
+        if self.gain is None:
+            return senders
+        return F.rms_norm(senders, (senders.shape[-1],)) * self.gain.to(senders.dtype)
+
+    def _add_messages(self, z: Tensor | None, senders: Tensor, alpha: Tensor) -> Tensor:
+        if self.backend == "pyg":
+            size = (self.num_senders, self.num_heads)
+            received = self.propagate(self.links, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
+            return received if z is None else z + received
+        adjacency = self._dense(alpha)  # [*, H, S]
+        if z is None or z.dim() == 2 or adjacency.shape[:-2] != z.shape[:-2]:
+            received = adjacency @ senders  # [*, H, D]
+            return received if z is None else z + received
+        nodes = z.reshape(-1, *z.shape[-2:])  # [N, H, D]
+        sending = nodes if senders is z else senders.reshape(-1, *senders.shape[-2:])  # [N, S, D]
+        # One call adds and multiplies: no pass over memory beyond the product itself.
+        added = torch.baddbmm(nodes, adjacency.reshape(-1, *adjacency.shape[-2:]), sending)  # [N, H, D]
+        return added.view(z.shape)  # [*, H, D]
+
+    def _dense(self, alpha: Tensor) -> Tensor:
+        if not self.is_complete:
+            alpha = F.pad(alpha, (0, 1)).index_select(-1, self.slots)  # [*, H*S]
+        return alpha.reshape(*alpha.shape[:-1], self.num_heads, self.num_senders)  # [*, H, S]
+
+    def _check_nodes(self, z: Tensor, earlier: Sequence[Tensor]) -> None:
+        if z.dim() < 2 or z.shape[-2] != self.num_heads:
+            raise ValueError(
+                f"Expected nodes of shape [*, {self.num_heads}, D] (got {list(z.shape)}). "
+                "Do build the graph over as many heads as the attention has."
+            )
+        if len(earlier) < self.cross_layer:
+            raise ValueError(
+                f"Expected the head outputs of {self.cross_layer} layers before (got {len(earlier)}). "
+                "Do pass them as `earlier`, nearest first."
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        saved = state_dict.get(prefix + "edge_index")
+        if saved is not None and not torch.equal(saved.cpu(), self.edge_index.cpu()):
+            errors.append(
+                f"Expected weights of this head graph at {prefix!r} (got another graph, {saved.shape[1]} edges for "
+                f"{self.edge_index.shape[1]}). Do build the model with the topology it was saved with."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(num_heads={self.num_heads}, head_dim={self.head_dim}, "
+            f"cross_layer={self.cross_layer}, norm={self.gain is not None}, backend={self.backend!r}, {self.edges})"
+        )
+
+
+def _with_earlier_layers(graph: Data, cross_layer: int) -> Tensor:
+    num_heads = graph.num_nodes
+    copies = [graph.edge_index + torch.tensor([[layer * num_heads], [0]]) for layer in range(cross_layer + 1)]
+    edge_index = torch.cat(copies, dim=1)  # [2, E*(w+1)]
+    order = torch.argsort(edge_index[1] * num_heads * (cross_layer + 1) + edge_index[0])
+    return edge_index[:, order]
+
+
+def _check_conv(
+    graph: Data, head_dim: int, context_dim: int, cross_layer: int, backend: str, top_edges: int | None
+) -> None:
+    if not isinstance(graph, Data):
+        raise TypeError(f"Expected a PyG Data (got {type(graph).__name__}). Do build it with head_graph(num_heads).")
+    sizes = [("head_dim", head_dim, 1), ("context_dim", context_dim, 1), ("cross_layer", cross_layer, 0)]
+    sizes += [] if top_edges is None else [("top_edges", top_edges, 1)]
+    for name, value, low in sizes:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"Expected {name} to be an int >= {low} (got {value!r}). Do pass its size.")
+    if backend not in BACKENDS:
+        raise ValueError(f"Expected backend of {list(BACKENDS)} (got {backend!r}). Do choose one of them.")

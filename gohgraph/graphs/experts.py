@@ -1,0 +1,139 @@
+"""Graph-convolution experts: rounds of messages between two kinds of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.site_config import SiteConfig
+
+
+class GraphExperts(HeadGraphConv):
+    r"""Graph-convolution experts: heads of two kinds exchange one-hop messages for R rounds, and all rounds are fused.
+
+    .. math::
+        m_i^{(r)} &= \sum_{j \to i} \alpha_{ji}^{(r)}\, (z_j^{(r-1)} + e_{\mathrm{kind}(j)} + u_j), \qquad
+        z_i^{(r)} = z_i^{(r-1)} + m_i^{(r)} \\
+        z_i' &= z_i^{(0)} + \sum_r (1 + f_r)\, m_i^{(r)}, \qquad
+        L_\text{align} = \mathrm{mean}_{t, i}\big(1 - \cos(z_i^{(0)}(t), z_i^{(R)}(t))\big)
+
+    e and u are embeddings of the sender's kind and of the sender; alpha, R and f are those of `HeadGraphConv`. On a
+    bipartite graph (`head_graph(H, "bipartite", num_shared=h_s)`), round r brings news from r hops away. New experts
+    send nothing, whatever their embeddings.
+
+    Source: the analogue over heads of GaCLLM (Du et al. 2024, arXiv 2402.08859), where a language model aggregates the
+    neighbours in a bipartite user-item graph, L rounds, with a prompt for each kind of node, and the descriptions of
+    all rounds are aligned and fused. Differs: aggregation is a signed sum; the alignment is between first and last
+    round of a head by their cosine, not between texts and graph embeddings.
+
+    Args:
+        graph, head_dim, context_dim, **options: as in `HeadGraphConv`.
+        num_shared: the first h_s heads are of one kind, the others of another.
+        rounds: R.
+        alignment: `forward` also returns z^(R), for `alignment_loss`.
+
+    Shape:
+        as `HeadGraphConv`; with `alignment` a pair (z', z^(R)) of `[*, H, D]`.
+
+    Raises:
+        ValueError: num_shared out of 0..H; further as `HeadGraphConv`.
+
+    Example:
+        >>> from gohgraph.graphs.graph import head_graph
+        >>> graph = head_graph(5, "bipartite", num_shared=2)
+        >>> experts = GraphExperts(graph, head_dim=4, context_dim=20, num_shared=2, rounds=3)
+        >>> z, x = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 20)
+        >>> torch.equal(experts(z, context=x), z)
+        True
+    """
+
+    def __init__(
+        self,
+        graph: Data,
+        head_dim: int,
+        context_dim: int,
+        num_shared: int,
+        *,
+        rounds: int = 2,
+        alignment: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(graph, head_dim, context_dim, rounds=rounds, **options)
+        if isinstance(num_shared, bool) or not isinstance(num_shared, int) or not 0 <= num_shared <= self.num_heads:
+            raise ValueError(
+                f"Expected num_shared to be an int in 0..{self.num_heads} (got {num_shared!r}). Do choose one in range."
+            )
+        self.num_shared, self.alignment = num_shared, alignment
+        self.kind_embedding = nn.Parameter(torch.empty(2, head_dim))
+        self.head_embedding = nn.Parameter(torch.empty(self.num_heads, head_dim))
+        self._reset_embeddings()
+
+    @classmethod
+    def from_config(cls, config: SiteConfig, *sizes: int, layer: int = 0, alignment: bool = False) -> GraphExperts:
+        """Builds the experts a `SiteConfig` with `num_shared` names; sizes as in `HeadGraphConv.from_config`."""
+        return super().from_config(config, *sizes, layer=layer, num_shared=config.num_shared, alignment=alignment)
+
+    @property
+    def is_linear(self) -> bool:
+        """False: messages are shifted by the embeddings."""
+        return False
+
+    def reset_parameters(self) -> None:
+        """Returns to the neutral start."""
+        super().reset_parameters()
+        self._reset_embeddings()
+
+    def forward(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        earlier: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Passes messages between the nodes `z [*, H, D]`; with `alignment` returns the last round's nodes too."""
+        if not self.alignment:
+            return super().forward(z, context, earlier, active)
+        messages = self.messages(z, context, earlier, active)
+        return self._fuse(z, messages), z + sum(messages)
+
+    def _senders(self, nodes: Tensor, earlier: Sequence[Tensor]) -> Tensor:
+        shared, routed = self.kind_embedding  # [D] each
+        split = self.num_shared
+        embeddings = torch.cat((self.head_embedding[:split] + shared, self.head_embedding[split:] + routed))  # [H, D]
+        embeddings = embeddings.repeat(1 + self.cross_layer, 1).to(nodes.dtype)  # [S, D]
+        senders = super()._senders(nodes, earlier)  # [*, S, D]
+        if self.cross_layer:
+            # A head that was off in its layer is all zero here, and sends no embedding either.
+            embeddings = torch.where(senders.ne(0).any(dim=-1, keepdim=True), embeddings, 0.0)  # [*, S, D]
+        return senders + embeddings
+
+    def _reset_embeddings(self) -> None:
+        nn.init.normal_(self.kind_embedding, std=0.02)
+        nn.init.normal_(self.head_embedding, std=0.02)
+
+
+def alignment_loss(first: Tensor, last: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Returns the mean of 1 - cos between the first and the last state of heads, in [0, 2].
+
+    Args:
+        first, last: z^(0) and z^(R), `[*, H, D]`.
+        counted: bool, broadcasts to `[*, H]`: active heads of real tokens; `None` for all.
+
+    Example:
+        >>> z = torch.randn(2, 5, 4)
+        >>> alignment_loss(z, 3 * z).item() < 1e-5, round(alignment_loss(z, -z).item(), 5)
+        (True, 2.0)
+    """
+    # Close to 1 a cosine in bfloat16 moves in steps of 1/256.
+    wide = torch.promote_types(first.dtype, torch.float32)
+    distance = 1 - F.cosine_similarity(first.to(wide), last.to(wide), dim=-1)  # [*, H]
+    if counted is None:
+        return distance.mean()
+    counted = counted.expand_as(distance)
+    return torch.where(counted, distance, 0.0).sum() / counted.sum().clamp(min=1)

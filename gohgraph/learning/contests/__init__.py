@@ -1,0 +1,1 @@
+"""Fair comparisons: equal sizes, learning rates chosen alike, many runs."""

@@ -1,0 +1,139 @@
+"""Small adapters over shared heads: every task owns copies of some modules of a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.learning.regimes.low_rank import LowRankUpdate
+
+# What a task may own: its head graphs, its low-rank updates, or both.
+ADAPTERS = (HeadGraphConv, LowRankUpdate)
+
+
+class TaskAdapters(nn.Module):
+    r"""A model whose tasks share everything but their adapters.
+
+    .. math:: f_k(x) = f(x;\; \theta_{shared},\, \phi_k)
+
+    Task k runs the shared model with its own parameters phi_k in place of the model's: those of every module of the
+    given types, and of the modules named. An adapter begins as a copy of the model's own module, so where that is
+    neutral, every task begins as the shared model, bit for bit.
+
+    Args:
+        model: the shared model; its own copies of what tasks own are kept as the pattern and not trained.
+        num_tasks: K >= 1.
+        types: of the modules that every task owns.
+        names: further modules that every task owns, by their name in the model, e.g. a read-out `"head"`.
+        frozen: does not train what is shared.
+
+    Raises:
+        ValueError: the model has none of these modules, no task, or parameters under two names are to be owned.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> config = goh.TransformerConfig(7, d_model=6, num_heads=3, d_ff=5, head_graph=goh.HeadGraphConfig())
+        >>> adapters = TaskAdapters(goh.LanguageModel(config), num_tasks=2)
+        >>> adapters(torch.tensor([[1, 2]]), task=1).logits.shape
+        torch.Size([1, 2, 7])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_tasks: int,
+        *,
+        types: tuple[type[nn.Module], ...] = ADAPTERS,
+        names: Collection[str] = (),
+        frozen: bool = True,
+    ) -> None:
+        super().__init__()
+        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
+            raise ValueError(f"Expected num_tasks >= 1 (got {num_tasks!r}). Do pass the number of tasks.")
+        modules = dict(model.named_modules())
+        unknown = sorted(set(names) - set(modules))
+        owned = [name for name, module in modules.items() if isinstance(module, types) or name in names]
+        if unknown or not owned:
+            raise ValueError(
+                f"Expected modules that tasks can own (got none of {unknown or [one.__name__ for one in types]}). "
+                "Do give the model a head graph or low-rank updates."
+            )
+        self.model, self.num_tasks = model, num_tasks
+        pattern = [parameter for name in owned for parameter in modules[name].parameters()]
+        _check_not_shared(model, owned, pattern)
+        copies = {name.replace(".", "/"): modules[name] for name in owned}
+        self.tasks = nn.ModuleList(
+            nn.ModuleDict({key: copy.deepcopy(module) for key, module in copies.items()}) for _ in range(num_tasks)
+        )
+        for parameter in model.parameters():
+            parameter.requires_grad_(not frozen)
+        for parameter in pattern:
+            parameter.requires_grad_(False)
+
+    def forward(self, *inputs: Any, task: int, **more: Any) -> Any:
+        """Runs the shared model with the adapter of a task."""
+        return functional_call(self.model, self.parameters_of(task), inputs, more)
+
+    def parameters_of(self, task: int) -> dict[str, nn.Parameter]:
+        """Returns what a task owns, under the names of the shared model.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        if not 0 <= task < self.num_tasks:
+            raise ValueError(f"Expected a task of 0..{self.num_tasks - 1} (got {task}). Do pass its number.")
+        return {
+            f"{key.replace('/', '.')}.{name}": parameter
+            for key, module in self.tasks[task].items()
+            for name, parameter in module.named_parameters()
+        }
+
+    def for_task(self, task: int) -> nn.Module:
+        """Returns a view of one task, which is called as the shared model is."""
+        return _ForTask(self, task)
+
+    def size(self) -> int:
+        """Returns how many parameters a task owns."""
+        return sum(parameter.numel() for parameter in self.parameters_of(0).values())
+
+    @torch.no_grad()
+    def infer_task(self, tokens: Tensor) -> Tensor:
+        """Returns the task of each token sequence `[B, T]`, T >= 2: the one under which it is most likely, `[B]`.
+
+        For models that are called as a `LanguageModel`; a uniform prior over tasks.
+        """
+        each = torch.stack([_sequence_losses(self, tokens, task) for task in range(self.num_tasks)])  # [K, B]
+        return each.argmin(dim=0)
+
+
+class _ForTask(nn.Module):
+    def __init__(self, adapters: TaskAdapters, task: int) -> None:
+        super().__init__()
+        self.adapters, self.task = adapters, task
+        self.training = adapters.training
+
+    def forward(self, *inputs: Any, **more: Any) -> Any:
+        return self.adapters(*inputs, task=self.task, **more)
+
+
+def _sequence_losses(adapters: TaskAdapters, tokens: Tensor, task: int) -> Tensor:
+    logits = adapters(tokens[:, :-1], task=task).logits.float()  # [B, T-1, V]
+    return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(dim=1)  # [B]
+
+
+def _check_not_shared(model: nn.Module, owned: list[str], pattern: list[nn.Parameter]) -> None:
+    """A parameter under another name too, such as a tied embedding, would be replaced under one name only."""
+    inside = tuple(f"{name}." for name in owned)
+    outside = {
+        id(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not name.startswith(inside)
+    }
+    if any(id(parameter) in outside for parameter in pattern):
+        raise ValueError("Expected modules with parameters of their own (got tied ones). Do untie them.")

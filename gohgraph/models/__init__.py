@@ -1,0 +1,1 @@
+"""Transformers built of these blocks: objects, sublayers, stacks, and whole models."""

@@ -1,0 +1,135 @@
+"""Configurations of models: frozen, validated once, stored in every checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gohgraph.common.config_base import Config, check_bool, check_choice, check_int
+from gohgraph.graphs.config import HeadGraphConfig
+
+FEED_FORWARD_ACTIVATIONS = ("relu", "gelu", "swiglu")
+POSITIONS = ("sinusoidal", "learned", "rotary", "none")
+NORMS = ("layer", "rms")
+
+
+@dataclass(frozen=True)
+class TransformerConfig(Config):
+    """The shape of a transformer; every model of the package is built from one.
+
+    Args:
+        vocab_size: number of token ids V.
+        d_model: width M, a multiple of `num_heads`.
+        num_heads: query heads H, the nodes of the head graphs.
+        num_kv_heads: key/value heads, a divisor of `num_heads`; `None` for H.
+        num_layers: layers per stack (6 in Vaswani et al. 2017).
+        d_ff: inner width of the feed-forward.
+        max_length: longest sequence, in tokens (learned positions only; the others have no limit).
+        activation: `"relu"`, `"gelu"` or `"swiglu"`.
+        positions: `"sinusoidal"`, `"learned"`, `"rotary"` or `"none"` (inputs that are a set, or NoPE, arXiv
+            2305.19466).
+        norm_first: pre-norm (True) or post-norm as in the original.
+        norm: `"layer"` or `"rms"`.
+        dropout: probability in [0, 1).
+        bias: biases in the linear layers.
+        tie_embeddings: the output projection reuses the token embedding.
+        head_graph: the head graphs of every attention block; `None` is plain attention.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range, named in the message.
+
+    Example:
+        >>> config = TransformerConfig(vocab_size=256, d_model=64, num_heads=4, head_graph=HeadGraphConfig())
+        >>> TransformerConfig.from_dict(config.to_dict()) == config
+        True
+    """
+
+    vocab_size: int
+    d_model: int = 512
+    num_heads: int = 8
+    num_kv_heads: int | None = None
+    num_layers: int = 6
+    d_ff: int = 2048
+    max_length: int = 1024
+    activation: str = "gelu"
+    positions: str = "rotary"
+    norm_first: bool = True
+    norm: str = "layer"
+    dropout: float = 0.0
+    bias: bool = True
+    tie_embeddings: bool = True
+    head_graph: HeadGraphConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "max_length"):
+            check_int(self, name, low=1)
+        check_bool(self, "norm_first", "bias", "tie_embeddings")
+        check_choice(self, "activation", FEED_FORWARD_ACTIVATIONS)
+        check_choice(self, "positions", POSITIONS)
+        check_choice(self, "norm", NORMS)
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"Expected d_model to be a multiple of num_heads = {self.num_heads} (got {self.d_model}). "
+                "Do change either."
+            )
+        if self.num_kv_heads is not None:
+            check_int(self, "num_kv_heads", low=1)
+            if self.num_heads % self.num_kv_heads:
+                raise ValueError(
+                    f"Expected num_kv_heads to divide num_heads = {self.num_heads} (got {self.num_kv_heads}). "
+                    "Do choose a divisor."
+                )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(
+                f"Expected an even head_dim for rotary positions (got {self.head_dim}). Do change d_model or num_heads."
+            )
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"Expected dropout in [0, 1) (got {self.dropout!r}). Do pass e.g. 0.1.")
+        if self.head_graph is not None and not isinstance(self.head_graph, HeadGraphConfig):
+            raise TypeError(f"Expected a HeadGraphConfig or None (got {self.head_graph!r}). Do pass HeadGraphConfig().")
+        if self.head_graph is not None and self.head_graph.routing is not None:
+            self.head_graph.routing.check_heads(self.num_heads, self.num_layers)
+
+    @property
+    def head_dim(self) -> int:
+        """D, the features of one head."""
+        return self.d_model // self.num_heads
+
+    @classmethod
+    def _nested(cls, values: dict[str, Any]) -> dict[str, Any]:
+        graph = values.get("head_graph")
+        return values if graph is None else {**values, "head_graph": HeadGraphConfig.from_dict(graph)}
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(Config):
+    """A classifier: the transformer's shape, what it reads and how many classes it tells apart.
+
+    Args:
+        transformer: the encoder; its `vocab_size` is not used for images.
+        num_classes: number of classes.
+        patch_size: side of the square patches of an image, in pixels; `None` for token sequences.
+        channels: channels of an image.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range, named in the message.
+
+    Example:
+        >>> ClassifierConfig(TransformerConfig(vocab_size=256), num_classes=10).channels
+        3
+    """
+
+    transformer: TransformerConfig
+    num_classes: int
+    patch_size: int | None = None
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.transformer, TransformerConfig):
+            raise TypeError(f"Expected a TransformerConfig (got {self.transformer!r}). Do pass one first.")
+        for name in ("num_classes", "channels") + (() if self.patch_size is None else ("patch_size",)):
+            check_int(self, name, low=1)
+
+    @classmethod
+    def _nested(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "transformer": TransformerConfig.from_dict(values["transformer"])}

@@ -1,0 +1,147 @@
+"""Token and positional encodings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from gohgraph.models.config import TransformerConfig
+
+
+class SinusoidalPositions(nn.Module):
+    r"""Fixed sinusoidal positions, added to the embedding (Vaswani et al. 2017, section 3.5).
+
+    .. math:: p_{2i}(t) = \sin(t\, 10000^{-2i/M}), \qquad p_{2i+1}(t) = \cos(t\, 10000^{-2i/M})
+
+    Args:
+        d_model: M, any positive width.
+
+    Shape:
+        positions `[B, T]` or `[T]` (integers) -> `[..., T, M]`.
+
+    Example:
+        >>> SinusoidalPositions(4)(torch.arange(2))[0].tolist()
+        [0.0, 1.0, 0.0, 1.0]
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.d_model = d_model
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Returns the encodings of integer positions."""
+        pairs = torch.arange(0, self.d_model, 2, device=positions.device, dtype=torch.float32)  # [ceil(M/2)]
+        angles = positions.unsqueeze(-1) * torch.exp(-math.log(10000.0) * pairs / self.d_model)  # [..., T, ceil(M/2)]
+        waves = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)  # [..., T, 2*ceil(M/2)]
+        return waves[..., : self.d_model]
+
+
+class LearnedPositions(nn.Embedding):
+    """Learned positions, added to the embedding.
+
+    Args:
+        max_length: number of positions.
+        d_model: M.
+
+    Raises:
+        ValueError: in `forward`, a sequence longer than `max_length`.
+
+    Example:
+        >>> LearnedPositions(10, 4)(torch.arange(3)).shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(self, max_length: int, d_model: int) -> None:
+        super().__init__(max_length, d_model)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Returns the encodings of integer positions `[..., T]` as `[..., T, M]`."""
+        if positions.shape[-1] > self.num_embeddings:
+            raise ValueError(
+                f"Expected at most {self.num_embeddings} tokens with learned positions (got {positions.shape[-1]}). "
+                "Do raise max_length, or use rotary positions."
+            )
+        return super().forward(positions)
+
+
+class RotaryPositions(nn.Module):
+    r"""Rotary positions on queries and keys (Su et al. 2021, arXiv 2104.09864), in the half-split layout of Llama.
+
+    .. math:: \mathrm{rot}(x, t) = x \cos(t\theta) + (-x_{D/2:},\, x_{:D/2}) \sin(t\theta), \qquad
+        \theta_i = base^{-2i/D}
+
+    Args:
+        head_dim: D, even.
+        base: the longest wavelength over 2 pi.
+
+    Shape:
+        x `[B, T, H, D]`, positions `[T]` or `[B, T]` -> `[B, T, H, D]`.
+
+    Raises:
+        ValueError: an odd head_dim.
+
+    Example:
+        >>> x = torch.randn(1, 3, 2, 4)
+        >>> rotated = RotaryPositions(4)(x, torch.arange(3))
+        >>> torch.equal(rotated[:, 0], x[:, 0]), torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1))
+        (True, True)
+    """
+
+    def __init__(self, head_dim: int, base: float = 10000.0) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"Expected an even head_dim (got {head_dim}). Do change d_model or num_heads.")
+        self.head_dim, self.base = head_dim, base
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotates the features of every head by its token's position."""
+        half = torch.arange(0, self.head_dim, 2, device=x.device, dtype=torch.float32)  # [D/2]
+        # Angles stay in float32: bfloat16 cannot tell positions past 256 apart.
+        angles = positions.unsqueeze(-1).float() * self.base ** (-half / self.head_dim)  # [*, T, D/2]
+        cos, sin = (f.to(x.dtype).unsqueeze(-2) for f in (angles.cos(), angles.sin()))  # [*, T, 1, D/2]
+        first, second = x.chunk(2, dim=-1)  # [B, T, H, D/2] each
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # [B, T, H, D]
+
+
+class TokenEmbedding(nn.Module):
+    r"""Token embedding with added positions: e(t) = E[token] sqrt(M)^s + p(t), s = 1 for sinusoidal positions.
+
+    The factor sqrt(M) is that of Vaswani et al. 2017 (section 3.4); with other positions there is none.
+
+    Args:
+        config: `vocab_size`, `d_model`, `positions`, `max_length` and `dropout` are used.
+
+    Shape:
+        tokens `[B, T]`, positions `[T]` or `[B, T]` -> `[B, T, M]`.
+
+    Example:
+        >>> embedding = TokenEmbedding(TransformerConfig(vocab_size=7, d_model=8, num_heads=2))
+        >>> embedding(torch.tensor([[1, 2]]), torch.arange(2)).shape
+        torch.Size([1, 2, 8])
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = positions_added(config)
+        self.scale = math.sqrt(config.d_model) if config.positions == "sinusoidal" else 1.0
+        # Scaled back, so that the scaled embedding has unit variance beside the positions' and tied logits stay small.
+        nn.init.normal_(self.tokens.weight, std=0.02 if self.scale == 1.0 else config.d_model**-0.5)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Returns the embedded tokens."""
+        x = self.tokens(tokens) * self.scale
+        if self.positions is not None:
+            x = x + self.positions(positions).to(x.dtype)
+        return self.dropout(x)
+
+
+def positions_added(config: TransformerConfig) -> nn.Module | None:
+    """Returns the module whose encodings are added to the embedding; `None` with rotary positions or none."""
+    if config.positions == "sinusoidal":
+        return SinusoidalPositions(config.d_model)
+    return LearnedPositions(config.max_length, config.d_model) if config.positions == "learned" else None

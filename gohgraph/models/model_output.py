@@ -1,0 +1,59 @@
+"""What models return: predictions, what to minimise, and what the routers did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gohgraph.attention.routing import Routing
+from gohgraph.graphs.config import HeadGraphConfig
+from gohgraph.models.stacks import StackOutput
+
+
+class ModelOutput(NamedTuple):
+    """What a model returns.
+
+    Args:
+        logits: `[B, T, V]`, or `[B, classes]` of a classifier.
+        loss: what training minimises: `cross_entropy` plus, where there is one, `auxiliary_loss`; `None` without
+            targets.
+        routing: the `Routing` of every routed attention, in model order; empty without routers.
+        auxiliary_loss: scalar, the weighted losses of routers and graph experts, each a mean over its blocks; `None`
+            where the configuration gives none a weight.
+    """
+
+    logits: Tensor
+    loss: Tensor | None = None
+    routing: tuple[Routing, ...] = ()
+    auxiliary_loss: Tensor | None = None
+
+    @property
+    def cross_entropy(self) -> Tensor | None:
+        """Mean cross entropy in nats; targets of -100 do not count. `None` without targets."""
+        return self.loss if self.loss is None or self.auxiliary_loss is None else self.loss - self.auxiliary_loss
+
+
+def model_output(
+    logits: Tensor, cross_entropy: Tensor | None, stacks: Sequence[StackOutput], config: HeadGraphConfig | None
+) -> ModelOutput:
+    """Joins predictions and the auxiliary losses of the stacks that made them, under the weights of `config`."""
+    routing = tuple(routing for stack in stacks for routing in stack.routings)
+    auxiliary = None if config is None else _auxiliary_loss(routing, stacks, config)
+    loss = cross_entropy if cross_entropy is None or auxiliary is None else cross_entropy + auxiliary
+    return ModelOutput(logits, loss, routing, auxiliary)
+
+
+def _auxiliary_loss(
+    routing: Sequence[Routing], stacks: Sequence[StackOutput], config: HeadGraphConfig
+) -> Tensor | None:
+    weighted = [(config.alignment, [loss for stack in stacks for loss in stack.alignment_losses])]
+    if config.routing is not None:
+        weighted.append((config.routing.balance_loss, [one.balance_loss for one in routing]))
+        weighted.append((config.routing.z_loss, [one.z_loss for one in routing]))
+    # Decoding gives no losses.
+    known = [(weight, losses) for weight, losses in weighted if weight and losses and losses[0] is not None]
+    terms = [weight * torch.stack(losses).mean() for weight, losses in known]
+    return sum(terms) if terms else None

@@ -1,0 +1,55 @@
+"""The two objects of a transformer: multi-head attention, in a room of its own, and the feed-forward."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gohgraph.attention.block import MultiHeadAttention
+
+__all__ = ["FeedForward", "MultiHeadAttention"]
+
+
+class FeedForward(nn.Module):
+    r"""Position-wise feed-forward, FF(x) = W_2 f(W_1 x), or W_2 (silu(W_1 x) * W_3 x) for SwiGLU.
+
+    Sources: Vaswani et al. 2017, equation 2; SwiGLU: Shazeer 2020 (arXiv 2002.05202).
+
+    Args:
+        d_model: M.
+        d_ff: inner width F. SwiGLU has three matrices: two thirds of a ReLU's width give equal parameters.
+        activation: `"relu"`, `"gelu"` (exact) or `"swiglu"`.
+        bias: biases in the projections.
+        dropout: probability of dropping an inner unit in training.
+
+    Shape:
+        x `[*, M]` -> `[*, M]`.
+
+    Raises:
+        ValueError: unknown activation.
+
+    Example:
+        >>> import torch
+        >>> FeedForward(8, 21, "swiglu")(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    def __init__(
+        self, d_model: int, d_ff: int, activation: str = "gelu", *, bias: bool = True, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        functions = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}
+        if activation not in functions:
+            raise ValueError(f"Expected activation of {list(functions)} (got {activation!r}). Do choose one of them.")
+        self.function = functions[activation]
+        self.inner = nn.Linear(d_model, d_ff, bias=bias)
+        self.gate = nn.Linear(d_model, d_ff, bias=bias) if activation == "swiglu" else None
+        self.outer = nn.Linear(d_ff, d_model, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the feed-forward to every token."""
+        hidden = self.function(self.inner(x))  # [*, F]
+        if self.gate is not None:
+            hidden = hidden * self.gate(x)
+        return self.outer(self.dropout(hidden))

@@ -1,0 +1,226 @@
+"""The stacks of a transformer: encoder and decoder layers and their repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gohgraph.attention.block import Heads, MultiHeadAttention
+from gohgraph.attention.cache import KeyValueCache
+from gohgraph.attention.routing import HeadRouter, Routing
+from gohgraph.graphs.building import build_graph
+from gohgraph.graphs.config import HeadGraphConfig
+from gohgraph.graphs.site_config import parts_of
+from gohgraph.models.config import TransformerConfig
+from gohgraph.models.embeddings import RotaryPositions
+from gohgraph.models.objects import FeedForward
+from gohgraph.models.sublayers import NORMS, Residual
+
+NO_GRAPHS = HeadGraphConfig(outputs=None)
+
+
+class EncoderLayer(nn.Module):
+    """One layer of self attention and feed-forward; causal, it is the layer of a decoder-only language model.
+
+    With plain attention it equals `torch.nn.TransformerEncoderLayer` of the same weights.
+
+    Args:
+        config: the transformer's configuration.
+        causal: token t attends to s <= t only.
+        layer: index in the stack; graphs with `cross_layer` reach back at most so far.
+
+    Shape:
+        x `[B, T, M]` -> (`[B, T, M]`, a tuple of the `Heads` of its attention).
+
+    Example:
+        >>> import torch
+        >>> x, (heads,) = EncoderLayer(TransformerConfig(7, d_model=8, num_heads=2, d_ff=16))(torch.randn(1, 3, 8))
+        >>> heads.outputs.shape
+        torch.Size([1, 3, 2, 4])
+    """
+
+    def __init__(self, config: TransformerConfig, *, causal: bool = False, layer: int = 0) -> None:
+        super().__init__()
+        self.attention = _residual(_attention(config, layer, causal=causal), config)
+        self.feed_forward = _residual(_feed_forward(config), config)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        keep_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        caches: tuple[KeyValueCache, ...] = (),
+        earlier: Sequence[Tensor] = (),
+        token_mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Heads, ...]]:
+        """Returns the layer's output and what its heads did; arguments as in `MultiHeadAttention`."""
+        cache = caches[0] if caches else None
+        x, heads = self.attention(
+            x, keep_mask=keep_mask, positions=positions, cache=cache, earlier=earlier, token_mask=token_mask
+        )
+        return self.feed_forward(x), (heads,)
+
+
+class DecoderLayer(nn.Module):
+    """One layer of causal self attention, cross attention to the encoder's output, and feed-forward.
+
+    With plain attention it equals `torch.nn.TransformerDecoderLayer` of the same weights. Both attentions have head
+    graphs of their own.
+
+    Args:
+        config: the transformer's configuration.
+        layer: index in the stack.
+
+    Shape:
+        x `[B, T, M]`, memory `[B, S, M]` -> (`[B, T, M]`, the `Heads` of self attention and of cross attention).
+
+    Example:
+        >>> import torch
+        >>> layer = DecoderLayer(TransformerConfig(7, d_model=8, num_heads=2, d_ff=16))
+        >>> layer(torch.randn(1, 3, 8), torch.randn(1, 5, 8))[0].shape
+        torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, config: TransformerConfig, *, layer: int = 0) -> None:
+        super().__init__()
+        self.attention = _residual(_attention(config, layer, causal=True), config)
+        self.cross_attention = _residual(_attention(config, layer, cross=True), config)
+        self.feed_forward = _residual(_feed_forward(config), config)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        *,
+        keep_mask: Tensor | None = None,
+        memory_keep_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        caches: tuple[KeyValueCache, ...] = (),
+        earlier: Sequence[Tensor] = (),
+        token_mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Heads, ...]]:
+        """Returns the output and what the heads did; masks broadcast to `[B, H, T, T]` and `[B, H, T, S]`."""
+        own, cross = caches if caches else (None, None)
+        x, heads = self.attention(
+            x, keep_mask=keep_mask, positions=positions, cache=own, earlier=earlier, token_mask=token_mask
+        )
+        x, more = self.cross_attention(x, memory, keep_mask=memory_keep_mask, cache=cross, token_mask=token_mask)
+        return self.feed_forward(x), (heads, more)
+
+
+class StackOutput(NamedTuple):
+    """What a stack returns.
+
+    Args:
+        x: `[B, T, M]`.
+        routings: of every routed attention, in model order; empty without routers.
+        alignment_losses: of every graph experts with `alignment`, in model order.
+    """
+
+    x: Tensor
+    routings: tuple[Routing, ...] = ()
+    alignment_losses: tuple[Tensor, ...] = ()
+
+
+class Stack(nn.Module):
+    """A stack of layers with a final normalisation when they are pre-norm.
+
+    Args:
+        config: the transformer's configuration; `num_layers` layers are built.
+        kind: `"encoder"`, `"causal"` (decoder-only) or `"decoder"` (with cross attention).
+
+    Shape:
+        x `[B, T, M]` -> `StackOutput` with x `[B, T, M]`.
+
+    Raises:
+        ValueError: unknown kind.
+
+    Example:
+        >>> import torch
+        >>> config = TransformerConfig(7, d_model=8, num_heads=2, num_layers=2, d_ff=16)
+        >>> Stack(config, "causal")(torch.randn(1, 3, 8)).x.shape
+        torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, config: TransformerConfig, kind: str = "encoder") -> None:
+        super().__init__()
+        if kind not in ("encoder", "causal", "decoder"):
+            raise ValueError(f"Expected kind 'encoder', 'causal' or 'decoder' (got {kind!r}). Do choose one of them.")
+        self.kind = kind
+        indices = range(config.num_layers)
+        if kind == "decoder":
+            self.layers = nn.ModuleList(DecoderLayer(config, layer=i) for i in indices)
+        else:
+            self.layers = nn.ModuleList(EncoderLayer(config, causal=kind == "causal", layer=i) for i in indices)
+        self.norm = NORMS[config.norm](config.d_model, eps=1e-5) if config.norm_first else nn.Identity()
+        outputs = parts_of((config.head_graph or NO_GRAPHS).outputs)
+        self.cross_layer = max((getattr(part, "cross_layer", 0) for part in outputs), default=0)
+        # Whether backward computes the inside of a layer again, instead of keeping it in memory.
+        self.recompute = False
+
+    def forward(
+        self, x: Tensor, *memory: Tensor, caches: list[tuple[KeyValueCache, ...]] | None = None, **masks: Tensor | None
+    ) -> StackOutput:
+        """Passes `x` through all layers; further arguments go to each layer."""
+        earlier: tuple[Tensor, ...] = ()
+        routings, alignments = [], []
+        for index, layer in enumerate(self.layers):
+            own = () if caches is None else caches[index]
+            run = partial(checkpoint, layer, use_reentrant=False) if self.recompute and self.training else layer
+            x, blocks = run(x, *memory, caches=own, earlier=earlier, **masks)
+            earlier = (blocks[0].outputs, *earlier)[: self.cross_layer]
+            routings += [heads.routing for heads in blocks if heads.routing is not None]
+            alignments += [heads.alignment_loss for heads in blocks if heads.alignment_loss is not None]
+        return StackOutput(self.norm(x), tuple(routings), tuple(alignments))
+
+    def new_caches(self) -> list[tuple[KeyValueCache, ...]]:
+        """Returns empty key/value caches for incremental decoding, one tuple a layer."""
+        if self.kind == "decoder":
+            return [(KeyValueCache(), KeyValueCache(fixed=True)) for _ in self.layers]
+        return [(KeyValueCache(),) for _ in self.layers]
+
+
+def _residual(object: nn.Module, config: TransformerConfig) -> Residual:
+    return Residual(
+        object, config.d_model, norm_first=config.norm_first, norm=config.norm, dropout=config.dropout
+    )
+
+
+def _feed_forward(config: TransformerConfig) -> FeedForward:
+    return FeedForward(config.d_model, config.d_ff, config.activation, bias=config.bias, dropout=config.dropout)
+
+
+def _attention(
+    config: TransformerConfig, layer: int, *, causal: bool = False, cross: bool = False
+) -> MultiHeadAttention:
+    graphs = config.head_graph or NO_GRAPHS
+    routing = graphs.routing
+    sizes = (config.num_heads, config.head_dim, config.d_model)
+    key_sizes = (config.num_kv_heads or config.num_heads, config.head_dim, config.d_model)
+    inner = {
+        "query": build_graph(graphs.queries, sizes),
+        "key": build_graph(graphs.keys, key_sizes),
+        "value": build_graph(graphs.values, key_sizes),
+        "weight": build_graph(graphs.weights, sizes),
+    }
+    return MultiHeadAttention(
+        config.d_model,
+        config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        bias=config.bias,
+        dropout=config.dropout,
+        causal=causal,
+        rotary=RotaryPositions(config.head_dim) if config.positions == "rotary" and not cross else None,
+        # Cross attention is handed no heads of earlier layers.
+        output_graph=build_graph(
+            graphs.outputs, sizes, layer=0 if cross else layer, alignment=graphs.alignment > 0
+        ),
+        score_graph=build_graph(graphs.scores, sizes),
+        router=HeadRouter.from_config(routing, config.d_model, config.num_heads, layer=layer) if routing else None,
+        inner_graphs={site: graph for site, graph in inner.items() if graph is not None},
+    )

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_equal_to, trained_like
+from torch import nn
+
+import gohgraph as goh
+from gohgraph import HeadGraphConv, MultiHeadAttention, fold, head_graph, record
+from gohgraph.models.embeddings import RotaryPositions
+
+H, D, M = 5, 6, 30
+
+
+def attention_with(topology="ring", *, settings=None, score_graph=None, **graph):
+    conv = HeadGraphConv(head_graph(H, topology), D, M, **{"edges": "static", **graph})
+    settings = {"causal": True, "rotary": RotaryPositions(D), **(settings or {})}
+    return trained_like(MultiHeadAttention(M, H, output_graph=conv, score_graph=score_graph, **settings))
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": False}, {"num_kv_heads": 1}], ids=["bias", "no-bias", "grouped"])
+@pytest.mark.parametrize("edges", ["static", "frozen"])
+@pytest.mark.parametrize("activation", ["tanh", None])
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+@pytest.mark.parametrize("topology", ["ring", "complete", [(3, 0), (4, 0), (1, 2)]], ids=["ring", "complete", "given"])
+@torch.no_grad()
+def test_fold_is_exact(topology, rounds, activation, edges, settings):
+    attention = attention_with(topology, rounds=rounds, activation=activation, edges=edges, settings=settings)
+    x = torch.randn(2, 7, M, dtype=torch.float64)
+    expected, _ = attention(x)
+    bias = None if attention.output.bias is None else attention.output.bias.clone()
+    assert fold(attention) is attention
+    assert attention.output_graph is None and not any("graph" in name for name in attention.state_dict())
+    y, heads = attention(x)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert heads.outputs.shape == (2, 7, H, D)
+    assert bias is None or torch.equal(attention.output.bias, bias)
+
+
+@pytest.mark.parametrize("backend", ["dense", "pyg"])
+@torch.no_grad()
+def test_fold_in_both_backends_and_with_a_score_graph(backend):
+    scores = HeadGraphConv(head_graph(H, "ring"), D, M)
+    attention = attention_with(backend=backend, rounds=2, score_graph=scores)
+    x = torch.randn(2, 7, M, dtype=torch.float64)
+    expected, _ = attention(x)
+    assert fold(attention).score_graph is scores
+    assert_equal_to(attention(x)[0], expected)
+
+
+@torch.no_grad()
+def test_fold_changes_the_projection_and_keeps_the_parameter():
+    attention = attention_with()
+    weight, before = attention.output.weight, attention.output.weight.clone()
+    fold(attention)
+    assert attention.output.weight is weight and not torch.allclose(weight, before)
+    assert weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
+@torch.no_grad()
+def test_fold_in_lower_precision(dtype, tolerance):
+    attention = attention_with().to(dtype)
+    x = torch.randn(2, 7, M, dtype=dtype)
+    expected, _ = attention(x)
+    y, _ = fold(attention)(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected, rtol=0, atol=tolerance)
+
+
+def test_fold_inside_a_recording_is_not_recorded():
+    attention = attention_with()
+    with record(attention) as heads:
+        fold(attention)
+    assert heads["output_graph"].tokens == 0
+
+
+REFUSED = {
+    "edges that depend on the token": {"edges": "token"},
+    "normalised or shifted messages": {"norm": True},
+    "senders from other layers": {"cross_layer": 1},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_does_not_fold_is_refused_and_left_alone(reason):
+    attention = attention_with(**REFUSED[reason])
+    graph, weight = attention.output_graph, attention.output.weight.clone()
+    with pytest.raises(ValueError, match=rf"^Expected a static linear output graph \(got {reason}.*Do "):
+        fold(attention)
+    assert attention.output_graph is graph and torch.equal(attention.output.weight, weight)
+
+
+@pytest.mark.parametrize("router", [None, goh.HeadRouter(M, H, 2, 2)], ids=["all-heads", "routed"])
+def test_experts_and_routed_heads_do_not_fold(router):
+    experts = goh.GraphExperts(head_graph(H, "bipartite", num_shared=2), D, M, 2, edges="static", rounds=1)
+    graph = experts if router is None else HeadGraphConv(head_graph(H), D, M, edges="static")
+    attention = MultiHeadAttention(M, H, output_graph=graph, router=router)
+    before = attention.output.weight.clone()
+    with pytest.raises(ValueError, match=r"^Expected .*\(got (normalised or shifted messages|one: heads differ).* Do "):
+        fold(attention)
+    assert attention.output_graph is graph and torch.equal(attention.output.weight, before)
+
+
+@pytest.mark.parametrize("output_graph", [None, nn.Identity()], ids=["none", "another-module"])
+def test_fold_needs_a_head_graph(output_graph):
+    with pytest.raises(ValueError, match="^Expected a HeadGraphConv at the output site"):
+        fold(MultiHeadAttention(M, H, output_graph=output_graph))
+
+
+def test_fold_twice_is_refused():
+    with pytest.raises(ValueError, match=r"^Expected a HeadGraphConv at the output site \(got none\)"):
+        fold(fold(attention_with()))
+
+
+@pytest.mark.parametrize("wrong", [nn.Linear(3, 3), None])
+def test_fold_refuses_what_is_no_attention(wrong):
+    with pytest.raises(TypeError, match="^Expected a MultiHeadAttention"):
+        fold(wrong)
+
+
+SHAPE = {"d_model": M, "num_heads": H, "num_layers": 3, "d_ff": 7}
+
+
+@pytest.mark.parametrize("others", [{}, {"scores": goh.SiteConfig.ring(2)}, {"values": goh.SiteConfig()}], ids=str)
+@torch.no_grad()
+def test_a_folded_model_is_the_same_function_and_reloads(others, tmp_path):
+    graphs = goh.HeadGraphConfig(goh.SiteConfig(edges="static", rounds=2), **others)
+    model = trained_like(goh.LanguageModel(goh.TransformerConfig(11, **SHAPE, head_graph=graphs)))
+    tokens = torch.randint(11, (2, 7))
+    expected = model(tokens).logits
+    assert fold(model) is model
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-10, atol=1e-10)
+    assert model.config.head_graph == (goh.HeadGraphConfig(None, **others) if others else None)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(goh.LanguageModel.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
+
+
+def test_a_folded_classifier_names_no_graph():
+    config = goh.TransformerConfig(11, **SHAPE, head_graph=goh.HeadGraphConfig(goh.SiteConfig(edges="static")))
+    assert fold(goh.Classifier(goh.ClassifierConfig(config, 3))).config.transformer.head_graph is None
+
+
+def test_a_model_that_does_not_fold_whole_is_left_as_it_was():
+    site = goh.SiteConfig(edges="static", cross_layer=1)
+    model = goh.LanguageModel(goh.TransformerConfig(11, **SHAPE, head_graph=goh.HeadGraphConfig(site)))
+    with pytest.raises(ValueError, match="senders from other layers"):
+        fold(model)
+    assert all(layer.attention.object.output_graph is not None for layer in model.decoder.layers)

@@ -1,0 +1,296 @@
+"""The views of head graphs beside circles, read back from the figures."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import small_config, trained_like
+from matplotlib.collections import LineCollection, PatchCollection
+from matplotlib.patches import Circle, Rectangle
+from PIL import Image
+
+import gohgraph as goh
+from gohgraph.analysis.record import Recording, Recordings
+from gohgraph.drawing import draw, draw_difference, draw_matrices, draw_network, draw_pruning, draw_tokens, save_film
+from gohgraph.drawing.difference import difference
+from gohgraph.drawing.layered import head_sizes, layout_of
+from gohgraph.drawing.panels import of_layer
+from gohgraph.drawing.tokens import AtToken, token_changes
+
+NAME = "decoder.layers.{}.attention.object.output_graph"
+
+
+def recorded(graph="outputs", seed=0, **options):
+    torch.manual_seed(seed)
+    model = trained_like(goh.LanguageModel(small_config(graph)))
+    with torch.no_grad(), goh.record(model, **options) as heads:
+        model(torch.randint(0, 13, (1, 7)))
+    return heads
+
+
+def synthetic(num_heads, num_layers):
+    """Recordings of complete graphs with weights of all sizes."""
+    heads = {}
+    for layer in range(num_layers):
+        conv = goh.HeadGraphConv(goh.head_graph(num_heads), head_dim=2, context_dim=2)
+        heads[NAME.format(layer)] = Recording(conv)
+        heads[NAME.format(layer)].update(torch.randn(1, 1, num_heads**2).pow(3).tanh())
+    return heads
+
+
+def network_of(heads, *arguments, **options):
+    return draw_network(goh.head_graph_of(heads), *arguments, **options)
+
+
+def images(figure):
+    return [axis.images[0].get_array() for axis in figure.axes if axis.images]
+
+
+@pytest.mark.parametrize("graph", ["outputs", "rounds", "cross-layer", "scores-ring"])
+def test_matrices_are_the_adjacency(graph):
+    heads = recorded(graph)
+    shown = images(draw_matrices(heads))
+    sites = {"output_graph": 0, "score_graph": 1}
+    ordered = sorted(heads.items(), key=lambda item: sites[item[0].rpartition(".")[2]])
+    panels = [(recording, weights) for _, recording in ordered for weights in recording.mean]
+    assert len(shown) == len(panels)
+    for image, (recording, weights) in zip(shown, panels, strict=True):
+        senders, receivers = recording.edge_index
+        assert image.shape[0] == 5 and image.count() == len(weights)
+        assert np.allclose(image[receivers, senders].astype(float), weights.numpy(), atol=1e-6)
+
+
+def test_rounds_stand_side_by_side():
+    figure = draw_matrices(recorded("rounds"))
+    titles = [axis.get_title() for axis in figure.axes if axis.images]
+    tops = [round(axis.get_position().y1, 3) for axis in figure.axes if axis.images]
+    assert titles[:2] == ["layer 0 outputs, round 1", "layer 0 outputs, round 2"] and tops[0] == tops[1]
+
+
+def edges_drawn(axis):
+    lines = [item for item in axis.collections if isinstance(item, LineCollection)]
+    return sum(len(item.get_segments()) for item in lines)
+
+
+@pytest.mark.parametrize("graph", ["outputs", "scores-ring", "cross-layer", "moh-outputs"])
+def test_the_network_has_a_row_for_each_layer(graph):
+    network = goh.head_graph_of(recorded(graph))
+    figure = draw_network(network)
+    axis = figure.axes[0]
+    labels = {text.get_text(): text.get_position()[1] for text in axis.texts}
+    assert labels["layer 0"] < labels["layer 1"] < labels["layer 2"]
+    between = int((network.edge_index[0] != network.edge_index[1]).sum())
+    assert edges_drawn(axis) == between
+    layout = layout_of(network)
+    assert layout.places.shape == (15, 2) and len(np.unique(layout.places, axis=0)) == 15
+    (heads,) = [item for item in axis.collections if isinstance(item, PatchCollection)]
+    assert len(heads.get_paths()) == 15
+
+
+def test_arcs_lead_to_the_right_above_and_to_the_left_below():
+    edges = torch.tensor([[0, 3], [3, 0]])
+    one = SimpleNamespace(edge_index=edges, num_heads=4, mean=torch.tensor([[0.9, -0.5]]).double())
+    one.std, one.share, one.load, one.num_shared = torch.zeros(1, 2), torch.ones(1, 2), torch.ones(4), None
+    figure = draw_network(goh.head_graph_of({NAME.format(0): one}))
+    (lines,) = [item for item in figure.axes[0].collections if isinstance(item, LineCollection)]
+    weak, strong = lines.get_segments()
+    assert strong[0, 0] < strong[-1, 0] and strong[12, 1] > 0.1
+    assert weak[0, 0] > weak[-1, 0] and weak[12, 1] < -0.1
+    colours = lines.get_colors()
+    assert colours[1, 0] > colours[1, 2] and colours[0, 2] > colours[0, 0]
+
+
+def test_the_network_shows_the_strongest_edges_above_the_threshold():
+    network = goh.head_graph_of(synthetic(7, 3))
+    assert edges_drawn(draw_network(network, most_edges=11).axes[0]) == 11
+    between = network.edge_index[0] != network.edge_index[1]
+    expected = int((network.mean[between].abs() >= 0.5 * network.mean.abs().max()).sum())
+    assert edges_drawn(draw_network(network, threshold=0.5).axes[0]) == expected
+    with pytest.raises(ValueError, match="Expected a threshold from 0 to 1"):
+        draw_network(network, threshold=2)
+    network.mean[3] = torch.nan
+    with pytest.raises(ValueError, match="Expected finite edge weights"):
+        draw_network(network)
+
+
+def test_important_heads_are_larger():
+    heads = recorded("outputs")
+    importance = {name.rpartition(".")[0]: torch.arange(5.0) for name in heads}
+    sizes = head_sizes(goh.head_graph_of(heads, importance=importance))
+    assert (np.diff(sizes[:5]) > 0).all() and sizes.max() == 1
+    loads = head_sizes(goh.head_graph_of(recorded("moh-outputs")))
+    assert loads[0] == 1 and loads[2:5].min() < 1
+
+
+def test_loads_and_kinds_are_seen_in_circles():
+    heads = recorded("moh-outputs")
+    axis = draw(of_layer(heads, 1)).axes[0]
+    squares = [patch for patch in axis.patches if isinstance(patch, Rectangle)]
+    circles = [patch for patch in axis.patches if isinstance(patch, Circle)]
+    load = heads[NAME.format(1)].load
+    assert len(squares) == 2 and len(circles) == 3
+    radii = [circle.radius for circle in circles]
+    assert np.allclose(np.array(radii) / radii[0], ((0.6 + 0.4 * load[2:]) / (0.6 + 0.4 * load[2])).numpy())
+    with pytest.raises(ValueError, match=r"Expected a layer of \[0, 1, 2\] \(got 7\)"):
+        of_layer(heads, 7)
+
+
+def test_a_limit_fixes_the_scale_of_all_figures():
+    heads = synthetic(5, 1)
+    for view in (draw, draw_matrices, network_of):
+        figure = view(heads, limit=2)
+        assert figure.axes[-1].get_xlim() == (-2, 2)
+    with pytest.raises(ValueError, match="Expected a limit above 0"):
+        draw(heads, limit=0)
+
+
+@pytest.mark.parametrize("graph", ["outputs", "rounds", "moh-outputs", "outputs-static"])
+def test_the_strip_shows_the_text_and_the_graphs_those_of_the_token(graph, tmp_path):
+    strings = ["a", " b", "\n", "$x$", "e", "f", "g"]
+    heads = recorded(graph, every_token=True, token_strings=strings)
+    figure = draw_tokens(heads, -2, tmp_path / "tokens.png")
+    strip = figure.axes[0]
+    assert [text.get_text() for text in strip.texts] == ["a", "\u2423b", "\u21b5", "$x$", "e", "f", "g"]
+    outlined = [patch.get_linewidth() == 2 for patch in strip.patches]
+    assert outlined == [False] * 5 + [True, False]
+    for recording in heads.values():
+        at = AtToken(recording, 5)
+        weights = recording.every["weights"]
+        expected = weights[5] if len(weights) > 1 else weights[0]
+        if recording.num_shared is not None:
+            active = recording.every["active"][5]
+            senders, receivers = recording.edge_index
+            expected = expected * (active[senders] & active[receivers])
+            assert torch.equal(at.load, active.double())
+        assert torch.equal(at.mean, expected.double())
+
+
+def test_the_greys_are_distances_from_the_mean():
+    heads = recorded("outputs", every_token=True, token_strings="abcdefg")
+    weights = torch.cat([recording.every["weights"].flatten(1) for recording in heads.values()], dim=1)  # [N, edges]
+    expected = (weights - weights.mean(0)).square().mean(1).sqrt()
+    assert np.allclose(token_changes(heads), expected.numpy())
+
+
+def test_a_long_text_is_cut_around_the_token():
+    heads = recorded("outputs")
+    name = next(iter(heads))
+    conv = goh.HeadGraphConv(goh.head_graph(5), head_dim=2, context_dim=2)
+    long = Recordings({name: Recording(conv, every_token=True)}, [str(n % 10) for n in range(2000)])
+    long[name].update(torch.randn(2000, 1, 25))
+    shown = draw_tokens(long, 1000).axes[0]
+    assert 200 < len(shown.texts) < 400 and sum(patch.get_linewidth() == 2 for patch in shown.patches) == 1
+
+
+BAD_TOKENS = {
+    "no tokens": ({}, 0, "Expected a recording of every token"),
+    "no strings": ({"every_token": True}, 0, "Expected the strings of the tokens"),
+    "out of range": ({"every_token": True, "token_strings": "abcdefg"}, 7, r"Expected a token from 0 to 6 \(got 7\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOKENS)
+def test_bad_tokens(name):
+    options, token, sentence = BAD_TOKENS[name]
+    with pytest.raises(ValueError, match=sentence):
+        draw_tokens(recorded(**options), token)
+
+
+def test_a_difference_is_second_minus_first():
+    first, second = recorded(seed=0), recorded(seed=1)
+    for name, change in difference(first, second).items():
+        assert torch.equal(change.mean, second[name].mean - first[name].mean)
+    matrix = images(draw_difference(first, second, view="matrix"))[0]
+    assert matrix[2, 1] == pytest.approx((second[NAME.format(0)].mean - first[NAME.format(0)].mean)[0, 11].item(), 1e-5)
+    assert draw_difference(first, second).axes[0].get_title() == "layer 0 outputs"
+    assert not any(change.mean.any() for change in difference(first, first).values())
+
+
+def test_a_pruned_model_differs_by_the_edges_it_lost():
+    torch.manual_seed(0)
+    model = trained_like(goh.LanguageModel(small_config("outputs")))
+    pruned = goh.prune(model, 0.0)
+    tokens = torch.randint(0, 13, (1, 7))
+    with torch.no_grad(), goh.record(model) as whole, goh.record(pruned) as rest:
+        model(tokens)
+        pruned(tokens)
+    name = NAME.format(0)
+    change = difference(whole, rest)[name]
+    matrix = torch.zeros(5, 5).double()
+    matrix[change.edge_index[1], change.edge_index[0]] = change.mean[0]
+    expected = torch.zeros(5, 5).double()
+    expected[whole[name].edge_index[1], whole[name].edge_index[0]] = -whole[name].mean[0]
+    assert torch.equal(matrix, expected)
+
+
+def test_other_graphs_cannot_be_compared():
+    with pytest.raises(ValueError, match="Expected two recordings of the same head graphs"):
+        draw_difference(recorded("outputs"), recorded("scores-ring"))
+    with pytest.raises(ValueError, match="Expected a view 'circle' or 'matrix'"):
+        draw_difference(recorded(), recorded(), view="film")
+
+
+def test_pruning_curves_have_means_and_bands(tmp_path):
+    seeds = [[(1.0, 1.0), (0.5, 2.0), (0.0, 5.0)], [(1.0, 2.0), (0.5, 4.0), (0.0, 7.0)]]
+    figure = draw_pruning({"by strength": seeds, "random": seeds[:1]}, tmp_path / "pruning.pdf", title="a title")
+    strength, random = figure.axes[0].lines
+    assert list(strength.get_xdata()) == [0, 50, 100] and list(strength.get_ydata()) == [6, 3, 1.5]
+    assert random.get_linestyle() == "--" and len(figure.axes[0].collections) == 1
+    for curves in ({}, {"random": []}):
+        with pytest.raises(ValueError, match="Expected curves to draw"):
+            draw_pruning(curves)
+    with pytest.raises(ValueError, match="Expected curves over the same shares"):
+        draw_pruning({"random": [seeds[0], [(1.0, 1.0), (0.4, 2.0), (0.0, 5.0)]]})
+
+
+def test_a_film_has_a_frame_for_each_checkpoint_on_one_scale(tmp_path):
+    frames = [(f"step {seed}", recorded(seed=seed)) for seed in range(3)]
+    save_film(frames, tmp_path / "film.gif", fps=10)
+    film = Image.open(tmp_path / "film.gif")
+    assert film.n_frames == 3 and os.listdir(tmp_path) == ["film.gif"]
+    durations = []
+    for frame in range(3):
+        film.seek(frame)
+        durations.append(film.info["duration"])
+    assert durations == [100, 100, 2000]
+    with pytest.raises(ValueError, match="Expected frames for the film"):
+        save_film([], tmp_path / "film.gif")
+    with pytest.raises(ValueError, match=r"Expected a file name that ends in \.gif or \.mp4"):
+        save_film(frames, tmp_path / "film.avi")
+
+
+def test_films_need_ffmpeg_for_mp4(tmp_path, monkeypatch):
+    frames = [(f"step {seed}", recorded(seed=seed)) for seed in range(2)]
+    if shutil.which("ffmpeg") is not None:
+        save_film(frames, tmp_path / "film.mp4")
+        assert (tmp_path / "film.mp4").stat().st_size > 1000
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="Expected the program ffmpeg"):
+        save_film(frames, tmp_path / "none.mp4")
+    assert "none.mp4" not in os.listdir(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("view", [draw, draw_matrices, network_of])
+def test_64_heads_by_32_layers_take_less_than_20_seconds(view, tmp_path):
+    heads = synthetic(64, 32)
+    began = time.process_time()
+    view(heads, tmp_path / "heads.png")
+    assert time.process_time() - began < 20
+    width, height = Image.open(tmp_path / "heads.png").size
+    assert width == pytest.approx(1820, abs=60) and height < 4500
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_single_head_is_drawn(suffix, tmp_path):
+    heads = synthetic(1, 1)
+    draw(heads, tmp_path / f"circle.{suffix}")
+    draw_matrices(heads, tmp_path / f"matrix.{suffix}")
+    draw_network(goh.head_graph_of(heads), tmp_path / f"network.{suffix}")
+    assert all((tmp_path / name).stat().st_size > 1000 for name in os.listdir(tmp_path))

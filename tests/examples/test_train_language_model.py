@@ -1,0 +1,259 @@
+"""The example that trains a language model, run in this process at tiny sizes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import load_script
+
+from gohgraph import LanguageModel
+from gohgraph.attention.head_load import load_cv
+from gohgraph.attention.routing import routers
+
+TINY = "--d-model 14 --num-heads 7 --num-layers 2 --d-ff 13 --length 17 --batch-size 3 --steps 11 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("examples", "train_language_model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    words = ["heads", "pass", "messages", "over", "a", "graph", "— naïvely —", "and", "attend"]
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(" ".join(random.Random(3).choices(words, k=1500)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def main(script, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: script.main(["--data", str(text), *TINY, *arguments])
+
+
+def log(folder: Path) -> list[list[str]]:
+    with open(folder / "log.csv", newline="") as file:
+        return [[row[name] for name in ("step", "loss", "validation_loss", "lr")] for row in csv.DictReader(file)]
+
+
+def refused(code: int, capsys) -> str:
+    shown = capsys.readouterr().err
+    lines = [line for line in shown.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and shown.endswith(lines[0] + "\n"), shown
+    assert "Traceback" not in shown and "usage" not in shown
+    return lines[0]
+
+
+def test_one_run_leaves_everything(main, tmp_path, capsys):
+    assert main("--run", "out", "--sites", "both", "--cross-layer", "1") == 0
+    folder = tmp_path / "out"
+    names = "config.json log.csv curves.png checkpoints model sample.txt heads.png result.json tensorboard"
+    assert {path.name for path in folder.iterdir()} == set(names.split())
+    model = LanguageModel.from_pretrained(folder / "model")
+    assert model.config.head_graph.outputs.cross_layer == 1 and model.config.head_graph.scores.options == {}
+    result = json.loads((folder / "result.json").read_text())
+    assert result["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert 1 < result["validation_loss"] < 6
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["flags"]["sites"] == "both" and settings["model"] == model.config.to_dict()
+    shown = capsys.readouterr().out
+    assert "out/heads.png" in shown and f"{result['parameters']:,}" in shown
+
+
+def test_default_folders_are_numbered_and_smoke_is_small(script, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert script.main(["--data", str(text), "--smoke", "--device", "cpu"]) == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"language-model", "language-model-2"}
+
+
+def test_compare_trains_both_on_the_same_data_with_equal_parameters(main, tmp_path, capsys):
+    assert main("--compare", "--run", "out") == 0
+    shown = capsys.readouterr().out
+    results = {name: json.loads((tmp_path / "out" / name / "result.json").read_text()) for name in ("goh", "plain")}
+    counts = [result["parameters"] for result in results.values()]
+    assert abs(counts[0] - counts[1]) <= 2 * 14 + 1 and all(f"{count:,}" in shown for count in counts)
+    plain = LanguageModel.from_pretrained(tmp_path / "out" / "plain" / "model").config
+    assert plain.head_graph is None and plain.d_ff > 13
+    assert (tmp_path / "out" / "curves.png").exists() and "out/curves.png, out/goh/heads.png" in shown
+    assert "better: " in shown or "no difference beyond noise" in shown
+    # A new head graph is plain attention, but for the width of the feed-forward: equal data shows in the first losses.
+    configs = [json.loads((tmp_path / "out" / name / "config.json").read_text()) for name in results]
+    assert configs[0]["data"] == configs[1]["data"] and configs[0]["training"] == configs[1]["training"]
+
+
+def test_a_router_shows_its_load(main, tmp_path, capsys):
+    flags = "--router --num-shared 2 --top-k 3 1 --balance-loss 0.02 --z-loss 0.001 --bias-rate 0.01 --anneal-top-k 5"
+    assert main("--run", "out", *flags.split()) == 0
+    folder, shown = tmp_path / "out", capsys.readouterr().out
+    model = LanguageModel.from_pretrained(folder / "model")
+    routing = {"num_shared": 2, "top_k": [3, 1], "balance_loss": 0.02, "z_loss": 0.001, "bias_rate": 0.01}
+    assert model.config.to_dict()["head_graph"]["routing"] == {**routing, "straight_through": False}
+    assert all(router.balance_bias.abs().max() > 0 for router in routers(model))
+    assert json.loads((folder / "config.json").read_text())["training"]["anneal_top_k"] == 5
+    result = json.loads((folder / "result.json").read_text())
+    load = torch.tensor(result["load"], dtype=torch.float64)
+    assert load.shape == (2, 7) and (load[:, :2] == 1).all()
+    torch.testing.assert_close(load[:, 2:].sum(1), torch.tensor([3.0, 1.0]).double(), rtol=0, atol=1e-6)
+    assert result["load_cv"] == pytest.approx(load_cv(load, 2).mean().item())
+    assert f"routing of out: load CV {result['load_cv']:.3f}, load entropy {result['load_entropy']:.3f}" in shown
+    assert "heads as a graph, routed by token" in shown and "out/heads.png" in shown and "out/load.png" in shown
+    with open(folder / "log.csv", newline="") as file:
+        row = list(csv.DictReader(file))[-1]
+    assert all(row[name] for name in ("balance_loss", "z_loss", "load_cv", "load_entropy", "router_entropy"))
+
+
+def test_routing_without_messages_is_compared_with_plain(main, tmp_path, capsys):
+    assert main("--sites", "none", "--router", "--anneal-top-k", "3", "--compare", "--run", "out") == 0
+    shown, folder = capsys.readouterr().out, tmp_path / "out"
+    results = {name: json.loads((folder / name / "result.json").read_text()) for name in ("moh", "plain")}
+    counts = [result["parameters"] for result in results.values()]
+    assert abs(counts[0] - counts[1]) <= 2 * 14 + 1 and all(f"{count:,}" in shown for count in counts)
+    graph = LanguageModel.from_pretrained(folder / "moh" / "model").config.head_graph
+    assert graph.outputs is graph.scores is None and (graph.routing.num_shared, graph.routing.top_k) == (2, 3)
+    assert [path.name for path in folder.rglob("load.png")] == ["load.png"] and not list(folder.rglob("heads.png"))
+    assert "load" not in results["plain"] and "moh: heads routed by token; plain: plain attention" in shown
+    assert "goh" not in shown and ("better: moh" in shown or "better: plain" in shown or "moh is ahead" in shown)
+    assert main("--sites", "none", "--router", "--match-parameters", "--run", "plain") == 0
+    assert log(tmp_path / "plain") == log(folder / "plain")
+
+
+def test_graph_experts(main, tmp_path):
+    assert main("--experts", "--rounds", "3", "--alignment", "0.1", "--top-edges", "2", "--router", "--run", "out") == 0
+    graph = LanguageModel.from_pretrained(tmp_path / "out" / "model").config.head_graph
+    assert (graph.outputs.topology, graph.outputs.num_shared, graph.outputs.rounds) == ("bipartite", 2, 3)
+    assert graph.outputs.top_edges == 2 and graph.alignment == 0.1 and graph.routing.num_shared == 2
+    assert (tmp_path / "out" / "heads.png").exists() and (tmp_path / "out" / "load.png").exists()
+
+
+def test_match_parameters_trains_the_plain_side_of_a_comparison(main, tmp_path):
+    assert main("--compare", "--run", "both") == 0
+    assert main("--match-parameters", "--run", "plain") == 0
+    assert log(tmp_path / "plain") == log(tmp_path / "both" / "plain")
+
+
+def test_seeds_have_folders_of_their_own(main, tmp_path):
+    assert main("--seeds", "2", "5", "--run", "out") == 0
+    losses = [log(tmp_path / "out" / name)[-1][1] for name in ("seed-2", "seed-5")]
+    assert losses[0] != losses[1] and (tmp_path / "out" / "curves.png").exists()
+
+
+@pytest.mark.parametrize("flags", ["", "--compare", "--seeds 0 1", "--router --bias-rate 0.01 --anneal-top-k 9"])
+def test_ctrl_c_and_resume_equal_an_uninterrupted_run(script, main, tmp_path, monkeypatch, capsys, flags):
+    flags = ["--dropout", "0.1", *flags.split()]
+    assert main("--run", "whole", *flags) == 0
+    steps = []
+
+    def stopping(data, step, **settings):
+        steps.append(step)
+        # The data of step 6, after one call that only checks the length of the text.
+        if len(steps) == 8:
+            signal.raise_signal(signal.SIGINT)
+        return sample(data, step, **settings)
+
+    sample = script.sample_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "sample_batch", stopping)
+        assert main("--run", "part", *flags) == 130
+    assert steps[-1] == 6 and "--run part" in capsys.readouterr().err.splitlines()[-1]
+    assert main("--run", "part", *flags, "--resume") == 0
+    logs = [path.relative_to(tmp_path / "whole").parent for path in (tmp_path / "whole").rglob("log.csv")]
+    assert logs
+    for leaf in logs:
+        assert log(tmp_path / "part" / leaf) == log(tmp_path / "whole" / leaf)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num-heads", "3"], "multiple of num_heads"),
+        (["--num-kv-heads", "4"], "num_kv_heads to divide"),
+        (["--in-degree", "3"], "ring or random topology"),
+        (["--topology", "ring", "--in-degree", "9"], "hops"),
+        (["--topology", "ring", "--in-degree", "0"], "--in-degree of at least 1"),
+        (["--edges", "static", "--rank", "3"], "rank=None with 'static'"),
+        (["--score-in-degree", "2"], "no --score-in-degree with --sites outputs"),
+        (["--sites", "scores", "--topology", "ring"], "no --topology with --sites scores"),
+        (["--sites", "none", "--rank", "2"], "no --rank with --sites none"),
+        (["--sites", "none", "--compare"], "head graph to compare"),
+        (["--top-k", "3"], "no --top-k without --router"),
+        (["--router", "--top-k", "6"], "top_k of at least 1 and at most"),
+        (["--router", "--top-k", "3", "2", "1"], "one top_k for each of 2 layers"),
+        (["--router", "--anneal-top-k", "11"], "anneal_top_k below steps = 11"),
+        (["--router", "--balance-loss", "-1"], "balance_loss"),
+        (["--experts", "--num-shared", "9"], "num_shared"),
+        (["--compare", "--match-parameters"], "got both"),
+        (["--precision", "fp16"], "on the CPU"),
+        (["--threads", "0"], "--threads"),
+        (["--seeds", "1", "1"], "different seeds"),
+        (["--steps", "0"], "steps"),
+        (["--learning-rates", "nan"], "--learning-rates above 0"),
+        (["--dropout", "1.5"], "dropout"),
+        (["--length", "99999"], "shorter windows or a longer text"),
+        (["--batch-size", "0"], "batch_size"),
+        (["--resume"], "run to resume"),
+    ],
+)
+def test_impossible_flags_are_one_sentence(main, tmp_path, capsys, flags, message):
+    assert message in refused(main("--run", "out", *flags), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [["--steps", "many"], ["--sites", "all"], ["--unknown"]])
+def test_flags_that_do_not_parse_are_one_sentence(main, capsys, flags):
+    assert "Expected other flags" in refused(main("--run", "out", *flags), capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is asked for")
+def test_cuda_without_cuda(main, tmp_path, capsys):
+    assert "'cuda'" in refused(main("--run", "out", "--device", "cuda"), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_compile_without_a_compiler(main, tmp_path, monkeypatch, capsys):
+    def failing(*arguments, **keywords):
+        raise RuntimeError("No working C++ compiler found\nsee the log")
+
+    monkeypatch.setattr(torch, "compile", failing)
+    assert "got: No working C++ compiler found)" in refused(main("--run", "out", "--compile"), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"short"])
+def test_missing_and_short_texts(script, tmp_path, capsys, content):
+    data = tmp_path / "data.txt"
+    if content is not None:
+        data.write_bytes(content)
+    refused(script.main(["--data", str(data), *TINY, "--run", str(tmp_path / "out")]), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_cannot_be_written_or_hold_something(main, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    assert "can be written" in refused(main("--run", "file/out"), capsys)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "config.json").write_text("kept")
+    assert "new or empty" in refused(main("--run", "thesis"), capsys)
+    assert (tmp_path / "file").read_text() == (tmp_path / "thesis" / "config.json").read_text() == "kept"
+
+
+def test_resuming_needs_the_same_flags_and_a_whole_checkpoint(main, tmp_path, capsys):
+    assert main("--run", "out") == 0
+    assert "training.learning_rate" in refused(main("--run", "out", "--resume", "--learning-rates", "0.1"), capsys)
+    assert "--compare, --seeds and" in refused(main("--run", "out", "--resume", "--compare"), capsys)
+    before = (tmp_path / "out" / "log.csv").read_bytes()
+    weights = next(iter(sorted(tmp_path.glob("out/checkpoints/*/model.safetensors"), reverse=True)))
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "whole checkpoint" in refused(main("--run", "out", "--resume"), capsys)
+    assert (tmp_path / "out" / "log.csv").read_bytes() == before
+
+
+def test_a_loss_that_runs_away_is_one_sentence(main, capsys):
+    assert "finite loss" in refused(main("--run", "out", "--learning-rates", "1e30", "--warmup", "0"), capsys)

@@ -1,0 +1,184 @@
+"""Training models with routed heads: checkpointing, accumulation, data parallelism, compilation, balanced loads."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_equal_to, small_config, trained_like
+from test_models import T, language_model, random_tokens
+from test_routed_models import assert_same, build, gradients_of, inputs_for, kinds, routed, with_routing
+from torch.utils.checkpoint import checkpoint
+
+from gohgraph import HeadGraphConfig, LanguageModel, RoutingConfig, SiteConfig, TransformerConfig
+
+
+@kinds
+@routed
+def test_gradient_checkpointing_changes_nothing(kind, graph):
+    model = trained_like(build(kind, small_config(graph)))
+    inputs = inputs_for(kind)
+    wrapped = copy.deepcopy(model)
+    stacks = [getattr(wrapped, name) for name in ("encoder", "decoder") if hasattr(wrapped, name)]
+    for layer in (layer for stack in stacks for layer in stack.layers):
+        forward = layer.forward
+        layer.forward = lambda *a, _forward=forward, **k: checkpoint(_forward, *a, use_reentrant=False, **k)
+    expected, output = model(*inputs), wrapped(*inputs)
+    assert torch.equal(output.loss, expected.loss) and torch.equal(output.auxiliary_loss, expected.auxiliary_loss)
+    for own, other in zip(output.routing, expected.routing, strict=True):
+        assert all(map(torch.equal, own, other))
+    assert_same(gradients_of(output.loss, wrapped), gradients_of(expected.loss, model), exactly=True)
+
+
+@routed
+def test_gradients_accumulate_but_for_the_balance_of_each_micro_batch(graph):
+    model = language_model(graph)
+    tokens, targets = random_tokens(T, batch=4), random_tokens(T, batch=4)
+
+    def gradients(part):
+        """Of one micro-batch: cross entropy, z-losses and balance losses."""
+        output = model(tokens[part], targets[part])
+        z = sum(routing.z_loss for routing in output.routing)
+        balance = sum(routing.balance_loss for routing in output.routing)
+        return [gradients_of(loss, model) for loss in (output.cross_entropy, z, balance)], output
+
+    (*whole, balance), output = gradients(slice(0, 4))
+    (*first, one), half = gradients(slice(0, 2))
+    (*second, two), rest = gradients(slice(2, 4))
+    for total, own, other in zip(whole, first, second, strict=True):
+        assert_same(total, {name: (own[name] + other[name]) / 2 for name in own})
+    # Loads average over micro-batches; a product of means does not.
+    for total, own, other in zip(output.routing, half.routing, rest.routing, strict=True):
+        assert_equal_to(total.load, (own.load + other.load) / 2)
+    assert any(not torch.allclose(balance[name], (one[name] + two[name]) / 2) for name in balance)
+
+
+def unbalanced(vocab=101, **settings):
+    """A one-layer model whose router sends nearly all tokens to one of its four routed heads."""
+    shape = {"d_model": 30, "num_heads": 5, "num_layers": 1, "d_ff": 11}
+    model = LanguageModel(TransformerConfig(vocab, **shape, head_graph=HeadGraphConfig.moh(1, 1, **settings)))
+    attention = model.decoder.layers[0].attention
+    router = attention.object.router
+    with torch.no_grad():
+        model.embedding.tokens.weight.normal_()
+        common = attention.norm.bias.normal_()
+        router.routed.normal_(std=0.2)
+        router.routed[2] += 2 * common / common.square().sum()
+    return model, router
+
+
+def variation(loads):
+    """Coefficient of variation of the routed heads' load."""
+    load = torch.stack(loads).mean(dim=0)[1:]
+    return (load.std(correction=0) / load.mean()).item()
+
+
+@pytest.mark.parametrize("settings", [{"balance_loss": 0.1}, {"bias_rate": 0.005, "balance_loss": 0.0}], ids=str)
+def test_training_balances_the_load(settings):
+    model, router = unbalanced(**settings)
+    loads = train(model, router, steps=200)
+    assert variation(loads[:1]) > 1 and variation(loads[-50:]) < 0.3
+
+
+def test_without_balance_loss_or_bias_the_load_stays_unbalanced():
+    model, router = unbalanced(balance_loss=0.0)
+    assert variation(train(model, router, steps=200)[-50:]) > 1
+
+
+def train(model, router, steps):
+    """Predicts the token after next; returns the loads of all steps."""
+    optimizer, loads = torch.optim.Adam(model.parameters(), lr=3e-3), []
+    for _ in range(steps):
+        tokens = torch.randint(model.config.vocab_size, (8, 23))
+        output = model(tokens, tokens.roll(-1, 1))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        loads.append(output.routing[0].load)
+        if router.balance_bias is not None:
+            router.update_balance_bias(loads[-1])
+    return loads
+
+
+@pytest.mark.slow
+def test_a_routed_attention_compiles_to_one_graph():
+    graphs = HeadGraphConfig(SiteConfig.ring(3, top_edges=2), SiteConfig.ring(2), RoutingConfig(2, 2))
+    model = trained_like(LanguageModel(with_routing(graphs, num_layers=1))).float().train()
+    attention = model.decoder.layers[0].attention.object
+    x, mask = torch.randn(2, T, 30), torch.arange(T) < torch.tensor([[T], [3]])
+
+    def run(module):
+        y, heads = module(x, token_mask=mask)
+        routing = heads.routing
+        loss = y.square().sum() + routing.balance_loss + routing.z_loss
+        return [y, *routing, *torch.autograd.grad(loss, list(attention.parameters()))]
+
+    for own, expected in zip(run(torch.compile(attention, fullgraph=True)), run(attention), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+
+
+RANKS = """
+import copy, sys
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+torch.set_num_threads(1)
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+from helpers import small_config, trained_like
+from gohgraph import LanguageModel
+from gohgraph.attention.routing import routers, share_statistics
+
+torch.manual_seed(5)
+model = trained_like(LanguageModel(small_config("moh-outputs")))
+tokens = torch.randint(13, (6, 7))
+# One rank has four rows and many real tokens, the other two rows and few.
+keep = torch.arange(7) < torch.tensor([7, 7, 6, 7, 3, 2])[:, None]
+own = slice(0, 4) if rank == 0 else slice(4, 6)
+
+def losses(output):
+    return sum(r.balance_loss for r in output.routing) + sum(r.z_loss for r in output.routing)
+
+whole = model(tokens, keep_mask=keep)
+expected = torch.autograd.grad(losses(whole), list(model.parameters()), allow_unused=True)
+parallel = DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)
+share_statistics(parallel, dist.group.WORLD)
+output = parallel(tokens[own], keep_mask=keep[own])
+losses(output).backward()
+for one, all_of_them in zip(output.routing, whole.routing, strict=True):
+    for name in ("balance_loss", "z_loss", "load", "entropy"):
+        torch.testing.assert_close(getattr(one, name), getattr(all_of_them, name), rtol=0, atol=1e-10)
+for parameter, gradient in zip(parallel.parameters(), expected, strict=True):
+    if gradient is not None:
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-10)
+# In eval mode a rank is on its own, and so is a copy; None undoes it.
+alone = [r.load for r in model.eval()(tokens[own], keep_mask=keep[own]).routing]
+again = [r.load for r in parallel.module.eval()(tokens[own], keep_mask=keep[own]).routing]
+assert all(map(torch.equal, again, alone))
+assert all(router.process_group is None for router in routers(copy.deepcopy(parallel.module)))
+share_statistics(parallel, None)
+if rank == 0:
+    undone = [r.load for r in parallel.module.train()(tokens[own], keep_mask=keep[own]).routing]
+    assert all(map(torch.equal, undone, alone))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_statistics_are_those_of_all_ranks(tmp_path):
+    here = Path(__file__).parent
+    path = ":".join((str(here), str(here.parent)))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(rank), str(tmp_path)],
+            env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors

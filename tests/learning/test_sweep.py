@@ -1,0 +1,58 @@
+"""A sweep remembers finished runs, goes on after an interruption and refuses results of other arguments."""
+
+from __future__ import annotations
+
+import json
+import operator
+
+import pytest
+
+from gohgraph.learning.contests.sweep import sweep
+
+RUNS = {"one": {"base": 2, "exp": 3}, "two": {"base": 5, "exp": 2}}
+
+
+def test_results_in_order_and_on_disk(tmp_path):
+    assert list(sweep(pow, RUNS, tmp_path).items()) == [("one", 8), ("two", 25)]
+    assert json.loads((tmp_path / "one.json").read_text()) == {"arguments": RUNS["one"], "result": 8}
+
+
+def test_finished_runs_are_not_run_again(tmp_path):
+    calls = []
+
+    def function(base, exp):
+        calls.append(base)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return base**exp
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(function, RUNS, tmp_path)
+    assert sweep(function, RUNS, tmp_path) == {"one": 8, "two": 25}
+    assert calls == [2, 5, 5]
+
+
+def test_processes_give_the_same_results(tmp_path):
+    assert sweep(pow, RUNS, tmp_path, jobs=2) == {"one": 8, "two": 25}
+
+
+def test_a_failing_process_raises(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        sweep(pow, {"bad": {"base": 0, "exp": -1}}, tmp_path, jobs=2)
+
+
+def test_other_arguments_and_damage_are_refused(tmp_path):
+    sweep(pow, RUNS, tmp_path)
+    with pytest.raises(ValueError, match=r"same arguments \(got other \['exp'\]\)"):
+        sweep(pow, {"one": {"base": 2, "exp": 4}}, tmp_path)
+    (tmp_path / "one.json").write_text('{"arguments": ')
+    with pytest.raises(ValueError, match="Expected a finished run"):
+        sweep(pow, RUNS, tmp_path)
+    with pytest.raises(ValueError, match="Expected jobs >= 1"):
+        sweep(operator.add, {}, tmp_path, jobs=0)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Expected a run folder that can be written"):
+        sweep(pow, RUNS, tmp_path / "file" / "run")

@@ -1,0 +1,122 @@
+"""The tasks of the quality benchmark: episodes are what they say, and models can be trained and measured on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from benchmarks.tasks import TASKS
+from benchmarks.tasks.associative import ManyQueries
+from benchmarks.tasks.base import generator_of
+from benchmarks.tasks.find_block import DOT, HASH, FindBlock
+from benchmarks.tasks.two_hops import TwoHops
+
+EPISODES = 101
+
+
+def drawn(task, seed=0):
+    return task.draw(EPISODES, generator_of(seed, 0))
+
+
+def asked(targets):
+    return [(row != -100).nonzero().flatten().tolist() for row in targets]
+
+
+def test_every_query_of_mqar_repeats_a_key_and_asks_for_its_value():
+    task = ManyQueries(num_pairs=5, num_keys=11)
+    inputs, targets = drawn(task)
+    assert inputs.shape == targets.shape == (EPISODES, task.length)
+    for row, target, places in zip(inputs.tolist(), targets.tolist(), asked(targets), strict=True):
+        pairs = dict(zip(row[0:10:2], row[1:10:2], strict=True))
+        assert len(pairs) == 5 and max(pairs) <= 11 < min(pairs.values()) and max(pairs.values()) < task.vocab_size
+        assert len(set(pairs.values())) == 5
+        assert sorted(row[place] for place in places) == sorted(pairs) and min(places) >= 10
+        assert all(target[place] == pairs[row[place]] for place in places)
+        assert not any(token for place, token in enumerate(row[10:], 10) if place not in places)
+
+
+def test_queries_of_mqar_come_early_by_a_power_law():
+    task = ManyQueries(num_pairs=2, num_keys=11)
+    _, targets = task.draw(4001, generator_of(0, 0))
+    gaps = torch.tensor([place - 4 for places in asked(targets) for place in places]) // 2
+    share = torch.bincount(gaps, minlength=6) / len(gaps)
+    # p(g) ~ (g+1)^-0.99; without replacement the two of an episode flatten it.
+    assert share[0] > 1.5 * share[1] > 1.5 * share[3] > share[5] > 0
+
+
+def test_two_hops_lead_from_the_query_to_the_answer():
+    pairs, answers = drawn(TwoHops(num_chains=4, num_symbols=13))
+    assert pairs.shape == (EPISODES, 12, 2) and answers.shape == (EPISODES, 4)
+    for row, answer in zip(pairs.tolist(), answers.tolist(), strict=True):
+        listed, asked_for = dict(row[:8]), [symbol for symbol, unknown in row[8:] if unknown == 0]
+        assert len(listed) == 8 and 0 not in listed
+        assert answer == [listed[listed[symbol]] for symbol in asked_for]
+        # No first symbol is what another one leads to: an answer is always two hops away.
+        assert not set(asked_for) & set(listed.values())
+
+
+def test_pairs_are_listed_in_any_order():
+    pairs, _ = drawn(TwoHops(num_chains=4, num_symbols=13))
+    firsts = torch.tensor([[pair[0] in {q for q, _ in row[8:]} for pair in row[:8]] for row in pairs.tolist()])
+    assert (firsts.float().mean(dim=0) - 0.5).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("size", [(3, 5, 2), (7, 8, 3)], ids=str)
+def test_one_block_holds_the_question(size):
+    task = FindBlock(num_blocks=size[0], block_length=size[1], num_asked=size[2])
+    inputs, targets = drawn(task)
+    assert inputs.shape == (EPISODES, task.length)
+    for row, target in zip(inputs.tolist(), targets.tolist(), strict=True):
+        width = task.block_length + 1
+        text, rest = row[: task.num_blocks * width], row[task.num_blocks * width :]
+        blocks = [text[at : at + task.block_length] for at in range(0, len(text), width)]
+        ends = text[task.block_length :: width]
+        assert ends == [DOT] * (task.num_blocks - 1) + [HASH]
+        assert all(len(set(block)) == task.block_length and max(block) < 26 for block in blocks)
+        question, said = rest[: task.num_asked], rest[task.num_asked :]
+        (found,) = [block for block in blocks if set(question) <= set(block)]
+        assert target[-task.block_length :] == found and said == found[:-1] and len(set(question)) == len(question)
+        assert set(target[: -task.block_length]) == {-100}
+
+
+@pytest.mark.parametrize("name", ["mqar", "two-hops", "find-block", "two-cues"])
+def test_episodes_depend_on_seed_and_number_alone(name):
+    task = TASKS[name]()
+    first = task.batch(3, seed=0)
+    torch.rand(7)
+    assert all(map(torch.equal, first, task.batch(3, seed=0)))
+    assert not torch.equal(first[0], task.batch(4, seed=0)[0]) and not torch.equal(first[0], task.batch(3, seed=1)[0])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_model_is_trained_and_measured(name):
+    task = TASKS[name](batch_size=5)
+    torch.manual_seed(0)
+    model = task.model(task.config())
+    output = task.output(model, task.batch(0, seed=0))
+    loss = output if isinstance(output, torch.Tensor) else output.loss
+    loss.backward()
+    assert loss.isfinite() and sum(p.grad is not None for p in model.parameters()) > 10
+    with torch.no_grad():
+        found, again = task.evaluate(model.eval()), task.evaluate(model)
+    assert found == again and found[task.measure] > 0 and found["validation_loss"] > 0
+
+
+def test_errors_and_losses_are_those_of_the_asked_positions():
+    task = FindBlock(num_blocks=3, batch_size=64)
+    model = task.model(task.config()).eval()
+    inputs, targets = task.draw(512, generator_of(-1, 0))
+    with torch.no_grad():
+        logits = model(inputs).logits[:, -5:]
+        found = task.evaluate(model)
+    answers = targets[:, -5:]
+    assert found["error"] == (logits.argmax(-1) != answers).double().mean().item()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
+    assert found["validation_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_digits_held_out_are_never_trained_on():
+    images, digits, held_out, _ = TASKS["digits"]().images
+    assert len(images) + len(held_out) == 1797 and len(held_out) == 359 and len(digits) == len(images)
+    assert 0 <= images.min() and images.max() == 1
+    seen = {image.numpy().tobytes() for image in images}
+    assert not any(image.numpy().tobytes() in seen for image in held_out)

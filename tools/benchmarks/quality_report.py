@@ -1,0 +1,110 @@
+"""The tables and the picture of the quality benchmark."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.statistics import at_budget, interval, needed_budget
+from benchmarks.tasks import Task
+from gohgraph.common.tables import markdown_table
+from gohgraph.drawing.figures import INK, new_figure, save_figure
+
+COLOURS = {"better": "#0072B2", "worse": "#D55E00", "unclear": "#999999"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was found of one variant on one task.
+
+    Args:
+        parameters, d_ff: of the model.
+        rate: the learning rate that was chosen.
+        logs: of each seed, rows with `step` and what the task's `evaluate` returns.
+        times: seconds of a training step as ratios to plain attention: lower quartile, median, upper quartile.
+    """
+
+    parameters: int
+    d_ff: int
+    rate: float
+    logs: list[list[dict[str, Any]]]
+    times: list[float]
+
+    @property
+    def time_ratio(self) -> float:
+        """The median ratio."""
+        return self.times[1]
+
+    def ends(self, measure: str) -> list[float]:
+        """Returns the last value of a measure, of each seed."""
+        return [log[-1][measure] for log in self.logs]
+
+    def minus(self, other: Entry, measure: str) -> list[float]:
+        """Returns the difference to another variant, seed by seed."""
+        return [own - its for own, its in zip(self.ends(measure), other.ends(measure), strict=True)]
+
+
+def quality_table(
+    name: str, task: Task, seeds: list[int], entries: dict[str, Entry], plain_curve: dict[float, float]
+) -> str:
+    """Returns the Markdown table of a task; the first entry is plain attention."""
+    plain, measure = next(iter(entries.values())), task.measure
+    steps = f"{task.steps:,} steps of batch {task.batch_size}"
+    shape = f"{task.num_layers} layers of d_model {task.d_model}, {task.num_heads} heads"
+    title = f"**{name}**: {task.summary}; {shape}, {plain.parameters:,} parameters, {steps}, {len(seeds)} seeds"
+    head = ["attention", "rate", measure.replace("_", " "), "minus plain", "step time", "steps plain needs"]
+    lines = [[*head, "minus plain at equal time"]]
+    for variant, entry in entries.items():
+        ends, own = entry.ends(measure), entry is plain
+        beside = at_budget(plain_curve, entry.time_ratio)
+        difference = None if beside is None else interval(ends)[0] - beside
+        lines.append(
+            [
+                variant,
+                f"{entry.rate:g}",
+                _spread(*interval(ends)),
+                "" if own else _spread(*interval(entry.minus(plain, measure)), signed=True),
+                f"{entry.time_ratio:.2f}",
+                "1" if own else needed_budget(plain_curve, interval(ends)[0]),
+                "" if own else "-" if difference is None else f"{difference:+.4f}",
+            ]
+        )
+    curve = ", ".join(f"{budget:g}: {value:.4f}" for budget, value in plain_curve.items())
+    return markdown_table(lines, title) + f"\n\nPlain attention by steps, as multiples of {task.steps:,}: {curve}."
+
+
+def draw_quality(
+    entries: dict[str, dict[str, Entry]], measures: dict[str, str], path: str | os.PathLike[str] | None = None
+):
+    """Draws the difference of every variant to plain attention with its 95 % interval, a panel for each task.
+
+    Returns:
+        The `matplotlib.figure.Figure`.
+    """
+    names = [list(found)[1:] for found in entries.values()]
+    height = 0.28 * max(map(len, names), default=1) + 1.1
+    figure = new_figure(3.6 * len(entries) + 1.2, height)
+    axes = figure.subplots(1, len(entries), squeeze=False)[0]
+    for axis, (task, found) in zip(axes, entries.items(), strict=True):
+        plain, *others = found.items()
+        for place, (_, entry) in enumerate(others):
+            centre, half = interval(entry.minus(plain[1], measures[task]))
+            half = 0.0 if math.isnan(half) else half
+            kind = "better" if centre + half < 0 else "worse" if centre - half > 0 else "unclear"
+            axis.errorbar(centre, place, xerr=half, fmt="o", color=COLOURS[kind], markersize=4, linewidth=1.4)
+        axis.axvline(0, color=INK, linewidth=0.8)
+        axis.set_yticks(range(len(others)), [variant for variant, _ in others], fontsize=8)
+        axis.set_ylim(max(len(others), 1) - 0.5, -0.5)
+        axis.set_title(task, fontsize=10, color=INK)
+        axis.set_xlabel(f"{measures[task].replace('_', ' ')}, minus plain", fontsize=9, color=INK)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8, colors=INK)
+    save_figure(figure, path)
+    return figure
+
+
+def _spread(centre: float, half: float, *, signed: bool = False) -> str:
+    shown = f"{centre:+.4f}" if signed else f"{centre:.4f}"
+    return shown if math.isnan(half) else f"{shown} ± {half:.4f}"

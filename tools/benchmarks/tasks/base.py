@@ -1,0 +1,126 @@
+"""What a quality task is: a model to build, batches to train it on, and a measure of how well it does."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gohgraph.models.boundary import IGNORED_TARGET
+from gohgraph.models.config import TransformerConfig
+from gohgraph.models.model_output import ModelOutput
+from gohgraph.models.models import LanguageModel
+
+HELD_OUT_SEED, HELD_OUT_EPISODES = -1, 512
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A task on which attention variants are compared; a subclass says what is learned.
+
+    Args:
+        d_model, num_heads, num_layers: M, H and L of the models.
+        batch_size: B.
+        steps: of a full run.
+        learning_rates: the grid, the same for all variants.
+
+    Attributes:
+        summary: what is measured, in one line of the table's caption.
+        measure: the entry of `evaluate` that learning rates are chosen by, lower is better.
+    """
+
+    d_model: int
+    num_heads: int
+    num_layers: int
+    batch_size: int
+    steps: int
+    learning_rates: tuple[float, ...]
+    summary: ClassVar[str]
+    measure: ClassVar[str] = "validation_loss"
+
+    @abstractmethod
+    def config(self) -> TransformerConfig:
+        """Returns the transformer's configuration without head graphs."""
+
+    @abstractmethod
+    def model(self, config: TransformerConfig) -> nn.Module:
+        """Builds a model for the task."""
+
+    @abstractmethod
+    def batch(self, index: int, seed: int) -> Any:
+        """Returns the tensors of a training batch, a pure function of its number and the seed."""
+
+    @abstractmethod
+    def output(self, model: nn.Module, batch: Any) -> ModelOutput | Tensor:
+        """Returns the training loss, or an output that holds it."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measures a model on data that is never trained on: `measure` and more."""
+
+    def shape(self) -> dict[str, int]:
+        """Returns the sizes of the transformer, its feed-forward four times as wide as the model."""
+        sizes = {"d_model": self.d_model, "num_heads": self.num_heads, "num_layers": self.num_layers}
+        return {**sizes, "d_ff": 4 * self.d_model}
+
+
+@dataclass(frozen=True)
+class EpisodeTask(Task):
+    """A task of random token sequences of which only some positions are to be predicted, by a language model."""
+
+    measure: ClassVar[str] = "error"
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Token ids of the task."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens of an episode."""
+
+    @abstractmethod
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draws episodes: inputs and targets `[count, length]`, -100 where nothing is asked."""
+
+    def config(self) -> TransformerConfig:
+        """Returns the transformer's configuration without head graphs."""
+        return TransformerConfig(self.vocab_size, **self.shape(), max_length=self.length)
+
+    def model(self, config: TransformerConfig) -> LanguageModel:
+        """Builds a language model."""
+        return LanguageModel(config)
+
+    def batch(self, index: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Returns inputs and targets of a training batch."""
+        return self.draw(self.batch_size, generator_of(seed, index))
+
+    def output(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> ModelOutput:
+        """Returns the model's output with its loss."""
+        return model(batch[0], targets=batch[1])
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Returns the loss, and the error: the share of held-out answers whose most likely token is wrong."""
+        inputs, targets = self.draw(HELD_OUT_EPISODES, generator_of(HELD_OUT_SEED, 0))
+        losses, wrong, asked = 0.0, 0, 0
+        for x, y in zip(inputs.split(self.batch_size), targets.split(self.batch_size), strict=True):
+            output, is_asked = model(x, targets=y), y != IGNORED_TARGET
+            losses += output.cross_entropy.item() * is_asked.sum().item()
+            wrong += ((output.logits.argmax(dim=-1) != y) & is_asked).sum().item()
+            asked += is_asked.sum().item()
+        return {"validation_loss": losses / asked, "error": wrong / asked}
+
+
+def generator_of(seed: int, index: int) -> torch.Generator:
+    """Returns a generator for batch `index` of `seed`: hashed, torch's CPU generator keeps 32 bits of a seed."""
+    return torch.Generator().manual_seed(random.Random(f"{seed} {index}").getrandbits(32))
+
+
+def distinct(count: int, low: int, high: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Draws `count` different numbers of low..high-1 for each row, `[batch, count]`."""
+    return low + torch.rand(batch, high - low, generator=generator).argsort(dim=1)[:, :count]

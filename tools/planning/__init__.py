@@ -1,0 +1,1 @@
+"""What head graphs cost at scale, and what ranks really send."""
