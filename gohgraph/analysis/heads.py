@@ -100,6 +100,4 @@ def _masking(name: str, block: tuple[nn.Module, int | None], masks: dict[str, li
             # [B, T, M] -> [B, T, H, D] -> [B, T, M]
             lambda module, inputs: (masked(inputs[0].unflatten(-1, (heads, -1))).flatten(-2), *inputs[1:])
         )
-    return module.register_forward_hook(
-        lambda module, inputs, z: (masked(z[0]), *z[1:]) if isinstance(z, tuple) else masked(z)
-    )
+    return module.register_forward_hook(lambda module, inputs, z: masked(z))

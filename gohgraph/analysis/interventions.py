@@ -11,13 +11,14 @@ from gohgraph.analysis.losses import Loss, check_batches, mean_loss
 from gohgraph.analysis.running_stats import Moments
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.edges import EdgeWeights
+from gohgraph.graphs.keyed import KeyedGraphConv
 
 REPLACEMENTS = ("zero", "mean")
 
 
 def weights_of(conv: HeadGraphConv) -> list[EdgeWeights]:
     """Returns what gives a graph's weights: one module, and that of the keys' side where edges are keyed."""
-    return [conv.edges, *filter(None, [getattr(conv, "key_edges", None)])]
+    return [conv.edges, conv.key_edges] if isinstance(conv, KeyedGraphConv) else [conv.edges]
 
 
 def fills(

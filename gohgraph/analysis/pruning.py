@@ -13,7 +13,6 @@ from tqdm import tqdm
 from gohgraph.analysis.losses import Loss, mean_loss
 from gohgraph.analysis.record import head_graphs
 from gohgraph.analysis.strength import edge_strength
-from gohgraph.attention.maps import WideHeads, wide_heads_for
 
 Module = TypeVar("Module", bound=nn.Module)
 KEEP = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)
@@ -57,9 +56,6 @@ def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None 
     pruned = deepcopy(model)
     for conv, own in zip(head_graphs(pruned).values(), kept.split(numbers), strict=True):
         conv.keep_edges(own)
-    for module in pruned.modules():
-        if isinstance(getattr(module, "wide", None), WideHeads):
-            module.wide = wide_heads_for(module.score_graph)
     return pruned
 
 

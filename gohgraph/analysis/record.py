@@ -225,7 +225,7 @@ def _hooks(recording: Recording, name: str, conv: HeadGraphConv, router: HeadRou
     if isinstance(block, MultiHeadAttention):
         hooks.append(_hook(block, lambda inputs, result: recording.update_outputs(result[1].outputs)))
     elif site_of(name) == "outputs":
-        hooks.append(_hook(conv, lambda inputs, z: recording.update_outputs(z[0] if isinstance(z, tuple) else z)))
+        hooks.append(_hook(conv, lambda inputs, z: recording.update_outputs(z)))
     return hooks
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gohgraph.analysis.record import Recording, head_graphs
 from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.learned_topology import LearnedTopologyConv
 
 
 def edge_strength(source: nn.Module | Mapping[str, Recording]) -> dict[str, Tensor]:
@@ -65,9 +66,8 @@ def _own_strength(conv: HeadGraphConv) -> Tensor:
         weight = edges.weight.detach().double()  # [R, E, M] or [R, E, r]
         weight = weight if edges.down is None else weight @ edges.down.detach().double()  # [R, E, M]
         squares = squares + weight.square().sum(dim=-1)
-    kept = getattr(conv, "kept", None)
     strength = squares.mean(dim=0).sqrt().cpu()  # [E]
-    return strength if kept is None else strength * kept.cpu()
+    return strength * conv.kept.cpu() if isinstance(conv, LearnedTopologyConv) else strength
 
 
 def _ranks(values: Tensor) -> Tensor:

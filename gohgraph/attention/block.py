@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gohgraph.attention.cache import KeyValueCache
-from gohgraph.attention.grouped import LARGEST_SHARE, TokenGroups, group_tokens, grouped_attention, may_pay
-from gohgraph.attention.maps import causal_mask, mixed_attention, plain_attention, wide_heads_for
+from gohgraph.attention.call import Call, Mask, Routed
+from gohgraph.attention.forms import attend, why_all_heads
 from gohgraph.attention.routing import Routing
-from gohgraph.attention.skipped import ActiveHeads, only_multiplies, project_all
-from gohgraph.attention.tiled import runs_in_tiles, tiled_attention
-from gohgraph.graphs.experts import alignment_loss
+from gohgraph.attention.skipped import ActiveHeads, project_all
+from gohgraph.graphs.protocol import Losses, Messages, SiteGraph, check_site
+from gohgraph.graphs.wrapped import as_site_graph
 
-# Numbers per row that need not be read for heads that are off, from which leaving these out pays on a CPU; with fewer
-# the calls cost more. Between 0.33 and 0.39 million by `tools/benchmark.py routing`, two threads.
-SKIP_FROM_UNREAD = 350_000
-INNER_SITES = ("query", "key", "value", "weight")
+# The further sites by the name of their slot, and what the block can give graphs at every site.
+INNER_SITES = {"query": "queries", "key": "keys", "value": "values", "weight": "weights"}
+ALLOWED = {"outputs": {"reach"}, "scores": {"keyed", "nonlinear"}, "weights": {"keyed", "nonlinear"}}
 
 
 class Heads(NamedTuple):
@@ -29,12 +27,10 @@ class Heads(NamedTuple):
     Args:
         outputs: `[B, T, H, D]`, after messages and times their gates: what the output projection reads.
         routing: the router's decisions, `None` without one.
-        alignment_loss: scalar, of graph experts with `alignment`, else `None`.
     """
 
     outputs: Tensor
     routing: Routing | None = None
-    alignment_loss: Tensor | None = None
 
 
 class MultiHeadAttention(nn.Module):
@@ -45,11 +41,19 @@ class MultiHeadAttention(nn.Module):
         z_i = \mathrm{softmax}(a'_i)\, v_i \;\to\; z' = \mathrm{output\_graph}(z, x), \qquad
         y(t) = \sum_i g_i(t)\, W_O^i z'_i(t)
 
-    With all slots empty this is the attention of Vaswani et al. 2017 (equation 1 and section 3.2.2), g = 1. A graph
-    slot takes any module `(nodes [*, H, F], context=[*, M]) -> nodes`; the context x(t) is this block's own input.
-    Beside a router it is called with `active=` bool `[*, H]` too, with `cross_layer` also with `earlier`. Where
-    messages between maps depend on the key's token, the module says so (`is_keyed`) and is called with `key_state=`
-    what its method `key_state` made of the keys' tokens, `[B, S, M] -> [B, S, U]`; a cache keeps it.
+    ::
+
+        x -+- query -> query graph -> rotary -> q -+
+           |                                       +-> scores -> score graph -> softmax -> weight graph -+
+           +- key ---> key graph ---> rotary -> k -+                                                     |
+           |                                                                                             +-> z
+           +- value -> value graph ----------------------------------------------------------------> v --+
+           |                                                                                             |
+           +- router -> active heads, gates g         y <- output <- times g <- output graph <-----------+
+
+    With all slots empty this is the attention of Vaswani et al. 2017 (equation 1 and section 3.2.2), g = 1. A slot
+    takes any `SiteGraph` that may stand there, or a plain module `(nodes [*, H, F], context [*, M]) -> nodes`, which is
+    wrapped; the context x(t) is this block's own input.
 
     Args:
         d_model: M.
@@ -60,23 +64,22 @@ class MultiHeadAttention(nn.Module):
         causal: token t attends to s <= t only.
         rotary: `RotaryPositions` for queries and keys, or `None`.
         output_graph: messages between head outputs, e.g. a `HeadGraphConv`, or `None`.
-        score_graph: messages between attention scores before the softmax, or `None`. Linear ones run in tiles of
-            queries (`tiled`: `None` where that was measured to pay, True wherever it can be done, on CUDA by a Triton
-            kernel, False never); where they do not, a one-round graph of in-degree up to 4 runs as attention over wider
-            heads (`wide`, a `WideHeads`; set it to `None` to force the eager form).
+        score_graph: messages between attention scores before the softmax, or `None`.
         router: a `HeadRouter`, which chooses and weighs the heads of every token, or `None`: all work, g = 1. Messages
-            at both sites then flow on the induced subgraph of a token's active heads. Heads that are off are left out:
-            in decoding altogether, of more tokens their attention (`skip`: `None` where that was measured to pay, True
-            wherever it can be done, False never).
+            at both sites then flow on the induced subgraph of a token's active heads.
         inner_graphs: graphs at further sites by name: `"query"`, `"key"`, `"value"`, before attention and rotary
             positions (nodes are the key/value heads at the last two, the context is the token's own), and `"weight"`,
-            the maps `[B, T, H, S]` after the softmax, which are held in memory then.
+            the maps `[B, T, H, S]` after the softmax.
+
+    Attributes:
+        form: the name of the form in which attention is computed, of `gohgraph.attention.forms.FORMS`; `None` chooses
+            the one that was measured to pay. `explain` tells what a call would choose.
 
     Shape:
         x `[B, T, M]` -> (y `[B, T, M]`, `Heads` with outputs `[B, T, H, D]`).
 
     Raises:
-        ValueError: M not a multiple of H, G not a divisor of H, a graph or router over another number of heads, an
+        ValueError: M not a multiple of H, G not a divisor of H, a graph or router that cannot stand where it is to, an
             unknown site.
 
     Example:
@@ -105,10 +108,9 @@ class MultiHeadAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        inner_graphs = inner_graphs or {}
         _check_sizes(d_model, num_heads, num_kv_heads)
-        _check_graphs(num_heads, num_kv_heads, inner_graphs, output_graph=output_graph, score_graph=score_graph)
-        _check_heads("router", router, num_heads)
+        if router is not None and router.num_heads != num_heads:
+            raise ValueError(f"Expected a router over {num_heads} heads (got {router.num_heads}). Do build it so.")
         self.d_model, self.num_heads, self.num_kv_heads = d_model, num_heads, num_kv_heads
         self.head_dim, self.dropout, self.causal = d_model // num_heads, dropout, causal
         self.query = nn.Linear(d_model, d_model, bias=bias)
@@ -116,15 +118,16 @@ class MultiHeadAttention(nn.Module):
         self.value = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias)
         self.output = nn.Linear(d_model, d_model, bias=bias)
         self.rotary = rotary
-        self.output_graph = output_graph
-        self.score_graph = score_graph
+        self.output_graph = _checked("outputs", output_graph, num_heads)
+        self.score_graph = _checked("scores", score_graph, num_heads)
         self.router = router
-        self.inner_graphs = nn.ModuleDict(inner_graphs)
-        self.skip: bool | None = None
-        self.tiled: bool | None = None
-        self.wide = wide_heads_for(score_graph)
-        # Appends the queries and keys of heads on other ranks; `gohgraph.parallel` fills it.
-        self.fetch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        self.inner_graphs = nn.ModuleDict()
+        for name, graph in (inner_graphs or {}).items():
+            if name not in INNER_SITES:
+                raise ValueError(f"Expected inner_graphs of {list(INNER_SITES)} (got {name!r}). Do choose among them.")
+            nodes = num_kv_heads if name in ("key", "value") else num_heads
+            self.inner_graphs[name] = _checked(INNER_SITES[name], graph, nodes)
+        self.form: str | None = None
 
     def forward(
         self,
@@ -136,6 +139,7 @@ class MultiHeadAttention(nn.Module):
         cache: KeyValueCache | None = None,
         earlier: Sequence[Tensor] = (),
         token_mask: Tensor | None = None,
+        losses: Losses | None = None,
     ) -> tuple[Tensor, Heads]:
         """Attends from `x` to itself, or to `memory` (cross attention).
 
@@ -147,7 +151,9 @@ class MultiHeadAttention(nn.Module):
             positions: `[T]` or `[B, T]` for the rotary; `None` counts on from the cache.
             cache: keys and values of the tokens before, extended in place; causality then counts from its length.
             earlier: head outputs of the layers before, nearest first, for a graph with `cross_layer`.
-            token_mask: bool `[B, T]`, True = a real token of `x`; losses of router and experts leave out the others.
+            token_mask: bool `[B, T]`, True = a real token of `x`; losses leave out the others.
+            losses: asks for what graphs add to the training loss: takes in a scalar under each name it has, the mean
+                over active heads of real tokens.
 
         Returns:
             The output `[B, T, M]` and the `Heads`.
@@ -156,69 +162,54 @@ class MultiHeadAttention(nn.Module):
             ValueError: a mask that is not bool or has not four dimensions.
         """
         _check_mask(keep_mask)
-        routing = None
-        if self.router is not None:
-            decodes = cache is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
-            routing = self.router(x, token_mask, statistics=not decodes)
-        active = {} if routing is None else {"active": routing.active}
-        source, past = x if memory is None else memory, 0 if cache is None else len(cache)
+        past = 0 if cache is None else len(cache)
+        source = x if memory is None else memory
         keys = past if memory is not None and past else past + source.shape[1]
-        heads = ActiveHeads(routing.active) if self._skips(x, keys) else None
+        routing = self._route(x, token_mask, decodes=cache is not None and x.shape[1] == 1)
+        active = None if routing is None else routing.active
+        routed = self._routed(routing, x, keys)
+        heads = routed.heads if routed is not None and isinstance(routed.heads, ActiveHeads) else None
+        if positions is None and self.rotary is not None:
+            positions = torch.arange(past, past + x.shape[1], device=x.device)
+        q = self._queries(x, positions, active, heads)  # [B, T, H, D]
+        k, v, *states = self._keys_values(source, positions, cache, heads)  # [B, S, G, D] each
+        scores, weights = self._messages(x, active, states)
+        mask, dropout = Mask(keep_mask, self.causal), self.dropout if self.training else 0.0
+        z, _ = attend(Call(q, k, v, mask, dropout, scores, weights, routed), self.form)  # [B, T, H, D]
+        if self.output_graph is not None:
+            z = self._pass_messages(z, x, earlier, active, token_mask, losses)
+        if routing is not None:
+            z = z * routing.gates.unsqueeze(-1).to(z.dtype)
+        y = self.output(z.flatten(-2)) if heads is None else heads.read_out(z, self.output)  # [B, T, M]
+        return y, Heads(z, routing)
+
+    def _route(self, x: Tensor, token_mask: Tensor | None, *, decodes: bool) -> Routing | None:
+        if self.router is None:
+            return None
+        return self.router(x, token_mask, statistics=not decodes or torch.is_grad_enabled())
+
+    def _routed(self, routing: Routing | None, x: Tensor, keys: int) -> Routed | None:
+        # In tensor parallelism the router tells of all heads, while queries are of some.
+        if routing is None or routing.active.shape[-1] != self.num_heads:
+            return None
+        reason = why_all_heads(self, x, keys)
+        heads = reason or ActiveHeads(routing.active)
+        return Routed(routing.active, self.router.num_shared, self.router.num_active, heads)
+
+    def _queries(
+        self, x: Tensor, positions: Tensor | None, active: Tensor | None, heads: ActiveHeads | None
+    ) -> Tensor:
         if heads is None:
             q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, D]
         else:
             q = heads.project(x, self.query, self.head_dim)  # [B, T, H, D]
-        q = self._inner("query", q, x, **active)
-        if positions is None and self.rotary is not None:
-            positions = torch.arange(past, past + x.shape[1], device=x.device)
-        if self.rotary is not None:
-            q = self.rotary(q, positions)
-        k, v, *states = self._keys_values(source, positions, cache, heads)  # [B, S, G, D] each
-        if heads is None:
-            z = self._attend(q, k, v, x, keep_mask, active, states)  # [B, T, H, D]
-        else:
-            z = heads.attend(q, k, v, x, keep_mask, self.score_graph)  # [B, T, H, D]
-        z, alignment = self._pass_messages(z, x, earlier, active, token_mask)
-        if routing is not None:
-            z = z * routing.gates.unsqueeze(-1).to(z.dtype)
-        y = self.output(z.flatten(-2)) if heads is None else heads.read_out(z, self.output)  # [B, T, M]
-        return y, Heads(z, routing, alignment)
-
-    def fit_to(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        """Rebuilds the wide form after the score graph lost edges; see `HeadGraphConv.fit_to`."""
-        self.wide = wide_heads_for(self.score_graph)
-
-    def _skips(self, x: Tensor, keys: int) -> bool:
-        """Whether heads that are off are left out: in decoding only, by default where that was measured to pay."""
-        if self.router is None or self.skip is False or x.shape[1] != 1 or not len(x):
-            return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or (self.training and self.dropout):
-            return False
-        if len(self.inner_graphs) or self._keyed():
-            return False
-        off = 1 - self.router.num_active / self.num_heads
-        unread = off * (keys * self.num_kv_heads * self.head_dim + self.d_model**2 / x.shape[0])
-        if not self.skip and (x.device.type != "cpu" or unread < SKIP_FROM_UNREAD):
-            return False
-        # Weights are read by head, past the modules that hold them: these must do nothing else, nor autocast.
-        projections = (self.query, self.key, self.value, self.output)
-        return not torch.is_autocast_enabled(x.device.type) and all(map(only_multiplies, projections))
-
-    def _groups(self, q: Tensor, k: Tensor, active: Tensor | None = None) -> TokenGroups | None:
-        """The tokens of each routed head where these are to attend for their own alone, else `None`."""
-        if active is None or self.skip is False or q.shape[1] == 1 or not len(q) or torch.compiler.is_compiling():
-            return None
-        if self.router.num_active == self.num_heads:
-            return None
-        if self.skip is None and not may_pay(q, k.shape[1], self.causal):
-            return None
-        groups = group_tokens(active, self.router.num_shared)
-        return groups if self.skip or groups.share(q.shape[1]) <= LARGEST_SHARE[self.causal] else None
+        q = self._inner("query", q, x, active)
+        return q if self.rotary is None else self.rotary(q, positions)
 
     def _keys_values(
         self, source: Tensor, positions: Tensor | None, cache: KeyValueCache | None, heads: ActiveHeads | None
     ) -> tuple[Tensor, ...]:
-        """Keys, values, and the state `[B, S, 1, U]` of every graph that depends on the keys' tokens."""
+        """Keys, values, and the state `[B, S, 1, U]` of every graph over maps that reads the keys' tokens."""
         if cache is not None and cache.is_filled:
             return cache.read()
         if heads is not None and source.shape[1] == 1:
@@ -229,85 +220,37 @@ class MultiHeadAttention(nn.Module):
         k, v = self._inner("key", k, source), self._inner("value", v, source)
         if self.rotary is not None:
             k = self.rotary(k, positions)
-        kept = (k, v, *(graph.key_state(source).unsqueeze(2) for graph in self._keyed()))
-        return kept if cache is None else cache.update(*kept)
+        states = (graph.key_state(source).unsqueeze(2) for graph in self._map_graphs() if _is_keyed(graph))
+        return (k, v, *states) if cache is None else cache.update(k, v, *states)
 
-    def _inner(self, site: str, nodes: Tensor, context: Tensor, **active: Tensor) -> Tensor:
-        return self.inner_graphs[site](nodes, context, **active) if site in self.inner_graphs else nodes
+    def _inner(self, site: str, nodes: Tensor, context: Tensor, active: Tensor | None = None) -> Tensor:
+        return self.inner_graphs[site](nodes, context, (), active) if site in self.inner_graphs else nodes
 
-    def _map_graphs(self) -> tuple[nn.Module | None, nn.Module | None]:
+    def _map_graphs(self) -> tuple[SiteGraph | None, SiteGraph | None]:
         return self.score_graph, self.inner_graphs["weight"] if "weight" in self.inner_graphs else None
 
-    def _keyed(self) -> list[nn.Module]:
-        return [graph for graph in self._map_graphs() if getattr(graph, "is_keyed", False)]
+    def _messages(self, x: Tensor, active: Tensor | None, states: Sequence[Tensor]) -> list[Messages | None]:
+        """The graphs over scores and over weights, bound to the tokens of this call."""
+        left = iter(states)
+        return [
+            None if graph is None else Messages(graph, x, active, next(left).squeeze(2) if _is_keyed(graph) else None)
+            for graph in self._map_graphs()
+        ]
 
     def _pass_messages(
         self,
         z: Tensor,
         x: Tensor,
         earlier: Sequence[Tensor],
-        active: dict[str, Tensor],
+        active: Tensor | None,
         token_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        if self.output_graph is None:
-            return z, None
-        passed = self.output_graph(z, x, *((earlier,) if earlier else ()), **active)
-        if not isinstance(passed, tuple):
-            return passed, None
-        counted = active.get("active")  # [B, T, H]
-        if token_mask is not None:
-            real = token_mask.unsqueeze(-1)  # [B, T, 1]
-            counted = real if counted is None else real & counted
-        return passed[0], alignment_loss(z, passed[1], counted)
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        x: Tensor,
-        keep_mask: Tensor | None,
-        active: dict[str, Tensor],
-        states: Sequence[Tensor],
+        losses: Losses | None,
     ) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        on_scores, on_weights = self._map_graphs()
-        has_no_maps = on_scores is on_weights is None
-        groups = self._groups(q, k, **active) if has_no_maps and not dropout else None
-        if groups is not None:
-            return grouped_attention(q, k, v, groups, keep_mask, self.causal)
-        tokens, keys = q.shape[1], k.shape[1]
-        # One query may see every key there is; a full square without padding leaves causality to the kernel.
-        is_causal = self.causal and tokens > 1 and tokens == keys and keep_mask is None
-        if self.causal and tokens > 1 and not is_causal:
-            keep_mask = _and(causal_mask(tokens, keys, q.device), keep_mask)
-        if has_no_maps:
-            return plain_attention(q, k, v, keep_mask, dropout, is_causal)
-        if self.fetch is not None:
-            q, k = self.fetch(q, k)  # [B, T, H', D], [B, S, H', D]
-        if runs_in_tiles((on_scores, on_weights), q, k, dropout, self.tiled):
-            mixes = [graph if graph is None else graph.mixing(x, **active) for graph in (on_scores, on_weights)]
-            return tiled_attention(q, k, v, *mixes, keep_mask, is_causal)
-        if self.wide is not None and on_weights is None and (tokens > 1 or states):
-            alpha = on_scores.edge_weight(x, **active)  # [B, T, E] or [E]
-            beta = states[0].squeeze(2) if states else None  # [B, S, E]
-            return self.wide(q, k, v, alpha, keep_mask, is_causal, dropout, beta)
-        if is_causal:
-            keep_mask = causal_mask(tokens, keys, q.device)
-        mixes = self._bound(x, active, states)
-        return mixed_attention(q, k, v, *mixes, keep_mask, dropout)
-
-    def _bound(
-        self, x: Tensor, active: dict[str, Tensor], states: Sequence[Tensor]
-    ) -> list[Callable[[Tensor], Tensor] | None]:
-        """The graphs over scores and over weights as functions of their nodes alone."""
-        left = iter(states)
-        keyed = self._keyed()
-        return [
-            graph
-            and partial(graph, context=x, **active, **({"key_state": next(left).squeeze(2)} if graph in keyed else {}))
-            for graph in self._map_graphs()
-        ]
+        asked: Losses = {} if losses is None else {name: [] for name in losses}
+        z = self.output_graph(z, x, earlier, active, losses=asked)  # [B, T, H, D]
+        for name, of_nodes in asked.items():
+            losses[name] += [_mean_over(one, active, token_mask) for one in of_nodes]
+        return z
 
     def extra_repr(self) -> str:
         return (
@@ -316,8 +259,26 @@ class MultiHeadAttention(nn.Module):
         )
 
 
-def _and(mask: Tensor, other: Tensor | None) -> Tensor:
-    return mask if other is None else mask & other
+def _is_keyed(graph: SiteGraph | None) -> bool:
+    return graph is not None and graph.traits.keyed
+
+
+def _mean_over(of_nodes: Tensor, active: Tensor | None, token_mask: Tensor | None) -> Tensor:
+    """The mean of `[B, T, H]` over the active heads of real tokens."""
+    if active is None and token_mask is None:
+        return of_nodes.mean()
+    counted = torch.ones_like(of_nodes, dtype=torch.bool) if active is None else active.expand_as(of_nodes)
+    if token_mask is not None:
+        counted = counted & token_mask.unsqueeze(-1)  # [B, T, H]
+    return torch.where(counted, of_nodes, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def _checked(site: str, graph: nn.Module | None, num_heads: int) -> SiteGraph | None:
+    if graph is None:
+        return None
+    graph = as_site_graph(graph, num_heads)
+    check_site(site, graph, num_heads, ALLOWED.get(site, ()))
+    return graph
 
 
 def _check_mask(keep_mask: Tensor | None) -> None:
@@ -338,21 +299,3 @@ def _check_sizes(d_model: int, num_heads: int, num_kv_heads: int) -> None:
         raise ValueError(
             f"Expected num_kv_heads to divide num_heads = {num_heads} (got {num_kv_heads}). Do choose a divisor."
         )
-
-
-def _check_graphs(num_heads: int, num_kv_heads: int, inner: Mapping[str, nn.Module], **slots: nn.Module | None) -> None:
-    if unknown := sorted(set(inner) - set(INNER_SITES)):
-        raise ValueError(f"Expected inner_graphs of {list(INNER_SITES)} (got {unknown}). Do choose among them.")
-    for name, graph in {**slots, **inner}.items():
-        _check_heads(name, graph, num_kv_heads if name in ("key", "value") else num_heads)
-    for name, graph in {"score_graph": slots["score_graph"], **inner}.items():
-        if getattr(graph, "cross_layer", 0) or (name == "score_graph" and not getattr(graph, "is_linear", True)):
-            raise ValueError(
-                f"Expected a {name} without norm, cross_layer and embeddings (got one). Do build it without."
-            )
-
-
-def _check_heads(name: str, module: nn.Module | None, num_heads: int) -> None:
-    heads = getattr(module, "num_heads", num_heads)
-    if heads != num_heads:
-        raise ValueError(f"Expected {name} over {num_heads} heads (got {heads}). Do build it for {num_heads} heads.")

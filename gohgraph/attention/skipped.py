@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gohgraph.graphs.protocol import Messages
+
 
 class Run(NamedTuple):
     """Heads first, first + step, ..., `count` of them: a view of whatever has a dimension of heads."""
@@ -70,7 +72,7 @@ class ActiveHeads:
         return (y if linear.bias is None else y + linear.bias).unsqueeze(1)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, keep_mask: Tensor | None, score_graph: nn.Module | None
+        self, q: Tensor, k: Tensor, v: Tensor, messages: Messages | None = None, keep_mask: Tensor | None = None
     ) -> Tensor:
         """Attention of active heads: q `[B, 1, H, D]`, k, v `[B, S, G, D]`, mask as in attention -> `[B, 1, H, D]`."""
         groups = q.shape[2] // k.shape[2]
@@ -78,8 +80,8 @@ class ActiveHeads:
         index = self.rows.unsqueeze(-1)  # [B, A, 1]
         q = (q[:, 0] * q.shape[-1] ** -0.5).gather(1, index.expand(-1, -1, q.shape[-1]))  # [B, A, D]
         scores = _products(q, k.permute(0, 2, 3, 1), runs, as_columns=True)  # [B, A, S]
-        if score_graph is not None:
-            scores = self._mixed(scores, x, score_graph)
+        if messages is not None:
+            scores = self._mixed(scores, messages)
         keep = None if keep_mask is None else self._kept(keep_mask, scores)  # [B, A, S]
         if keep is not None:
             scores = scores.masked_fill(~keep, float("-inf"))
@@ -90,11 +92,11 @@ class ActiveHeads:
         heads = z.new_zeros(z.shape[0], self.active.shape[-1], z.shape[-1])  # [B, H, D]
         return heads.scatter(1, index.expand_as(z), z).unsqueeze(1)
 
-    def _mixed(self, scores: Tensor, x: Tensor, score_graph: nn.Module) -> Tensor:
+    def _mixed(self, scores: Tensor, messages: Messages) -> Tensor:
         index = self.rows.unsqueeze(-1).expand_as(scores)  # [B, A, S]
         nodes = scores.new_zeros(scores.shape[0], self.active.shape[-1], scores.shape[-1])  # [B, H, S]
         nodes = nodes.scatter(1, index, scores)
-        return score_graph(nodes.unsqueeze(1), x, active=self.active)[:, 0].gather(1, index)
+        return messages(nodes.unsqueeze(1))[:, 0].gather(1, index)
 
     def _kept(self, keep_mask: Tensor, scores: Tensor) -> Tensor:
         keep = keep_mask.expand(scores.shape[0], self.active.shape[-1], 1, scores.shape[-1])[:, :, 0]  # [B, H, S]

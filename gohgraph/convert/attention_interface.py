@@ -13,59 +13,47 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohgraph.attention.routing import Routing
+from gohgraph.attention.call import NO_MASK, Core, Mask
 from gohgraph.attention.slots import HeadSites
 
 PREFIX = "gohgraph_"
 CHILD, CONTEXT, HOOKS = "head_graphs", "_head_graph_context", "_head_graph_hooks"
-# What the attention function beneath does: q, k, v `[B, H, T, D]` to outputs `[B, T, H, D]` and weights or None.
-Attend = Callable[..., tuple[Tensor, Any]]
+# The largest head size of the attention functions that have one.
+WIDEST = {"flash_attention_2": 256, "flash_attention_3": 256, "flash_attention_4": 256}
+# What an attention function is told beside the mask and changes nothing that the mask does not say.
+TOLD_BY_MASK = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "output_attentions", "use_cache"}
+TOLD_BY_MASK |= {"cache_position", "output_hidden_states", "return_dict", "logits_to_keep", "num_items_in_batch"}
 
 
 class HeadGraphs(HeadSites):
     """The head graphs of one attention module of transformers, which calls them by its attention function.
 
-    Score graphs of any in-degree run as wider heads on the attention function beneath, be it eager, sdpa or flash:
-    masks, caches and position biases stay its own.
+    Masks, caches and position biases stay those of the attention function beneath. Where it can be told what it
+    computes, every form of attention may stand in for it; elsewhere score graphs run as wider heads on it.
 
     Args:
         num_heads, **slots: as in `HeadSites`.
 
     Shape:
-        q `[B, H, T, D]`, x `[B, T, M]`, k, v `[B, G, S, D]` -> outputs `[B, T, H, D]`.
+        q `[B, T, H, D]`, x `[B, T, M]`, k, v `[B, S, G, D]` -> outputs `[B, T, H, D]`.
     """
 
-    def forward(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, attend: Attend, scaling: float | None = None
-    ) -> tuple[Tensor, Any]:
-        """Attends by `attend(q, k, v, scaling=, wide=)`, with messages before and after."""
-        routing = self.route(x)
-        if self.score_graph is None:
-            z, weights = attend(q, k, v, scaling=scaling, wide=False)
-        else:
-            scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-            wide = self._widen(*(heads.transpose(1, 2) for heads in (q, k, v)), x, routing)  # [B, T, H, k*D] each
-            wide_z, weights = attend(*(heads.transpose(1, 2) for heads in wide), scaling=scaling, wide=True)
-            z = wide_z[..., : v.shape[-1]]  # [B, T, H, D]
-        return self.pass_messages(z, x, routing), weights
+    def __init__(self, num_heads: int, **slots: Any) -> None:
+        # Nothing may depend on whole maps: a position bias keeps them beneath.
+        super().__init__(num_heads, allowed=(), **slots)
 
-    def _widen(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, routing: Routing | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.wide is not None:
-            return self.wide.widen(q, k, v, self.score_weights(x, routing))
-        # Every head receives from all: the map of all rounds, its rows the heads' weights of their senders.
-        eye = torch.eye(self.num_heads, dtype=q.dtype, device=q.device).expand(*x.shape[:-1], -1, -1)  # [B, T, H, H]
-        mixing = self.mixing(x, routing)(eye)  # [B, T, H, H]
-        groups, width = self.num_heads // k.shape[2], self.num_heads * q.shape[-1]
-        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # [B, S, H, D]
-        wide_q = (mixing.unsqueeze(-1) * q.unsqueeze(2)).flatten(-2)  # [B, T, H, H*D]
-        wide_k = k.flatten(-2).unsqueeze(2).expand(-1, -1, self.num_heads, -1)  # [B, S, H, H*D]
-        return wide_q, wide_k, F.pad(v, (0, width - v.shape[-1]))
+    def forward(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, core: Core, mask: Mask, options: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        """Attends with messages before and after, on `core` or in its place."""
+        routing = self.route(x)
+        z, weights = self.attend(
+            q, k, v, x, mask,
+            dropout=options.get("dropout", 0.0), routing=routing, core=core, scale=options.get("scaling"),
+        )  # fmt: skip
+        return self.pass_messages(z, x, routing), weights
 
 
 def graph_attention(
@@ -78,13 +66,36 @@ def graph_attention(
         return function(module, query, key, value, attention_mask, **options)
     x = getattr(module, CONTEXT)
     setattr(module, CONTEXT, None)
-    scaling = options.pop("scaling", None)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, wide: bool) -> tuple[Tensor, Any]:
-        known = options if scaling is None else {**options, "scaling": scaling}
-        return function(seen_by(base, module, wide), q, k, v, attention_mask, **known)
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_wide: bool) -> tuple[Tensor, Any]:
+        known = options if scale is None else {**options, "scaling": scale}
+        turned = (heads.transpose(1, 2) for heads in (q, k, v))  # [B, H or G, T or S, D] each
+        return function(seen_by(base, module, is_wide), *turned, attention_mask, **known)
 
-    return graphs(x, query, key, value, attend, scaling)
+    heads = [heads.transpose(1, 2) for heads in (query, key, value)]  # [B, T or S, H or G, D] each
+    mask, opaque = mask_of(function, module, query.shape[2], key.shape[2], attention_mask, options)
+    core = Core(attend, opaque, WIDEST.get(base))
+    return graphs(x, *heads, core, mask, options)
+
+
+def mask_of(
+    function: Callable[..., Any], module: nn.Module, tokens: int, keys: int, attention_mask: Any, options: dict
+) -> tuple[Mask, str]:
+    """Returns the mask an attention function goes by, and why nothing can stand in for it; empty where it can."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if function is not sdpa_attention_forward:
+        return NO_MASK, f"{function.__name__} beneath may do more than attend"
+    if told := sorted(name for name, value in options.items() if value is not None and name not in TOLD_BY_MASK):
+        return NO_MASK, f"the attention beneath is told of {', '.join(told)}"
+    if attention_mask is not None:
+        # A mask may be made for more keys than there are.
+        return Mask(attention_mask[..., :keys]), ""
+    causal = options.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal) and tokens > 1
+    if causal and tokens != keys:
+        return NO_MASK, "the first query sees the first key alone, though there are more keys than queries"
+    return Mask(causal=causal), ""
 
 
 def base_function(module: nn.Module, base: str) -> Callable[..., Any]:

@@ -20,7 +20,6 @@ from gohgraph.convert.blocks import (
     head_sites,
 )
 from gohgraph.graphs.config import HeadGraphConfig
-from gohgraph.graphs.site_config import parts_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = Callable[[str], bool] | str | Sequence[str] | None
@@ -169,12 +168,9 @@ def _check(model: nn.Module, config: HeadGraphConfig) -> None:
     if head_sites(model):
         raise ValueError("Expected a model without head graphs (got one that has). Do unconvert it first.")
     sites = [name for name in WHOLE_MODELS_ONLY if getattr(config, name) is not None]
-    parts = [*parts_of(config.outputs), *parts_of(config.scores)]
-    options = ["cross_layer"] if any(getattr(part, "cross_layer", 0) for part in parts) else []
-    options += ["keyed"] if any(getattr(part, "keyed", False) for part in parts) else []
-    options += ["alignment"] if config.alignment else []
-    if sites or options:
+    sites += ["alignment"] if config.alignment else []
+    if sites:
         raise ValueError(
-            f"Expected outputs, scores and routing of single layers for a {type(model).__name__} (got "
-            f"{', '.join(sites + options)}). Do leave them out: gohgraph's own models have them."
+            f"Expected outputs, scores and routing alone for a {type(model).__name__} (got {', '.join(sites)}). Do "
+            "leave them out: gohgraph's own models have them."
         )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.attention.call import Mask
 from gohgraph.attention.slots import HeadSites
 
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -157,15 +158,16 @@ class GraphMultiheadAttention(HeadSites):
         batched, together = query.dim() == 3, query is key is value
         q, k, v, x = self._project(query, key, value)  # [B, T or S, H, D] and [B, T, M]
         hint = is_causal and key_padding_mask is None and not need_weights
-        mask = None if hint else self._mask(key_padding_mask, attn_mask, q, k.shape[1])
+        if hint:
+            mask = _causal(q, k)
+        else:
+            mask = Mask(self._mask(key_padding_mask, attn_mask, q.dtype, k.shape[1]))
         token_mask = None
         if together and key_padding_mask is not None and key_padding_mask.dtype == torch.bool:
             token_mask = ~key_padding_mask.reshape(x.shape[:2])  # [B, T]
         routing = self.route(x, token_mask)
         dropout = self.dropout if self.training else 0.0
-        z, weights = self.attend(
-            q, k, v, x, mask, is_causal=hint, dropout=dropout, routing=routing, need_weights=need_weights
-        )
+        z, weights = self.attend(q, k, v, x, mask, dropout=dropout, routing=routing, need_weights=need_weights)
         z = self.pass_messages(z, x, routing)  # [B, T, H, D]
         # Rows in torch's order: the projection then rounds as torch's does.
         y = self.out_proj(z.transpose(0, 1).flatten(0, 1).flatten(-2)).unflatten(0, (-1, len(z)))  # [T, B, M]
@@ -195,16 +197,22 @@ class GraphMultiheadAttention(HeadSites):
     def _time_first(self, x: Tensor) -> Tensor:
         return x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1) if self.batch_first else x  # [T, B, M]
 
-    def _mask(self, padding: Tensor | None, attn_mask: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
-        """The sum of both masks as torch takes it, numbers that broadcast to `[B, H, T, S]`."""
+    def _mask(
+        self, padding: Tensor | None, attn_mask: Tensor | None, dtype: torch.dtype, keys: int
+    ) -> Tensor | None:
+        """Both masks as one that broadcasts to `[B, H, T, S]`: True = may attend, or numbers where either has such."""
         masks = []
         if attn_mask is not None:
-            shape = (1, 1) if attn_mask.dim() == 2 else (-1, self.num_heads)
-            masks.append(_added(attn_mask, q.dtype).reshape(*shape, *attn_mask.shape[-2:]))  # [1 or B, 1 or H, T, S]
+            shape = (1, 1) if attn_mask.dim() == 2 else (len(attn_mask) // self.num_heads, self.num_heads)
+            masks.append(attn_mask.reshape(*shape, *attn_mask.shape[-2:]))  # [1 or B, 1 or H, T, S]
         if padding is not None:
-            masks.append(_added(padding, q.dtype).reshape(-1, 1, 1, padding.shape[-1]))  # [B, 1, 1, S]
-        # Learned and zero keys are open to all.
-        return sum(F.pad(mask, (0, keys - mask.shape[-1])) for mask in masks) if masks else None
+            masks.append(padding.reshape(-1 if padding.numel() else 0, 1, 1, padding.shape[-1]))  # [B, 1, 1, S]
+        if not masks:
+            return None
+        if all(mask.dtype == torch.bool for mask in masks):
+            keeps = [_open(~mask, keys, True) for mask in masks]
+            return keeps[0] if len(keeps) == 1 else keeps[0] & keeps[1]
+        return sum(_open(_added(mask, dtype), keys, 0.0) for mask in masks)
 
     def _check_inputs(
         self,
@@ -251,6 +259,19 @@ class GraphMultiheadAttention(HeadSites):
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
+
+
+def _open(mask: Tensor, keys: int, value: float | bool) -> Tensor:
+    """The mask continued to learned and zero keys, which are open to all."""
+    return F.pad(mask, (0, keys - mask.shape[-1]), value=value) if mask.shape[-1] < keys else mask
+
+
+def _causal(q: Tensor, k: Tensor) -> Mask:
+    """The hint as torch takes it: a query sees as many keys as there are queries up to it, the first ones."""
+    tokens, keys = q.shape[1], k.shape[1]
+    if tokens == keys:
+        return Mask(causal=True)
+    return Mask(torch.ones(tokens, keys, dtype=torch.bool, device=q.device).tril())  # [T, S]
 
 
 def _is_mask(mask: Tensor) -> bool:

@@ -15,7 +15,7 @@ from gohgraph.convert import unconvert
 from gohgraph.convert.blocks import converted, sites_at
 from gohgraph.convert.dropin import GraphMultiheadAttention
 from gohgraph.graphs.config import SITES
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.models.config import ClassifierConfig, TransformerConfig
 
 PROJECTIONS = ("Linear", "NonDynamicallyQuantizableLinear", "Conv1D")
@@ -72,7 +72,7 @@ def fold(module: Module) -> Module:
 
 
 def _fold_into(projection: nn.Module, block: nn.Module) -> None:
-    mixing = deepcopy(block.output_graph).double().mixing()  # [H, H]
+    mixing = deepcopy(block.output_graph).double().matrix()  # [H, H]
     # transformers' Conv1D keeps its matrix the other way round.
     matrix = projection.weight if isinstance(projection, nn.Linear) else projection.weight.t()  # [M, H*D]
     weight = matrix.double().unflatten(1, (block.num_heads, -1))  # [M, H, D]
@@ -97,14 +97,13 @@ def _projections(module: nn.Module, sites: list[HeadSites]) -> list[nn.Module]:
     return found
 
 
-def _check(graph: nn.Module | None) -> None:
-    if not isinstance(graph, HeadGraphConv):
-        got = "none" if graph is None else type(graph).__name__
-        raise ValueError(f"Expected a HeadGraphConv at the output site (got {got}). Do fold static head graphs only.")
+def _check(graph: SiteGraph | None) -> None:
+    if graph is None:
+        raise ValueError("Expected an output graph to fold (got no graph at outputs). Do leave the model as it is.")
     reasons = {
-        "edges that depend on the token": graph.edges.weight is not None,
-        "normalised or shifted messages, which are not linear": not graph.is_linear,
-        "senders from other layers": graph.cross_layer > 0,
+        "senders from other layers": graph.traits.reach > 0,
+        "messages that are not linear in the heads": not graph.traits.linear,
+        "edges that depend on the token": not graph.traits.static,
     }
     for reason, holds in reasons.items():
         if holds:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gohgraph.attention.call import Mask
 from gohgraph.attention.slots import HeadSites
 from gohgraph.convert.blocks import Block, Search
 from gohgraph.convert.torch_modules import set_module
@@ -42,7 +43,7 @@ class GraphFusedAttention(HeadSites):
         q, k = self.q_norm(q), self.k_norm(k)
         routing = self.route(x)
         dropout = self.attn_drop.p if self.training and isinstance(self.attn_drop, nn.Dropout) else 0.0
-        z, _ = self.attend(q, k, v, x, attn_mask, dropout=dropout, routing=routing)
+        z, _ = self.attend(q, k, v, x, Mask(attn_mask), dropout=dropout, routing=routing)
         z = self.pass_messages(z, x, routing).flatten(-2)  # [B, T, H*D]
         return self.proj_drop(self.proj(self.norm(z)))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gohgraph.attention.call import Core
 from gohgraph.convert.attention_interface import (
     CHILD,
     HeadGraphs,
@@ -33,9 +34,11 @@ class Observer:
     def __init__(self, name: str, calls: dict[str, tuple[Tensor, ...]]) -> None:
         self.name, self.calls = name, calls
 
-    def __call__(self, x: Any, q: Tensor, k: Tensor, v: Tensor, attend: Any, scaling: Any) -> tuple[Tensor, Any]:
+    def __call__(
+        self, x: Any, q: Tensor, k: Tensor, v: Tensor, core: Core, mask: Any, options: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
         """Attends as ever and keeps x, q, v and the outputs."""
-        z, weights = attend(q, k, v, scaling=scaling, wide=False)
+        z, weights = core.attend(q, k, v, options.get("scaling"), False)
         z = z.contiguous()
         self.calls[self.name] = (x, q, v, z)
         return z, weights
@@ -120,8 +123,8 @@ def _block(
     x, q, v, z = call
     like = next((p for p in module.parameters() if p.is_floating_point()), x)
     no_scores = "" if q.shape[-1] == v.shape[-1] else "queries and values of unequal widths"
-    attaching = partial(_attach, model, module, q.shape[1])
-    return Block(name, q.shape[1], z.shape[-1], x.shape[-1], like, projection, attaching, no_scores)
+    attaching = partial(_attach, model, module, q.shape[2])
+    return Block(name, q.shape[2], z.shape[-1], x.shape[-1], like, projection, attaching, no_scores)
 
 
 def _attach(model: nn.Module, module: nn.Module, num_heads: int, **slots: nn.Module | None) -> None:
@@ -135,7 +138,7 @@ def _reason(module: nn.Module, call: tuple[Tensor, ...]) -> str:
         return "its first argument is not the hidden states of its queries"
     if getattr(module, "reorder_and_upcast_attn", False) and base_of(module.config) == "eager":
         return "reorder_and_upcast_attn, which only eager attention without the interface does"
-    return "" if q.shape[1] == z.shape[2] else "its attention does not keep the heads of its queries"
+    return "" if q.shape[2] == z.shape[2] else "its attention does not keep the heads of its queries"
 
 
 def _run(model: nn.Module, example: dict[str, Any] | None) -> None:

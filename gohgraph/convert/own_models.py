@@ -11,7 +11,7 @@ from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.models.config import ClassifierConfig, TransformerConfig
 from gohgraph.models.stacks import Stack
 
-SLOTS = ("output_graph", "score_graph", "router", "inner_graphs", "wide")
+SLOTS = ("output_graph", "score_graph", "router", "inner_graphs")
 
 
 def is_own(model: nn.Module) -> bool:

@@ -76,14 +76,13 @@ class HeadGraphConfig(Config):
         scores: messages between attention scores before the softmax.
         routing: Mixture-of-Head routing; messages then flow among the active heads of a token only. `None`: all work.
         alignment: weight, in a model's training loss, of the alignment between heads before and after all rounds of
-            messages (`outputs` with `num_shared` only, see `GraphExperts`).
+            messages (`outputs` of graph experts only, see `GraphExperts`).
         queries, keys, values: messages between heads before attention, among key/value heads for the last two.
         weights: messages between attention weights after the softmax.
 
     Raises:
         TypeError: a site or a routing of another type.
-        ValueError: a graph with `norm`, `cross_layer` or `num_shared` where its nodes do not have them, `keyed` edges
-            elsewhere than at scores, an alignment without graph experts.
+        ValueError: an alignment without graph experts. What cannot stand at its site is refused when it is built.
 
     Example:
         >>> HeadGraphConfig(scores=SiteConfig.ring(2)).outputs
@@ -104,15 +103,18 @@ class HeadGraphConfig(Config):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
             for part in parts_of(getattr(self, name)):
-                _check_site(name, part)
+                _check_part(name, part)
         if self.routing is not None and not isinstance(self.routing, RoutingConfig):
             raise TypeError(
                 f"Expected routing to be a RoutingConfig or None (got {self.routing!r}). Do pass e.g. "
                 "RoutingConfig(num_shared=2, top_k=4)."
             )
         check_weight(self, "alignment")
-        if self.alignment and getattr(self.outputs, "num_shared", None) is None:
-            raise ValueError("Expected outputs with num_shared for an alignment (got none). Do use graph_experts.")
+        kinds = [part.kind for part in parts_of(self.outputs)]
+        if self.alignment and "experts" not in kinds:
+            raise ValueError(
+                f"Expected graph experts at outputs for an alignment (got {kinds or None}). Do use graph_experts."
+            )
 
     @classmethod
     def moh(cls, num_shared: int, top_k: int | tuple[int, ...], **settings: Any) -> HeadGraphConfig:
@@ -153,7 +155,7 @@ class HeadGraphConfig(Config):
             'bipartite'
         """
         options = {"num_shared": num_shared}
-        site = SiteConfig("bipartite", options, rounds=rounds, num_shared=num_shared, **settings)
+        site = SiteConfig("bipartite", options, rounds=rounds, kind="experts", num_shared=num_shared, **settings)
         routing = None if top_k is None else RoutingConfig(num_shared, top_k)
         return cls(outputs=site, routing=routing, alignment=alignment)
 
@@ -165,15 +167,6 @@ class HeadGraphConfig(Config):
         return {**values, **made}
 
 
-def _check_site(name: str, part: Any) -> None:
+def _check_part(name: str, part: Any) -> None:
     if not isinstance(part, (SiteConfig, BaselineConfig)):
         raise TypeError(f"Expected {name} to be a SiteConfig or None (got {part!r}). Do pass SiteConfig().")
-    if isinstance(part, BaselineConfig):
-        return
-    if part.keyed and name != "scores":
-        raise ValueError(f"Expected keyed edges at scores only (got them at {name}). Do set keyed off.")
-    has_features = name in ("outputs", "queries", "keys", "values")
-    if part.cross_layer and name != "outputs" or (part.norm or part.num_shared) and not has_features:
-        raise ValueError(
-            f"Expected a graph at {name} without norm, cross_layer and num_shared (got one). Do set them off."
-        )

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 
+from gohgraph.graphs.edge_tables import EdgeTables, edge_tables
 from gohgraph.graphs.edges import EdgeWeights
 from gohgraph.graphs.graph import head_graph
+from gohgraph.graphs.protocol import FEATURES, MAPS, Losses, SiteGraph, Sparse, Traits
 from gohgraph.graphs.site_config import SiteConfig
 
 BACKENDS = ("dense", "pyg")
 
 
-class HeadGraphConv(MessagePassing):
+class HeadGraphConv(MessagePassing, SiteGraph):
     r"""Head-graph convolution: every head adds a signed, token-wise weighted sum of its senders.
 
     .. math::
@@ -96,9 +98,7 @@ class HeadGraphConv(MessagePassing):
         self.gain = nn.Parameter(torch.ones(self.num_senders, head_dim)) if norm else None
         # Saved with the weights, so that they never meet another graph of equally many edges.
         self.register_buffer("edge_index", edge_index)
-        slots, places = self._slots_and_places()
-        self.register_buffer("slots", slots, persistent=False)
-        self.register_buffer("places", places, persistent=False)
+        self._edges_changed()
 
     @classmethod
     def from_config(
@@ -140,7 +140,7 @@ class HeadGraphConv(MessagePassing):
         return self.edges.num_edges == self.num_heads * self.num_senders
 
     @property
-    def links(self) -> Tensor:
+    def local_edges(self) -> Tensor:
         """Edges `[2, E]` as this module computes them: the place of the sender among its senders, and the receiver."""
         return self.edge_index
 
@@ -156,7 +156,7 @@ class HeadGraphConv(MessagePassing):
     def keep_edges(self, kept: Tensor) -> None:
         """Leaves the edges of the bool mask `kept [E]` in the graph, with their weights; the others are gone for good.
 
-        Of a whole model `gohgraph.prune` does this, and rebuilds what hangs on the edges.
+        Of a whole model `gohgraph.prune` does this.
         """
         if kept.dtype != torch.bool or kept.shape != (self.edges.num_edges,):
             raise ValueError(
@@ -166,10 +166,10 @@ class HeadGraphConv(MessagePassing):
         kept = kept.to(self.edge_index.device)
         self.edge_index = self.edge_index[:, kept]
         self.edges.keep_edges(kept)
-        self.slots, self.places = self._slots_and_places()
+        self._edges_changed()
 
-    def fit_to(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        """Prunes the graph to the edges saved under `prefix`, where they are some of its own; a checkpoint's loader."""
+    def prune_to_saved(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Prunes the graph to the edges that a checkpoint holds under `prefix`, if it has all of them."""
         saved = tensors.get(prefix + "edge_index")
         if saved is None or saved.dim() != 2 or saved.shape[1] >= self.edges.num_edges:
             return
@@ -178,13 +178,27 @@ class HeadGraphConv(MessagePassing):
         if torch.equal(self.edge_index[:, kept], saved.to(self.edge_index.device)):
             self.keep_edges(kept)
 
-    def _slots_and_places(self) -> tuple[Tensor, Tensor]:
-        """Of every cell of the adjacency its edge, `[H*S]` (E where there is none); of every edge its cell, `[E]`."""
-        num_edges, device = self.edges.num_edges, self.edge_index.device
-        slots = torch.full((self.num_heads * self.num_senders,), num_edges, device=device)
-        places = self.links[1] * self.num_senders + self.links[0]
-        slots[places] = torch.arange(num_edges, device=device)
-        return slots, places
+    def _edges_changed(self) -> None:
+        """Makes anew what follows from the edges: the tables of where they lie, and the traits."""
+        self._edge_list = self.edge_index.t().tolist()
+        edges = [(j, i) for j, i in self.local_edges.t().tolist()]
+        tables = edge_tables(edges, self.num_heads, self.num_senders)
+        for name, table in tables._asdict().items():
+            self.register_buffer(name, table.to(self.edge_index.device), persistent=False)
+        self.traits = self._traits(tables)
+
+    def _traits(self, tables: EdgeTables) -> Traits:
+        is_linear = self.gain is None and not self.cross_layer
+        can_be_sparse = is_linear and self.rounds == 1 and self.backend == "dense"
+        return Traits(
+            self.num_heads,
+            FEATURES | MAPS if self.gain is None else FEATURES,
+            reach=self.cross_layer,
+            linear=is_linear,
+            static=is_linear and self.edges.weight is None,
+            in_degree=tables.senders.shape[1] if can_be_sparse else 0,
+            limited_by="" if self.gain is None else "norm=True",
+        )
 
     def forward(
         self,
@@ -192,8 +206,11 @@ class HeadGraphConv(MessagePassing):
         context: Tensor | None = None,
         earlier: Sequence[Tensor] = (),
         active: Tensor | None = None,
+        *,
+        keys: Tensor | None = None,
+        losses: Losses | None = None,
     ) -> Tensor:
-        """Passes messages between the nodes `z [*, H, D]` under the context `[*, M]`."""
+        """Passes messages between the nodes `z [*, H, D]` under the context `[*, M]`; see `SiteGraph.forward`."""
         if self.fusion is None:
             self._check_nodes(z, earlier)
             return self._add_messages(z, self._senders(z, earlier), self.edge_weight(context, 0, active).to(z.dtype))
@@ -223,29 +240,32 @@ class HeadGraphConv(MessagePassing):
         """Returns alpha of round `index` as a matrix `[*, H, senders]`: rows receive, absent edges are zero."""
         return self._dense(self.edge_weight(context, index, active))
 
-    @property
-    def is_linear(self) -> bool:
-        """True when a message is a multiple of what its sender holds, neither normalised nor shifted."""
-        return self.gain is None
-
-    @property
-    def is_mixing(self) -> bool:
-        """True when all rounds together are a linear map of the heads' own nodes, see `mixing`."""
-        return self.is_linear and not self.cross_layer
-
-    def mixing(self, context: Tensor | None = None, active: Tensor | None = None) -> Tensor:
-        """Returns the linear map `[*, H, H]` of all rounds, z' = mixing z, for a context `[*, M]`.
+    def matrix(self, context: Tensor | None = None, active: Tensor | None = None) -> Tensor:
+        """Returns the linear map `[*, H, H]` of all rounds, z' = matrix z, for a context `[*, M]`.
 
         Raises:
             ValueError: a graph with `norm`, `cross_layer` or embeddings, which is not such a map.
         """
-        if not self.is_mixing:
-            raise ValueError("Expected a linear graph of one layer (got another). Do drop norm and cross_layer.")
+        if not self.traits.linear:
+            return super().matrix(context, active)
         dtype = self.edges.bias.dtype if context is None else context.dtype
-        eye = torch.eye(self.num_heads, dtype=dtype, device=self.edge_index.device)  # [H, H]
+        eye = torch.eye(self.num_senders, dtype=dtype, device=self.edge_index.device)  # [S, S]
         varying = context if self.edges.weight is not None else active
         tokens = () if varying is None else varying.shape[:-1]
-        return self(eye.expand(*tokens, -1, -1), context, active=active)  # [*, H, H]
+        return self(eye.expand(*tokens, -1, -1), context, active=active)  # [*, H, S]
+
+    def sparse(self, context: Tensor | None, active: Tensor | None = None, keys: Tensor | None = None) -> Sparse:
+        """Returns every head's senders `[H, k]`, itself first, and their weights `[*, H, k]`, identity included."""
+        if not self.traits.in_degree:
+            return super().sparse(context, active, keys)
+        weights = self._by_sender(self.edge_weight(context, 0, active))  # [*, H, k]
+        identity = torch.arange(self.senders.shape[1], device=weights.device) == 0  # [k]
+        key_weights = None if keys is None else 1 + self._by_sender(keys)  # [B, S, H, k]
+        return Sparse(self.senders, weights + identity.to(weights.dtype), key_weights)
+
+    def _by_sender(self, alpha: Tensor) -> Tensor:
+        weights = F.pad(alpha, (0, 1)).index_select(-1, self.edge_of_sender.flatten())  # [*, H*k]
+        return weights.unflatten(-1, self.edge_of_sender.shape)  # [*, H, k]
 
     def message(self, x_j: Tensor, alpha: Tensor) -> Tensor:
         """The message of each edge: its weight times its sender, `[*, E, D]`."""
@@ -284,8 +304,8 @@ class HeadGraphConv(MessagePassing):
     def _strongest(self, alpha: Tensor) -> Tensor:
         size = self._dense(alpha.detach().abs())  # [*, R, H, S]
         best = size.argsort(dim=-1, descending=True, stable=True)[..., : self.top_edges]  # [*, R, H, k]
-        kept = torch.zeros_like(size).scatter(-1, best, 1.0).flatten(-2).index_select(-1, self.places)  # [*, R, E]
-        return alpha - (alpha * (1 - kept)).detach()
+        is_best = torch.zeros_like(size).scatter(-1, best, 1.0).flatten(-2)  # [*, R, H*S]
+        return alpha - (alpha * (1 - is_best.index_select(-1, self.cell_of_edge))).detach()
 
     def _senders(self, nodes: Tensor, earlier: Sequence[Tensor]) -> Tensor:
         senders = torch.cat((nodes, *earlier[: self.cross_layer]), dim=-2) if self.cross_layer else nodes  # [*, S, D]
@@ -296,7 +316,7 @@ class HeadGraphConv(MessagePassing):
     def _add_messages(self, z: Tensor | None, senders: Tensor, alpha: Tensor) -> Tensor:
         if self.backend == "pyg":
             size = (self.num_senders, self.num_heads)
-            received = self.propagate(self.links, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
+            received = self.propagate(self.local_edges, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
             return received if z is None else z + received
         adjacency = self._dense(alpha)  # [*, H, S]
         if z is None or z.dim() == 2 or adjacency.shape[:-2] != z.shape[:-2]:
@@ -310,7 +330,7 @@ class HeadGraphConv(MessagePassing):
 
     def _dense(self, alpha: Tensor) -> Tensor:
         if not self.is_complete:
-            alpha = F.pad(alpha, (0, 1)).index_select(-1, self.slots)  # [*, H*S]
+            alpha = F.pad(alpha, (0, 1)).index_select(-1, self.edge_of_cell)  # [*, H*S]
         return alpha.reshape(*alpha.shape[:-1], self.num_heads, self.num_senders)  # [*, H, S]
 
     def _check_nodes(self, z: Tensor, earlier: Sequence[Tensor]) -> None:
@@ -327,13 +347,16 @@ class HeadGraphConv(MessagePassing):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         saved = state_dict.get(prefix + "edge_index")
-        if saved is not None and not torch.equal(saved.cpu(), self.edge_index.cpu()):
+        if saved is not None and saved.t().tolist() != self._edge_list:
             errors.append(
                 f"Expected weights of this head graph at {prefix!r} (got another graph, {saved.shape[1]} edges for "
-                f"{self.edge_index.shape[1]}). Do build the model with the topology it was saved with."
+                f"{len(self._edge_list)}). Do build the model with the topology it was saved with."
             )
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        # A model that was built on meta and made empty elsewhere has lost its tables.
+        if not self.edge_index.is_meta:
+            self._edges_changed()
 
     def __repr__(self) -> str:
         return (
@@ -343,11 +366,11 @@ class HeadGraphConv(MessagePassing):
 
 
 def _with_earlier_layers(graph: Data, cross_layer: int) -> Tensor:
-    num_heads = graph.num_nodes
-    copies = [graph.edge_index + torch.tensor([[layer * num_heads], [0]]) for layer in range(cross_layer + 1)]
-    edge_index = torch.cat(copies, dim=1)  # [2, E*(w+1)]
-    order = torch.argsort(edge_index[1] * num_heads * (cross_layer + 1) + edge_index[0])
-    return edge_index[:, order]
+    num_heads, layers = graph.num_nodes, range(cross_layer + 1)
+    edges = [(j + layer * num_heads, i) for layer in layers for j, i in graph.edge_index.t().tolist()]
+    edges.sort(key=lambda edge: (edge[1], edge[0]))
+    # On the CPU whatever the default device is, as `head_graph` does.
+    return torch.tensor(edges, dtype=torch.long, device="cpu").reshape(-1, 2).t().contiguous()  # [2, E*(w+1)]
 
 
 def _check_conv(

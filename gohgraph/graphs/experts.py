@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edge_tables import EdgeTables
+from gohgraph.graphs.protocol import FEATURES, Losses, Traits
 from gohgraph.graphs.site_config import SiteConfig
+
+ALIGNMENT = "alignment"
 
 
 class GraphExperts(HeadGraphConv):
@@ -36,10 +40,9 @@ class GraphExperts(HeadGraphConv):
         graph, head_dim, context_dim, **options: as in `HeadGraphConv`.
         num_shared: the first h_s heads are of one kind, the others of another.
         rounds: R.
-        alignment: `forward` also returns z^(R), for `alignment_loss`.
 
     Shape:
-        as `HeadGraphConv`; with `alignment` a pair (z', z^(R)) of `[*, H, D]`.
+        as `HeadGraphConv`; asked for the loss `"alignment"`, it gives 1 - cos of every node, `[*, H]`.
 
     Raises:
         ValueError: num_shared out of 0..H; further as `HeadGraphConv`.
@@ -61,7 +64,6 @@ class GraphExperts(HeadGraphConv):
         num_shared: int,
         *,
         rounds: int = 2,
-        alignment: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(graph, head_dim, context_dim, rounds=rounds, **options)
@@ -69,20 +71,20 @@ class GraphExperts(HeadGraphConv):
             raise ValueError(
                 f"Expected num_shared to be an int in 0..{self.num_heads} (got {num_shared!r}). Do choose one in range."
             )
-        self.num_shared, self.alignment = num_shared, alignment
+        self.num_shared = num_shared
         self.kind_embedding = nn.Parameter(torch.empty(2, head_dim))
         self.head_embedding = nn.Parameter(torch.empty(self.num_heads, head_dim))
         self._reset_embeddings()
 
     @classmethod
-    def from_config(cls, config: SiteConfig, *sizes: int, layer: int = 0, alignment: bool = False) -> GraphExperts:
-        """Builds the experts a `SiteConfig` with `num_shared` names; sizes as in `HeadGraphConv.from_config`."""
-        return super().from_config(config, *sizes, layer=layer, num_shared=config.num_shared, alignment=alignment)
+    def from_config(cls, config: SiteConfig, *sizes: int, layer: int = 0) -> GraphExperts:
+        """Builds the experts that a `SiteConfig` of this kind names; sizes as in `HeadGraphConv.from_config`."""
+        return super().from_config(config, *sizes, layer=layer, num_shared=config.num_shared)
 
-    @property
-    def is_linear(self) -> bool:
-        """False: messages are shifted by the embeddings."""
-        return False
+    def _traits(self, tables: EdgeTables) -> Traits:
+        # Messages are shifted by the embeddings: no linear map, and features of a size.
+        limit = 'kind="experts"'
+        return Traits(self.num_heads, FEATURES, reach=self.cross_layer, losses=(ALIGNMENT,), limited_by=limit)
 
     def reset_parameters(self) -> None:
         """Returns to the neutral start."""
@@ -95,12 +97,16 @@ class GraphExperts(HeadGraphConv):
         context: Tensor | None = None,
         earlier: Sequence[Tensor] = (),
         active: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Passes messages between the nodes `z [*, H, D]`; with `alignment` returns the last round's nodes too."""
-        if not self.alignment:
+        *,
+        keys: Tensor | None = None,
+        losses: Losses | None = None,
+    ) -> Tensor:
+        """Passes messages between the nodes `z [*, H, D]`; see `SiteGraph.forward`."""
+        if losses is None or ALIGNMENT not in losses:
             return super().forward(z, context, earlier, active)
         messages = self.messages(z, context, earlier, active)
-        return self._fuse(z, messages), z + sum(messages)
+        losses[ALIGNMENT].append(misalignment(z, z + sum(messages)))
+        return self._fuse(z, messages)
 
     def _senders(self, nodes: Tensor, earlier: Sequence[Tensor]) -> Tensor:
         shared, routed = self.kind_embedding  # [D] each
@@ -118,22 +124,14 @@ class GraphExperts(HeadGraphConv):
         nn.init.normal_(self.head_embedding, std=0.02)
 
 
-def alignment_loss(first: Tensor, last: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Returns the mean of 1 - cos between the first and the last state of heads, in [0, 2].
-
-    Args:
-        first, last: z^(0) and z^(R), `[*, H, D]`.
-        counted: bool, broadcasts to `[*, H]`: active heads of real tokens; `None` for all.
+def misalignment(first: Tensor, last: Tensor) -> Tensor:
+    """Returns 1 - cos between the first and the last state of every head, `[*, H, D]` twice -> `[*, H]`, in [0, 2].
 
     Example:
         >>> z = torch.randn(2, 5, 4)
-        >>> alignment_loss(z, 3 * z).item() < 1e-5, round(alignment_loss(z, -z).item(), 5)
+        >>> misalignment(z, 3 * z).max().item() < 1e-5, round(misalignment(z, -z).min().item(), 4)
         (True, 2.0)
     """
     # Close to 1 a cosine in bfloat16 moves in steps of 1/256.
     wide = torch.promote_types(first.dtype, torch.float32)
-    distance = 1 - F.cosine_similarity(first.to(wide), last.to(wide), dim=-1)  # [*, H]
-    if counted is None:
-        return distance.mean()
-    counted = counted.expand_as(distance)
-    return torch.where(counted, distance, 0.0).sum() / counted.sum().clamp(min=1)
+    return 1 - F.cosine_similarity(first.to(wide), last.to(wide), dim=-1)

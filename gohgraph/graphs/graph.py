@@ -64,7 +64,8 @@ def head_graph(num_heads: int, topology: Any = "complete", *, self_loops: bool =
         present = set(edges)
         edges = edges + [(i, i) for i in range(num_heads) if (i, i) not in present]
     edges = sorted(edges, key=lambda edge: (edge[1], edge[0]))
-    edge_index = torch.tensor(edges, dtype=torch.long).reshape(-1, 2).t().contiguous()  # [2, E]
+    # On the CPU whatever the default device is: whoever builds on meta builds from these edges.
+    edge_index = torch.tensor(edges, dtype=torch.long, device="cpu").reshape(-1, 2).t().contiguous()  # [2, E]
     return Data(edge_index=edge_index, num_nodes=num_heads)
 
 

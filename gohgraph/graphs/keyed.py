@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch_geometric.data import Data
 
 from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edge_tables import EdgeTables
 from gohgraph.graphs.edges import EdgeWeights
+from gohgraph.graphs.protocol import Losses, Traits
 
 
 class KeyedGraphConv(HeadGraphConv):
@@ -28,7 +31,7 @@ class KeyedGraphConv(HeadGraphConv):
         graph, head_dim, context_dim, **options: as in `HeadGraphConv`, of one round, without `cross_layer` and `norm`.
 
     Shape:
-        scores `[B, T, H, S]`, context `[B, T, M]`, key_state `[B, S, E]` -> `[B, T, H, S]`.
+        scores `[B, T, H, S]`, context `[B, T, M]`, keys `[B, S, E]` -> `[B, T, H, S]`.
 
     Raises:
         ValueError: several rounds, `cross_layer`, `norm` or `top_edges`.
@@ -38,18 +41,13 @@ class KeyedGraphConv(HeadGraphConv):
         >>> from gohgraph.graphs.graph import head_graph
         >>> conv = KeyedGraphConv(head_graph(5, "ring"), head_dim=4, context_dim=20)
         >>> scores, x = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 20)
-        >>> torch.equal(conv(scores, x, key_state=conv.key_state(torch.randn(2, 7, 20))), scores)
+        >>> torch.equal(conv(scores, x, keys=conv.key_state(torch.randn(2, 7, 20))), scores)
         True
     """
 
-    is_keyed = True
-    # Its map of the nodes is another one for every key.
-    is_mixing = False
-
     def __init__(self, graph: Data, head_dim: int, context_dim: int, **options: Any) -> None:
         super().__init__(graph, head_dim, context_dim, **options)
-        if self.rounds != 1 or self.cross_layer or self.gain is not None or self.top_edges is not None:
-            raise ValueError("Expected a score graph of one plain round (got more). Do drop rounds, norm and the rest.")
+        self._check_plain()
         edges = self.edges
         self.key_edges = EdgeWeights(
             edges.num_edges, context_dim, kind=edges.kind, rank=edges.rank, activation=edges.activation,
@@ -70,15 +68,35 @@ class KeyedGraphConv(HeadGraphConv):
         super().reset_parameters()
         self.key_edges.reset_parameters()
 
+    def _traits(self, tables: EdgeTables) -> Traits:
+        # Its map of the nodes is another one for every key.
+        in_degree, sites = super()._traits(tables).in_degree, frozenset({"scores"})
+        return Traits(self.num_heads, sites, keyed=True, in_degree=in_degree, limited_by='kind="keyed"')
+
+    def _check_plain(self) -> None:
+        more = {"rounds": self.rounds != 1, "cross_layer": self.cross_layer, "norm": self.gain is not None}
+        for option, is_set in {**more, "top_edges": self.top_edges is not None}.items():
+            if is_set:
+                raise ValueError(
+                    f"Expected keyed edges of one plain round (got {option} set). Do leave {option} at its default."
+                )
+
     def forward(
-        self, z: Tensor, context: Tensor | None = None, active: Tensor | None = None, *, key_state: Tensor
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        earlier: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+        *,
+        keys: Tensor | None = None,
+        losses: Losses | None = None,
     ) -> Tensor:
-        """Mixes scores `[B, T, H, S]` under the contexts of query and key."""
+        """Mixes scores `[B, T, H, S]` under the contexts of query and key; see `SiteGraph.forward`."""
         self._check_nodes(z, ())
         senders, receivers = self.edge_index
         alpha = self.edge_weight(context, 0, active).to(z.dtype).unsqueeze(-1)  # [B, T, E, 1] or [E, 1]
-        beta = key_state.to(z.dtype).transpose(1, 2).unsqueeze(1)  # [B, 1, E, S]
-        own = (senders == receivers).to(z.dtype).unsqueeze(-1)  # [E, 1]
+        beta = keys.to(z.dtype).transpose(1, 2).unsqueeze(1)  # [B, 1, E, S]
+        is_loop = (senders == receivers).to(z.dtype).unsqueeze(-1)  # [E, 1]
         # The identity's part of an edge i -> i is already in z.
-        message = ((own + alpha) * (1 + beta) - own) * z.index_select(-2, senders)  # [B, T, E, S]
+        message = ((is_loop + alpha) * (1 + beta) - is_loop) * z.index_select(-2, senders)  # [B, T, E, S]
         return z.index_add(-2, receivers, message)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.site_config import SiteConfig
 
 MEMORY = 0.99
 
@@ -73,8 +74,13 @@ class LearnedTopologyConv(HeadGraphConv):
         size = torch.where(self.kept, self.strength.float(), -1.0)
         order = self._dense(size + 2)  # [H, S], 0 where there is no edge, below 2 where it is gone
         best = order.argsort(dim=-1, descending=True, stable=True)[:, :in_degree]  # [H, k]
-        chosen = torch.zeros_like(order).scatter(-1, best, 1.0).flatten().index_select(0, self.places)  # [E]
+        chosen = torch.zeros_like(order).scatter(-1, best, 1.0).flatten().index_select(0, self.cell_of_edge)  # [E]
         self.kept &= chosen.bool()
+
+    @classmethod
+    def from_config(cls, config: SiteConfig, *sizes: int, layer: int = 0) -> LearnedTopologyConv:
+        """Builds the graph that a `SiteConfig` of this kind names; sizes as in `HeadGraphConv.from_config`."""
+        return super().from_config(config, *sizes, layer=layer, in_degree=config.keep_in_degree)
 
     def keep_edges(self, kept: Tensor) -> None:
         """Leaves the edges of a bool mask `[E]` in the graph."""

@@ -8,6 +8,8 @@ from typing import Any
 
 from gohgraph.common.config_base import Config, check_bool, check_choice, check_int, default_of
 
+KINDS = ("plain", "experts", "learned", "keyed")
+
 
 @dataclass(frozen=True)
 class SiteConfig(Config):
@@ -18,10 +20,10 @@ class SiteConfig(Config):
         options: keyword options of a named topology, e.g. `{"hops": 3}`.
         self_loops: adds i -> i to every head.
         edges, rank, activation, rounds, cross_layer, norm, backend, top_edges: as in `HeadGraphConv`.
-        num_shared: makes the graph `GraphExperts`, whose first `num_shared` heads are nodes of one kind and the others
-            of another; `None` for nodes of one kind.
-        in_degree: makes the topology learned, see `LearnedTopologyConv`: heads are to keep so many incoming edges.
-        keyed: edges between scores have a weight of the key's token too, see `KeyedGraphConv`.
+        kind: `"plain"`; `"experts"`, see `GraphExperts`; `"learned"`, a learned topology, see `LearnedTopologyConv`; or
+            `"keyed"`, edges between scores that have a weight of the key's token too, see `KeyedGraphConv`.
+        num_shared: of experts, the first heads, nodes of one kind; the others are of another.
+        keep_in_degree: of a learned topology, how many incoming edges every head is to keep.
 
     Raises:
         ValueError: a value of the wrong kind; the graph itself is checked when it is built.
@@ -42,31 +44,42 @@ class SiteConfig(Config):
     norm: bool = False
     backend: str = "dense"
     top_edges: int | None = None
+    kind: str = "plain"
     num_shared: int | None = None
-    keyed: bool = False
-    in_degree: int | None = None
+    keep_in_degree: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.topology, str):
             object.__setattr__(self, "topology", _pairs(self.topology))
         check_options(self.options)
         object.__setattr__(self, "options", dict(self.options))
-        check_bool(self, "self_loops", "norm", "keyed")
+        check_bool(self, "self_loops", "norm")
+        check_choice(self, "kind", KINDS)
         check_int(self, "rounds", low=1)
         check_int(self, "cross_layer", low=0)
         check_choice(self, "edges", ("token", "static", "frozen"))
         check_choice(self, "activation", ("tanh", None))
         check_choice(self, "backend", ("dense", "pyg"))
-        for name in ("rank", "top_edges", "num_shared", "in_degree"):
+        for name in ("rank", "top_edges", "num_shared", "keep_in_degree"):
             if getattr(self, name) is not None:
                 check_int(self, name, low=1)
-        if sum((self.num_shared is not None, self.in_degree is not None, self.keyed)) > 1:
-            raise ValueError("Expected one of num_shared, in_degree and keyed (got more). Do set the others off.")
+        for name, kind in (("num_shared", "experts"), ("keep_in_degree", "learned")):
+            value = getattr(self, name)
+            if (value is not None) != (self.kind == kind):
+                raise ValueError(
+                    f"Expected {name} with kind={kind!r} and only there (got {name}={value!r}, kind={self.kind!r}). Do "
+                    "change either."
+                )
 
     @classmethod
     def ring(cls, in_degree: int, **settings: Any) -> SiteConfig:
         """Returns a ring where every head receives from itself and the `in_degree - 1` heads before it."""
         return cls(topology="ring", options={"hops": in_degree - 1}, **settings)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SiteConfig:
+        """Builds the configuration from `to_dict`'s form, also that of versions without `kind`."""
+        return super().from_dict(_with_kind(values) if isinstance(values, dict) else values)
 
     def __repr__(self) -> str:
         changed = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
@@ -109,7 +122,7 @@ def site_from_dict(values: Any) -> Any:
         return tuple(map(site_from_dict, values))
     if not isinstance(values, dict):
         return values
-    return (BaselineConfig if "kind" in values else SiteConfig).from_dict(values)
+    return (SiteConfig if values.get("kind", "plain") in KINDS else BaselineConfig).from_dict(values)
 
 
 def parts_of(site: Site | None) -> tuple[SiteConfig | BaselineConfig, ...]:
@@ -128,6 +141,17 @@ def check_options(options: Any) -> None:
         raise TypeError(
             f"Expected options to be a dictionary of numbers by name (got {options!r}). Do pass e.g. {{'hops': 3}}."
         )
+
+
+def _with_kind(values: dict[str, Any]) -> dict[str, Any]:
+    """A dictionary written before there was `kind`, as one of today."""
+    if "kind" in values:
+        return values
+    values = dict(values)
+    keyed, keep_in_degree = values.pop("keyed", False), values.pop("in_degree", None)
+    flags = {"keyed": keyed, "learned": keep_in_degree is not None, "experts": values.get("num_shared") is not None}
+    kind = next((name for name, is_set in flags.items() if is_set), "plain")
+    return {**values, "kind": kind} | ({} if keep_in_degree is None else {"keep_in_degree": keep_in_degree})
 
 
 def _pairs(topology: Any) -> tuple[tuple[int, int], ...]:

@@ -69,9 +69,9 @@ def random(num_heads: int, *, in_degree: int = 2, seed: int = 0) -> Iterator[tup
     """Yields `in_degree` edges to every head from other heads drawn without replacement."""
     _in_range("in_degree", in_degree, 0, num_heads - 1)
     _in_range("seed", seed, 0, LARGEST_SEED)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for i in range(num_heads):
-        order = torch.randperm(num_heads - 1, generator=generator)[:in_degree].tolist()
+        order = torch.randperm(num_heads - 1, generator=generator, device="cpu")[:in_degree].tolist()
         # An index at or past i means the next head up, which leaves i itself out of the draw.
         yield from ((j + (j >= i), i) for j in order)
 

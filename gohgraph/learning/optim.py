@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.attention.routing import HeadRouter
+from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.parallel.gradients import layout_of
 
@@ -17,8 +18,9 @@ FUSED_ON = ("cpu", "cuda", "mps", "xpu")
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Splits trainable parameters into matrices (decayed), vectors, and head graphs; empty groups are left out.
 
-    Head graphs (everything inside a `HeadGraphConv`) are not decayed, for zero is their neutral start and not a prior,
-    and learn at `graph_lr_factor` times the learning rate. A parameter used twice is listed once.
+    What stands at a site of attention, be it a head graph or an opponent, and routers are not decayed unless their
+    traits ask for it: their start at zero or one is neutral and no prior. All of them learn at `graph_lr_factor` times
+    the learning rate. A parameter used twice is listed once.
 
     Returns:
         Groups for a torch optimizer, each with `params`, `name`, `lr` and `weight_decay`.
@@ -30,15 +32,19 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         >>> [(group["name"], group["lr"], group["weight_decay"]) for group in groups]
         [('matrices', 0.001, 0.1), ('vectors', 0.001, 0.0), ('head graphs', 0.002, 0.0)]
     """
-    graphs = [module for module in model.modules() if isinstance(module, HeadGraphConv)]
-    in_graphs = {id(parameter) for graph in graphs for parameter in graph.parameters()}
-    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "head graphs": []}
+    graphs = [module for module in model.modules() if isinstance(module, SiteGraph)]
+    routers = [module for module in model.modules() if isinstance(module, HeadRouter)]
+    decayed = {id(p) for graph in graphs if graph.traits.weight_decay for p in graph.parameters() if p.dim() > 1}
+    in_graphs = {id(p) for module in (*graphs, *routers) for p in module.parameters()}
+    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "head graphs": [], "decayed graphs": []}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            kind = "head graphs" if id(parameter) in in_graphs else "matrices" if parameter.dim() > 1 else "vectors"
+            kind = "matrices" if parameter.dim() > 1 else "vectors"
+            if id(parameter) in in_graphs:
+                kind = "decayed graphs" if id(parameter) in decayed else "head graphs"
             members[kind].append(parameter)
-    rates = {"head graphs": config.learning_rate * config.graph_lr_factor}
-    decays = {"matrices": config.weight_decay}
+    rates = dict.fromkeys(("head graphs", "decayed graphs"), config.learning_rate * config.graph_lr_factor)
+    decays = dict.fromkeys(("matrices", "decayed graphs"), config.weight_decay)
     return [
         {
             "params": parameters,

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gohgraph.attention.routing import Routing
 from gohgraph.graphs.config import HeadGraphConfig
+from gohgraph.graphs.experts import ALIGNMENT
+from gohgraph.graphs.protocol import Losses
 from gohgraph.models.stacks import StackOutput
 
 
@@ -49,7 +51,13 @@ def model_output(
 def _auxiliary_loss(
     routing: Sequence[Routing], stacks: Sequence[StackOutput], config: HeadGraphConfig
 ) -> Tensor | None:
-    weighted = [(config.alignment, [loss for stack in stacks for loss in stack.alignment_losses])]
+    # What a graph adds under a name of its own, it weighs itself.
+    weights = {ALIGNMENT: config.alignment}
+    added: Losses = {}
+    for stack in stacks:
+        for name, losses in stack.losses.items():
+            added.setdefault(name, []).extend(losses)
+    weighted = [(weights.get(name, 1.0), losses) for name, losses in added.items()]
     if config.routing is not None:
         weighted.append((config.routing.balance_loss, [one.balance_loss for one in routing]))
         weighted.append((config.routing.z_loss, [one.z_loss for one in routing]))

@@ -14,7 +14,8 @@ from gohgraph.attention.cache import KeyValueCache
 from gohgraph.attention.routing import HeadRouter, Routing
 from gohgraph.graphs.building import build_graph
 from gohgraph.graphs.config import HeadGraphConfig
-from gohgraph.graphs.site_config import parts_of
+from gohgraph.graphs.experts import ALIGNMENT
+from gohgraph.graphs.protocol import Losses
 from gohgraph.models.config import TransformerConfig
 from gohgraph.models.embeddings import RotaryPositions
 from gohgraph.models.objects import FeedForward
@@ -57,11 +58,18 @@ class EncoderLayer(nn.Module):
         caches: tuple[KeyValueCache, ...] = (),
         earlier: Sequence[Tensor] = (),
         token_mask: Tensor | None = None,
+        losses: Losses | None = None,
     ) -> tuple[Tensor, tuple[Heads, ...]]:
         """Returns the layer's output and what its heads did; arguments as in `MultiHeadAttention`."""
         cache = caches[0] if caches else None
         x, heads = self.attention(
-            x, keep_mask=keep_mask, positions=positions, cache=cache, earlier=earlier, token_mask=token_mask
+            x,
+            keep_mask=keep_mask,
+            positions=positions,
+            cache=cache,
+            earlier=earlier,
+            token_mask=token_mask,
+            losses=losses,
         )
         return self.feed_forward(x), (heads,)
 
@@ -103,14 +111,23 @@ class DecoderLayer(nn.Module):
         caches: tuple[KeyValueCache, ...] = (),
         earlier: Sequence[Tensor] = (),
         token_mask: Tensor | None = None,
+        losses: Losses | None = None,
     ) -> tuple[Tensor, tuple[Heads, ...]]:
         """Returns the output and what the heads did; masks broadcast to `[B, H, T, T]` and `[B, H, T, S]`."""
-        own, cross = caches if caches else (None, None)
+        cache, cross_cache = caches if caches else (None, None)
         x, heads = self.attention(
-            x, keep_mask=keep_mask, positions=positions, cache=own, earlier=earlier, token_mask=token_mask
+            x,
+            keep_mask=keep_mask,
+            positions=positions,
+            cache=cache,
+            earlier=earlier,
+            token_mask=token_mask,
+            losses=losses,
         )
-        x, more = self.cross_attention(x, memory, keep_mask=memory_keep_mask, cache=cross, token_mask=token_mask)
-        return self.feed_forward(x), (heads, more)
+        x, cross_heads = self.cross_attention(
+            x, memory, keep_mask=memory_keep_mask, cache=cross_cache, token_mask=token_mask, losses=losses
+        )
+        return self.feed_forward(x), (heads, cross_heads)
 
 
 class StackOutput(NamedTuple):
@@ -119,12 +136,12 @@ class StackOutput(NamedTuple):
     Args:
         x: `[B, T, M]`.
         routings: of every routed attention, in model order; empty without routers.
-        alignment_losses: of every graph experts with `alignment`, in model order.
+        losses: by name, what the graphs of every block add to the training loss.
     """
 
     x: Tensor
     routings: tuple[Routing, ...] = ()
-    alignment_losses: tuple[Tensor, ...] = ()
+    losses: Losses = {}
 
 
 class Stack(nn.Module):
@@ -158,8 +175,7 @@ class Stack(nn.Module):
         else:
             self.layers = nn.ModuleList(EncoderLayer(config, causal=kind == "causal", layer=i) for i in indices)
         self.norm = NORMS[config.norm](config.d_model, eps=1e-5) if config.norm_first else nn.Identity()
-        outputs = parts_of((config.head_graph or NO_GRAPHS).outputs)
-        self.cross_layer = max((getattr(part, "cross_layer", 0) for part in outputs), default=0)
+        self.graphs_changed(config.head_graph or NO_GRAPHS)
         # Whether backward computes the inside of a layer again, instead of keeping it in memory.
         self.recompute = False
 
@@ -168,15 +184,27 @@ class Stack(nn.Module):
     ) -> StackOutput:
         """Passes `x` through all layers; further arguments go to each layer."""
         earlier: tuple[Tensor, ...] = ()
-        routings, alignments = [], []
+        routings: list[Routing] = []
+        losses: Losses = {name: [] for name in self.losses}
         for index, layer in enumerate(self.layers):
-            own = () if caches is None else caches[index]
+            layer_caches = () if caches is None else caches[index]
             run = partial(checkpoint, layer, use_reentrant=False) if self.recompute and self.training else layer
-            x, blocks = run(x, *memory, caches=own, earlier=earlier, **masks)
-            earlier = (blocks[0].outputs, *earlier)[: self.cross_layer]
+            # Backward may run the layer again: what counts is what its first run gave.
+            of_layer: Losses = {name: [] for name in losses}
+            x, blocks = run(x, *memory, caches=layer_caches, earlier=earlier, losses=of_layer, **masks)
+            earlier = (blocks[0].outputs, *earlier)[: self.reach]
             routings += [heads.routing for heads in blocks if heads.routing is not None]
-            alignments += [heads.alignment_loss for heads in blocks if heads.alignment_loss is not None]
-        return StackOutput(self.norm(x), tuple(routings), tuple(alignments))
+            for name, values in of_layer.items():
+                losses[name] += values
+        return StackOutput(self.norm(x), tuple(routings), losses)
+
+    def graphs_changed(self, graphs: HeadGraphConfig) -> None:
+        """Takes note of what the graphs of its layers ask for: heads of earlier layers, and losses."""
+        outputs = [block.output_graph for block in self.modules() if isinstance(block, MultiHeadAttention)]
+        traits = [graph.traits for graph in outputs if graph is not None]
+        self.reach = max((one.reach for one in traits), default=0)
+        names = dict.fromkeys(name for one in traits for name in one.losses)
+        self.losses = tuple(name for name in names if name != ALIGNMENT or graphs.alignment)
 
     def new_caches(self) -> list[tuple[KeyValueCache, ...]]:
         """Returns empty key/value caches for incremental decoding, one tuple a layer."""
@@ -218,7 +246,7 @@ def _attention(
         rotary=RotaryPositions(config.head_dim) if config.positions == "rotary" and not cross else None,
         # Cross attention is handed no heads of earlier layers.
         output_graph=build_graph(
-            graphs.outputs, sizes, layer=0 if cross else layer, alignment=graphs.alignment > 0
+            graphs.outputs, sizes, layer=0 if cross else layer
         ),
         score_graph=build_graph(graphs.scores, sizes),
         router=HeadRouter.from_config(routing, config.d_model, config.num_heads, layer=layer) if routing else None,

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from gohgraph.attention.block import MultiHeadAttention
-from gohgraph.attention.maps import wide_heads_for
+
 from gohgraph.attention.routing import Routing
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.models.objects import FeedForward
@@ -82,7 +82,7 @@ def _shard_attention(attention: MultiHeadAttention, mesh: DeviceMesh, between: A
         graphs[name] = _sharded(graphs[name], mesh, maps=name == "weight")
     attention.output_graph = _sharded(attention.output_graph, mesh)
     attention.score_graph = _sharded(attention.score_graph, mesh, maps=True)
-    attention.wide = attention.wide and wide_heads_for(attention.score_graph)
+
     if attention.score_graph is not None and attention.score_graph.exchange.width:
         attention.fetch, attention.tiled = attention.score_graph.fetch, False
     if attention.router is not None:

@@ -95,7 +95,7 @@ def test_weights_of_another_graph_are_still_refused(tmp_path):
 
 
 def test_learned_and_keyed_graphs_are_pruned(tmp_path):
-    sites = goh.HeadGraphConfig(goh.SiteConfig(in_degree=3), goh.SiteConfig.ring(3, keyed=True))
+    sites = goh.HeadGraphConfig(goh.SiteConfig(kind="learned", keep_in_degree=3), goh.SiteConfig.ring(3, kind="keyed"))
     model = trained_like(goh.LanguageModel(dataclasses.replace(small_config(num_layers=2), head_graph=sites))).eval()
     x, scores = tokens(), random_scores(model)
     pruned = goh.prune(model, 0.4, scores)

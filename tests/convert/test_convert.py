@@ -312,7 +312,7 @@ def test_the_librarys_own_models():
         (lambda: far()[0], None, "Do unconvert it first"),
         (lambda: goh.LanguageModel(small_config("outputs")), None, "Do unconvert it first"),
         (MODELS["fused"], HeadGraphConfig(SiteConfig(cross_layer=1)), "got cross_layer"),
-        (MODELS["fused"], HeadGraphConfig(scores=SiteConfig(keyed=True)), "got keyed"),
+        (MODELS["fused"], HeadGraphConfig(scores=SiteConfig(kind="keyed")), "got keyed"),
         (MODELS["fused"], HeadGraphConfig(queries=SiteConfig()), "got queries"),
         (MODELS["fused"], HeadGraphConfig.moh(7, 1), "num_shared"),
         (MODELS["biased"], SCORES, "out of reach"),

@@ -68,7 +68,7 @@ def test_moh_is_routing_without_messages():
 
 def test_graph_experts_are_bipartite_between_kinds():
     config = HeadGraphConfig.graph_experts(3, top_k=2, alignment=0.1, edges="static")
-    site = SiteConfig("bipartite", {"num_shared": 3}, rounds=2, num_shared=3, edges="static")
+    site = SiteConfig("bipartite", {"num_shared": 3}, rounds=2, kind="experts", num_shared=3, edges="static")
     assert config.outputs == site and config.scores is None and config.alignment == 0.1
     assert config.routing == RoutingConfig(3, 2)
     assert HeadGraphConfig.graph_experts(3).routing is None and HeadGraphConfig.graph_experts(3, 5).outputs.rounds == 5
@@ -102,7 +102,7 @@ def test_budgets_that_do_not_fit_heads_or_layers_are_refused(shared, top_k):
 
 @pytest.mark.parametrize("site", [None, SiteConfig()])
 def test_an_alignment_needs_experts(site):
-    with pytest.raises(ValueError, match="^Expected outputs with num_shared for an alignment"):
+    with pytest.raises(ValueError, match="^Expected graph experts at outputs for an alignment"):
         HeadGraphConfig(site, alignment=0.1)
 
 
@@ -139,8 +139,7 @@ REFUSED = [
     (classifier, "patch_size", [0, 2.5, True]),
     (classifier, "channels", [0, None]),
     (HeadGraphConfig, "outputs", ["ring", {}, HeadGraphConfig()]),
-    (HeadGraphConfig, "scores", ["ring", SiteConfig(norm=True), SiteConfig(cross_layer=1)]),
-    (HeadGraphConfig, "scores", [SiteConfig(num_shared=2)]),
+    (HeadGraphConfig, "scores", ["ring"]),
     (HeadGraphConfig, "routing", ["moh", {}, (2, 3), HeadGraphConfig()]),
     (HeadGraphConfig, "alignment", [-0.1, float("nan"), float("inf"), True, "0.1", None]),
     (routing, "num_shared", [-1, 2.5, True, None]),

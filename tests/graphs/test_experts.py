@@ -256,7 +256,7 @@ REFUSED = {
     "a bool": lambda: make(num_shared=True),
     "no round": lambda: make(rounds=0),
     "at the score site": lambda: goh.MultiHeadAttention(M, H, score_graph=make()),
-    "at the configured score site": lambda: goh.HeadGraphConfig(None, goh.SiteConfig("bipartite", num_shared=2)),
+    "at the configured score site": lambda: goh.HeadGraphConfig(None, goh.SiteConfig("bipartite", kind="experts", num_shared=2)),
     "as a linear map": lambda: make().mixing(inputs()[1]),
     "folded": lambda: goh.fold(goh.MultiHeadAttention(M, H, output_graph=make(edges="static"))),
 }

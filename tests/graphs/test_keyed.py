@@ -8,7 +8,6 @@ from helpers import assert_equal_to, trained_like
 
 import gohgraph as goh
 from gohgraph.attention.cache import KeyValueCache
-from gohgraph.attention.maps import wide_heads_for
 from gohgraph.graphs.keyed import KeyedGraphConv
 from gohgraph.models.embeddings import RotaryPositions
 

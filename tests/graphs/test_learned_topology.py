@@ -83,7 +83,7 @@ def test_pruned_edges_get_no_gradient():
 
 def model():
     torch.manual_seed(0)
-    graphs = goh.HeadGraphConfig(goh.SiteConfig(in_degree=2), goh.SiteConfig(in_degree=1))
+    graphs = goh.HeadGraphConfig(goh.SiteConfig(kind="learned", keep_in_degree=2), goh.SiteConfig(kind="learned", keep_in_degree=1))
     shape = {"num_layers": 2, "d_ff": 7, "positions": "none"}
     return goh.LanguageModel(goh.TransformerConfig(13, 20, 5, **shape, head_graph=graphs))
 
@@ -137,9 +137,9 @@ def test_annealing_needs_learned_topologies(tmp_path):
     with pytest.raises(ValueError, match="Expected in_degree to be an int >= 1"):
         conv(in_degree=0)
     with pytest.raises(ValueError, match="Expected one of num_shared, in_degree and keyed"):
-        goh.SiteConfig(in_degree=2, keyed=True)
+        goh.SiteConfig(keep_in_degree=2, kind="keyed")
 
 
 def test_the_configuration_survives_json():
-    config = goh.HeadGraphConfig(goh.SiteConfig(in_degree=3))
+    config = goh.HeadGraphConfig(goh.SiteConfig(kind="learned", keep_in_degree=3))
     assert goh.HeadGraphConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

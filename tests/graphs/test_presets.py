@@ -159,6 +159,6 @@ def test_unknown_sites_are_refused():
     with pytest.raises(ValueError, match="Expected value over 5 heads"):
         goh.MultiHeadAttention(30, 5, inner_graphs={"value": goh.HeadGraphConv(goh.head_graph(3), 6, 30)})
     with pytest.raises(ValueError, match="keyed edges at scores only"):
-        goh.HeadGraphConfig(goh.SiteConfig(keyed=True))
+        goh.HeadGraphConfig(goh.SiteConfig(kind="keyed"))
     with pytest.raises(ValueError, match="Expected a graph at weights without norm"):
         goh.HeadGraphConfig(weights=goh.SiteConfig(norm=True))

@@ -198,8 +198,8 @@ def test_configs_that_would_skip_or_split_messages_are_refused(one_rank, setting
     [
         HeadGraphConfig(outputs=SiteConfig(cross_layer=1)),
         HeadGraphConfig(outputs=SiteConfig(backend="pyg")),
-        HeadGraphConfig(outputs=SiteConfig(in_degree=2)),
-        HeadGraphConfig(scores=SiteConfig(keyed=True)),
+        HeadGraphConfig(outputs=SiteConfig(kind="learned", keep_in_degree=2)),
+        HeadGraphConfig(scores=SiteConfig(kind="keyed")),
         HeadGraphConfig(scores=SiteConfig(rounds=2)),
         HeadGraphConfig(queries=SiteConfig()),
         HeadGraphConfig(outputs=BaselineConfig("norm")),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.graphs.protocol import MAPS, SiteGraph, Traits
 
-class Composition(nn.Module):
+
+class Composition(SiteGraph):
     r"""The Compose function of DCMHA on scores or on weights, in its low-rank form.
 
     .. math::
@@ -30,7 +34,7 @@ class Composition(nn.Module):
         rank: R.
 
     Shape:
-        maps `[B, T, H, S]`, context `[B, T, M]`, key_state `[B, S, U]` -> `[B, T, H, S]`.
+        maps `[B, T, H, S]`, context `[B, T, M]`, keys `[B, S, U]` -> `[B, T, H, S]`.
 
     Raises:
         ValueError: a rank below 1.
@@ -38,17 +42,16 @@ class Composition(nn.Module):
     Example:
         >>> compose = Composition(num_heads=5, head_dim=4, context_dim=20)
         >>> maps, x, source = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 20), torch.randn(2, 7, 20)
-        >>> compose(maps, x, key_state=compose.key_state(source)).shape
+        >>> compose(maps, x, keys=compose.key_state(source)).shape
         torch.Size([2, 3, 5, 7])
     """
-
-    is_keyed = True
 
     def __init__(self, num_heads: int, head_dim: int, context_dim: int, *, rank: int = 2) -> None:
         super().__init__()
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"Expected rank >= 1 (got {rank!r}). Do pass e.g. 2.")
         self.num_heads, self.rank = num_heads, rank
+        self.traits = Traits(num_heads, MAPS, keyed=True)
         hidden = 2 * rank * num_heads
         # The first of two is made of the query's token, the second of the key's.
         self.inner = nn.Parameter(torch.empty(2, hidden, context_dim))
@@ -67,10 +70,12 @@ class Composition(nn.Module):
         """Returns M^k of the keys' tokens, `[B, S, M] -> [B, S, H*H]`."""
         return self._mixing(source, 1).flatten(-2)  # [B, S, H*H]
 
-    def forward(self, z: Tensor, context: Tensor, active: Tensor | None = None, *, key_state: Tensor) -> Tensor:
+    def forward(
+        self, z: Tensor, context: Tensor, earlier: Any = (), active: Tensor | None = None, *, keys: Tensor, **call: Any
+    ) -> Tensor:
         """Composes maps `[B, T, H, S]`; heads that are off send nothing."""
         sent = z if active is None else z * active.unsqueeze(-1)  # [B, T, H, S]
-        by_key = key_state.unflatten(-1, (self.num_heads, self.num_heads)).to(z.dtype)  # [B, S, H, H]
+        by_key = keys.unflatten(-1, (self.num_heads, self.num_heads)).to(z.dtype)  # [B, S, H, H]
         from_query = self._mixing(context, 0).to(z.dtype) @ sent  # [B, T, H, S]
         from_key = torch.einsum("bsij,btjs->btis", by_key, sent)  # [B, T, H, S]
         return z + from_query + from_key

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.graphs.protocol import FEATURES, MAPS, SiteGraph, Traits
+
 GRAINS = ("head", "element")
 
 
-class SigmoidGate(nn.Module):
+class SigmoidGate(SiteGraph):
     r"""A sigmoid gate on every head, or on every feature of every head, from the block's input.
 
     .. math:: z'_i(t) = \sigma(W_i x(t)) \odot z_i(t)
@@ -48,6 +52,10 @@ class SigmoidGate(nn.Module):
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise ValueError(f"Expected rank >= 1 or None for full rank (got {rank!r}). Do pass e.g. 16.")
         self.num_heads, self.grain = num_heads, grain
+        # A gate on every feature would be one on every key, where nodes are maps.
+        is_linear = grain == "head"
+        sites, limit = (FEATURES | MAPS, "") if is_linear else (FEATURES, 'grain="element"')
+        self.traits = Traits(num_heads, sites, linear=is_linear, limited_by=limit)
         gates = num_heads if grain == "head" else num_heads * head_dim
         self.weight = nn.Parameter(torch.empty(gates, context_dim if rank is None else rank))
         self.down = None if rank is None else nn.Parameter(torch.empty(rank, context_dim))
@@ -59,11 +67,22 @@ class SigmoidGate(nn.Module):
         if self.down is not None:
             nn.init.normal_(self.down, std=len(self.down) ** -0.5)
 
-    def forward(self, z: Tensor, context: Tensor, active: Tensor | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, context: Tensor, earlier: Any = (), active: Tensor | None = None, **call: Any
+    ) -> Tensor:
         """Weighs the nodes `z [*, H, D]`; `active` changes nothing, no head hears of another."""
+        return z * self._gates(context).to(z.dtype)
+
+    def matrix(self, context: Tensor, active: Tensor | None = None) -> Tensor:
+        """Returns the gates of whole heads as a diagonal matrix, `[*, H, H]`."""
+        if not self.traits.linear:
+            return super().matrix(context, active)
+        return torch.diag_embed(self._gates(context).squeeze(-1))  # [*, H, H]
+
+    def _gates(self, context: Tensor) -> Tensor:
         low = context if self.down is None else F.linear(context, self.down)  # [*, M] or [*, r]
-        gates = F.linear(low, self.weight).sigmoid().to(z.dtype)  # [*, H] or [*, H*D]
-        return z * gates.unflatten(-1, (self.num_heads, -1))  # [*, H, D]
+        gates = F.linear(low, self.weight).sigmoid()  # [*, H] or [*, H*D]
+        return gates.unflatten(-1, (self.num_heads, -1))  # [*, H, 1] or [*, H, D]
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, grain={self.grain!r}, rank={None if self.down is None else len(self.down)}"

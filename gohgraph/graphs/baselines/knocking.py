@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from gohgraph.graphs.protocol import FEATURES, SiteGraph, Traits
 
 FORMS = ("mlp", "linear")
 
 
-class KnockingHeads(nn.Module):
+class KnockingHeads(SiteGraph):
     r"""Knocking-heads attention: the features of every head pass through weights that all heads share.
 
     .. math::
@@ -43,6 +47,7 @@ class KnockingHeads(nn.Module):
         if form not in FORMS:
             raise ValueError(f"Expected form of {list(FORMS)} (got {form!r}). Do choose one of them.")
         self.num_heads, self.form = num_heads, form
+        self.traits = Traits(num_heads, FEATURES)
         self.up = nn.Parameter(torch.empty(head_dim, head_dim))
         self.gate = nn.Parameter(torch.empty(head_dim, head_dim)) if form == "mlp" else None
         self.down = nn.Parameter(torch.empty(head_dim, head_dim)) if form == "mlp" else None
@@ -55,7 +60,9 @@ class KnockingHeads(nn.Module):
             nn.init.zeros_(self.gate)
             nn.init.eye_(self.down)
 
-    def forward(self, z: Tensor, context: Tensor | None = None, active: Tensor | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, context: Tensor | None = None, earlier: Any = (), active: Tensor | None = None, **call: Any
+    ) -> Tensor:
         """Maps the nodes `z [*, H, D]`, each by itself."""
         raised = z @ self.up.to(z.dtype)  # [*, H, D]
         if self.gate is None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.graph import head_graph
+from gohgraph.graphs.protocol import FEATURES, SiteGraph, Traits
 
 
-class SoftmaxMessages(nn.Module):
+class SoftmaxMessages(SiteGraph):
     r"""Messages over a complete graph whose weights are normalised over senders, as in graph attention networks.
 
     .. math:: z'_i(t) = z_i(t) + g_i \sum_j \mathrm{softmax}_j\big((W x(t))_{ji}\big)\, z_j(t)
@@ -37,6 +40,7 @@ class SoftmaxMessages(nn.Module):
     def __init__(self, num_heads: int, head_dim: int, context_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.traits = Traits(num_heads, linear=True)
         self.weight = nn.Parameter(torch.empty(num_heads * num_heads, context_dim))
         self.gain = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
@@ -46,8 +50,18 @@ class SoftmaxMessages(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
         nn.init.zeros_(self.gain)
 
-    def forward(self, z: Tensor, context: Tensor, active: Tensor | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, context: Tensor, earlier: Any = (), active: Tensor | None = None, **call: Any
+    ) -> Tensor:
         """Passes messages between the nodes; heads that are off (`active` False) neither send nor receive."""
+        return z + self._alpha(context, active).to(z.dtype) @ z
+
+    def matrix(self, context: Tensor, active: Tensor | None = None) -> Tensor:
+        """Returns identity + alpha, `[*, H, H]`."""
+        alpha = self._alpha(context, active)
+        return torch.eye(self.num_heads, dtype=alpha.dtype, device=alpha.device) + alpha
+
+    def _alpha(self, context: Tensor, active: Tensor | None) -> Tensor:
         scores = F.linear(context, self.weight).unflatten(-1, (self.num_heads, self.num_heads))  # [*, H, H]
         if active is not None:
             scores = scores.masked_fill(~active.unsqueeze(-2), float("-inf"))
@@ -55,10 +69,10 @@ class SoftmaxMessages(nn.Module):
         if active is not None:
             # A row without any sender is not a number before it is masked.
             alpha = alpha.masked_fill(~active.unsqueeze(-1), 0.0)
-        return z + alpha.to(z.dtype) @ z
+        return alpha
 
 
-class OwnContext(nn.Module):
+class OwnContext(SiteGraph):
     """A head graph over a complete graph whose edges read the heads themselves, in place of the block's input.
 
     Formula and neutral start are those of `HeadGraphConv` with the context c(t) = concat_i z_i(t).
@@ -80,8 +94,11 @@ class OwnContext(nn.Module):
     def __init__(self, num_heads: int, head_dim: int, context_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.traits = Traits(num_heads, FEATURES)
         self.conv = HeadGraphConv(head_graph(num_heads), head_dim, num_heads * head_dim)
 
-    def forward(self, z: Tensor, context: Tensor, active: Tensor | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, context: Tensor, earlier: Any = (), active: Tensor | None = None, **call: Any
+    ) -> Tensor:
         """Passes messages between the nodes; the context is not read."""
         return self.conv(z, z.flatten(-2), active=active)

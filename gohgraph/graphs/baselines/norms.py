@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.graphs.protocol import FEATURES, SiteGraph, Traits
 
-class HeadNorm(nn.Module):
+
+class HeadNorm(SiteGraph):
     r"""RMS normalisation of every head's output, with a gain for each of its features.
 
     .. math:: z'_i(t) = \gamma_i \odot z_i(t) \,/\, \sqrt{\mathrm{mean}_d\, z_{id}(t)^2 + \epsilon}
@@ -35,13 +39,16 @@ class HeadNorm(nn.Module):
     def __init__(self, num_heads: int, head_dim: int, context_dim: int, *, eps: float = 1e-6) -> None:
         super().__init__()
         self.num_heads, self.eps = num_heads, eps
+        self.traits = Traits(num_heads, FEATURES)
         self.gain = nn.Parameter(torch.ones(num_heads, head_dim))
 
     def reset_parameters(self) -> None:
         """Sets all gains to 1."""
         nn.init.ones_(self.gain)
 
-    def forward(self, z: Tensor, context: Tensor | None = None, active: Tensor | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, context: Tensor | None = None, earlier: Any = (), active: Tensor | None = None, **call: Any
+    ) -> Tensor:
         """Normalises the nodes `z [*, H, D]`."""
         return F.rms_norm(z, z.shape[-1:], eps=self.eps) * self.gain.to(z.dtype)
 

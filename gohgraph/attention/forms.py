@@ -1,0 +1,325 @@
+"""The one place that chooses how attention is computed.
+
+Every form computes the same numbers, those of `mixed_attention` on whole maps. A form says why it cannot take a call
+(`refuses`), and why it was measured not to pay (`pays`): the first that has neither to say runs. Whoever attends builds
+a `Call`: our own block, the drop-in, timm's and transformers' attention, Megatron and tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gohgraph.attention.call import Call
+from gohgraph.attention.grouped import FROM_KEYS, LARGEST_SHARE, grouped_attention, may_pay
+from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_takes
+from gohgraph.attention.maps import mixed_attention, plain_attention
+from gohgraph.attention.skipped import only_multiplies
+from gohgraph.attention.tiled import FEWEST_ROWS, TILED_FROM_KEYS, TILED_FROM_NUMBERS, tiled_attention
+
+# Wide heads cost about in-degree times the plain attention core and hold no map of scores: on a CPU less than mixing
+# whole maps from length 1024 on, as much at 512. On denser graphs their widened keys outgrow the maps.
+# `tools/benchmark.py --only score-ring4-wide score-ring4-eager`.
+WIDEST_IN_DEGREE = 4
+
+# Numbers per row that need not be read for heads that are off, from which leaving these out pays on a CPU; with fewer
+# the calls cost more. Between 0.33 and 0.39 million by `tools/benchmark.py routing`, two threads.
+SKIP_FROM_UNREAD = 350_000
+
+Result = tuple[Tensor, Any]
+
+
+class Form(NamedTuple):
+    """One way to compute attention.
+
+    Args:
+        name: by which it is asked for.
+        refuses: of a call, why it cannot take it; empty where it can.
+        pays: of a call it can take, why it was measured not to pay; empty where it does.
+        run: the head outputs `[B, T, H, D]`, and the attention weights or `None`.
+    """
+
+    name: str
+    refuses: Callable[[Call], str]
+    pays: Callable[[Call], str]
+    run: Callable[[Call], Result]
+
+
+def attend(call: Call, form: str | None = None) -> Result:
+    """Attends in the first form that takes the call and pays.
+
+    Args:
+        call: what is to be computed.
+        form: asks for one by name; `None` chooses.
+
+    Returns:
+        Head outputs `[B, T, H, D]`, and the weights where they were asked for or the core tells them, else `None`.
+
+    Raises:
+        ValueError: an unknown form, the one asked for refuses, or all do; with the reasons.
+
+    Example:
+        >>> q = torch.randn(2, 7, 5, 4)
+        >>> attend(Call(q, q, q))[0].shape
+        torch.Size([2, 7, 5, 4])
+    """
+    call = _with_senders(call)
+    if form is not None:
+        return _named(form, call).run(call)
+    return _chosen(call).run(call)
+
+
+def explain(call: Call, form: str | None = None) -> dict[str, str]:
+    """Returns for every form of attention that it is taken, or why not.
+
+    Example:
+        >>> q = torch.randn(2, 7, 5, 4)
+        >>> explain(Call(q, q, q))["plain"], explain(Call(q, q, q))["grouped"]
+        ('taken', 'no router')
+    """
+    call = _with_senders(call)
+    taken = _chosen(call) if form is None else _named(form, call)
+    reasons = {one.name: one.refuses(call) or one.pays(call) or f"{taken.name} comes first" for one in FORMS}
+    return {**reasons, taken.name: "taken"}
+
+
+def _chosen(call: Call) -> Form:
+    able = None
+    for form in FORMS:
+        if not form.refuses(call):
+            if not form.pays(call):
+                return form
+            able = able or form
+    if able is None:
+        reasons = "; ".join(f"{form.name}: {form.refuses(call)}" for form in FORMS)
+        raise ValueError(f"Expected a form of attention that takes this call (got {reasons}). Do change one of these.")
+    return able
+
+
+def _named(name: str, call: Call) -> Form:
+    form = next((form for form in FORMS if form.name == name), None)
+    if form is None:
+        raise ValueError(f"Expected a form of {[form.name for form in FORMS]} (got {name!r}). Do choose one of them.")
+    if reason := form.refuses(call):
+        raise ValueError(f"Expected a call that the form {name!r} takes (got {reason}). Do set form=None.")
+    return form
+
+
+def _with_senders(call: Call) -> Call:
+    if call.scores is None:
+        return call
+    q, k = call.scores.senders(call.q, call.k)
+    return call if q is call.q else call._replace(q=q, k=k)
+
+
+# Chosen heads alone.
+
+
+def why_all_heads(block: Any, x: Tensor, keys: int) -> str:
+    """Returns why an attention block projects all heads of `x [B, T, M]`; empty where it leaves out those that are off.
+
+    Args:
+        block: a `MultiHeadAttention` with a router.
+        keys: the number of keys of every token.
+    """
+    if x.shape[1] != 1 or not len(x):
+        return "more than one token"
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or (block.training and block.dropout):
+        return "in training, or under torch.compile"
+    if block.inner_graphs or (block.score_graph is not None and block.score_graph.traits.keyed):
+        return "graphs at further sites, or edges that read the keys' tokens"
+    projections = (block.query, block.key, block.value, block.output)
+    # Weights are read by head, past the modules that hold them: these must do nothing else, nor autocast.
+    if torch.is_autocast_enabled(x.device.type) or not all(map(only_multiplies, projections)):
+        return "under autocast, or projections that do more than multiply"
+    if block.form is not None:
+        return "" if block.form == "skipped" else f"{block.form} was asked for"
+    off = 1 - block.router.num_active / block.num_heads
+    unread = off * (keys * block.num_kv_heads * block.head_dim + block.d_model**2 / x.shape[0])
+    if x.device.type != "cpu" or unread < SKIP_FROM_UNREAD:
+        return f"pays on a CPU from {SKIP_FROM_UNREAD:,} unread numbers on (here {unread:,.0f})"
+    return ""
+
+
+def _refuses_skipped(call: Call) -> str:
+    if call.routed is None:
+        return "no router"
+    return call.routed.heads if isinstance(call.routed.heads, str) else ""
+
+
+def _skipped(call: Call) -> Result:
+    return call.routed.heads.attend(call.q, call.k, call.v, call.scores, call.mask.keep), None
+
+
+def _refuses_grouped(call: Call) -> str:
+    if call.routed is None:
+        return "no router"
+    if call.messages:
+        return "messages between maps"
+    if call.need_weights or call.dropout or call.core is not None:
+        return "dropout, weights that are asked for, or another library's attention"
+    if call.q.shape[1] == 1 or not call.q.numel():
+        return "a single query"
+    if call.mask.is_float:
+        return "a float mask"
+    if call.is_compiling:
+        return "under torch.compile"
+    return "all heads are active" if call.routed.num_active == call.q.shape[2] else ""
+
+
+def _pays_grouped(call: Call) -> str:
+    if not may_pay(call.q, call.k.shape[1], call.mask.causal):
+        return f"measured to pay on a CPU from {FROM_KEYS} keys on"
+    largest, share = LARGEST_SHARE[call.mask.causal], call.routed.groups.share(call.q.shape[1])
+    return "" if share <= largest else f"{share:.0%} of all queries are to be computed, it pays up to {largest:.0%}"
+
+
+def _grouped(call: Call) -> Result:
+    return grouped_attention(call.scaled_q, call.k, call.v, call.routed.groups, *call.mask), None
+
+
+# Without messages between maps.
+
+
+def _refuses_plain(call: Call) -> str:
+    if call.messages:
+        return "messages between maps"
+    return "weights are asked for" if call.need_weights and call.core is None else ""
+
+
+def _plain(call: Call) -> Result:
+    if call.core is not None:
+        return call.core.attend(call.q, call.k, call.v, call.scale, False)
+    keep, is_causal = call.mask.for_kernel(call.q, call.k)
+    return plain_attention(call.q, call.k, call.v, keep, call.dropout, is_causal, call.scale), None
+
+
+# Under messages between maps.
+
+
+def _refuses_matrix(call: Call) -> str:
+    """What all forms need that take messages as one matrix over heads for every query."""
+    if not call.messages:
+        return "no messages between maps"
+    if call.core is not None and call.core.opaque:
+        return call.core.opaque
+    if not all(messages.graph.traits.linear for messages in call.messages):
+        return "messages that are no matrix over heads"
+    if call.need_weights or call.dropout:
+        return "dropout, or weights that are asked for"
+    if call.mask.is_float:
+        return "a float mask"
+    if call.q.shape[1] == 1 or not call.q.numel() or not call.k.shape[1]:
+        return "a single query"
+    if call.is_compiling:
+        return "under torch.compile"
+    return "" if torch.backends.cuda.flash_sdp_enabled() else "torch's math kernel was asked for, for second gradients"
+
+
+def _refuses_kernel(call: Call) -> str:
+    if reason := _refuses_matrix(call):
+        return reason
+    if call.weights is not None:
+        return "messages between weights"
+    q = call.q
+    if call.v.shape[-1] != q.shape[-1] or call.scores.graph.traits.num_heads != q.shape[2]:
+        return "values of another width, or senders on other ranks"
+    return "" if kernel_takes(q.device, q.dtype, *q.shape[2:]) else "no kernel for this device, type or number of heads"
+
+
+def _pays_kernel(call: Call) -> str:
+    return "never timed on a GPU: it runs where it is asked for"
+
+
+def _kernel(call: Call) -> Result:
+    keep, is_causal = call.mask.for_kernel(call.q, call.k)
+    k, v = call.k.to(call.q.dtype), call.v.to(call.q.dtype)
+    return flash_mixed_attention(call.scaled_q, k, v, call.scores.matrix(), keep, is_causal), None
+
+
+def _pays_tiled(call: Call) -> str:
+    if call.q.device.type != "cpu":
+        return "measured to pay on a CPU only"
+    keys, head_dim = call.k.shape[1], call.k.shape[-1]
+    if call.q.shape[1] >= FEWEST_ROWS and (keys >= TILED_FROM_KEYS or keys * head_dim >= TILED_FROM_NUMBERS):
+        return ""
+    return f"pays from {FEWEST_ROWS} queries and {TILED_FROM_KEYS} keys on, or {TILED_FROM_NUMBERS} numbers of a head's"
+
+
+def _tiled(call: Call) -> Result:
+    matrices = [None if messages is None else messages.matrix() for messages in (call.scores, call.weights)]
+    keep, is_causal = call.mask.for_kernel(call.q, call.k)
+    return tiled_attention(call.scaled_q, call.k, call.v, *matrices, keep, is_causal), None
+
+
+def _refuses_wide(call: Call) -> str:
+    if call.scores is None or call.weights is not None:
+        return "no messages between scores, or some between weights"
+    in_degree = call.scores.graph.traits.most_senders
+    if not in_degree:
+        return "messages that are no matrix over heads"
+    if call.core is None:
+        return "weights are asked for" if call.need_weights else ""
+    width = in_degree * call.q.shape[-1]
+    if call.core.widest is not None and width > call.core.widest:
+        return f"heads of size {in_degree} x {call.q.shape[-1]}, and the attention beneath takes {call.core.widest}"
+    return "" if call.q.shape[-1] == call.v.shape[-1] else "queries and values of unequal widths"
+
+
+def _pays_wide(call: Call) -> str:
+    in_degree = call.scores.graph.traits.most_senders
+    if in_degree > WIDEST_IN_DEGREE:
+        return f"in-degree {in_degree}, it pays up to {WIDEST_IN_DEGREE}"
+    # One query is cheaper on its whole maps, unless all its keys have weights.
+    return "a single query" if call.q.shape[1] == 1 and call.scores.keys is None else ""
+
+
+def _wide(call: Call) -> Result:
+    wide, width = call.scores.widen(call.q, call.k, call.v), call.v.shape[-1]
+    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    if call.core is not None:
+        z, weights = call.core.attend(*wide, scale, True)
+        return z[..., :width], weights
+    keep, is_causal = call.mask.for_kernel(call.q, call.k)
+    return plain_attention(*wide, keep, call.dropout, is_causal, scale)[..., :width], None
+
+
+def _refuses_maps(call: Call) -> str:
+    if call.core is None:
+        return ""
+    return call.core.opaque if call.messages else "no messages between maps"
+
+
+def _maps(call: Call) -> Result:
+    keep = call.mask.whole(call.q, call.k)
+    if not call.need_weights:
+        z = mixed_attention(call.q, call.k, call.v, call.scores, call.weights, keep, call.dropout, call.scale)
+        return z, None
+    told: list[Tensor] = []
+
+    def tell(weights: Tensor) -> Tensor:
+        weights = weights if call.weights is None else call.weights(weights)
+        told.append(F.dropout(weights, call.dropout))  # [B, T, H, S]
+        return told[0]
+
+    z = mixed_attention(call.q, call.k, call.v, call.scores, tell, keep, scale=call.scale)
+    return z, told[0]
+
+
+def _pays(call: Call) -> str:
+    return ""
+
+
+FORMS = (
+    Form("skipped", _refuses_skipped, _pays, _skipped),
+    Form("grouped", _refuses_grouped, _pays_grouped, _grouped),
+    Form("plain", _refuses_plain, _pays, _plain),
+    Form("kernel", _refuses_kernel, _pays_kernel, _kernel),
+    Form("tiled", _refuses_matrix, _pays_tiled, _tiled),
+    Form("wide", _refuses_wide, _pays_wide, _wide),
+    Form("maps", _refuses_maps, _pays, _maps),
+)

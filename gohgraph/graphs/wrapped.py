@@ -1,0 +1,63 @@
+"""Plain modules of your own at a site of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gohgraph.graphs.protocol import Losses, SiteGraph, Traits
+
+
+class WrappedModule(SiteGraph):
+    """A plain module `(nodes, context) -> nodes` at a site: what is not known of it is not asked of it.
+
+    It is handed the heads of one token and layer, and is not known to be linear: over maps it runs on whole ones, and
+    that it keeps causality there is up to it. Its parameters keep the names they had when it stood there unwrapped.
+
+    Args:
+        module: called with nodes `[*, H, F]` and context `[*, M]`.
+        num_heads: H.
+    """
+
+    def __init__(self, module: nn.Module, num_heads: int) -> None:
+        super().__init__()
+        self.module = module
+        self.traits = Traits(num_heads)
+
+    def forward(
+        self,
+        nodes: Tensor,
+        context: Tensor | None = None,
+        earlier: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+        *,
+        keys: Tensor | None = None,
+        losses: Losses | None = None,
+    ) -> Tensor:
+        """Calls the module; heads that are off send zeros and receive nothing."""
+        if active is None:
+            return self.module(nodes, context)
+        works = active.unsqueeze(-1)  # [*, H, 1]
+        return torch.where(works, self.module(torch.where(works, nodes, 0.0), context), nodes)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            inside = name.removeprefix(prefix)
+            if not inside.startswith("module."):
+                state_dict[f"{prefix}module.{inside}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def as_site_graph(module: nn.Module, num_heads: int) -> SiteGraph:
+    """Returns the module where it is a `SiteGraph`, and a wrapper of it where it is a plain one.
+
+    Raises:
+        TypeError: no module at all.
+    """
+    if isinstance(module, SiteGraph):
+        return module
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"Expected a module at a site of attention (got {module!r}). Do pass a SiteGraph, or None.")
+    return WrappedModule(module, num_heads)
