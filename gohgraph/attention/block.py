@@ -109,8 +109,6 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_sizes(d_model, num_heads, num_kv_heads)
-        if router is not None and router.num_heads != num_heads:
-            raise ValueError(f"Expected a router over {num_heads} heads (got {router.num_heads}). Do build it so.")
         self.d_model, self.num_heads, self.num_kv_heads = d_model, num_heads, num_kv_heads
         self.head_dim, self.dropout, self.causal = d_model // num_heads, dropout, causal
         self.query = nn.Linear(d_model, d_model, bias=bias)
@@ -118,16 +116,28 @@ class MultiHeadAttention(nn.Module):
         self.value = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias)
         self.output = nn.Linear(d_model, d_model, bias=bias)
         self.rotary = rotary
-        self.output_graph = _checked("outputs", output_graph, num_heads)
-        self.score_graph = _checked("scores", score_graph, num_heads)
+        self.fill_slots(output_graph, score_graph, router, inner_graphs or {})
+        self.form: str | None = None
+
+    def fill_slots(
+        self,
+        output_graph: nn.Module | None,
+        score_graph: nn.Module | None,
+        router: nn.Module | None,
+        inner_graphs: Mapping[str, nn.Module],
+    ) -> None:
+        """Puts graphs and a router into the block, in place of what stands there; arguments as in the constructor."""
+        if router is not None and router.num_heads != self.num_heads:
+            raise ValueError(f"Expected a router over {self.num_heads} heads (got {router.num_heads}). Do build it so.")
+        if unknown := sorted(set(inner_graphs) - set(INNER_SITES)):
+            raise ValueError(f"Expected inner_graphs of {list(INNER_SITES)} (got {unknown}). Do choose among them.")
+        self.output_graph = _checked("outputs", output_graph, self.num_heads)
+        self.score_graph = _checked("scores", score_graph, self.num_heads)
         self.router = router
         self.inner_graphs = nn.ModuleDict()
-        for name, graph in (inner_graphs or {}).items():
-            if name not in INNER_SITES:
-                raise ValueError(f"Expected inner_graphs of {list(INNER_SITES)} (got {name!r}). Do choose among them.")
-            nodes = num_kv_heads if name in ("key", "value") else num_heads
+        for name, graph in inner_graphs.items():
+            nodes = self.num_kv_heads if name in ("key", "value") else self.num_heads
             self.inner_graphs[name] = _checked(INNER_SITES[name], graph, nodes)
-        self.form: str | None = None
 
     def forward(
         self,

@@ -170,7 +170,7 @@ class GraphMultiheadAttention(HeadSites):
         z, weights = self.attend(q, k, v, x, mask, dropout=dropout, routing=routing, need_weights=need_weights)
         z = self.pass_messages(z, x, routing)  # [B, T, H, D]
         # Rows in torch's order: the projection then rounds as torch's does.
-        y = self.out_proj(z.transpose(0, 1).flatten(0, 1).flatten(-2)).unflatten(0, (-1, len(z)))  # [T, B, M]
+        y = self.out_proj(z.transpose(0, 1).flatten(0, 1).flatten(-2)).unflatten(0, (z.shape[1], len(z)))  # [T, B, M]
         y = y.squeeze(1) if not batched else y.transpose(0, 1) if self.batch_first else y
         if weights is None or not need_weights:
             return y, None

@@ -9,9 +9,7 @@ from torch import nn
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.models.config import ClassifierConfig, TransformerConfig
-from gohgraph.models.stacks import Stack
-
-SLOTS = ("output_graph", "score_graph", "router", "inner_graphs")
+from gohgraph.models.stacks import NO_GRAPHS, DecoderLayer, EncoderLayer, Stack, build_slots
 
 
 def is_own(model: nn.Module) -> bool:
@@ -27,16 +25,30 @@ def attentions(model: nn.Module) -> dict[str, MultiHeadAttention]:
 def give(model: nn.Module, config: HeadGraphConfig | None) -> list[str]:
     """Gives all attention blocks the graphs of `config`, in place; `None` takes them out. Returns their names."""
     changed = _with_graphs(model.config, config)
+    transformer = changed.transformer if isinstance(changed, ClassifierConfig) else changed
     weight = next(model.parameters())
-    source = type(model)(changed).to(weight.device, weight.dtype).train(model.training)
-    for mine, other in zip(_stacks(model), _stacks(source), strict=True):
-        mine.cross_layer = other.cross_layer
-    found = attentions(model)
-    for attention, other in zip(found.values(), attentions(source).values(), strict=True):
-        for name in SLOTS:
-            setattr(attention, name, getattr(other, name))
+    # All are built before any is put in: what cannot be built leaves the model as it was.
+    blocks = [
+        (block, build_slots(transformer, index, cross=is_cross))
+        for stack in _stacks(model)
+        for index, layer in enumerate(stack.layers)
+        for block, is_cross in _blocks(layer)
+    ]
+    for block, slots in blocks:
+        block.fill_slots(**slots)
+        for slot in (block.output_graph, block.score_graph, block.router, block.inner_graphs):
+            if slot is not None:
+                slot.to(weight.device, weight.dtype).train(model.training)
+    for stack in _stacks(model):
+        stack.graphs_changed(transformer.head_graph or NO_GRAPHS)
     model.config = changed
-    return list(found)
+    return list(attentions(model))
+
+
+def _blocks(layer: EncoderLayer | DecoderLayer) -> list[tuple[MultiHeadAttention, bool]]:
+    """The attention blocks of a layer, and whether each is cross attention."""
+    blocks = [(layer.attention.object, False)]
+    return [*blocks, (layer.cross_attention.object, True)] if isinstance(layer, DecoderLayer) else blocks
 
 
 def _stacks(model: nn.Module) -> list[Stack]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -226,16 +226,6 @@ def _feed_forward(config: TransformerConfig) -> FeedForward:
 def _attention(
     config: TransformerConfig, layer: int, *, causal: bool = False, cross: bool = False
 ) -> MultiHeadAttention:
-    graphs = config.head_graph or NO_GRAPHS
-    routing = graphs.routing
-    sizes = (config.num_heads, config.head_dim, config.d_model)
-    key_sizes = (config.num_kv_heads or config.num_heads, config.head_dim, config.d_model)
-    inner = {
-        "query": build_graph(graphs.queries, sizes),
-        "key": build_graph(graphs.keys, key_sizes),
-        "value": build_graph(graphs.values, key_sizes),
-        "weight": build_graph(graphs.weights, sizes),
-    }
     return MultiHeadAttention(
         config.d_model,
         config.num_heads,
@@ -244,11 +234,30 @@ def _attention(
         dropout=config.dropout,
         causal=causal,
         rotary=RotaryPositions(config.head_dim) if config.positions == "rotary" and not cross else None,
-        # Cross attention is handed no heads of earlier layers.
-        output_graph=build_graph(
-            graphs.outputs, sizes, layer=0 if cross else layer
-        ),
-        score_graph=build_graph(graphs.scores, sizes),
-        router=HeadRouter.from_config(routing, config.d_model, config.num_heads, layer=layer) if routing else None,
-        inner_graphs={site: graph for site, graph in inner.items() if graph is not None},
+        **build_slots(config, layer, cross=cross),
     )
+
+
+def build_slots(config: TransformerConfig, layer: int, *, cross: bool = False) -> dict[str, Any]:
+    """Builds what `config` puts into the slots of one attention block, by the names of `MultiHeadAttention`.
+
+    Args:
+        config: of the transformer.
+        layer: index in the stack.
+        cross: cross attention, which is handed no heads of earlier layers.
+    """
+    graphs, routing = config.head_graph or NO_GRAPHS, (config.head_graph or NO_GRAPHS).routing
+    sizes = (config.num_heads, config.head_dim, config.d_model)
+    key_sizes = (config.num_kv_heads or config.num_heads, config.head_dim, config.d_model)
+    inner = {
+        "query": build_graph(graphs.queries, sizes),
+        "key": build_graph(graphs.keys, key_sizes),
+        "value": build_graph(graphs.values, key_sizes),
+        "weight": build_graph(graphs.weights, sizes),
+    }
+    return {
+        "output_graph": build_graph(graphs.outputs, sizes, layer=0 if cross else layer),
+        "score_graph": build_graph(graphs.scores, sizes),
+        "router": routing and HeadRouter.from_config(routing, config.d_model, config.num_heads, layer=layer),
+        "inner_graphs": {site: graph for site, graph in inner.items() if graph is not None},
+    }

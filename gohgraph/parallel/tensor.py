@@ -18,7 +18,6 @@ from torch.distributed.tensor.parallel import (
 )
 
 from gohgraph.attention.block import MultiHeadAttention
-
 from gohgraph.attention.routing import Routing
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.models.objects import FeedForward
