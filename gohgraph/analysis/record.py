@@ -13,7 +13,10 @@ from gohgraph.analysis.module_names import block_of, site_of
 from gohgraph.analysis.running_stats import Moments, samples
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.routing import HeadRouter, Routing
+from gohgraph.graphs.chain import Chain
 from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.graph import head_graph
+from gohgraph.graphs.protocol import FEATURES, SiteGraph
 
 # Heads there are those of keys and values, whose tokens are not the ones a router chose heads for.
 OF_KEYS = ("keys", "values")
@@ -26,7 +29,7 @@ class Recording:
     as the context gives it, before a router or `top_edges` leaves any out; `share` tells how often that is.
 
     Args:
-        conv: the recorded graph.
+        graph: a `HeadGraphConv`, or another linear graph, whose edges are then all pairs of heads.
         router: the `HeadRouter` of the same attention block, or `None`.
         every_token: also keeps the values of every token, in `every`.
 
@@ -47,10 +50,11 @@ class Recording:
             such, `"gates"` `[N, H]`, `"active"` bool `[N, H]`, `"outputs"` `[N, H, D]`; else `None`.
     """
 
-    def __init__(self, conv: HeadGraphConv, router: HeadRouter | None = None, *, every_token: bool = False) -> None:
-        self.edge_index, self.num_heads = conv.edge_index.detach().cpu(), conv.num_heads
+    def __init__(self, graph: SiteGraph, router: HeadRouter | None = None, *, every_token: bool = False) -> None:
+        is_conv, self.num_heads = isinstance(graph, HeadGraphConv), graph.traits.num_heads
+        self.edge_index = (graph if is_conv else head_graph(self.num_heads)).edge_index.detach().cpu()
         self.num_shared = None if router is None else router.num_shared
-        shape = (conv.rounds, self.edge_index.shape[1])
+        shape = (graph.rounds if is_conv else 1, self.edge_index.shape[1])
         self._weights, self._share = Moments(shape), Moments(shape)
         self._active, self._gates = Moments((self.num_heads,)), Moments((self.num_heads,))
         self._balanced = torch.ones(self.num_heads, dtype=torch.float64)
@@ -137,10 +141,12 @@ class Recordings(dict[str, Recording]):
 
     Attributes:
         token_strings: the recorded tokens as they are to be read, or `None`.
+        left_out: what stands at a site and is not recorded, by module name, with the reason.
     """
 
     def __init__(self, recordings: dict[str, Recording], token_strings: Sequence[str] | None = None) -> None:
         super().__init__(recordings)
+        self.left_out: dict[str, str] = {}
         self.token_strings = None if token_strings is None else list(token_strings)
 
 
@@ -150,8 +156,12 @@ def record(
 ) -> Iterator[Recordings]:
     """Records what every head graph of `model` does while the block runs: edge weights, gates, heads' outputs.
 
+    Linear graphs of other kinds (softmax messages, a gate on every head, a `SiteGraph` of your own that has `matrix`)
+    are recorded as complete graphs with the weights W - I, where nodes are features; what cannot be recorded is in
+    `left_out`.
+
     Args:
-        model: any module that contains `HeadGraphConv`s.
+        model: any module with head graphs.
         every_token: keeps the values of every token, beside means and variances.
         token_strings: the tokens that are run, as they are to be read in figures; one for each.
 
@@ -171,14 +181,15 @@ def record(
         >>> recording.tokens, recording.mean.shape, recording.every["weights"].shape, recording.output_mean.shape
         (3, torch.Size([1, 4]), torch.Size([3, 1, 4]), torch.Size([2, 4]))
     """
-    graphs = head_graphs(model)
+    graphs, left_out = _recordable(model)
     routers = {name: module for name, module in model.named_modules() if isinstance(module, HeadRouter)}
     heads = Recordings({}, token_strings)
+    heads.left_out = left_out
     hooks = []
-    for name, conv in graphs.items():
+    for name, graph in graphs.items():
         router = None if site_of(name) in OF_KEYS else _router_of(name, routers)
-        heads[name] = Recording(conv, router, every_token=every_token)
-        hooks += _hooks(heads[name], name, conv, router, model)
+        heads[name] = Recording(graph, router, every_token=every_token)
+        hooks += _hooks(heads[name], name, graph, router, model)
     try:
         yield heads
         _check_strings(heads, graphs)
@@ -195,8 +206,35 @@ def head_graphs(model: nn.Module) -> dict[str, HeadGraphConv]:
     """
     graphs = {name: module for name, module in model.named_modules() if isinstance(module, HeadGraphConv)}
     if not graphs:
-        raise ValueError("Expected a model with head graphs (got none). Do build it with head_graph=HeadGraphConfig().")
+        others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, SiteGraph)})
+        raise ValueError(
+            f"Expected a model with head graphs that have edges (got {', '.join(others) or 'no graph at any site'}). "
+            "Do build it with head_graph=HeadGraphConfig()."
+        )
     return graphs
+
+
+def _recordable(model: nn.Module) -> tuple[dict[str, SiteGraph], dict[str, str]]:
+    """The graphs of a model that can be recorded, and why the others cannot, by module name in model order."""
+    graphs: dict[str, SiteGraph] = {}
+    left_out: dict[str, str] = {}
+    convs = {name for name, module in model.named_modules() if isinstance(module, HeadGraphConv)}
+    for name, module in model.named_modules():
+        if name in convs:
+            graphs[name] = module
+        elif not isinstance(module, SiteGraph) or any(conv.startswith(f"{name}.") for conv in convs):
+            # A graph around a convolution is recorded by it.
+            continue
+        elif isinstance(module, Chain):
+            continue
+        elif module.traits.linear and site_of(name) in FEATURES:
+            graphs[name] = module
+        else:
+            reason = "no matrix over heads" if not module.traits.linear else "messages between maps"
+            left_out[name] = f"{type(module).__name__}: {reason}"
+    if not graphs:
+        head_graphs(model)
+    return graphs, left_out
 
 
 def _router_of(name: str, routers: dict[str, HeadRouter]) -> HeadRouter | None:
@@ -206,7 +244,7 @@ def _router_of(name: str, routers: dict[str, HeadRouter]) -> HeadRouter | None:
     return around[max(fitting, key=len)] if fitting else None
 
 
-def _hooks(recording: Recording, name: str, conv: HeadGraphConv, router: HeadRouter | None, model: nn.Module) -> list:
+def _hooks(recording: Recording, name: str, graph: SiteGraph, router: HeadRouter | None, model: nn.Module) -> list:
     last: list[Tensor] = []
 
     def on_routing(inputs: Any, routing: Routing) -> None:
@@ -215,17 +253,29 @@ def _hooks(recording: Recording, name: str, conv: HeadGraphConv, router: HeadRou
 
     def on_edges(inputs: Any, alpha: Tensor) -> None:
         with torch.no_grad():
-            recording.update(alpha, conv.select(alpha, *last))
+            recording.update(alpha, graph.select(alpha, *last))
+
+    def on_nodes(inputs: Any, nodes: Tensor) -> None:
+        with torch.no_grad():
+            matrix = graph.matrix(inputs[1])  # [*, H, H]
+            alpha = matrix - torch.eye(recording.num_heads, dtype=matrix.dtype, device=matrix.device)
+            senders, receivers = recording.edge_index.to(alpha.device)
+            alpha = alpha[..., receivers, senders].unsqueeze(-2)  # [*, 1, E]
+            used = alpha
+            if last:
+                used = alpha * (last[0][..., senders] & last[0][..., receivers]).unsqueeze(-2)
+            recording.update(alpha, used)
 
     block = model.get_submodule(block_of(name))
     # Both sites ask the edges for their weights, so that is where they are seen.
-    hooks = [_hook(conv.edges, on_edges)]
+    is_conv = isinstance(graph, HeadGraphConv)
+    hooks = [_hook(graph.edges, on_edges) if is_conv else _hook(graph, on_nodes)]
     if router is not None:
         hooks.append(_hook(router, on_routing))
     if isinstance(block, MultiHeadAttention):
         hooks.append(_hook(block, lambda inputs, result: recording.update_outputs(result[1].outputs)))
     elif site_of(name) == "outputs":
-        hooks.append(_hook(conv, lambda inputs, z: recording.update_outputs(z)))
+        hooks.append(_hook(graph, lambda inputs, z: recording.update_outputs(z)))
     return hooks
 
 
@@ -238,11 +288,11 @@ def _hook(owner: nn.Module, take: Callable[[Any, Any], None]):
     return owner.register_forward_hook(take_own)
 
 
-def _check_strings(heads: Recordings, graphs: dict[str, HeadGraphConv]) -> None:
+def _check_strings(heads: Recordings, graphs: dict[str, SiteGraph]) -> None:
     if heads.token_strings is None:
         return
     for name, recording in heads.items():
-        if graphs[name].edges.weight is not None and recording.tokens != len(heads.token_strings):
+        if not graphs[name].traits.static and recording.tokens != len(heads.token_strings):
             raise ValueError(
                 f"Expected a string for each of the {recording.tokens} tokens that were run (got "
                 f"{len(heads.token_strings)}). Do pass as many."

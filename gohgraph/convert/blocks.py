@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.attention.block import MultiHeadAttention
+from gohgraph.attention.call import Core
 from gohgraph.attention.routing import HeadRouter
 from gohgraph.attention.slots import HeadSites
 from gohgraph.graphs.building import build_graph
 from gohgraph.graphs.config import HeadGraphConfig
+from gohgraph.graphs.protocol import SiteGraph, check_site
 
 CONVERSION = "head_graph_conversion"
 SLOTS = ("output_graph", "score_graph", "router")
@@ -30,6 +32,8 @@ class Block:
         projection: the output projection, or `None` where it was not found.
         attach: puts slots into the block; takes `output_graph`, `score_graph` and `router`.
         no_scores: why it takes no score graph; empty where it does.
+        allowed: what it can give graphs, as in `check_site`.
+        core: of another library's attention that stays beneath, what it takes.
     """
 
     name: str
@@ -40,6 +44,8 @@ class Block:
     projection: nn.Module | None
     attach: Callable[..., None]
     no_scores: str = ""
+    allowed: Collection[str] = ("nonlinear",)
+    core: Core | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +127,26 @@ def build_slots(config: HeadGraphConfig, block: Block, layer: int) -> dict[str, 
     """Builds what `config` puts into a block, in its dtype and on its device."""
     sizes = (block.num_heads, block.head_dim, block.d_model)
     slots = slots_of(config, sizes, layer)
+    for site, slot in (("outputs", "output_graph"), ("scores", "score_graph")):
+        if slots[slot] is not None:
+            check_site(site, slots[slot], block.num_heads, block.allowed)
+    _check_width(block, slots["score_graph"])
     dtype = block.like.dtype if block.like.is_floating_point() else torch.get_default_dtype()
     return {name: slot and slot.to(block.like.device, dtype) for name, slot in slots.items()}
+
+
+def _check_width(block: Block, score_graph: SiteGraph | None) -> None:
+    """Raises `ValueError` where wider heads are the only form and too wide for the attention beneath."""
+    core = block.core
+    if score_graph is None or core is None or not core.opaque or core.widest is None:
+        return
+    senders = score_graph.traits.most_senders
+    if senders * block.head_dim > core.widest:
+        raise ValueError(
+            f"Expected a score graph of in-degree up to {core.widest // block.head_dim} in {block.name} (got {senders} "
+            f"of size {block.head_dim}, where the attention beneath takes heads up to {core.widest}). Do use a "
+            "sparser graph, or load the model with attn_implementation='sdpa'."
+        )
 
 
 def slots_of(config: HeadGraphConfig, sizes: tuple[int, int, int], layer: int) -> dict[str, nn.Module | None]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,20 @@ from gohgraph.convert.example_inputs import example_inputs
 MINIMUM = (5, 0)
 
 
+class Call(NamedTuple):
+    """What an attention module handed over: its input, queries, values, head outputs, and the attention beneath."""
+
+    x: Any
+    q: Tensor
+    v: Tensor
+    z: Tensor
+    core: Core
+
+
 class Observer:
     """Stands where head graphs would and notes what an attention module hands them."""
 
-    def __init__(self, name: str, calls: dict[str, tuple[Tensor, ...]]) -> None:
+    def __init__(self, name: str, calls: dict[str, Call]) -> None:
         self.name, self.calls = name, calls
 
     def __call__(
@@ -40,7 +50,7 @@ class Observer:
         """Attends as ever and keeps x, q, v and the outputs."""
         z, weights = core.attend(q, k, v, options.get("scaling"), False)
         z = z.contiguous()
-        self.calls[self.name] = (x, q, v, z)
+        self.calls[self.name] = Call(x, q, v, z, core)
         return z, weights
 
 
@@ -70,15 +80,15 @@ def transformers_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def observe(
     model: nn.Module, example: dict[str, Any] | None
-) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, nn.Module]]:
+) -> tuple[dict[str, Call], dict[str, nn.Module]]:
     """Runs one forward pass; returns what every attention module handed over, and its output projection."""
-    calls: dict[str, tuple[Tensor, ...]] = {}
+    calls: dict[str, Call] = {}
     projections: dict[str, nn.Module] = {}
 
     def find_reader(module: nn.Module, args: tuple[Any, ...]) -> None:
         # A view of the outputs of heads has their address.
-        for name, (*_, z) in calls.items():
-            if args and isinstance(args[0], Tensor) and args[0].data_ptr() == z.data_ptr():
+        for name, call in calls.items():
+            if args and isinstance(args[0], Tensor) and args[0].data_ptr() == call.z.data_ptr():
                 projections.setdefault(name, module)
 
     candidates = {
@@ -118,13 +128,13 @@ def undo(model: nn.Module) -> None:
 
 
 def _block(
-    name: str, model: nn.Module, module: nn.Module, call: tuple[Tensor, ...], projection: nn.Module | None
+    name: str, model: nn.Module, module: nn.Module, call: Call, projection: nn.Module | None
 ) -> Block:
-    x, q, v, z = call
+    x, q, v, z, core = call
     like = next((p for p in module.parameters() if p.is_floating_point()), x)
     no_scores = "" if q.shape[-1] == v.shape[-1] else "queries and values of unequal widths"
     attaching = partial(_attach, model, module, q.shape[2])
-    return Block(name, q.shape[2], z.shape[-1], x.shape[-1], like, projection, attaching, no_scores)
+    return Block(name, q.shape[2], z.shape[-1], x.shape[-1], like, projection, attaching, no_scores, (), core)
 
 
 def _attach(model: nn.Module, module: nn.Module, num_heads: int, **slots: nn.Module | None) -> None:
@@ -132,8 +142,8 @@ def _attach(model: nn.Module, module: nn.Module, num_heads: int, **slots: nn.Mod
     switch_on(model)
 
 
-def _reason(module: nn.Module, call: tuple[Tensor, ...]) -> str:
-    x, q, _, z = call
+def _reason(module: nn.Module, call: Call) -> str:
+    x, q, _, z, _ = call
     if not isinstance(x, Tensor) or x.shape[:-1] != z.shape[:2]:
         return "its first argument is not the hidden states of its queries"
     if getattr(module, "reorder_and_upcast_attn", False) and base_of(module.config) == "eager":

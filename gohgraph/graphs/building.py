@@ -20,13 +20,13 @@ GRAPHS: dict[str, type[HeadGraphConv]] = {
 }
 
 
-def build_graph(site: Site | None, sizes: tuple[int, int, int], *, layer: int = 0) -> SiteGraph | None:
+def build_graph(site: Site | None, sizes: tuple[int, int, int], *, layer: int | None = None) -> SiteGraph | None:
     """Builds what stands at one site of attention.
 
     Args:
         site: its configuration.
         sizes: H, D and M: nodes, their features, and the context.
-        layer: index in the stack; graphs with `cross_layer` reach back at most so far.
+        layer: index in the stack; graphs with `cross_layer` reach back at most so far. `None`: as far as they are to.
 
     Returns:
         The module, `None` where the site is empty.

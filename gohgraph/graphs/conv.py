@@ -102,12 +102,19 @@ class HeadGraphConv(MessagePassing, SiteGraph):
 
     @classmethod
     def from_config(
-        cls, config: SiteConfig, num_heads: int, head_dim: int, context_dim: int, *, layer: int = 0, **more: Any
+        cls,
+        config: SiteConfig,
+        num_heads: int,
+        head_dim: int,
+        context_dim: int,
+        *,
+        layer: int | None = None,
+        **more: Any,
     ) -> HeadGraphConv:
         """Builds the graph and convolution a `SiteConfig` names, for the layer of that index in its stack.
 
-        A layer has only `layer` layers before it: `cross_layer` is cut to that. `more` goes to the constructor of a
-        subclass.
+        A layer has only `layer` layers before it: `cross_layer` is cut to that, unless it is `None`.
+        `more` goes to the constructor of a subclass.
 
         Example:
             >>> HeadGraphConv.from_config(SiteConfig(topology="star"), 5, 3, 7).edge_index.shape
@@ -122,7 +129,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
             rank=config.rank,
             activation=config.activation,
             rounds=config.rounds,
-            cross_layer=min(config.cross_layer, layer),
+            cross_layer=config.cross_layer if layer is None else min(config.cross_layer, layer),
             norm=config.norm,
             backend=config.backend,
             top_edges=config.top_edges,

@@ -77,7 +77,7 @@ class GraphExperts(HeadGraphConv):
         self._reset_embeddings()
 
     @classmethod
-    def from_config(cls, config: SiteConfig, *sizes: int, layer: int = 0) -> GraphExperts:
+    def from_config(cls, config: SiteConfig, *sizes: int, layer: int | None = None) -> GraphExperts:
         """Builds the experts that a `SiteConfig` of this kind names; sizes as in `HeadGraphConv.from_config`."""
         return super().from_config(config, *sizes, layer=layer, num_shared=config.num_shared)
 

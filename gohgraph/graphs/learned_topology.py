@@ -78,7 +78,7 @@ class LearnedTopologyConv(HeadGraphConv):
         self.kept &= chosen.bool()
 
     @classmethod
-    def from_config(cls, config: SiteConfig, *sizes: int, layer: int = 0) -> LearnedTopologyConv:
+    def from_config(cls, config: SiteConfig, *sizes: int, layer: int | None = None) -> LearnedTopologyConv:
         """Builds the graph that a `SiteConfig` of this kind names; sizes as in `HeadGraphConv.from_config`."""
         return super().from_config(config, *sizes, layer=layer, in_degree=config.keep_in_degree)
 

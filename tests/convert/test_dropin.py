@@ -311,7 +311,7 @@ def test_head_order_says_which_heads_are_shared():
         (lambda: GraphMultiheadAttention(6, 2, dropout=1.5), "dropout"),
         (lambda: GraphMultiheadAttention(6, 2, output_graph=graph(3, 2, 6)), "over 2 heads"),
         (lambda: GraphMultiheadAttention(6, 2, output_graph=graph(2, 3, 6, cross_layer=1)), "earlier layers"),
-        (lambda: GraphMultiheadAttention(6, 2, score_graph=graph(2, 3, 6, norm=True)), "not linear"),
+        (lambda: GraphMultiheadAttention(6, 2, score_graph=graph(2, 3, 6, norm=True)), "with norm=True"),
         (lambda: GraphMultiheadAttention(6, 2, score_graph=KeyedGraphConv(head_graph(2), 3, 6)), "keys' tokens"),
         (lambda: HeadSites(3, head_order=[0, 0, 1]), "permutation"),
     ],
