@@ -33,7 +33,9 @@ class Config:
             )
         missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in values]
         if missing:
-            raise ValueError(f"Expected {missing} in a dictionary for {cls.__name__} (got none). Do add them.")
+            raise ValueError(
+                f"Expected {missing} in a dictionary for {cls.__name__} (got only {sorted(values)}). Do add them."
+            )
         return cls(**cls._nested(values))
 
     @classmethod
