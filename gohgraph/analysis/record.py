@@ -195,7 +195,10 @@ def head_graphs(model: nn.Module) -> dict[str, HeadGraphConv]:
     """
     graphs = {name: module for name, module in model.named_modules() if isinstance(module, HeadGraphConv)}
     if not graphs:
-        raise ValueError("Expected a model with head graphs (got none). Do build it with head_graph=HeadGraphConfig().")
+        raise ValueError(
+            f"Expected a model with head graphs (got {type(model).__name__} without any). Do build it with "
+            "head_graph=HeadGraphConfig(), or convert it."
+        )
     return graphs
 
 

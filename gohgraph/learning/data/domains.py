@@ -50,7 +50,9 @@ def load_domain(name: str, *, limit: int = 500_000, validation_fraction: float =
         if read >= limit:
             break
     if len(blocks) < 2:
-        raise ValueError(f"Expected text of {name!r} in this installation (got none). Do choose another domain.")
+        raise ValueError(
+            f"Expected two blocks of {name!r} in this installation (got {len(blocks)}). Do choose another domain."
+        )
     train, validation = split_documents(blocks, validation_fraction)
     return Corpus(name, as_tensor(train), as_tensor(validation))
 
