@@ -379,7 +379,7 @@ def test_rounds_are_tracked_and_evaluated_now_and_then(tmp_path):
 
 
 def test_unknown_backends_are_refused():
-    with pytest.raises(ValueError, match="Expected one of"):
+    with pytest.raises(ValueError, match="Expected backend of"):
         simulate(lambda grid: None, client_app(lambda context: None), 3, backend="threads")
 
 
