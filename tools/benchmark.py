@@ -27,6 +27,7 @@ from benchmarks.timing import machine
 from tqdm import tqdm
 
 from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.files import write_text_whole
 
 COMMANDS = {
     "speed": speed,
@@ -73,9 +74,9 @@ def benchmark(command: ModuleType, flags: argparse.Namespace) -> None:
             rows += found
             gc.collect()
     if flags.json:
-        flags.json.write_text(json.dumps({"machine": texts[0], "rows": rows}, indent=2) + "\n")
+        write_text_whole(flags.json, json.dumps({"machine": texts[0], "rows": rows}, indent=2) + "\n")
     if flags.markdown:
-        flags.markdown.write_text("\n\n".join(texts) + "\n")
+        write_text_whole(flags.markdown, "\n\n".join(texts) + "\n")
 
 
 def _parser(name: str) -> ArgumentParser:

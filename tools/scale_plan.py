@@ -23,7 +23,9 @@ from planning.cost import Cluster, Cost, Workload, graph_cost, plain_cost
 from planning.counting import count_step
 
 from gohgraph import HeadGraphConfig, RoutingConfig, SiteConfig
+from gohgraph.common.checks import check_number
 from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.files import write_text_whole
 from gohgraph.common.tables import markdown_table
 from gohgraph.graphs.topologies import TOPOLOGIES
 from gohgraph.parallel import ParallelConfig, process_group
@@ -60,16 +62,22 @@ def plan(flags: argparse.Namespace) -> None:
     if flags.json:
         found = {"none": plain, **costs}
         numbers = {name: vars(cost) | {"seconds": cost.seconds(cluster)} for name, cost in found.items()}
-        flags.json.write_text(json.dumps({"model": vars(model), "cluster": vars(cluster), "costs": numbers}, indent=2))
+        document = {"model": vars(model), "cluster": vars(cluster), "costs": numbers}
+        write_text_whole(flags.json, json.dumps(document, indent=2))
 
 
 def count(model: Workload, cluster: Cluster, flags: argparse.Namespace) -> None:
     """Prints counted bytes beside the plan's; every rank runs the steps."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() != cluster.tensor * cluster.data:
-        ranks = cluster.tensor * cluster.data
-        raise ValueError(f"Expected {ranks} ranks for --count (got others). Do run torchrun --nproc-per-node {ranks}.")
-    if cluster.pipeline > 1 or (cluster.data > 1 and not cluster.is_sharded):
-        raise ValueError("Expected tensor parallelism and FSDP to count (got more). Do drop --pipeline, or add --fsdp.")
+    ranks = cluster.tensor * cluster.data
+    started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 0
+    if started != ranks:
+        raise ValueError(
+            f"Expected {ranks} ranks for --count (got {started}). Do run torchrun --nproc-per-node {ranks}."
+        )
+    if cluster.pipeline > 1:
+        raise ValueError(f"Expected no pipeline to count (got --pipeline {cluster.pipeline}). Do drop it.")
+    if cluster.data > 1 and not cluster.is_sharded:
+        raise ValueError(f"Expected --fsdp to count (got --data {cluster.data} without it). Do add --fsdp.")
     torch.set_num_threads(1)
     modes = ("tp",) * (cluster.tensor > 1) + ("fsdp",) * (cluster.data > 1)
     parallel = ParallelConfig(modes or ("tp",), cluster.tensor if cluster.tensor > 1 else None)
@@ -121,8 +129,8 @@ def _title(model: Workload, cluster: Cluster) -> str:
 
 def _check(model: Workload, cluster: Cluster) -> None:
     for name, value in {**vars(model), **vars(cluster)}.items():
-        if not isinstance(value, bool) and value <= 0:
-            raise ValueError(f"Expected {name} above 0 (got {value}). Do change it.")
+        if not isinstance(value, bool):
+            check_number(name, value, above=0)
     for size, by in (("d_model", model.num_heads), ("num_heads", cluster.tensor), ("num_layers", cluster.pipeline)):
         value = getattr(model, size)
         if value % by:

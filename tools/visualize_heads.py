@@ -29,6 +29,7 @@ import gohgraph as goh
 from gohgraph.analysis import edge_attribution, edge_strength, head_importance, pruning_curve, random_scores
 from gohgraph.analysis.network_files import GRAPH_SUFFIXES
 from gohgraph.analysis.record import Recordings
+from gohgraph.common.checks import check_int
 from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.common.files import PICTURES, checked_path
 from gohgraph.drawing.film import FILM_SUFFIXES
@@ -68,13 +69,9 @@ def visualize(flags: argparse.Namespace) -> None:
     """Runs the model over the text, writes what --out and --view ask for, and prints its strongest edges."""
     out = _checked(flags)
     torch.set_num_threads(flags.threads)
-    try:
-        source = of_bytes(demo_model()) if flags.demo else load_text_model(flags.checkpoint)
-        seen = _seen(source, _batches(source, _text(flags.text, flags.text_file), flags), flags)
-        _write(seen, flags, out)
-    # A missing extra is for the user to mend.
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    source = of_bytes(demo_model()) if flags.demo else load_text_model(flags.checkpoint)
+    seen = _seen(source, _batches(source, _text(flags.text, flags.text_file), flags), flags)
+    _write(seen, flags, out)
     print(f"{out}: {_mean_title(flags, seen.batches)}")
     print(f"\n{TABLE} strongest edges (by the mean of their weight)\n{_table(seen.network.strongest(TABLE))}")
     print(f"\n{TABLE} most important edges (by the estimated rise of the loss without them, in nats)")
@@ -115,8 +112,7 @@ def _checked(flags: argparse.Namespace) -> Path:
     if flags.view is None:
         flags.view = "film" if flags.suffix in FILM_SUFFIXES else "circle" if flags.suffix in PICTURES else None
     for name in ("tokens", "length", "threads"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"Expected --{name} of at least 1 (got {getattr(flags, name)}). Do raise it.")
+        check_int(f"--{name}", getattr(flags, name), low=1)
     for name, views in (("layer", OF_A_LAYER), ("token", ("tokens",)), ("compare", ("difference",))):
         if getattr(flags, name) is not None and flags.view not in views:
             raise ValueError(f"Expected --{name} with --view {' or '.join(views)} (got {flags.view}). Do drop it.")

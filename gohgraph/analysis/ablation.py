@@ -44,7 +44,7 @@ def edge_ablation(
         The rise of the loss, `[E]` by head graph; NaN where it was not measured.
 
     Raises:
-        ValueError: no head graphs, no batches, an unknown `replace`, a sample below 1.
+        TypeError, ValueError: no head graphs, no batches, an unknown `replace`, a sample below 1.
 
     Example:
         >>> import gohgraph as goh

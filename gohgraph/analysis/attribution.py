@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gohgraph.analysis.interventions import check_intervention, fills, weights_of
 from gohgraph.analysis.losses import Loss, batch_loss
 from gohgraph.analysis.record import head_graphs
+from gohgraph.common.checks import check_probability
 
 
 def edge_attribution(
@@ -38,7 +39,7 @@ def edge_attribution(
         The estimated rise of the loss, `[E]` by head graph.
 
     Raises:
-        ValueError: no head graphs, no batches, an unknown `replace`, `at` out of range.
+        TypeError, ValueError: no head graphs, no batches, an unknown `replace`, `at` out of range.
 
     Example:
         >>> import gohgraph as goh
@@ -51,8 +52,7 @@ def edge_attribution(
     """
     graphs = head_graphs(model)
     check_intervention(replace, None, batches)
-    if not 0 <= at <= 1:
-        raise ValueError(f"Expected at in [0, 1] (got {at!r}). Do pass a part of the way, e.g. 0.5.")
+    check_probability("at", at)
     fill = fills(graphs, model, loss, batches, replace)
     totals = {name: torch.zeros(conv.edges.num_edges).double() for name, conv in graphs.items()}
     seen: list[tuple[str, Tensor, Tensor]] = []

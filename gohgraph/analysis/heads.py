@@ -83,7 +83,10 @@ def _blocks(model: nn.Module, example: dict[str, Any] | None) -> dict[str, tuple
         found = find_blocks(model, example).blocks.values()
         blocks = {block.name: (block.projection, block.num_heads) for block in found if block.projection is not None}
     if not blocks:
-        raise ValueError("Expected attention with a known output projection (got none). Do see what convert finds.")
+        raise ValueError(
+            f"Expected attention with a known output projection (got none in {type(model).__name__}). Do see what "
+            "convert finds."
+        )
     return blocks
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gohgraph.analysis.losses import Loss, check_batches, mean_loss
 from gohgraph.analysis.running_stats import Moments
+from gohgraph.common.checks import check_choice, check_int
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.edges import EdgeWeights
 from gohgraph.graphs.keyed import KeyedGraphConv
@@ -45,9 +46,8 @@ def fills(
 
 
 def check_intervention(replace: str, sample: int | None, batches: Sequence[Any]) -> None:
-    """Raises `ValueError` for no batches, an unknown replacement, or a sample below 1."""
+    """Refuses no batches, an unknown replacement, or a sample below 1."""
     check_batches(batches)
-    if replace not in REPLACEMENTS:
-        raise ValueError(f"Expected replace of {list(REPLACEMENTS)} (got {replace!r}). Do choose one of them.")
-    if sample is not None and sample < 1:
-        raise ValueError(f"Expected a sample of at least 1 edge (got {sample}). Do pass more, or None for all.")
+    check_choice("replace", replace, REPLACEMENTS)
+    if sample is not None:
+        check_int("sample", sample, low=1)

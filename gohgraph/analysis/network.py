@@ -230,7 +230,7 @@ def _numbered(recording: Recording, place: tuple[str, bool], numbers: Mapping[tu
 def _column(name: str, rows: list[dict[str, Any]]) -> Any:
     missing = [row for row in rows if name not in row]
     if missing:
-        raise ValueError(f"Expected the attribute {name!r} at all nodes or edges (got none at one). Do export it anew.")
+        raise ValueError(f"Expected the attribute {name!r} of every node or edge (got {missing[0]}). Do save it again.")
     values = [row[name] for row in rows]
     if name in WORDS:
         return [str(value) for value in values]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from gohgraph.analysis.losses import Loss, mean_loss
 from gohgraph.analysis.record import head_graphs
 from gohgraph.analysis.strength import edge_strength
+from gohgraph.common.checks import check_probability
 
 Module = TypeVar("Module", bound=nn.Module)
 KEEP = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)
@@ -32,7 +33,7 @@ def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None 
             edge need not be an important one: where there is data, attribution prunes much better.
 
     Raises:
-        ValueError: no head graphs, keep out of range, scores of other graphs or with NaN.
+        TypeError, ValueError: no head graphs, keep out of range, scores of other graphs or with NaN.
 
     Example:
         >>> import gohgraph as goh
@@ -42,8 +43,7 @@ def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None 
         (50, 10)
     """
     graphs = head_graphs(model)
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 <= keep <= 1:
-        raise ValueError(f"Expected keep in [0, 1] (got {keep!r}). Do pass the share of edges that stay.")
+    check_probability("keep", keep)
     scores = edge_strength(model) if scores is None else scores
     numbers = [conv.edges.num_edges for conv in graphs.values()]
     if {name: len(values) for name, values in scores.items()} != dict(zip(graphs, numbers, strict=True)):

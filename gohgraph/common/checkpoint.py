@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import nn
 
+from gohgraph.common.files import move_whole, parse_json, write_text_whole, write_whole
+
 FORMAT = 1
 METADATA_KEY = "gohgraph.checkpoint"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -86,25 +88,21 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     text = json.dumps(_document(model), indent=2, allow_nan=False)
-    pending = folder / PENDING_WEIGHTS
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _finish_interrupted_save(folder)
-        _write_text(folder / PENDING_CONFIG, text)
     except OSError as error:
         raise OSError(
             f"Expected a folder that can be written (got {folder}: {error.strerror}). Do choose another folder."
         ) from error
-    try:
-        save_model(model, str(pending), metadata={METADATA_KEY: text})
-        _flush(pending)
-        _flush(folder)
-        os.replace(pending, folder / WEIGHTS)
-    finally:
-        pending.unlink(missing_ok=True)
-    _flush(folder)
-    os.replace(folder / PENDING_CONFIG, folder / CONFIG)
-    _flush(folder)
+    write_text_whole(folder / PENDING_CONFIG, text, flush=True)
+    write_whole(
+        folder / WEIGHTS,
+        lambda pending: save_model(model, str(pending), metadata={METADATA_KEY: text}),
+        flush=True,
+        pending=folder / PENDING_WEIGHTS,
+    )
+    move_whole(folder / PENDING_CONFIG, folder / CONFIG, flush=True)
 
 
 def load_pretrained(model_class: type, folder: str | os.PathLike[str]):
@@ -159,25 +157,6 @@ def _document(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or a folder's list of names, to disk."""
-    # Windows cannot open a folder; its renames are journalled.
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _finish_interrupted_save(folder: Path) -> None:
     """Do step 3 of a save that stopped after step 2, before a new save overwrites its configuration."""
     pending = folder / PENDING_CONFIG
@@ -189,7 +168,7 @@ def _finish_interrupted_save(folder: Path) -> None:
     except ValueError:
         return
     if saved_with is not None and _same_json(pending, saved_with):
-        os.replace(pending, folder / CONFIG)
+        move_whole(pending, folder / CONFIG, flush=True)
 
 
 def _same_json(path: Path, text: str) -> bool:
@@ -255,13 +234,7 @@ def _read_config(folder: Path, saved_with: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"Expected JSON in {where} (got text that does not parse: {error}). "
-            "Do copy the file again or load another checkpoint."
-        ) from error
+    document = parse_json(text, where, remedy="copy the file again or load another checkpoint")
     keys = {"model", "format", "gohgraph", "config"}
     if not isinstance(document, dict) or set(document) != keys or not isinstance(document["config"], dict):
         got = sorted(document) if isinstance(document, dict) else type(document).__name__
@@ -300,8 +273,8 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> N
     """Copy the tensors into the model, names and shapes checked, in the dtypes of the file."""
     # Inner modules first: a graph that was pruned, then the attention that runs on it.
     for name, module in reversed(list(model.named_modules())):
-        if hasattr(module, "fit_to"):
-            module.fit_to(tensors, f"{name}." if name else "")
+        if hasattr(module, "prune_to_saved"):
+            module.prune_to_saved(tensors, f"{name}." if name else "")
     own = model.state_dict(keep_vars=True)
     for name in sorted(own.keys() | tensors.keys()):
         want, have = own.get(name), tensors.get(name)

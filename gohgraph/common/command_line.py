@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 BAD_INPUT, INTERRUPTED = 2, 130
+# Wrong values, a loss that runs away, and a package that is not installed.
+REFUSALS = (ValueError, TypeError, FloatingPointError, ImportError)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -25,9 +27,8 @@ def run(
 ) -> int:
     """Parses `argv`, calls `command(flags)` and returns the exit code.
 
-    Bad input is an `OSError`, or a `ValueError`, `TypeError` or `FloatingPointError`, of a loss that runs away,
-    whose message begins with "Expected": it is printed as one line without a traceback, and the code is 2. Any other
-    exception is a fault of the program and is raised.
+    Bad input is an `OSError`, or one of `REFUSALS` whose message begins with "Expected": it is printed as one line
+    without a traceback, and the code is 2. Any other exception is a fault of the program and is raised.
 
     Args:
         parser: of the flags.
@@ -43,7 +44,7 @@ def run(
     """
     try:
         command(parser.parse_args(argv))
-    except (OSError, ValueError, TypeError, FloatingPointError) as error:
+    except (OSError, *REFUSALS) as error:
         if not isinstance(error, OSError) and not str(error).startswith("Expected"):
             raise
         print(f"error: {error}", file=sys.stderr)

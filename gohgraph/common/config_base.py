@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
+
+from gohgraph.common import checks
 
 
 class Config:
@@ -32,7 +33,9 @@ class Config:
             )
         missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in values]
         if missing:
-            raise ValueError(f"Expected {missing} in a dictionary for {cls.__name__} (got none). Do add them.")
+            raise ValueError(
+                f"Expected {missing} in a dictionary for {cls.__name__} (got only {sorted(values)}). Do add them."
+            )
         return cls(**cls._nested(values))
 
     @classmethod
@@ -63,29 +66,21 @@ def default_of(definition: dataclasses.Field) -> Any:
 
 
 def check_int(config: Any, name: str, *, low: int) -> None:
-    """Raises `TypeError` unless a field is a whole number, `ValueError` where it is below `low`."""
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Expected {name} to be an int (got {value!r}). Do pass a whole number.")
-    if value < low:
-        raise ValueError(f"Expected {name} >= {low} (got {value}). Do raise it.")
+    """Refuses a field that is not an int of at least `low`; see `checks.check_int`."""
+    checks.check_int(name, getattr(config, name), low=low)
 
 
 def check_bool(config: Any, *names: str) -> None:
-    """Raises `TypeError` for a field that is neither True nor False."""
+    """Refuses a field that is neither True nor False; see `checks.check_bool`."""
     for name in names:
-        if not isinstance(getattr(config, name), bool):
-            raise TypeError(f"Expected {name} to be True or False (got {getattr(config, name)!r}). Do pass a bool.")
+        checks.check_bool(name, getattr(config, name))
 
 
 def check_choice(config: Any, name: str, choices: tuple) -> None:
-    """Raises `ValueError` for a field that is none of the choices."""
-    if getattr(config, name) not in choices:
-        raise ValueError(f"Expected {name} of {list(choices)} (got {getattr(config, name)!r}). Do choose one of them.")
+    """Refuses a field that is none of the choices; see `checks.check_choice`."""
+    checks.check_choice(name, getattr(config, name), choices)
 
 
 def check_weight(config: Any, name: str) -> None:
-    """Raises `ValueError` for a field that is not a finite number of at least 0."""
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"Expected a finite {name} >= 0 (got {value!r}). Do pass e.g. 0.01, or 0 for none.")
+    """Refuses a field that is not a finite number of at least 0; see `checks.check_weight`."""
+    checks.check_weight(name, getattr(config, name))

@@ -75,7 +75,7 @@ def convert(
     _check(model, config)
     if own_models.is_own(model):
         if where is not None:
-            raise ValueError("Expected where=None for a model of gohgraph (got one). Do give all its layers graphs.")
+            raise ValueError(f"Expected where=None for a model of gohgraph (got {where!r}). Do leave it out.")
         report = Report(model, own_models.give(model, config), {})
     else:
         report = _convert(model, config, _chooser(where), example)
@@ -161,12 +161,13 @@ def _chooser(where: Where) -> Callable[[str], bool]:
 def _check(model: nn.Module, config: HeadGraphConfig) -> None:
     if not isinstance(config, HeadGraphConfig):
         raise TypeError(f"Expected a HeadGraphConfig or None (got {config!r}). Do pass HeadGraphConfig().")
-    if own_models.is_own(model):
-        if getattr(model.config, "transformer", model.config).head_graph is not None:
-            raise ValueError("Expected a model without head graphs (got one that has). Do unconvert it first.")
+    is_own = own_models.is_own(model)
+    if is_own and (graphs := getattr(model.config, "transformer", model.config).head_graph) is not None:
+        raise ValueError(f"Expected a model without head graphs (got head_graph={graphs}). Do unconvert it first.")
+    if is_own:
         return
-    if head_sites(model):
-        raise ValueError("Expected a model without head graphs (got one that has). Do unconvert it first.")
+    if sites := list(head_sites(model)):
+        raise ValueError(f"Expected a model without head graphs (got some at {sites[:4]}). Do unconvert it first.")
     sites = [name for name in WHOLE_MODELS_ONLY if getattr(config, name) is not None]
     sites += ["alignment"] if config.alignment else []
     if sites:

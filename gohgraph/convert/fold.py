@@ -59,7 +59,9 @@ def fold(module: Module) -> Module:
     for block in blocks:
         _check(block.output_graph)
         if block.router is not None:
-            raise ValueError("Expected attention without a router (got one: heads differ by token). Do not fold it.")
+            raise ValueError(
+                "Expected attention whose heads are the same for every token (got a router). Do keep the graph."
+            )
     projections = _projections(module, sites) if sites else [block.output for block in blocks]
     for block, projection in zip(blocks, projections, strict=True):
         _fold_into(projection, block)
@@ -93,7 +95,10 @@ def _projections(module: nn.Module, sites: list[HeadSites]) -> list[nn.Module]:
                 "adapters first, or keep the graphs."
             )
         if part.score_graph is not None:
-            raise ValueError("Expected no score graph in a converted model (got one). Do not fold it.")
+            raise ValueError(
+                f"Expected a converted model without score graphs (got one before {names[id(part)]!r}). Do keep the "
+                "graphs."
+            )
     return found
 
 

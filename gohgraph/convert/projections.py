@@ -89,7 +89,10 @@ def _pass_messages(projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, .
 
 def _check_called(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if getattr(module.get_submodule(path), CONTEXT, None) is not None:
-        raise RuntimeError(f"Expected attention that calls its projection {path!r} (got none). Do unconvert the model.")
+        raise RuntimeError(
+            f"Expected attention that calls its projection {path!r} (got {type(module).__name__}, which does not). Do "
+            "unconvert the model."
+        )
 
 
 def _num_heads(module: nn.Module) -> int | None:

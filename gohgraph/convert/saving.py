@@ -21,6 +21,7 @@ from torch import nn
 from gohgraph.attention.slots import HeadSites
 from gohgraph.common.checkpoint import PretrainedMixin
 from gohgraph.common.config_base import Config
+from gohgraph.common.files import write_whole
 from gohgraph.convert import own_models
 from gohgraph.convert.blocks import SLOTS, converted, head_sites, sites_at, slots_of
 from gohgraph.convert.conversion import convert, unconvert
@@ -91,7 +92,9 @@ def save_converted(model: nn.Module, folder: str | os.PathLike[str], *, backbone
         OSError: the folder cannot be written.
     """
     if own_models.is_own(model):
-        raise ValueError("Expected a foreign model (got one of gohgraph's own). Do call its save_pretrained.")
+        raise ValueError(
+            f"Expected a foreign model (got {type(model).__name__} of gohgraph). Do call its save_pretrained."
+        )
     if not backbone and (Path(folder) / BACKBONE).exists():
         raise ValueError(f"Expected a folder without a backbone (got {folder}, which has one). Do choose another.")
     inner, conversion = converted(model)
@@ -149,9 +152,13 @@ def load_converted(folder: str | os.PathLike[str], model: nn.Module | None = Non
     for name, own in zip(names, saved.blocks, strict=True):
         sites = sites_at(model, name)
         sites.order_heads(own.head_order)
-        missing = sites.load_state_dict(own.state_dict(), strict=False)
-        if lost := [key for key in missing.missing_keys if key.split(".")[0] in SLOTS] + missing.unexpected_keys:
-            raise ValueError(f"Expected the head graphs of {name!r} whole (got none for {lost}). Do save them again.")
+        missing, unknown = sites.load_state_dict(own.state_dict(), strict=False)
+        missing = [key for key in missing if key.split(".")[0] in SLOTS]
+        if missing or unknown:
+            raise ValueError(
+                f"Expected the weights of the head graphs of {name!r} (got {missing} missing and {unknown} unknown). "
+                "Do save them again."
+            )
     return model
 
 
@@ -184,9 +191,7 @@ def _save_backbone(model: nn.Module, folder: Path) -> None:
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder, state_dict=state)
         return
-    pending = folder / f".{WEIGHTS}.new"
-    save_model(_Holder(state), str(pending))
-    os.replace(pending, folder / WEIGHTS)
+    write_whole(folder / WEIGHTS, lambda pending: save_model(_Holder(state), str(pending)), flush=True)
 
 
 class _Holder(nn.Module):
@@ -205,8 +210,8 @@ def _load_transformers(config: ConversionConfig, backbone: Path, options: dict[s
     source = str(backbone) if backbone.is_dir() else config.base
     if not module.startswith("transformers.") or not source:
         raise ValueError(
-            f"Expected the model the head graphs belong to (got none, and {config.base_class} is not loaded by name). "
-            "Do pass it as `model`."
+            f"Expected the model the head graphs belong to (got model=None, and {config.base_class} is not loaded by "
+            "name). Do pass it as `model`."
         )
     import transformers
 

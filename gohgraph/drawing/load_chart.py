@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gohgraph.attention.head_load import load_cv
+from gohgraph.common.checks import check_int
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.figures import INK, WIDTH, new_figure, save_figure
 
@@ -38,7 +39,7 @@ def draw_load(
         The `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: loads of another shape or out of range, `num_shared` out of 0..H, or the suffix is unknown.
+        TypeError, ValueError: loads of another shape or out of range, `num_shared` out of 0..H, another suffix.
         OSError: the folder of `path` is missing or cannot be written. An older file at `path` is kept then.
 
     Example:
@@ -74,8 +75,7 @@ def _checked(loads: Tensor | Sequence[Sequence[float]], num_shared: int) -> Tens
             f"Expected loads [L, H] in [0, 1] (got shape {list(loads.shape)}, values {loads.flatten()[:5].tolist()}). "
             "Do stack the load of every Routing."
         )
-    if isinstance(num_shared, bool) or not isinstance(num_shared, int) or not 0 <= num_shared <= loads.shape[1]:
-        raise ValueError(f"Expected num_shared in 0..{loads.shape[1]} (got {num_shared!r}). Do pass the router's.")
+    check_int("num_shared", num_shared, low=0, high=loads.shape[1])
     return loads
 
 

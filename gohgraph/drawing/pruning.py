@@ -46,15 +46,19 @@ def draw_pruning(
         ['by strength', 'random']
     """
     path = checked_path(path)
-    if not curves or not all(len(seeds) for seeds in curves.values()):
-        raise ValueError(f"Expected curves to draw (got none in {list(curves)}). Do measure them with pruning_curve.")
+    empty = [name for name, seeds in curves.items() if not min(map(len, seeds), default=0)]
+    if empty or not curves:
+        raise ValueError(
+            f"Expected curves to draw (got none in {empty or 'an empty mapping'}). Do measure them with pruning_curve."
+        )
     figure = new_figure(6.0, 3.9)
     axis = figure.subplots()
     learned = 0
     for name, seeds in curves.items():
+        shares = sorted({tuple(share for share, _ in sorted(curve)) for curve in seeds})
+        if len(shares) > 1:
+            raise ValueError(f"Expected curves over the same shares (got {shares} in {name!r}). Do measure them alike.")
         points = np.array([sorted(curve) for curve in seeds], dtype=float)  # [seeds, points, 2]
-        if points.ndim != 3 or np.ptp(points[:, :, 0], axis=0).max() > 0:
-            raise ValueError(f"Expected curves over the same shares (got others in {name!r}). Do measure them alike.")
         is_random = name.startswith("random")
         style = {"color": RANDOM, "linestyle": "--", "marker": "."}
         if not is_random:

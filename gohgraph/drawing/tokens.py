@@ -124,9 +124,10 @@ def check_tokens_recorded(heads: Recordings) -> list[str]:
         raise ValueError("Expected a recording of every token (got means alone). Do record with every_token=True.")
     strings = getattr(heads, "token_strings", None)
     if strings is None:
-        raise ValueError("Expected the strings of the tokens (got none). Do record with token_strings=[...].")
-    if any(len(recording.every["weights"]) not in (1, len(strings)) for recording in heads.values()):
-        raise ValueError(f"Expected one pass over {len(strings)} tokens (got more). Do record a single sequence.")
+        raise ValueError("Expected token strings to show (got token_strings=None). Do record with token_strings=[...].")
+    numbers = {len(recording.every["weights"]) for recording in heads.values()}
+    if others := sorted(numbers - {1, len(strings)}):
+        raise ValueError(f"Expected one pass over {len(strings)} tokens (got {others}). Do record a single sequence.")
     return strings
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gohgraph.common.files import read_json, write_whole
+from gohgraph.common.files import write_text_whole as write_text
 from gohgraph.learning.train_config import FREE_ON_RESUME, TrainConfig
 
 CONFIG, LOG, CURVES, CHECKPOINTS, STATE = "config.json", "log.csv", "curves.png", "checkpoints", "trainer.json"
@@ -49,11 +51,11 @@ class RunFolder:
             )
         try:
             (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(self.settings, indent=2))
         except OSError as error:
             raise OSError(
                 f"Expected a run folder that can be written (got {self.path}: {error.strerror}). Do choose another."
             ) from error
+        write_text(file, json.dumps(self.settings, indent=2))
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a row to log.csv; a column not seen before is added to the header."""
@@ -61,7 +63,7 @@ class RunFolder:
         new = [name for name in row if name not in self.columns]
         if new or len(self.rows) == 1:
             self.columns += new
-            self._rewrite_log()
+            write_whole(self.path / LOG, self._write_log)
         else:
             with open(self.path / LOG, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
@@ -76,7 +78,7 @@ class RunFolder:
             self.columns = list(reader.fieldnames or COLUMNS)
             rows = [_numbers(row) for row in reader]
         self.rows = [row for row in rows if row["step"] <= until]
-        self._rewrite_log()
+        write_whole(self.path / LOG, self._write_log)
 
     def checkpoints(self) -> list[Path]:
         """The finished checkpoints, oldest first."""
@@ -106,27 +108,22 @@ class RunFolder:
                 f"Expected a run to resume in {self.path} (got no {CONFIG} there). Do start without resume, "
                 "or name the folder of a run."
             )
-        try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"Expected JSON in {file} (got {error}). Do restore the file.") from error
+        saved = read_json(file, remedy="restore the file")
         if isinstance(saved, dict) and isinstance(saved.get("training"), dict):
             # A setting that is younger than the run had the value that is now its default.
             saved["training"] = {**TrainConfig(steps=1).to_dict(), **saved["training"]}
         differing = sorted(_differences(saved, json.loads(json.dumps(self.settings))))
         if differing:
             raise ValueError(
-                f"Expected the configuration the run in {self.path} was started with (got others: "
+                f"Expected the configuration the run in {self.path} was started with (got "
                 f"{'; '.join(differing)}). Do resume with the same values, or start a new run."
             )
 
-    def _rewrite_log(self) -> None:
-        pending = self.path / f".{LOG}.new"
-        with open(pending, "w", newline="", encoding="utf-8") as file:
+    def _write_log(self, path: Path) -> None:
+        with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(pending, self.path / LOG)
 
 
 def new_folder(path: Path) -> Path:
@@ -163,13 +160,6 @@ def step_seconds(rows: Sequence[dict[str, Any]]) -> list[float]:
         (row["seconds"] - last["seconds"]) / (row["step"] - last["step"])
         for last, row in zip(before, rows, strict=False)
     ]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text beside its place and moves it there whole."""
-    pending = path.with_name(f".{path.name}.new")
-    pending.write_text(text, encoding="utf-8")
-    os.replace(pending, path)
 
 
 def _numbers(row: dict[str, str]) -> dict[str, Any]:

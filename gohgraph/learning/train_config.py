@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from gohgraph.common.checks import check_choice, check_int, check_number, check_probability, check_weight
+
 PRECISIONS = ("no", "bf16", "fp16")
 SCHEDULES = ("cosine", "inverse-sqrt")
 DEVICES = (None, "cpu", "cuda", "mps", "xpu")
@@ -74,17 +76,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "eval_every", "log_every", "checkpoint_every", "keep_checkpoints"):
-            self._check_int(name, low=1)
+            check_int(name, getattr(self, name), low=1)
         for name in ("warmup", "anneal_top_k", "anneal_in_degree", "seed"):
-            self._check_int(name, low=0)
+            check_int(name, getattr(self, name), low=0)
         if self.patience is not None:
-            self._check_int("patience", low=1)
-        self._check_number("learning_rate", low=0, above=True)
-        self._check_number("min_lr_ratio", low=0, high=1)
-        self._check_number("weight_decay", low=0)
-        self._check_number("graph_lr_factor", low=0)
+            check_int("patience", self.patience, low=1)
+        check_number("learning_rate", self.learning_rate, above=0)
+        check_probability("min_lr_ratio", self.min_lr_ratio)
+        check_weight("weight_decay", self.weight_decay)
+        check_weight("graph_lr_factor", self.graph_lr_factor)
         if self.grad_clip is not None:
-            self._check_number("grad_clip", low=0, above=True)
+            check_number("grad_clip", self.grad_clip, above=0)
         for name in ("warmup", "anneal_top_k", "anneal_in_degree"):
             if getattr(self, name) >= self.steps:
                 raise ValueError(
@@ -98,10 +100,7 @@ class TrainConfig:
             raise ValueError("Expected a warmup for schedule 'inverse-sqrt' (got 0). Do pass its steps.")
         choices_of = {"precision": PRECISIONS, "device": DEVICES, "compile": (True, False), "schedule": SCHEDULES}
         for name, choices in choices_of.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"Expected {name} of {list(choices)} (got {getattr(self, name)!r}). Do choose one of them."
-                )
+            check_choice(name, getattr(self, name), choices)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a dictionary of plain JSON values."""
@@ -132,18 +131,3 @@ class TrainConfig:
             return math.sqrt(self.warmup / (step + 1))
         progress = min(1.0, (step - self.warmup) / (self.steps - self.warmup))
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
-
-    def _check_int(self, name: str, *, low: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"Expected {name} to be an int (got {value!r}). Do pass a whole number.")
-        if value < low:
-            raise ValueError(f"Expected {name} >= {low} (got {value}). Do raise it.")
-
-    def _check_number(self, name: str, *, low: float, high: float = math.inf, above: bool = False) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"Expected {name} to be a number (got {value!r}). Do pass e.g. 0.1.")
-        if not math.isfinite(value) or value < low or value > high or (above and value == low):
-            allowed = f"above {low}" if above else f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
-            raise ValueError(f"Expected a finite {name} {allowed} (got {value}). Do change it.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from gohgraph.common.checks import check_number
 from gohgraph.common.config_base import Config, check_bool, check_choice, check_int
 from gohgraph.graphs.config import HeadGraphConfig
 
@@ -83,8 +84,7 @@ class TransformerConfig(Config):
             raise ValueError(
                 f"Expected an even head_dim for rotary positions (got {self.head_dim}). Do change d_model or num_heads."
             )
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ValueError(f"Expected dropout in [0, 1) (got {self.dropout!r}). Do pass e.g. 0.1.")
+        check_number("dropout", self.dropout, low=0, below=1)
         if self.head_graph is not None and not isinstance(self.head_graph, HeadGraphConfig):
             raise TypeError(f"Expected a HeadGraphConfig or None (got {self.head_graph!r}). Do pass HeadGraphConfig().")
         if self.head_graph is not None and self.head_graph.routing is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from gohgraph.common.checks import check_int, check_number
 
 
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -42,20 +43,13 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises `ValueError` for sampling settings out of range."""
-    check_count("max_new_tokens", max_new_tokens)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"Expected temperature >= 0 (got {temperature}). Do pass 0 for the most likely token.")
+    """Raises `TypeError` or `ValueError` for sampling settings of a wrong type or out of range."""
+    check_int("max_new_tokens", max_new_tokens, low=1)
+    check_number("temperature", temperature, low=0)
     if top_k is not None:
-        check_count("top_k", top_k)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"Expected top_p in (0, 1] (got {top_p}). Do pass None to keep all tokens.")
-
-
-def check_count(name: str, value: int) -> None:
-    """Raises `ValueError` unless `value` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Expected {name} >= 1 (got {value!r}). Do pass a whole number.")
+        check_int("top_k", top_k, low=1)
+    if top_p is not None:
+        check_number("top_p", top_p, above=0, high=1)
 
 
 @torch.no_grad()
@@ -89,10 +83,10 @@ def beam_search(
         The best sequences `[B, 1 + length]`, beginning with `bos`.
 
     Raises:
-        ValueError: `max_new_tokens` or `num_beams` below 1.
+        TypeError, ValueError: `max_new_tokens` or `num_beams` not an int of at least 1.
     """
-    check_count("max_new_tokens", max_new_tokens)
-    check_count("num_beams", num_beams)
+    check_int("max_new_tokens", max_new_tokens, low=1)
+    check_int("num_beams", num_beams, low=1)
     sequences = torch.full((batch * num_beams, 1), bos, device=device)  # [B*K, 1]
     # All beams of an input begin alike: only the first may propose, or the same hypothesis would fill them all.
     log_p = torch.full((batch, num_beams), float("-inf"), device=device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.cache import KeyValueCache, padded, reorder_all
 from gohgraph.common.checkpoint import PretrainedMixin
+from gohgraph.common.checks import check_int
 from gohgraph.models.boundary import (
     check_ids,
     check_length,
@@ -21,7 +22,7 @@ from gohgraph.models.boundary import (
 )
 from gohgraph.models.config import ClassifierConfig, TransformerConfig
 from gohgraph.models.embeddings import TokenEmbedding
-from gohgraph.models.generation import beam_search, check_count, check_sampling, sample
+from gohgraph.models.generation import beam_search, check_sampling, sample
 from gohgraph.models.model_output import ModelOutput, model_output
 from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import Stack, StackOutput
@@ -109,8 +110,8 @@ class LanguageModel(PretrainedMixin, nn.Module):
             Prompts and continuations `[B, T + new]`.
 
         Raises:
-            ValueError: settings out of range, an empty prompt, padding on the right, with learned positions more
-                tokens than `max_length`.
+            TypeError, ValueError: settings out of range, an empty prompt, padding on the right, with learned positions
+                more tokens than `max_length`.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p)
         if tokens.dim() != 2 or tokens.shape[1] == 0:
@@ -232,10 +233,11 @@ class Transformer(PretrainedMixin, nn.Module):
             Targets `[B, 1 + new]`, from `bos`, filled with `eos` after their end.
 
         Raises:
-            ValueError: settings out of range, with learned positions more tokens than `max_length`.
+            TypeError, ValueError: settings of a wrong type or out of range, with learned positions more tokens than
+                `max_length`.
         """
-        check_count("max_new_tokens", max_new_tokens)
-        check_count("num_beams", num_beams)
+        check_int("max_new_tokens", max_new_tokens, low=1)
+        check_int("num_beams", num_beams, low=1)
         check_length(self.config, max_new_tokens)
         check_ids(self.config.vocab_size, bos=bos, eos=eos)
         memory = self.encode(source, source_keep_mask).x.repeat_interleave(num_beams, dim=0)  # [B*K, S, M]

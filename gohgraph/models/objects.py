@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.attention.block import MultiHeadAttention
+from gohgraph.common.checks import check_choice
 
 __all__ = ["FeedForward", "MultiHeadAttention"]
 
@@ -39,8 +40,7 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         functions = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}
-        if activation not in functions:
-            raise ValueError(f"Expected activation of {list(functions)} (got {activation!r}). Do choose one of them.")
+        check_choice("activation", activation, functions)
         self.function = functions[activation]
         self.inner = nn.Linear(d_model, d_ff, bias=bias)
         self.gate = nn.Linear(d_model, d_ff, bias=bias) if activation == "swiglu" else None

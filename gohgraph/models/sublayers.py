@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gohgraph.common.checks import check_choice
+
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
@@ -38,8 +40,7 @@ class Residual(nn.Module):
         self, object: nn.Module, d_model: int, *, norm_first: bool = True, norm: str = "layer", dropout: float = 0.0
     ) -> None:
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"Expected norm of {list(NORMS)} (got {norm!r}). Do choose one of them.")
+        check_choice("norm", norm, NORMS)
         self.object = object
         self.norm = NORMS[norm](d_model, eps=1e-5)
         self.norm_first = norm_first

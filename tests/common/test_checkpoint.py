@@ -138,14 +138,14 @@ def crash_at(step, monkeypatch):
             raise Crash
         save_model(model, path, metadata=metadata)
 
-    def half_write_text(path, text):
+    def half_write_text(path, text, flush):
         path.write_text(text[: len(text) // 2])
         raise Crash
 
     monkeypatch.setattr(os, "replace", broken_replace)
     monkeypatch.setattr(checkpoint, "save_model", broken_save_model)
     if step == "write_text":
-        monkeypatch.setattr(checkpoint, "_write_text", half_write_text)
+        monkeypatch.setattr(checkpoint, "write_text_whole", half_write_text)
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -20,7 +20,10 @@ def parser():
     return own
 
 
-@pytest.mark.parametrize("error", [ValueError("Expected a (got b). Do c."), FileNotFoundError(2, "gone", "file.txt")])
+REFUSED = [kind("Expected a (got b). Do c.") for kind in (ValueError, TypeError, FloatingPointError, ImportError)]
+
+
+@pytest.mark.parametrize("error", [*REFUSED, FileNotFoundError(2, "gone", "file.txt")])
 def test_bad_input_is_one_sentence_and_code_2(error, capsys):
     assert run(parser(), failing(error), []) == 2
     shown = capsys.readouterr()
@@ -32,9 +35,12 @@ def test_bad_flags_are_one_sentence_and_code_2(capsys):
     assert capsys.readouterr().err.startswith("error: Expected other flags (got: argument --steps")
 
 
-def test_faults_of_the_program_are_raised():
-    with pytest.raises(ValueError, match="too many values"):
-        run(parser(), failing(ValueError("too many values to unpack")), [])
+@pytest.mark.parametrize(
+    "error", [ValueError("too many values to unpack"), ModuleNotFoundError("No module named 'b'"), KeyError("Expected")]
+)
+def test_faults_of_the_program_are_raised(error):
+    with pytest.raises(type(error), match=str(error)):
+        run(parser(), failing(error), [])
 
 
 def test_interruption(capsys):

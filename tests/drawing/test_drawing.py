@@ -191,10 +191,10 @@ def test_bad_paths(tmp_path, make):
         make(tmp_path / "heads.gif")
     with pytest.raises(ValueError, match="Expected a file name"):
         make(tmp_path / "heads")
-    with pytest.raises(FileNotFoundError, match="Expected a folder for the picture"):
+    with pytest.raises(FileNotFoundError, match=r"Expected a folder for heads\.png \(got .*missing, which"):
         make(tmp_path / "missing" / "heads.png")
     (tmp_path / "taken.png").mkdir()
-    with pytest.raises(OSError, match="Expected a place where the picture can be written"):
+    with pytest.raises(OSError, match=r"Expected a place where taken\.png can be written \(got .*: Is a directory\)"):
         make(tmp_path / "taken.png")
     assert os.listdir(tmp_path) == ["taken.png"]
 

@@ -190,7 +190,7 @@ def test_a_long_text_is_cut_around_the_token():
 
 BAD_TOKENS = {
     "no tokens": ({}, 0, "Expected a recording of every token"),
-    "no strings": ({"every_token": True}, 0, "Expected the strings of the tokens"),
+    "no strings": ({"every_token": True}, 0, "Expected token strings to show"),
     "out of range": ({"every_token": True, "token_strings": "abcdefg"}, 7, r"Expected a token from 0 to 6 \(got 7\)"),
 }
 
@@ -242,11 +242,13 @@ def test_pruning_curves_have_means_and_bands(tmp_path):
     strength, random = figure.axes[0].lines
     assert list(strength.get_xdata()) == [0, 50, 100] and list(strength.get_ydata()) == [6, 3, 1.5]
     assert random.get_linestyle() == "--" and len(figure.axes[0].collections) == 1
-    for curves in ({}, {"random": []}):
-        with pytest.raises(ValueError, match="Expected curves to draw"):
+    for curves in ({}, {"strength": seeds, "random": []}, {"random": [[]]}):
+        named = r"\['random'\]" if curves else "an empty mapping"
+        with pytest.raises(ValueError, match=rf"Expected curves to draw \(got none in {named}\)"):
             draw_pruning(curves)
-    with pytest.raises(ValueError, match="Expected curves over the same shares"):
-        draw_pruning({"random": [seeds[0], [(1.0, 1.0), (0.4, 2.0), (0.0, 5.0)]]})
+    for other in ([(1.0, 1.0), (0.4, 2.0), (0.0, 5.0)], [(1.0, 1.0), (0.0, 5.0)]):
+        with pytest.raises(ValueError, match=r"Expected curves over the same shares \(got .*0\.5, 1\.0.* in 'random'"):
+            draw_pruning({"random": [seeds[0], other]})
 
 
 def test_a_film_has_a_frame_for_each_checkpoint_on_one_scale(tmp_path):

@@ -86,7 +86,7 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatc
     [
         (["--in-degree", "3"], "even --in-degree"),
         (["--dp-noise", "1"], "--dp-noise and --dp-clip"),
-        (["--alpha", "0"], "alpha > 0"),
+        (["--alpha", "0"], "alpha to be a finite number > 0"),
         (["--methods", "lora", "--dp-noise", "-1", "--dp-clip", "1"], "noise"),
     ],
 )

@@ -22,7 +22,7 @@ def test_every_domain_is_there_repeats_and_does_not_leak(name):
 
 
 def test_unknown_domains_are_named():
-    with pytest.raises(ValueError, match="Expected a domain of .*got 'poems'"):
+    with pytest.raises(ValueError, match="Expected domain of .*got 'poems'"):
         load_domain("poems")
 
 

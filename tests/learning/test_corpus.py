@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
 import torch
 
-from gohgraph.learning import corpus as module
+from gohgraph.learning.data import corpus as module
 from gohgraph.learning.data.corpus import Corpus, evaluation_batches, load_corpus, sample_batch
 
 NAME = "tiny-shakespeare"
@@ -118,7 +119,7 @@ def test_a_source_of_another_type_is_refused(source):
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_an_impossible_fraction_is_refused(fraction):
-    with pytest.raises(ValueError, match="Expected validation_fraction between 0 and 1"):
+    with pytest.raises(ValueError, match="Expected validation_fraction to be a finite number > 0 and < 1"):
         load_corpus(validation_fraction=fraction)
 
 
@@ -147,10 +148,10 @@ def test_a_wrong_checksum_leaves_nothing_behind(tmp_path, server):
 
 
 def test_an_interrupted_write_leaves_nothing_behind(tmp_path, server, monkeypatch):
-    def fail(self, target):
+    def fail(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.Path, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(ValueError, match=r"Expected a folder .* No space left .* Do set GOHGRAPH_CACHE"):
         load_corpus(NAME, cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -243,5 +244,5 @@ def test_impossible_windows_are_refused(options):
 
 
 def test_an_impossible_limit_is_refused():
-    with pytest.raises(ValueError, match="Expected limit of at least 1"):
+    with pytest.raises(ValueError, match="Expected limit to be an int >= 1"):
         evaluation_batches(torch.arange(101, dtype=torch.uint8), batch_size=2, length=5, limit=0)

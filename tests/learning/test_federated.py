@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import sys
 
 import numpy as np
@@ -124,8 +125,12 @@ def test_a_model_without_what_is_shared_is_refused(tmp_path):
     with pytest.raises(ValueError, match="weights of kind \\['lora'\\]"):
         client(0, tmp_path, "lora")
     own = SHARINGS["graph"].shared_state(model())
-    with pytest.raises(ValueError, match="weights of this model"):
+    with pytest.raises(ValueError, match=r"weights of this model \(got .* for None; .* for None; "):
         load_state(own, SHARINGS["full"].shared_state(model()))
+    name, tensor = next(iter(own.items()))
+    shape = list(tensor.shape)
+    with pytest.raises(ValueError, match=re.escape(f"(got {name} {[2, *shape]} for {shape}). Do give")):
+        load_state(own, {**own, name: torch.stack([tensor, tensor])})
 
 
 def test_a_client_trains_as_the_plain_loop_does(tmp_path):
@@ -374,7 +379,7 @@ def test_rounds_are_tracked_and_evaluated_now_and_then(tmp_path):
 
 
 def test_unknown_backends_are_refused():
-    with pytest.raises(ValueError, match="Expected one of"):
+    with pytest.raises(ValueError, match="Expected backend of"):
         simulate(lambda grid: None, client_app(lambda context: None), 3, backend="threads")
 
 

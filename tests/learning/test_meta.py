@@ -140,7 +140,7 @@ def test_impossible_inner_loops():
     model = classifier()
     with pytest.raises(ValueError, match="names of parameters .got .'nose'"):
         MetaLearner(model, ["nose"])
-    with pytest.raises(ValueError, match="steps >= 1"):
+    with pytest.raises(ValueError, match="steps to be an int >= 1"):
         MetaLearner(model, parameters_of(model), steps=0)
     with pytest.raises(ValueError, match="LowRankUpdate"):
         parameters_of(model, types=(LowRankUpdate,))
@@ -171,7 +171,7 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "flags, message",
-    [(["--ways", "5"], "5 classes"), (["--inner-steps", "0"], "steps >= 1"), (["--shots", "0"], "shots")],
+    [(["--ways", "5"], "5 classes"), (["--inner-steps", "0"], "steps to be an int >= 1"), (["--shots", "0"], "shots")],
 )
 def test_impossible_flags_are_one_sentence(main, tmp_path, capsys, flags, message):
     assert message in refused(main("--run", "out", *flags), capsys)

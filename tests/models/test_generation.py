@@ -198,12 +198,13 @@ def test_sample_follows_the_generator():
 def test_settings_out_of_range_are_refused(change):
     settings = {"max_new_tokens": 1, "temperature": 1.0, "top_k": None, "top_p": None}
     check_sampling(**settings)
-    (name,) = change
-    with pytest.raises(ValueError, match=f"^Expected {name} .*Do "):
+    ((name, value),) = change.items()
+    error = TypeError if value == 2.5 else ValueError
+    with pytest.raises(error, match=f"^Expected {name} .*got {value}.*Do "):
         check_sampling(**{**settings, **change})
 
 
-@pytest.mark.parametrize("num_beams", [0, -1, 1.5])
-def test_beam_search_refuses_impossible_beams(num_beams):
-    with pytest.raises(ValueError, match="^Expected num_beams >= 1"):
+@pytest.mark.parametrize("num_beams, error", [(0, ValueError), (-1, ValueError), (1.5, TypeError)])
+def test_beam_search_refuses_impossible_beams(num_beams, error):
+    with pytest.raises(error, match="^Expected num_beams to be an int >= 1"):
         search(Table(3, names=[0]), num_beams, max_new_tokens=2)

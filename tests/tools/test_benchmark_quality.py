@@ -154,13 +154,13 @@ def test_a_rate_at_which_the_loss_runs_away_is_not_taken(tool, tmp_path, capsys)
     ("flags", "match"),
     [
         (["--seeds", "0", "0"], "Expected different --seeds"),
-        (["--rates", "0"], "Expected --rates above 0"),
-        (["--budgets", "-1"], "Expected --budgets above 0"),
-        (["--graph-lr-factor", "0"], "Expected --graph-lr-factor above 0"),
-        (["--steps", "1"], "Expected --steps of at least 2"),
-        (["--num-heads", "0"], "Expected --num-heads of at least 1"),
+        (["--rates", "0"], "Expected --rates to be a finite number > 0"),
+        (["--budgets", "-1"], "Expected --budgets to be a finite number > 0"),
+        (["--graph-lr-factor", "0"], "Expected --graph-lr-factor to be a finite number > 0"),
+        (["--steps", "1"], "Expected --steps to be an int >= 2"),
+        (["--num-heads", "0"], "Expected --num-heads to be an int >= 1"),
         (["--num-heads", "7"], "d_model"),
-        (["--jobs", "0"], "Expected --jobs of at least 1"),
+        (["--jobs", "0"], "Expected --jobs to be an int >= 1"),
     ],
 )
 def test_bad_flags_are_refused_in_one_sentence(tool, tmp_path, capsys, flags, match):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from gohgraph.common.checks import check_choice, check_int
+
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 SMOKE_REPEATS = 2
 
@@ -33,12 +35,11 @@ def check_shared_flags(flags: argparse.Namespace, repeats: int) -> None:
     """
     if flags.repeats is None:
         flags.repeats = SMOKE_REPEATS if flags.smoke else repeats
-    check_at_least("repeats", flags.repeats, 2)
-    check_at_least("threads", flags.threads, 1)
+    check_int("--repeats", flags.repeats, low=2)
+    check_int("--threads", flags.threads, low=1)
     devices = ["cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     devices = devices if torch.cuda.is_available() else ["cpu"]
-    if flags.device not in devices:
-        raise ValueError(f"Expected --device of {devices} (got {flags.device!r}). Do choose one of them.")
+    check_choice("--device", flags.device, devices)
     for path in filter(None, (flags.json, flags.markdown)):
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"Expected a file that can be written (got {path}). Do choose another.")
@@ -47,12 +48,6 @@ def check_shared_flags(flags: argparse.Namespace, repeats: int) -> None:
 def place(flags: argparse.Namespace) -> dict[str, Any]:
     """Returns the arguments `device` and `dtype` of `torch.randn` and `Module.to` the flags stand for."""
     return {"device": flags.device, "dtype": DTYPES[flags.dtype]}
-
-
-def check_at_least(name: str, value: int, low: int) -> None:
-    """Raises `ValueError` for a flag `--name` below `low`."""
-    if value < low:
-        raise ValueError(f"Expected --{name} of at least {low} (got {value}). Do raise it.")
 
 
 def numbers_of(text: str, form: str, example: str) -> list[int]:

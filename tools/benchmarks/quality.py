@@ -24,11 +24,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.flags import check_at_least
 from benchmarks.quality_report import Entry, draw_quality, quality_table
 from benchmarks.tasks import TASKS, Task
 from benchmarks.timing import interleaved, machine, ratios
 from benchmarks.trials import TrainingStep, Trial, first_model, run_trial
+from gohgraph.common.checks import check_int, check_number
+from gohgraph.common.files import write_text_whole
 from gohgraph.graphs.baselines.presets import PRESETS, preset
 from gohgraph.learning.contests.matching import count_parameters, match_parameters
 from gohgraph.learning.contests.sweep import sweep
@@ -186,7 +187,7 @@ def _options(name: str, flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(flags: argparse.Namespace, texts: list[str], entries: dict[str, dict[str, Entry]]) -> None:
-    (flags.run / "tables.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    write_text_whole(flags.run / "tables.md", "\n\n".join(texts) + "\n")
     measures = {name: TASKS[name].measure for name in entries}
     with open(flags.run / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -197,22 +198,22 @@ def _write(flags: argparse.Namespace, texts: list[str], entries: dict[str, dict[
                     about = (entry.parameters, entry.d_ff, entry.rate, round(entry.time_ratio, 4))
                     writer.writerow([name, variant, *about, seed, measures[name], value])
     saved = {name: {v: dataclasses.asdict(entry) for v, entry in found.items()} for name, found in entries.items()}
-    (flags.run / "results.json").write_text(json.dumps(saved, indent=1), encoding="utf-8")
+    write_text_whole(flags.run / "results.json", json.dumps(saved, indent=1))
     draw_quality(entries, measures, flags.run / "quality.png")
     print(f"\npicture: {flags.run / 'quality.png'}; every run: {flags.run / 'results.csv'}")
 
 
 def _check(flags: argparse.Namespace) -> None:
     for name, low in (("jobs", 1), ("rounds", 2)):
-        check_at_least(name, getattr(flags, name), low)
+        check_int(f"--{name}", getattr(flags, name), low=low)
     for name, low in (("steps", 2), *((size, 1) for size in SIZES)):
         if getattr(flags, name) is not None:
-            check_at_least(name.replace("_", "-"), getattr(flags, name), low)
+            check_int("--" + name.replace("_", "-"), getattr(flags, name), low=low)
     for name in ("seeds", "variants", "tasks"):
         values = getattr(flags, name)
         if len(set(values)) < len(values):
             raise ValueError(f"Expected different --{name} (got {values}). Do name each once.")
     positive = {"rates": flags.rates or (), "budgets": flags.budgets, "graph-lr-factor": [flags.graph_lr_factor]}
     for name, values in positive.items():
-        if not all(0 < value < float("inf") for value in values):
-            raise ValueError(f"Expected --{name} above 0 (got {values}). Do pass e.g. 0.5.")
+        for value in values:
+            check_number(f"--{name}", value, above=0)

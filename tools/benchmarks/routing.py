@@ -38,8 +38,9 @@ from benchmarks.decoding import (
     filled_cache,
     heads_read,
 )
-from benchmarks.flags import DTYPES, add_shared_flags, check_at_least, check_shared_flags, numbers_of, place
+from benchmarks.flags import DTYPES, add_shared_flags, check_shared_flags, numbers_of, place
 from benchmarks.timing import WARM_UP, interleaved, ratios
+from gohgraph.common.checks import check_int
 from gohgraph.common.tables import markdown_table
 
 DEFAULT_SIZES, DEFAULT_CONTEXTS = ("512/8", "1024/16"), (512, 2048, 8192)
@@ -67,10 +68,11 @@ def cases(flags: argparse.Namespace) -> list[Case]:
         ValueError: a flag that cannot be measured.
     """
     check_shared_flags(flags, REPEATS)
-    check_at_least("batch", flags.batch, 1)
+    check_int("--batch", flags.batch, low=1)
     contexts = flags.contexts or (SMOKE_CONTEXTS if flags.smoke else DEFAULT_CONTEXTS)
     # With one key there is no past to read.
-    check_at_least("contexts", min(contexts), 2)
+    for context in contexts:
+        check_int("--contexts", context, low=2)
     sizes = [_size(text) for text in flags.sizes or (SMOKE_SIZES if flags.smoke else DEFAULT_SIZES)]
     return [Case(*size, context, flags.batch) for size in sizes for context in contexts]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gohgraph.common.checks import check_int
 from gohgraph.learning.loop import TrainConfig, TrainingInterrupted
 from gohgraph.learning.run_folder import last_folder, new_folder, runs_in
 from gohgraph.parallel.layout import MODES, ParallelConfig
@@ -67,13 +68,14 @@ def parallel_config(flags: argparse.Namespace) -> ParallelConfig | None:
     modes = flags.parallel or (("ddp",) if flags.recompute else ())
     if not modes:
         if flags.tensor_ranks is not None or flags.sequence_parallel:
-            raise ValueError("Expected --parallel tp for --tensor-ranks and --sequence-parallel (got none). Do add it.")
+            flag = "--sequence-parallel" if flags.tensor_ranks is None else f"--tensor-ranks {flags.tensor_ranks}"
+            raise ValueError(f"Expected --parallel tp beside it (got {flag} alone). Do add --parallel tp.")
         return None
     config = ParallelConfig(modes, flags.tensor_ranks, flags.sequence_parallel, flags.recompute)
     if flags.parallel and not under_torchrun():
         raise ValueError(
-            "Expected processes started by torchrun for --parallel (got one alone). Do run the script by torchrun "
-            "--nproc-per-node 2 -- ..."
+            "Expected processes started by torchrun for --parallel (got a single process). Do run the script by "
+            "torchrun --nproc-per-node 2 -- ..."
         )
     config.sizes(world_size(), machines())
     return config
@@ -88,8 +90,7 @@ def fill_sizes(flags: argparse.Namespace, full: Mapping[str, Any], smoke: Mappin
     for name, value in (smoke if flags.smoke else full).items():
         if getattr(flags, name) is None:
             setattr(flags, name, value)
-    if flags.threads < 1:
-        raise ValueError(f"Expected --threads of at least 1 (got {flags.threads}). Do pass a positive number.")
+    check_int("--threads", flags.threads, low=1)
     if len(set(flags.seeds)) < len(flags.seeds) or min(flags.seeds) < 0:
         raise ValueError(f"Expected different seeds of at least 0 (got {flags.seeds}). Do change them.")
     torch.set_num_threads(flags.threads)
@@ -125,7 +126,7 @@ def _open_folder(flags: argparse.Namespace, default: Path) -> Path:
     folder = Path(flags.run) if flags.run is not None else (last_folder if flags.resume else new_folder)(default)
     is_used = folder.is_dir() and any(folder.iterdir())
     if flags.resume and not runs_in(folder):
-        raise ValueError(f"Expected a run to resume (got none in {folder}). Do drop --resume, or change --run.")
+        raise ValueError(f"Expected a run to resume (got {folder} without one). Do drop --resume, or change --run.")
     if not flags.resume and is_used:
         raise ValueError(f"Expected a new or empty run folder (got {folder}). Do choose another --run, or --resume.")
     return folder
@@ -138,7 +139,7 @@ def can_resume(leaf: Path, flags: argparse.Namespace) -> bool:
 
 @contextmanager
 def resumable(script: str, argv: Sequence[str], folder: Path) -> Iterator[None]:
-    """Names, after Ctrl-C, the command that goes on; makes what a user can mend an error of one sentence."""
+    """Names, after Ctrl-C or the loss of a rank, the command that goes on."""
     command = [argument for argument in argv if argument != "--resume"]
     where = [] if any(argument.split("=")[0] == "--run" for argument in argv) else ["--run", str(folder)]
     ranks = world_size()
@@ -149,6 +150,3 @@ def resumable(script: str, argv: Sequence[str], folder: Path) -> Iterator[None]:
             yield
     except TrainingInterrupted as stop:
         raise KeyboardInterrupt(f"{stop}; to go on: {again}") from stop
-    # A loss that runs away, and a missing extra, are for the user to mend as well.
-    except (FloatingPointError, ImportError) as error:
-        raise ValueError(str(error)) from error

@@ -122,6 +122,8 @@ def _topology(name: str, in_degree: int | None, flag: str) -> dict[str, Any]:
 
 def _refuse(flags: argparse.Namespace, names: tuple[str, ...], why: str, remedy: str) -> None:
     for name in names:
-        if getattr(flags, name) is not None and getattr(flags, name) is not False:
+        value = getattr(flags, name)
+        if value is not None and value is not False:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"Expected no {flag} {why} (got one). Do drop it, or {remedy}.")
+            given = flag if value is True else f"{flag} {value}"
+            raise ValueError(f"Expected no {flag} {why} (got {given}). Do drop it, or {remedy}.")

@@ -7,8 +7,8 @@ import hashlib
 import http.client
 import os
 import sysconfig
-import tempfile
 import urllib.request
+import uuid
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -18,6 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from gohgraph.common.checks import check_int, check_number
+from gohgraph.common.files import write_whole
 
 PYTHON_DOCS = "python-docs"
 
@@ -107,11 +110,7 @@ def load_corpus(
             f"Expected the name of a corpus or the path of a text file (got {type(source).__name__}). "
             f"Do pass {_names()}, or a path."
         )
-    if not 0 < validation_fraction < 1:
-        raise ValueError(
-            f"Expected validation_fraction between 0 and 1, exclusive (got {validation_fraction}). "
-            "Do pass the share of the text to hold out, such as 0.1."
-        )
+    check_number("validation_fraction", validation_fraction, above=0, below=1)
     name = os.fspath(source)
     if name == PYTHON_DOCS:
         train, validation = split_documents(_python_documents(), validation_fraction)
@@ -195,8 +194,8 @@ def evaluation_batches(
         [[0, 30], [60]]
     """
     _check_windows(data, batch_size, length)
-    if limit is not None and limit < 1:
-        raise ValueError(f"Expected limit of at least 1 window (got {limit}). Do pass None for all windows.")
+    if limit is not None:
+        check_int("limit", limit, low=1)
     available = (len(data) - 1) // length
     count = available if limit is None else min(limit, available)
     starts = torch.arange(count) * available // count * length
@@ -204,11 +203,8 @@ def evaluation_batches(
 
 
 def _check_windows(data: Tensor, batch_size: int, length: int) -> None:
-    if batch_size < 1 or length < 1:
-        raise ValueError(
-            f"Expected batch_size and length of at least 1 (got {batch_size} and {length}). "
-            "Do pass positive numbers."
-        )
+    check_int("batch_size", batch_size, low=1)
+    check_int("length", length, low=1)
     if data.dim() != 1 or len(data) <= length:
         raise ValueError(
             f"Expected a text [N] longer than a window of {length} bytes (got shape {list(data.shape)}). "
@@ -312,11 +308,14 @@ def _download(name: str, cache: str | os.PathLike[str] | None) -> bytes:
             "Do check the network, or train on a text of your own with --data FILE."
         ) from error
     _checked(text, download, download.url, "try again, or train on a text of your own with --data FILE")
+    # Several processes may download the same corpus at once.
+    pending = path.with_name(f".{name}.{uuid.uuid4().hex}.new")
     try:
-        _write_atomically(path, text)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda pending: pending.write_bytes(text), pending=pending)
     except OSError as error:
         raise ValueError(
-            f"Expected a folder to keep {name!r} in (got {folder}: {error.strerror}). "
+            f"Expected a folder to keep {name!r} in (got {folder}: {(error.__cause__ or error).strerror}). "
             "Do set GOHGRAPH_CACHE to a folder that can be written."
         ) from error
     return text
@@ -338,14 +337,3 @@ def _checked(text: bytes, download: _Download, origin: str, remedy: str) -> byte
     if found != download.sha256:
         raise ValueError(f"Expected SHA-256 {download.sha256} of {origin} (got {found}). Do {remedy}.")
     return text
-
-
-def _write_atomically(path: Path, text: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        draft = Path(file.name)
-    try:
-        draft.write_bytes(text)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from gohgraph.common.checks import check_choice
 from gohgraph.learning.data.corpus import Corpus, as_tensor, split_documents
 
 # Characters of the pieces that are held out or trained on whole.
@@ -41,8 +42,7 @@ def load_domain(name: str, *, limit: int = 500_000, validation_fraction: float =
         >>> corpus.name, len(corpus.validation) > 1000
         ('names', True)
     """
-    if name not in DOMAINS:
-        raise ValueError(f"Expected a domain of {list(DOMAINS)} (got {name!r}). Do choose one of them.")
+    check_choice("domain", name, DOMAINS)
     blocks, read = {}, 0
     for block in _blocks(DOMAINS[name]()):
         blocks[f"{name}/{len(blocks)}"] = block
@@ -50,7 +50,9 @@ def load_domain(name: str, *, limit: int = 500_000, validation_fraction: float =
         if read >= limit:
             break
     if len(blocks) < 2:
-        raise ValueError(f"Expected text of {name!r} in this installation (got none). Do choose another domain.")
+        raise ValueError(
+            f"Expected two blocks of {name!r} in this installation (got {len(blocks)}). Do choose another domain."
+        )
     train, validation = split_documents(blocks, validation_fraction)
     return Corpus(name, as_tensor(train), as_tensor(validation))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from gohgraph.common.checks import check_int
 from gohgraph.learning.data.numerals import numeral_sentences
 from gohgraph.models.boundary import IGNORED_TARGET
 
@@ -184,8 +185,7 @@ class PairBatches:
     longest: int = 100
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"Expected batch_size of at least 1 (got {self.batch_size}). Do pass a positive number.")
+        check_int("batch_size", self.batch_size, low=1)
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)

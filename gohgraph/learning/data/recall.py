@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gohgraph.common.checks import check_int
 from gohgraph.models.config import TransformerConfig
 from gohgraph.models.stacks import Stack
 
@@ -47,11 +48,7 @@ class RecallTask:
 
     def __post_init__(self) -> None:
         for name, low in (("num_items", 3), ("num_cues", 1), ("num_values", 2), ("batch_size", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"Expected {name} to be an int (got {value!r}). Do pass a whole number.")
-            if value < low:
-                raise ValueError(f"Expected {name} >= {low} (got {value}). Do raise it.")
+            check_int(name, getattr(self, name), low=low)
         if self.num_cues < self.side:
             raise ValueError(
                 f"Expected num_cues >= {self.side}, whose pairs make {self.num_items} items (got {self.num_cues}). "

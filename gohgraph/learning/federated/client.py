@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from gohgraph.common.files import write_whole
 from gohgraph.learning.federated.sharing import Sharing, load_state
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.learning.train_config import TrainConfig
@@ -81,7 +82,7 @@ class Client:
             )
         sharing.prepare(model)
         if sharing.personal and folder is None:
-            raise ValueError(f"Expected a folder for personal weights {sharing.personal} (got none). Do pass one.")
+            raise ValueError(f"Expected a folder for the personal {sharing.personal} (got folder=None). Do pass one.")
         self.model, self.sharing, self.batch, self.loss, self.config = model, sharing, batch, loss, config
         self.local_steps, self.num_examples, self.evaluate = config.steps // rounds, num_examples, evaluate
         self.folder = None if folder is None else Path(folder)
@@ -153,9 +154,9 @@ class Client:
 def _save(folder: Path, round: int, state: Mapping[str, Tensor]) -> None:
     """Writes the personal weights after a round; the round before is kept, for this one may be repeated."""
     folder.mkdir(parents=True, exist_ok=True)
-    pending = folder / f".round-{round:06d}.new"
-    save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, pending)
-    os.replace(pending, folder / f"round-{round:06d}.safetensors")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    path = folder / f"round-{round:06d}.safetensors"
+    write_whole(path, lambda pending: save_file(tensors, pending), flush=True)
     files = _files(folder)
     earlier = sorted(number for number in files if number < round)[:-1]
     for number in [*earlier, *(number for number in files if number > round)]:

@@ -96,11 +96,12 @@ def load_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: other names or shapes.
     """
-    odd = {name for name in own.keys() | given.keys() if name not in own or name not in given}
-    odd |= {name for name in own.keys() & given.keys() if own[name].shape != given[name].shape}
+    shapes, given_shapes = ({name: list(tensor.shape) for name, tensor in one.items()} for one in (own, given))
+    odd = sorted(name for name in own.keys() | given.keys() if shapes.get(name) != given_shapes.get(name))
     if odd:
+        differences = [f"{name} {given_shapes.get(name)} for {shapes.get(name)}" for name in odd[:3]]
         raise ValueError(
-            f"Expected the weights of this model (got others, or of other shapes: {sorted(odd)[:3]}). "
+            f"Expected the weights of this model (got {'; '.join(differences)}). "
             "Do give server and clients the same model and sharing."
         )
     for name, tensor in given.items():

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from gohgraph.common.checks import check_choice, check_int
 from gohgraph.learning.federated.flower import (
     ClientApp,
     Context,
@@ -47,8 +48,8 @@ def simulate(
         ValueError: an unknown backend or no client.
         Whatever `serve` raises. What a client raises is a reply with an error.
     """
-    if backend not in BACKENDS or num_clients < 1:
-        raise ValueError(f"Expected one of {BACKENDS} and clients (got {backend!r}, {num_clients}). Do change it.")
+    check_choice("backend", backend, BACKENDS)
+    check_int("num_clients", num_clients, low=1)
     if backend == "inline":
         return serve(InlineGrid(client, num_clients))
     # Flower reports every simulation to its makers unless told otherwise.

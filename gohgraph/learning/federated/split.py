@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gohgraph.common.checks import check_int, check_number
 from gohgraph.learning.data.corpus import Corpus
 
 
@@ -34,7 +35,7 @@ def dirichlet_split(
         The text of each client, and how many bytes of each kind it trains on `[C, K]`.
 
     Raises:
-        ValueError: a number out of range, or no shares that give every client enough.
+        TypeError, ValueError: a number out of range, or no shares that give every client enough.
 
     Example:
         >>> texts = [Corpus(name, *torch.randint(256, (2, 900), dtype=torch.uint8)) for name in ("a", "b")]
@@ -42,11 +43,9 @@ def dirichlet_split(
         >>> len(clients), shares.shape, shares.sum(dim=0).tolist()
         (3, torch.Size([3, 2]), [900, 900])
     """
-    if num_clients < 1 or not alpha > 0 or minimum < 1:
-        raise ValueError(
-            f"Expected clients >= 1, alpha > 0 and minimum >= 1 (got {num_clients}, {alpha}, {minimum}). "
-            "Do change them."
-        )
+    check_int("num_clients", num_clients, low=1)
+    check_number("alpha", alpha, above=0)
+    check_int("minimum", minimum, low=1)
     generator, every = np.random.default_rng(seed), range(num_clients)
     for _ in range(1000):
         shares = generator.dirichlet([alpha] * num_clients, size=len(texts))  # [K, C]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from gohgraph.common.checks import check_int
 from gohgraph.learning.federated.apps import ARRAYS, BY_EXAMPLES, METRICS, SENDER, UNIFORM
 from gohgraph.learning.federated.flower import Array, ArrayRecord, ConfigRecord, Grid, Message, MetricRecord, Strategy
 
@@ -65,8 +66,7 @@ class Guarded(Strategy):
     """
 
     def __init__(self, strategy: Strategy, *, done: int = 0, last: int | None = None, evaluate_every: int = 1) -> None:
-        if evaluate_every < 1:
-            raise ValueError(f"Expected evaluate_every >= 1 (got {evaluate_every}). Do raise it.")
+        check_int("evaluate_every", evaluate_every, low=1)
         self.strategy, self.done, self.last, self.evaluate_every = strategy, done, last, evaluate_every
         self.report = RoundReport(done)
         self._reference: dict[str, np.ndarray] = {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gohgraph.common.checks import check_int
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.learning.regimes.low_rank import LowRankUpdate
 
@@ -34,7 +35,8 @@ class TaskAdapters(nn.Module):
         frozen: does not train what is shared.
 
     Raises:
-        ValueError: the model has none of these modules, no task, or parameters under two names are to be owned.
+        TypeError, ValueError: the model has none of these modules, no task, or parameters are to be owned under two
+            names.
 
     Example:
         >>> import gohgraph as goh
@@ -54,8 +56,7 @@ class TaskAdapters(nn.Module):
         frozen: bool = True,
     ) -> None:
         super().__init__()
-        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
-            raise ValueError(f"Expected num_tasks >= 1 (got {num_tasks!r}). Do pass the number of tasks.")
+        check_int("num_tasks", num_tasks, low=1)
         modules = dict(model.named_modules())
         unknown = sorted(set(names) - set(modules))
         owned = [name for name, module in modules.items() if isinstance(module, types) or name in names]

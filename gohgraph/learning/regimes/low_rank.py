@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from gohgraph.common.checks import check_int
+
 ATTENTION = ("query", "key", "value", "output")
 ALL_LINEAR = (*ATTENTION, "inner", "outer", "gate")
 
@@ -31,7 +33,7 @@ class LowRankUpdate(nn.Module):
         weight `[out, in]` -> `[out, in]`.
 
     Raises:
-        ValueError: rank below 1.
+        TypeError, ValueError: rank is no int of at least 1.
 
     Example:
         >>> weight = torch.randn(5, 3)
@@ -41,8 +43,7 @@ class LowRankUpdate(nn.Module):
 
     def __init__(self, out_features: int, in_features: int, rank: int, alpha: float | None = None) -> None:
         super().__init__()
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"Expected rank >= 1 (got {rank!r}). Do pass e.g. 4.")
+        check_int("rank", rank, low=1)
         self.scale = 1.0 if alpha is None else alpha / rank
         self.lora_A = nn.Parameter(torch.empty(rank, in_features))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank))
@@ -77,9 +78,8 @@ def add_low_rank(
         ['query', 'key', 'value', 'output']
     """
     found = _layers(model, targets)
-    for layer in found.values():
-        if parametrize.is_parametrized(layer, "weight"):
-            raise ValueError("Expected linear layers without an update (got one). Do build the model anew.")
+    if updated := [name for name, layer in found.items() if parametrize.is_parametrized(layer, "weight")]:
+        raise ValueError(f"Expected linear layers without an update (got {updated[:4]}). Do build the model anew.")
     for layer in found.values():
         update = LowRankUpdate(*layer.weight.shape, rank, alpha).to(layer.weight.device, layer.weight.dtype)
         parametrize.register_parametrization(layer, "weight", update)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gohgraph.common.checks import check_int, check_number
 from gohgraph.learning.data.episodes import Episodes
 from gohgraph.models.boundary import widened
 
@@ -45,7 +46,7 @@ class MetaLearner(nn.Module):
         `Episodes` of N tasks -> losses `[N]`.
 
     Raises:
-        ValueError: unknown or no names, steps or a rate out of range.
+        TypeError, ValueError: unknown or no names, steps or a rate out of range.
 
     Example:
         >>> import gohgraph as goh
@@ -71,8 +72,8 @@ class MetaLearner(nn.Module):
         unknown = sorted(set(adapted) - set(known))
         if unknown or not adapted:
             raise ValueError(f"Expected names of parameters (got {unknown or 'none'}). Do choose with parameters_of.")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or not 0 < learning_rate < math.inf:
-            raise ValueError(f"Expected steps >= 1 and a rate > 0 (got {steps}, {learning_rate}). Do raise them.")
+        check_int("steps", steps, low=1)
+        check_number("learning_rate", learning_rate, above=0)
         self.model, self.adapted, self.steps, self.second_order = model, tuple(adapted), steps, second_order
         self.log_rate = nn.Parameter(torch.full((len(self.adapted),), math.log(learning_rate)))
 
