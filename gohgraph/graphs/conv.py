@@ -98,7 +98,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         self.gain = nn.Parameter(torch.ones(self.num_senders, head_dim)) if norm else None
         # Saved with the weights, so that they never meet another graph of equally many edges.
         self.register_buffer("edge_index", edge_index)
-        self._edges_changed()
+        self.edges_changed()
 
     @classmethod
     def from_config(
@@ -173,7 +173,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         kept = kept.to(self.edge_index.device)
         self.edge_index = self.edge_index[:, kept]
         self.edges.keep_edges(kept)
-        self._edges_changed()
+        self.edges_changed()
 
     def prune_to_saved(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
         """Prunes the graph to the edges that a checkpoint holds under `prefix`, if it has all of them."""
@@ -185,7 +185,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         if torch.equal(self.edge_index[:, kept], saved.to(self.edge_index.device)):
             self.keep_edges(kept)
 
-    def _edges_changed(self) -> None:
+    def edges_changed(self) -> None:
         """Makes anew what follows from the edges: the tables of where they lie, and the traits."""
         self._edge_list = self.edge_index.t().tolist()
         edges = [(j, i) for j, i in self.local_edges.t().tolist()]
@@ -363,7 +363,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         # A model that was built on meta and made empty elsewhere has lost its tables.
         if not self.edge_index.is_meta:
-            self._edges_changed()
+            self.edges_changed()
 
     def __repr__(self) -> str:
         return (

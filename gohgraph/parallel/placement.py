@@ -143,7 +143,6 @@ def reorder_heads(model: LanguageModel, order: list[int]) -> LanguageModel:
                 _relabel(graph, order)
         if block.router is not None:
             _reorder_router(block.router, order)
-        block.fit_to({}, "")
     if graphs is not None:
         new = {site: _site(getattr(graphs, site), order, config.num_heads) for site in ("outputs", "scores")}
         model.config = dataclasses.replace(config, head_graph=dataclasses.replace(graphs, **new))
@@ -163,9 +162,7 @@ def _relabel(graph: HeadGraphConv, order: list[int]) -> None:
             weights.copy_(weights[:, sorting])
     if graph.gain is not None:
         graph.gain.copy_(graph.gain.unflatten(0, (-1, heads))[:, order].flatten(0, 1))
-    slots, placed = graph._slots_and_places()
-    graph.slots.copy_(slots)
-    graph.places.copy_(placed)
+    graph.edges_changed()
 
 
 def _reorder_router(router: HeadRouter, order: list[int]) -> None:
