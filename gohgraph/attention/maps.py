@@ -180,7 +180,7 @@ def wide_heads_for(score_graph: nn.Module | None) -> WideHeads | None:
 
 
 def _senders_and_slots(conv: HeadGraphConv) -> tuple[Tensor, Tensor]:
-    edges = {(i, j): e for e, (j, i) in enumerate(conv.links.t().tolist())}
+    edges = {(i, j): e for e, (j, i) in enumerate(conv.local_edges.t().tolist())}
     lists = [[i] + [j for (r, j) in edges if r == i and j != i] for i in range(conv.num_heads)]
     width = max(map(len, lists))
     # A slot beyond a head's in-degree repeats the head itself under the weight of no edge, which is zero.

@@ -140,7 +140,7 @@ class HeadGraphConv(MessagePassing):
         return self.edges.num_edges == self.num_heads * self.num_senders
 
     @property
-    def links(self) -> Tensor:
+    def local_edges(self) -> Tensor:
         """Edges `[2, E]` as this module computes them: the place of the sender among its senders, and the receiver."""
         return self.edge_index
 
@@ -182,7 +182,7 @@ class HeadGraphConv(MessagePassing):
         """Of every cell of the adjacency its edge, `[H*S]` (E where there is none); of every edge its cell, `[E]`."""
         num_edges, device = self.edges.num_edges, self.edge_index.device
         slots = torch.full((self.num_heads * self.num_senders,), num_edges, device=device)
-        places = self.links[1] * self.num_senders + self.links[0]
+        places = self.local_edges[1] * self.num_senders + self.local_edges[0]
         slots[places] = torch.arange(num_edges, device=device)
         return slots, places
 
@@ -296,7 +296,7 @@ class HeadGraphConv(MessagePassing):
     def _add_messages(self, z: Tensor | None, senders: Tensor, alpha: Tensor) -> Tensor:
         if self.backend == "pyg":
             size = (self.num_senders, self.num_heads)
-            received = self.propagate(self.links, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
+            received = self.propagate(self.local_edges, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
             return received if z is None else z + received
         adjacency = self._dense(alpha)  # [*, H, S]
         if z is None or z.dim() == 2 or adjacency.shape[:-2] != z.shape[:-2]:

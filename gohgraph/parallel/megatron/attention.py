@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from gohgraph.attention.maps import WideHeads
 from gohgraph.attention.routing import HeadRouter
 from gohgraph.graphs.config import HeadGraphConfig
+from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.site_config import SiteConfig
+from gohgraph.parallel.collectives import gather_parts, own_part
 from gohgraph.parallel.megatron.checks import check_sizes, check_transformer
-from gohgraph.parallel.megatron.collectives import gather_sequence, own_heads
+from gohgraph.parallel.megatron.graph import MegatronHeadGraphConv
 from gohgraph.parallel.megatron.losses import attach_losses
-from gohgraph.parallel.megatron.sharded_conv import ShardedHeadGraphConv
 
 
 class HeadGraphSelfAttention(SelfAttention):
@@ -56,7 +57,7 @@ class HeadGraphSelfAttention(SelfAttention):
                     f"Expected whole, unpacked sequences without {name} for head graphs (got it). Do call the model "
                     "without."
                 )
-        x = gather_sequence(hidden_states, self.tp_group) if self.config.sequence_parallel else hidden_states
+        x = gather_parts(hidden_states, self.tp_group, 0) if self.config.sequence_parallel else hidden_states
         # The one argument that Megatron-Core passes through to the core attention untouched.
         options["attention_bias"] = x
         return super().forward(hidden_states, attention_mask, *args, **options)
@@ -114,7 +115,7 @@ class HeadGraphCoreAttention(MegatronModule):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(torch.initial_seed() + layer_number)
             self.output_graph = self._conv(head_graph.outputs)
-            self.score_graph = self._conv(head_graph.scores)
+            self.score_graph = self._conv(head_graph.scores, over_maps=True)
             self.router = self._router(head_graph)
         self.wide = None if self.score_graph is None else WideHeads(self.score_graph)
         self._place()
@@ -140,7 +141,7 @@ class HeadGraphCoreAttention(MegatronModule):
         if self.output_graph is not None:
             z = self.output_graph(z, x, **active)
         if routing is not None:
-            z = z * own_heads(routing.gates, self.tp_group).unsqueeze(-1).to(z.dtype)
+            z = z * own_part(routing.gates, self.tp_group, -1).unsqueeze(-1).to(z.dtype)
             if self.training:
                 z = attach_losses(z, routing, self.routing_config, self.config, self.layer_number)
         return z.flatten(-2)  # [s, b, H/n*D]
@@ -149,8 +150,7 @@ class HeadGraphCoreAttention(MegatronModule):
         groups = query.shape[2] // key.shape[2]
         if groups > 1:
             key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))  # [s, b, H/n, D]
-        both = self.score_graph.with_remote_heads(torch.cat((query, key), dim=-1))  # [s, b, S, 2*D]
-        queries, keys = both.split(self.head_dim, dim=-1)  # [s, b, S, D] each
+        queries, keys = self.score_graph.gather_senders(query, key)  # [s, b, S, D] each
         wide_q, wide_k, _ = self.wide.widen(queries, keys, value, alpha)  # [s, b, H/n, k*D] each
         return wide_q, wide_k, value
 
@@ -164,11 +164,11 @@ class HeadGraphCoreAttention(MegatronModule):
             return tensor_parallel.checkpoint(attend, False, query, key, value)
         return attend(query, key, value)
 
-    def _conv(self, site: SiteConfig | None) -> ShardedHeadGraphConv | None:
+    def _conv(self, site: SiteConfig | None, *, over_maps: bool = False) -> MegatronHeadGraphConv | None:
         if site is None:
             return None
         sizes = (self.config.num_attention_heads, self.head_dim, self.config.hidden_size)
-        return ShardedHeadGraphConv.from_config(site, *sizes, group=self.tp_group)
+        return MegatronHeadGraphConv(HeadGraphConv.from_config(site, *sizes), self.tp_group, over_maps=over_maps)
 
     def _router(self, head_graph: HeadGraphConfig) -> HeadRouter | None:
         if head_graph.routing is None:
