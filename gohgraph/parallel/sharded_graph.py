@@ -37,7 +37,7 @@ class ShardedEdgeWeights(EdgeWeights):
             setattr(self, name, getattr(edges, name))
         self.group = group_of(ranks)
         chosen = torch.tensor(edges_of_ranks[self.group.rank()], dtype=torch.long, device=edges.bias.device)  # [E']
-        self.num_edges, self.down = len(chosen), edges.down
+        self.num_edges = len(chosen)
         is_whole = isinstance(ranks, DeviceMesh) and (edges.kind == "frozen" or not are_equal_runs(edges_of_ranks))
         for name in ("bias", "weight"):
             value = getattr(edges, name)
@@ -47,6 +47,7 @@ class ShardedEdgeWeights(EdgeWeights):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
+        self.down = edges.down
         self.register_buffer("chosen", chosen if is_whole else None, persistent=False)
 
     def forward(self, context: Tensor | None = None) -> Tensor:
