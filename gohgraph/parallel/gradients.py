@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -18,7 +18,7 @@ def layout_of(tensor: Tensor) -> Hashable:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, group: Any = None) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, group: ProcessGroup | None = None) -> Tensor:
     """Scales all gradients so that their norm is at most `largest`, as `torch.nn.utils.clip_grad_norm_`.
 
     The norm is that of the whole model: parts on several ranks are added, what all ranks hold counts once.
@@ -50,7 +50,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, group: An
     return total
 
 
-def _norm(parameters: list[nn.Parameter], group: Any) -> Tensor:
+def _norm(parameters: list[nn.Parameter], group: ProcessGroup | None) -> Tensor:
     norm = get_total_norm([parameter.grad for parameter in parameters])
     if group is not None:
         square = norm.square()
@@ -59,7 +59,7 @@ def _norm(parameters: list[nn.Parameter], group: Any) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], group: Any) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter], group: ProcessGroup) -> None:
     """Takes the mean of gradients over the data-parallel ranks of `group`, in one call."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if group.size() == 1 or not gradients:

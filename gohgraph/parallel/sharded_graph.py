@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -30,7 +30,7 @@ class ShardedEdgeWeights(EdgeWeights):
     """
 
     def __init__(
-        self, edges: EdgeWeights, edges_of_ranks: Sequence[Sequence[int]], ranks: DeviceMesh | Any
+        self, edges: EdgeWeights, edges_of_ranks: Sequence[Sequence[int]], ranks: DeviceMesh | ProcessGroup
     ) -> None:
         nn.Module.__init__(self)
         for name in ("context_dim", "kind", "rank", "activation", "rounds", "scale"):
@@ -39,25 +39,21 @@ class ShardedEdgeWeights(EdgeWeights):
         chosen = torch.tensor(edges_of_ranks[self.group.rank()], dtype=torch.long, device=edges.bias.device)  # [E']
         self.num_edges = len(chosen)
         is_whole = isinstance(ranks, DeviceMesh) and (edges.kind == "frozen" or not are_equal_runs(edges_of_ranks))
+        register = self.register_buffer if edges.kind == "frozen" else self.register_parameter
         for name in ("bias", "weight"):
             value = getattr(edges, name)
-            if not is_whole and value is not None:
-                value = _cut(value, 1, chosen, ranks)
-            if name == "bias" and edges.kind == "frozen":
-                self.register_buffer(name, value)
-            else:
-                setattr(self, name, value)
+            register(name, value if is_whole or value is None else _cut(value, 1, chosen, ranks))
         self.down = edges.down
         self.register_buffer("chosen", chosen if is_whole else None, persistent=False)
 
     def forward(self, context: Tensor | None = None) -> Tensor:
         """Returns the weights of this rank's edges, `[*, R, E of the rank]`."""
         down = None if self.down is None else sum_gradients(self.down, self.group)
-        weight = None if self.weight is None else rows_here(self.weight, 1, self.chosen, self.group)
+        bias, weight = (rows_here(value, 1, self.chosen, self.group) for value in (self.bias, self.weight))
         if context is not None:
             # Who made a DTensor of what all ranks hold adds the gradients; of a plain tensor it is done here.
             context = local(context) if isinstance(context, DTensor) else sum_gradients(context, self.group)
-        return self._activated(context, rows_here(self.bias, 1, self.chosen, self.group), weight, down)
+        return self._activated(context, bias, weight, down)
 
 
 class ShardedHeadGraphConv(HeadGraphConv):
@@ -91,20 +87,18 @@ class ShardedHeadGraphConv(HeadGraphConv):
         ValueError: H is not a multiple of the ranks; several rounds of messages between scores across ranks.
     """
 
-    def __init__(self, conv: HeadGraphConv, ranks: DeviceMesh | Any, *, over_maps: bool = False) -> None:
+    def __init__(self, conv: HeadGraphConv, ranks: DeviceMesh | ProcessGroup, *, over_maps: bool = False) -> None:
         # What the parent's constructor makes is taken over from `conv`.
         super(HeadGraphConv, self).__init__(aggr="add", node_dim=-2)
         self.group, self.over_maps = group_of(ranks), over_maps
         self.head_dim, self.backend, self.cross_layer, self.top_edges = (
             conv.head_dim, conv.backend, conv.cross_layer, conv.top_edges
         )  # fmt: skip
-        edges = [(j, i) for j, i in conv.edge_index.t().tolist()]
         is_mesh, competes = isinstance(ranks, DeviceMesh), over_maps or conv.top_edges is not None
+        edges = [(j, i) for j, i in conv.edge_index.t().tolist()]
+        of_heads = [(j % conv.num_heads, i) for j, i in edges]
         self.exchange = plan_exchange(
-            conv.num_heads,
-            self.group.size(),
-            [(j % conv.num_heads, i) for j, i in edges],
-            may_scatter=is_mesh and not competes,
+            conv.num_heads, self.group.size(), of_heads, may_scatter=is_mesh and not competes
         )
         if over_maps and conv.rounds > 1 and self.exchange.width:
             raise ValueError(
@@ -220,14 +214,16 @@ class ShardedHeadGraphConv(HeadGraphConv):
             )
 
 
-def group_of(ranks: DeviceMesh | Any) -> Any:
+def group_of(ranks: DeviceMesh | ProcessGroup) -> ProcessGroup:
     """The process group of a mesh of one dimension, or the group that `ranks` is."""
     return ranks.get_group() if isinstance(ranks, DeviceMesh) else ranks
 
 
-def rows_here(value: Tensor, dim: int, chosen: Tensor | None, group: Any) -> Tensor:
+def rows_here(value: Tensor | None, dim: int, chosen: Tensor | None, group: ProcessGroup) -> Tensor | None:
     """This rank's rows along `dim`: those `chosen` of what all ranks hold; all (`None`) of a shard or part."""
-    return local(value) if chosen is None else sum_gradients(value, group).index_select(dim, chosen)
+    if value is None or chosen is None:
+        return local(value)
+    return sum_gradients(value, group).index_select(dim, chosen)
 
 
 def are_equal_runs(edges_of_ranks: Sequence[Sequence[int]]) -> bool:
@@ -241,7 +237,7 @@ def are_equal_runs(edges_of_ranks: Sequence[Sequence[int]]) -> bool:
     return len({len(of_rank) for of_rank in edges_of_ranks}) == 1 and flat == list(range(len(flat)))
 
 
-def _cut(value: Tensor, dim: int, chosen: Tensor, ranks: DeviceMesh | Any) -> Tensor:
+def _cut(value: Tensor, dim: int, chosen: Tensor, ranks: DeviceMesh | ProcessGroup) -> Tensor:
     """This rank's rows of a parameter or buffer: a shard on a mesh, of which they are an equal run, or a plain part."""
     if isinstance(ranks, DeviceMesh):
         part = distribute_tensor(value.data, ranks, [Shard(dim)])

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -157,7 +158,7 @@ def _whole_input(router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (_Share.apply(local(x), x.device_mesh.size()) if isinstance(x, DTensor) else x, *more)
 
 
-def _own_gates(router: nn.Module, args: Any, routing: Routing, *, group: Any) -> Routing:
+def _own_gates(router: nn.Module, args: Any, routing: Routing, *, group: ProcessGroup) -> Routing:
     return routing._replace(gates=own_part(routing.gates, group, -1))
 
 

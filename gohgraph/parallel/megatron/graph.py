@@ -10,6 +10,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.parallel.sharded_graph import ShardedHeadGraphConv
@@ -29,7 +30,7 @@ class MegatronHeadGraphConv(ShardedHeadGraphConv):
         over_maps: as in `ShardedHeadGraphConv`.
     """
 
-    def __init__(self, conv: HeadGraphConv, group: Any, *, over_maps: bool = False) -> None:
+    def __init__(self, conv: HeadGraphConv, group: ProcessGroup, *, over_maps: bool = False) -> None:
         super().__init__(conv, group, over_maps=over_maps)
         # Checkpoints hold every rank's edges, by a name of their own, instead of the whole graph.
         self.register_buffer("edge_index", self.edge_index, persistent=False)
