@@ -54,10 +54,10 @@ with warnings.catch_warnings():
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from gohgraph.parallel.gradients import average_gradients, clip_gradients
     from gohgraph.parallel.megatron import head_graph_layer_spec, set_router_loss_scale
     from gohgraph.parallel.megatron.checkpoint import load_checkpoint, save_checkpoint
     from gohgraph.parallel.megatron.cpu import cpu_trial
-    from gohgraph.parallel.megatron.gradients import average_gradients, clip_gradients
 
 FULL = {"d_model": 128, "num_heads": 8, "num_layers": 4, "d_ff": 512, "length": 128, "batch_size": 8, "steps": 100}
 SMOKE = {"d_model": 32, "num_heads": 4, "num_layers": 2, "d_ff": 64, "length": 32, "batch_size": 4, "steps": 4}
@@ -207,8 +207,9 @@ class Pretraining:
             loss = self._loss(share).mean() / parts
             loss.backward()
             total += loss.detach()
-        average_gradients(self.model, parallel_state.get_data_parallel_group())
-        clip_gradients(self.model, self.config.grad_clip, parallel_state.get_tensor_model_parallel_group())
+        average_gradients(self.model.parameters(), parallel_state.get_data_parallel_group())
+        ranks = parallel_state.get_tensor_model_parallel_group()
+        clip_gradients(self.model.parameters(), self.config.grad_clip, ranks)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1

@@ -1,14 +1,9 @@
-"""Which heads have to travel between the ranks that hold them, and by which collective."""
+"""Which heads have to travel between the ranks that hold them, by which collective, and where they lie on arrival."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 NOTHING, GATHER, SCATTER = "nothing", "all-gather", "reduce-scatter"
 
@@ -49,19 +44,81 @@ class Exchange:
         return len(self.heads[0]) if self.heads else 0
 
     @property
-    def order(self) -> list[int]:
+    def arrival_order(self) -> list[int]:
         """Global indices of the heads in the order in which they lie behind a collective, rank after rank."""
-        return [head for own in self.heads for head in own]
+        return [head for travelling in self.heads for head in travelling]
 
-    def edges_of_ranks(self, edges: Sequence[tuple[int, int]]) -> list[list[int]]:
-        """The indices of the (sender, receiver) edges that each rank computes: those into its heads, or out of them."""
-        side = 0 if self.kind == SCATTER else 1
-        owners = [edge[side] // self.per_rank for edge in edges]
-        return [[e for e, owner in enumerate(owners) if owner == rank] for rank in range(self.ranks)]
-
-    def of(self, rank: int) -> range:
+    def heads_of(self, rank: int) -> range:
         """The heads of a rank."""
         return range(rank * self.per_rank, (rank + 1) * self.per_rank)
+
+    def edges_of_ranks(self, edges: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """The indices of the (sender, receiver) edges that each rank computes: those into its heads, or out of them.
+
+        Senders j + l*H of earlier layers live where head j does.
+        """
+        side = 0 if self.kind == SCATTER else 1
+        owners = [edge[side] % self.num_heads // self.per_rank for edge in edges]
+        return [[e for e, owner in enumerate(owners) if owner == rank] for rank in range(self.ranks)]
+
+    def places(self, rank: int, edges: Sequence[tuple[int, int]], layers: int = 1) -> Places:
+        """Returns where on `rank` the ends of its edges lie, of `edges_of_ranks`; see `Places`.
+
+        Args:
+            rank: whose edges these are.
+            edges: pairs (j + l*H, i) of global indices, of head j in the l-th layer before.
+            layers: that send, each with all its heads.
+        """
+        heads, behind = self.heads_of(rank), {head: place for place, head in enumerate(self.arrival_order)}
+        here = {layer * self.num_heads + head: layer * len(heads) + head - heads.start
+                for layer in range(layers) for head in heads}  # fmt: skip
+        remote = sorted({j for j, _ in edges if j not in here})
+        senders = here | {j: len(here) + place for place, j in enumerate(remote)}
+        receivers = {i: i - heads.start if i in heads else len(heads) + behind[i] for _, i in edges}
+        travelling = self.heads[rank] if self.heads else ()
+        arrived = []
+        for sender in remote:
+            layer, head = divmod(sender, self.num_heads)
+            origin, place = divmod(behind[head], self.width)
+            arrived.append((origin * layers + layer) * self.width + place)
+        return Places(
+            edges=[(senders[j], receivers[i]) for j, i in edges],
+            senders=list(here),
+            sent=[here[layer * self.num_heads + head] for layer in range(layers) for head in travelling],
+            arrived=arrived,
+            summed=[head - heads.start for head in travelling],
+            num_senders=len(senders),
+            num_receivers=len(heads) + (len(behind) if self.kind == SCATTER else 0),
+        )
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where on one rank the heads of its edges lie: its own first, behind them those of other ranks.
+
+    Args:
+        edges: the (sender, receiver) edges of this rank by place.
+        senders: global indices of the senders that this rank holds, in their order here.
+        sent: places of the senders that it hands to an all-gather.
+        arrived: places, in what an all-gather brings, of the senders it needs; they follow its own.
+        summed: places of its heads to which a reduce-scatter brings sums.
+        num_senders: own and needed ones.
+        num_receivers: own heads, and with a reduce-scatter all that sums travel to.
+
+    Example:
+        >>> exchange = plan_exchange(4, 2, [(0, 2), (0, 3), (3, 1)])
+        >>> places = exchange.places(1, [(0, 2), (0, 3)])
+        >>> places.edges, places.sent, places.arrived, places.num_senders
+        ([(2, 0), (2, 1)], [1], [0], 3)
+    """
+
+    edges: list[tuple[int, int]]
+    senders: list[int]
+    sent: list[int]
+    arrived: list[int]
+    summed: list[int]
+    num_senders: int
+    num_receivers: int
 
 
 def plan_exchange(
@@ -101,37 +158,3 @@ def _by_rank(heads: set[int], ranks: int, per_rank: int) -> tuple[tuple[int, ...
     width = max(sum(head in heads for head in run) for run in runs)
     # Those that travel first; any other head of the rank fills up, and nobody reads it.
     return tuple(tuple(sorted(run, key=lambda head: head not in heads)[:width]) for run in runs)
-
-
-def gather_heads(own: Tensor, mesh: DeviceMesh) -> Tensor:
-    """All-gathers `[*, b, D]` of every rank to `[*, n*b, D]`; backward is one reduce-scatter."""
-    whole = DTensor.from_local(own, mesh, [Shard(own.dim() - 2)], run_check=False).redistribute(mesh, [Replicate()])
-    return whole.to_local(grad_placements=[Partial()])
-
-
-def scatter_heads(sums: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Adds `[*, n*c, D]` over ranks, each of which keeps its own `[*, c, D]`; backward is one all-gather."""
-    whole = DTensor.from_local(sums, mesh, [Partial()], run_check=False)
-    return whole.redistribute(mesh, [Shard(sums.dim() - 2)]).to_local()
-
-
-def sum_gradient(value: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The same value; backward adds the gradients of all ranks: for what all hold and each uses for its heads only."""
-    return DTensor.from_local(value, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-
-
-def own_part(value: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    """This rank's equal part of what all ranks hold; backward is one all-gather."""
-    return DTensor.from_local(value, mesh, [Replicate()], run_check=False).redistribute(mesh, [Shard(dim)]).to_local()
-
-
-def local(value: Tensor | None) -> Tensor | None:
-    """The part of a tensor on this rank; of an input of all ranks, each rank's gradient is one summand."""
-    if not isinstance(value, DTensor):
-        return value
-    return value.to_local(grad_placements=[Partial() if place.is_replicate() else place for place in value.placements])
-
-
-def indices(heads: Sequence[int], device: torch.device) -> Tensor:
-    """Head indices as a tensor."""
-    return torch.tensor(list(heads), dtype=torch.long, device=device)

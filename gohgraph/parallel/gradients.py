@@ -1,11 +1,13 @@
-"""Gradients of parameters that lie on ranks in different ways: their norm, and groups of equal layout."""
+"""Gradients of parameters that lie on ranks in different ways: their mean, their norm, and groups of equal layout."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -16,12 +18,16 @@ def layout_of(tensor: Tensor) -> Hashable:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, group: ProcessGroup | None = None) -> Tensor:
     """Scales all gradients so that their norm is at most `largest`, as `torch.nn.utils.clip_grad_norm_`.
 
+    The norm is that of the whole model: parts on several ranks are added, what all ranks hold counts once.
+
     Args:
-        parameters: whole ones, whose gradients are equal on all ranks, and `DTensor`s, in any mixture.
+        parameters: whole ones, whose gradients are equal on all ranks, `DTensor`s, and plain parts, in any mixture.
         largest: norm above which gradients are scaled.
+        group: the ranks that hold plain parts, those parameters that Megatron-Core marks `tensor_model_parallel`;
+            `None` where there are none.
 
     Returns:
         The norm before, the same on all ranks.
@@ -32,13 +38,34 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor
         >>> clip_gradients([weight], 1.0).item(), round(weight.grad.norm().item(), 5)
         (5.0, 1.0)
     """
-    groups: dict[Hashable, list[nn.Parameter]] = {}
+    members: dict[tuple[Hashable, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            groups.setdefault(layout_of(parameter.grad), []).append(parameter)
-    norms = [get_total_norm([parameter.grad for parameter in group]) for group in groups.values()]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total = torch.stack(whole).norm() if whole else torch.zeros(())
-    for group in groups.values():
-        clip_grads_with_norm_(group, largest, total)
+            is_part = group is not None and getattr(parameter, "tensor_model_parallel", False)
+            members.setdefault((layout_of(parameter.grad), is_part), []).append(parameter)
+    norms = [_norm(some, group if is_part else None) for (_, is_part), some in members.items()]
+    total = torch.stack(norms).norm() if norms else torch.zeros(())
+    for some in members.values():
+        clip_grads_with_norm_(some, largest, total)
     return total
+
+
+def _norm(parameters: list[nn.Parameter], group: ProcessGroup | None) -> Tensor:
+    norm = get_total_norm([parameter.grad for parameter in parameters])
+    if group is not None:
+        square = norm.square()
+        dist.all_reduce(square, group=group)
+        return square.sqrt()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], group: ProcessGroup) -> None:
+    """Takes the mean of gradients over the data-parallel ranks of `group`, in one call."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if group.size() == 1 or not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    parts = (flat / group.size()).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))

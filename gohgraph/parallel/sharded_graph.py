@@ -1,4 +1,4 @@
-"""The part of a head graph that one tensor-parallel rank computes."""
+"""The part of a head graph that one tensor-parallel rank computes, under gohgraph's own engine and Megatron-Core's."""
 
 from __future__ import annotations
 
@@ -7,65 +7,55 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edge_tables import EdgeTables
 from gohgraph.graphs.edges import EdgeWeights
-from gohgraph.parallel.exchange import (
-    GATHER,
-    SCATTER,
-    gather_heads,
-    indices,
-    local,
-    plan_exchange,
-    scatter_heads,
-    sum_gradient,
-)
+from gohgraph.graphs.protocol import Losses, Traits
+from gohgraph.parallel.collectives import gather_heads, local, scatter_heads, sum_gradients
+from gohgraph.parallel.exchange import GATHER, SCATTER, plan_exchange
 
 
 class ShardedEdgeWeights(EdgeWeights):
     """The weights of the edges that this rank computes.
 
-    Where the edges of the ranks are equal runs, the parameters are sharded. Otherwise every rank holds them all and
-    the gradients are added over ranks.
+    On a mesh the parameters are sharded where the edges of the ranks are equal runs; otherwise every rank holds them
+    all and the gradients are added over ranks. In a plain process group every rank holds its own edges' part.
 
     Args:
         edges: all weights; its parameters are taken over.
-        own: of every rank, the indices of its edges.
-        mesh: the tensor-parallel ranks, one dimension.
+        edges_of_ranks: of every rank, the indices of its edges.
+        ranks: the tensor-parallel ranks, a mesh of one dimension or a process group.
     """
 
-    def __init__(self, edges: EdgeWeights, own: Sequence[Sequence[int]], mesh: DeviceMesh) -> None:
+    def __init__(
+        self, edges: EdgeWeights, edges_of_ranks: Sequence[Sequence[int]], ranks: DeviceMesh | ProcessGroup
+    ) -> None:
         nn.Module.__init__(self)
         for name in ("context_dim", "kind", "rank", "activation", "rounds", "scale"):
             setattr(self, name, getattr(edges, name))
-        mine = own[mesh.get_local_rank()]
-        self.num_edges, self.mesh = len(mine), mesh
-        self.is_split = are_equal_runs(own) and edges.kind != "frozen"
-        self.register_buffer("own", indices(mine, edges.bias.device), persistent=False)
-        if edges.kind == "frozen":
-            self.register_buffer("bias", edges.bias)
-        else:
-            self.bias = self._shared(edges.bias)
-        self.weight = None if edges.weight is None else self._shared(edges.weight)
+        self.group = group_of(ranks)
+        chosen = torch.tensor(edges_of_ranks[self.group.rank()], dtype=torch.long, device=edges.bias.device)  # [E']
+        self.num_edges = len(chosen)
+        is_whole = isinstance(ranks, DeviceMesh) and (edges.kind == "frozen" or not are_equal_runs(edges_of_ranks))
+        register = self.register_buffer if edges.kind == "frozen" else self.register_parameter
+        for name in ("bias", "weight"):
+            value = getattr(edges, name)
+            register(name, value if is_whole or value is None else _cut(value, 1, chosen, ranks))
         self.down = edges.down
-
-    def _shared(self, parameter: nn.Parameter) -> nn.Parameter:
-        if not self.is_split:
-            return parameter
-        return nn.Parameter(distribute_tensor(parameter.data, self.mesh, [Shard(1)]), parameter.requires_grad)
+        self.register_buffer("chosen", chosen if is_whole else None, persistent=False)
 
     def forward(self, context: Tensor | None = None) -> Tensor:
         """Returns the weights of this rank's edges, `[*, R, E of the rank]`."""
-        down = None if self.down is None else sum_gradient(self.down, self.mesh)
-        return self._activated(local(context), self._mine(self.bias), self._mine(self.weight), down)
-
-    def _mine(self, weights: Tensor | None) -> Tensor | None:
-        if weights is None or self.is_split:
-            return local(weights)
-        whole = sum_gradient(weights, self.mesh) if isinstance(weights, nn.Parameter) else weights
-        return whole.index_select(1, self.own)
+        down = None if self.down is None else sum_gradients(self.down, self.group)
+        bias, weight = (rows_here(value, 1, self.chosen, self.group) for value in (self.bias, self.weight))
+        if context is not None:
+            # Who made a DTensor of what all ranks hold adds the gradients; of a plain tensor it is done here.
+            context = local(context) if isinstance(context, DTensor) else sum_gradients(context, self.group)
+        return self._activated(context, bias, weight, down)
 
 
 class ShardedHeadGraphConv(HeadGraphConv):
@@ -74,84 +64,92 @@ class ShardedHeadGraphConv(HeadGraphConv):
     .. math:: z'_i = z_i + \sum_{j \text{ here}} \alpha_{ji} z_j + \sum_{j \text{ elsewhere}} \alpha_{ji} z_j
 
     The second sum comes by one collective a round: an all-gather of the z_j that others need, or a reduce-scatter of
-    the sums for heads elsewhere. Equal to `HeadGraphConv` on all heads; `state_dict` has the same names.
+    the sums for heads elsewhere. A graph without edges between ranks communicates nothing. All ranks together equal
+    `HeadGraphConv` on all heads in value and gradient. Where `top_edges` has to choose between edges of exactly equal
+    weight, another number of ranks may choose another of them.
 
     Args:
         conv: the whole graph; its parameters are taken over.
-        mesh: the tensor-parallel ranks, one dimension; H is a multiple of their number.
-        maps: the nodes are attention scores. They do not travel: `fetch` brings the queries and keys they are made of.
+        ranks: the tensor-parallel ranks; H is a multiple of their number. On a `DeviceMesh` of one dimension parameters
+            have the shape they have in the whole graph, and `state_dict` has the same names. In a plain process group
+            every rank holds, of its edges and heads, a part: a run of the whole, which a reduce-scatter would not have.
+        over_maps: the nodes are attention scores. They do not travel: `gather_senders` brings the queries and keys
+            they are made of.
+
+    Attributes:
+        group: the process group of the ranks.
+        exchange: the plan, see `Exchange`.
+        global_edges: the edges `[2, E']` that this rank computes, by their heads in the whole graph.
 
     Shape:
-        z `[*, H/n, D]`, context `[*, M]` of all ranks, active bool `[*, H]` -> `[*, H/n, D]`. With `maps`, z holds the
-        scores of this rank's heads and of those that `fetch` appended.
+        z `[*, H/n, D]`, context `[*, M]` of all ranks, active bool `[*, H]` -> `[*, H/n, D]`. With `over_maps`, z holds
+        the scores of this rank's heads and of those that `gather_senders` appended.
 
     Raises:
         ValueError: H is not a multiple of the ranks; several rounds of messages between scores across ranks.
     """
 
-    def __init__(self, conv: HeadGraphConv, mesh: DeviceMesh, *, maps: bool = False) -> None:
+    def __init__(self, conv: HeadGraphConv, ranks: DeviceMesh | ProcessGroup, *, over_maps: bool = False) -> None:
         # What the parent's constructor makes is taken over from `conv`.
         super(HeadGraphConv, self).__init__(aggr="add", node_dim=-2)
-        self.mesh, self.maps = mesh, maps
+        self.group, self.over_maps = group_of(ranks), over_maps
         self.head_dim, self.backend, self.cross_layer, self.top_edges = (
             conv.head_dim, conv.backend, conv.cross_layer, conv.top_edges
         )  # fmt: skip
-        ends = conv.edge_index.t().tolist()
-        competes = maps or conv.top_edges is not None
-        flat = [(j % conv.num_heads, i) for j, i in ends]
-        self.exchange = plan_exchange(conv.num_heads, mesh.size(), flat, may_scatter=not competes)
-        if maps and conv.rounds > 1 and self.exchange.width:
+        is_mesh, competes = isinstance(ranks, DeviceMesh), over_maps or conv.top_edges is not None
+        edges = [(j, i) for j, i in conv.edge_index.t().tolist()]
+        of_heads = [(j % conv.num_heads, i) for j, i in edges]
+        self.exchange = plan_exchange(
+            conv.num_heads, self.group.size(), of_heads, may_scatter=is_mesh and not competes
+        )
+        if over_maps and conv.rounds > 1 and self.exchange.width:
             raise ValueError(
                 f"Expected one round of messages between scores across ranks (got {conv.rounds}). Do set rounds=1, or "
                 "keep the edges of a score graph within ranks."
             )
-        own = self.exchange.edges_of_ranks(flat)
-        self.edges = ShardedEdgeWeights(conv.edges, own, mesh)
-        self.fusion, self.gain = conv.fusion, conv.gain
+        edges_of_ranks = self.exchange.edges_of_ranks(edges)
+        self.edges = ShardedEdgeWeights(conv.edges, edges_of_ranks, ranks)
         self.register_buffer("edge_index", conv.edge_index)
-        self._place(conv, own[mesh.get_local_rank()])
+        self.fusion, self.gain = conv.fusion, conv.gain
+        self._place([edges[index] for index in edges_of_ranks[self.group.rank()]])
+        if self.gain is not None and not is_mesh:
+            self.gain = _cut(self.gain, 0, self.held_senders, ranks)
+            self.held_senders = None
 
-    def _place(self, conv: HeadGraphConv, own: list[int]) -> None:
-        """Makes the tables that say where the heads of an edge lie here."""
-        exchange, device = self.exchange, conv.edge_index.device
-        heads, layers = exchange.of(self.mesh.get_local_rank()), 1 + self.cross_layer
-        rows, here = len(heads), len(heads) * layers
-        behind = {head: place for place, head in enumerate(exchange.order)}
-        sent = [layer * rows + head - heads.start for layer in range(layers) for head in self._travelling(heads)]
-        links = []
-        for edge in own:
-            sender, receiver = conv.edge_index[:, edge].tolist()
-            layer, head = divmod(sender, conv.num_heads)
-            if head in heads:
-                place = layer * rows + head - heads.start
-            else:
-                rank, offset = divmod(behind[head], exchange.width)
-                place = here + (rank * layers + layer) * exchange.width + offset
-            links.append((place, receiver - heads.start if receiver in heads else rows + behind[receiver]))
-        gathered = exchange.ranks * exchange.width
-        self.num_heads = rows + (gathered if exchange.kind == SCATTER else 0)
-        self.num_senders = here + (gathered * layers if exchange.kind == GATHER else 0)
-        own_senders = [layer * conv.num_heads + head for layer in range(layers) for head in heads]
+    def _place(self, edges: list[tuple[int, int]]) -> None:
+        """Makes the tables that say where the heads of this rank's edges lie here."""
+        places = self.exchange.places(self.group.rank(), edges, 1 + self.cross_layer)
+        self.num_heads, self.num_senders = places.num_receivers, places.num_senders
         tables = {
-            "ends": conv.edge_index[:, own],
-            "own_links": torch.tensor(links, device=device, dtype=torch.long).reshape(-1, 2).t(),
-            "own_senders": indices(own_senders, device),
-            "sent": indices(sent, device),
-            "arriving": indices([head - heads.start for head in self._travelling(heads)], device),
+            "global_edges": _pairs(edges),
+            "edges_by_place": _pairs(places.edges),
+            "held_senders": torch.tensor(places.senders, dtype=torch.long),
+            "sent": torch.tensor(places.sent, dtype=torch.long),
+            "arrived": torch.tensor(places.arrived, dtype=torch.long),
+            "summed": torch.tensor(places.summed, dtype=torch.long),
         }
         for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
-        slots, places = self._slots_and_places()
-        self.register_buffer("slots", slots, persistent=False)
-        self.register_buffer("places", places, persistent=False)
+            self.register_buffer(name, table.to(self.edge_index.device), persistent=False)
+        self.edges_changed()
 
-    def _travelling(self, heads: range) -> tuple[int, ...]:
-        return self.exchange.heads[self.mesh.get_local_rank()] if self.exchange.width else ()
+    def edges_changed(self) -> None:
+        """Makes anew what follows from the edges of this rank."""
+        super().edges_changed()
+        # Edges are in the order of the whole graph; here senders of other ranks stand behind this rank's.
+        self.in_order = self.cell_of_edge.tolist() == list(range(self.num_heads * self.num_senders))
+
+    def _traits(self, tables: EdgeTables) -> Traits:
+        return super()._traits(tables)._replace(num_heads=self.exchange.per_rank)
 
     @property
-    def links(self) -> Tensor:
-        """Edges of this rank `[2, E]`: the place of the sender among the nodes here, and of the receiver."""
-        return self.own_links
+    def local_edges(self) -> Tensor:
+        """Edges of this rank `[2, E']`: the place of the sender among the nodes here, and of the receiver."""
+        return self.edges_by_place
+
+    @property
+    def is_complete(self) -> bool:
+        """True when edges in order are the rows of the adjacency."""
+        return self.in_order
 
     def forward(
         self,
@@ -159,57 +157,63 @@ class ShardedHeadGraphConv(HeadGraphConv):
         context: Tensor | None = None,
         earlier: Sequence[Tensor] = (),
         active: Tensor | None = None,
+        *,
+        keys: Tensor | None = None,
+        losses: Losses | None = None,
     ) -> Tensor:
         """Passes messages to the nodes of this rank."""
-        if not (self.maps and self.exchange.width):
+        if not (self.over_maps and self.exchange.width):
             return super().forward(z, context, earlier, active)
         alpha = self.edge_weight(context, 0, active).to(z.dtype)
         return super()._add_messages(z[..., : self.exchange.per_rank, :], z, alpha)
 
-    def fetch(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends the queries and keys of senders on other ranks, in one all-gather where both have equal shapes.
+    def gather_senders(self, *nodes: Tensor) -> tuple[Tensor, ...]:
+        """Appends the senders of other ranks that this one receives from, in one all-gather of all with equal shapes.
 
         Args:
-            q: `[B, T, H/n, D]`.
-            k: `[B, S, G/n, D]`; query heads of one group get a copy each.
+            *nodes: such as queries and keys, `[*, H/n, D]` each; of earlier layers, `[*, H/n * (1+w), D]`. Those with
+                fewer heads, such as the keys of groups, get a copy for each of the group.
 
         Returns:
-            `[B, T, H', D]` and `[B, S, H', D]`.
+            `[*, S, D]` each; the nodes themselves where nothing is gathered.
         """
-        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)  # [B, S, H/n, D]
-        parts = [x.index_select(2, self.sent) for x in (q, k)]  # [B, T or S, b, D] each
-        if parts[0].shape == parts[1].shape:
-            parts = gather_heads(torch.cat(parts, dim=-1), self.mesh).chunk(2, dim=-1)  # [B, T, n*b, D] each
+        if self.exchange.kind != GATHER:
+            return nodes
+        held = self.exchange.per_rank * (1 + self.cross_layer)
+        nodes = tuple(each.repeat_interleave(held // each.shape[-2], dim=-2) for each in nodes)  # [*, S', D] each
+        sent = [each.index_select(-2, self.sent) for each in nodes]  # [*, b, D] each
+        if len(nodes) > 1 and len({each.shape for each in sent}) == 1:
+            arrived = gather_heads(torch.cat(sent, dim=-1), self.group).chunk(len(sent), dim=-1)  # [*, n*b, D] each
         else:
-            parts = [gather_heads(part, self.mesh) for part in parts]
-        return torch.cat((q, parts[0]), dim=2), torch.cat((k, parts[1]), dim=2)
+            arrived = [gather_heads(each, self.group) for each in sent]
+        needed = [each.index_select(-2, self.arrived) for each in arrived]  # [*, S-H/n, D] each
+        return tuple(torch.cat(both, dim=-2) for both in zip(nodes, needed, strict=True))
 
     def _senders(self, nodes: Tensor, earlier: Sequence[Tensor]) -> Tensor:
-        own = torch.cat((nodes, *earlier[: self.cross_layer]), dim=-2) if self.cross_layer else nodes  # [*, S, D]
+        held = torch.cat((nodes, *earlier[: self.cross_layer]), dim=-2) if self.cross_layer else nodes  # [*, S', D]
         if self.gain is not None:
-            gain = sum_gradient(self.gain, self.mesh).index_select(0, self.own_senders)  # [S, D]
-            own = F.rms_norm(own, (own.shape[-1],)) * gain.to(own.dtype)
-        if self.exchange.kind != GATHER:
-            return own
-        return torch.cat((own, gather_heads(own.index_select(-2, self.sent), self.mesh)), dim=-2)
+            gain = rows_here(self.gain, 0, self.held_senders, self.group)  # [S', D]
+            held = F.rms_norm(held, (held.shape[-1],)) * gain.to(held.dtype)
+        return self.gather_senders(held)[0]
 
     def _add_messages(self, z: Tensor | None, senders: Tensor, alpha: Tensor) -> Tensor:
         if self.exchange.kind != SCATTER:
             return super()._add_messages(z, senders, alpha)
         rows = self.exchange.per_rank
         sums = super()._add_messages(None, senders, alpha)  # [*, h + n*c, D]
-        arrived = scatter_heads(sums[..., rows:, :], self.mesh)  # [*, c, D]
-        received = sums[..., :rows, :].index_add(-2, self.arriving, arrived)  # [*, h, D]
+        arrived = scatter_heads(sums[..., rows:, :], self.group)  # [*, c, D]
+        received = sums[..., :rows, :].index_add(-2, self.summed, arrived)  # [*, h, D]
         return received if z is None else z + received
 
     def _fusion(self) -> Tensor | None:
-        return None if self.fusion is None else sum_gradient(self.fusion, self.mesh)
+        return None if self.fusion is None else sum_gradients(self.fusion, self.group)
 
     def _linked(self, active: Tensor) -> Tensor:
         active = local(active)
         # Heads of earlier layers that were off there send zeros: only the receiver counts.
         sending = F.pad(active, (0, self.cross_layer * active.shape[-1]), value=True)  # [*, (1+w)*H]
-        return sending.index_select(-1, self.ends[0]) & active.index_select(-1, self.ends[1])  # [*, E]
+        senders, receivers = self.global_edges
+        return sending.index_select(-1, senders) & active.index_select(-1, receivers)  # [*, E']
 
     def _check_nodes(self, z: Tensor, earlier: Sequence[Tensor]) -> None:
         if z.dim() < 2 or z.shape[-2] != self.exchange.per_rank:
@@ -224,14 +228,37 @@ class ShardedHeadGraphConv(HeadGraphConv):
             )
 
 
-def are_equal_runs(own: Sequence[Sequence[int]]) -> bool:
+def group_of(ranks: DeviceMesh | ProcessGroup) -> ProcessGroup:
+    """The process group of a mesh of one dimension, or the group that `ranks` is."""
+    return ranks.get_group() if isinstance(ranks, DeviceMesh) else ranks
+
+
+def rows_here(value: Tensor | None, dim: int, chosen: Tensor | None, group: ProcessGroup) -> Tensor | None:
+    """This rank's rows along `dim`: those `chosen` of what all ranks hold; all (`None`) of a shard or part."""
+    if value is None or chosen is None:
+        return local(value)
+    return sum_gradients(value, group).index_select(dim, chosen)
+
+
+def are_equal_runs(edges_of_ranks: Sequence[Sequence[int]]) -> bool:
     """Whether the ranks' indices are equal runs of consecutive ones, rank after rank: what a sharded tensor holds.
 
     Example:
         >>> are_equal_runs([[0, 1], [2, 3]]), are_equal_runs([[0, 2], [1, 3]]), are_equal_runs([[0], [1, 2]])
         (True, False, False)
     """
-    flat = [index for some in own for index in some]
-    return len({len(some) for some in own}) == 1 and flat == list(range(len(flat)))
+    flat = [index for of_rank in edges_of_ranks for index in of_rank]
+    return len({len(of_rank) for of_rank in edges_of_ranks}) == 1 and flat == list(range(len(flat)))
 
 
+def _cut(value: Tensor, dim: int, chosen: Tensor, ranks: DeviceMesh | ProcessGroup) -> Tensor:
+    """This rank's rows of a parameter or buffer: a shard on a mesh, of which they are an equal run, or a plain part."""
+    if isinstance(ranks, DeviceMesh):
+        part = distribute_tensor(value.data, ranks, [Shard(dim)])
+    else:
+        part = value.detach().index_select(dim, chosen)
+    return nn.Parameter(part, value.requires_grad) if isinstance(value, nn.Parameter) else part
+
+
+def _pairs(edges: list[tuple[int, int]]) -> Tensor:
+    return torch.tensor(edges, dtype=torch.long).reshape(-1, 2).t().contiguous()  # [2, E]

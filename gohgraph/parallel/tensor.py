@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -23,7 +24,7 @@ from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import Stack, StackOutput
 from gohgraph.models.sublayers import NORMS
-from gohgraph.parallel.exchange import local, own_part
+from gohgraph.parallel.collectives import gather_parts, local, own_part
 from gohgraph.parallel.sharded_graph import ShardedHeadGraphConv
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -78,17 +79,12 @@ def tensor_parallel(model: Module, mesh: DeviceMesh, *, sequence_parallel: bool 
 def _shard_attention(attention: MultiHeadAttention, mesh: DeviceMesh, between: Any) -> None:
     graphs = attention.inner_graphs
     for name in graphs:
-        graphs[name] = _sharded(graphs[name], mesh, maps=name == "weight")
+        graphs[name] = _sharded(graphs[name], mesh, over_maps=name == "weight")
     attention.output_graph = _sharded(attention.output_graph, mesh)
-    attention.score_graph = _sharded(attention.score_graph, mesh, maps=True)
-
-    if attention.score_graph is not None and attention.score_graph.exchange.width:
-        attention.fetch, attention.tiled = attention.score_graph.fetch, False
+    attention.score_graph = _sharded(attention.score_graph, mesh, over_maps=True)
     if attention.router is not None:
-        # The router tells of all heads, while queries are of some.
-        attention.skip = False
         attention.router.register_forward_pre_hook(_whole_input)
-        attention.router.register_forward_hook(partial(_own_gates, mesh=mesh))
+        attention.router.register_forward_hook(partial(_own_gates, group=mesh.get_group()))
     attention.num_heads //= mesh.size()
     attention.num_kv_heads //= mesh.size()
     columns = {name: ColwiseParallel() for name in ("query", "key", "value")}
@@ -104,8 +100,8 @@ def _rows(between: Any) -> RowwiseParallel:
     return RowwiseParallel(output_layouts=between)
 
 
-def _sharded(graph: nn.Module | None, mesh: DeviceMesh, *, maps: bool = False) -> nn.Module | None:
-    return None if graph is None else ShardedHeadGraphConv(graph, mesh, maps=maps)
+def _sharded(graph: nn.Module | None, mesh: DeviceMesh, *, over_maps: bool = False) -> nn.Module | None:
+    return None if graph is None else ShardedHeadGraphConv(graph, mesh, over_maps=over_maps)
 
 
 class Block(ParallelStyle):
@@ -151,12 +147,13 @@ def _whole_input(router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (_Share.apply(local(x), x.device_mesh.size()) if isinstance(x, DTensor) else x, *more)
 
 
-def _own_gates(router: nn.Module, args: Any, routing: Routing, *, mesh: DeviceMesh) -> Routing:
-    return routing._replace(gates=own_part(routing.gates, mesh, routing.gates.dim() - 1))
+def _own_gates(router: nn.Module, args: Any, routing: Routing, *, group: ProcessGroup) -> Routing:
+    return routing._replace(gates=own_part(routing.gates, group, -1))
 
 
 def _split_tokens(stack: Stack, mesh: DeviceMesh) -> None:
     """Lets a stack hold T/n tokens a rank between its blocks."""
+    group = mesh.get_group()
 
     def enter(stack: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *memory = args
@@ -165,10 +162,10 @@ def _split_tokens(stack: Stack, mesh: DeviceMesh) -> None:
                 f"Expected a multiple of {mesh.size()} tokens with sequence_parallel (got {x.shape[1]}). Do pad them, "
                 "or turn it off."
             )
-        return (own_part(x, mesh, 1), *memory)
+        return (own_part(x, group, 1), *memory)
 
     def leave(stack: nn.Module, args: Any, output: StackOutput) -> StackOutput:
-        return output._replace(x=_whole(output.x, mesh, TOKENS).to_local())
+        return output._replace(x=gather_parts(output.x, group, 1))
 
     for name, module in list(stack.named_modules()):
         if isinstance(module, tuple(NORMS.values())):

@@ -75,7 +75,7 @@ def test_two_ranks_equal_one_process():
 
 def test_four_ranks_equal_one_process():
     check(4, [
-        equal(TP, ALL), equal(TP_FSDP, some(ALL, 3, of=4)), equal(TP_DDP, some(ALL, 4, of=1)),
+        equal(TP, some(ALL, 1, of=4)), equal(TP_FSDP, some(ALL, 3, of=4)), equal(TP_DDP, some(ALL, 4, of=1)),
         equal(TOKENS, some(SPECIAL, 2, of=1), layers=2),
         trains(TP, some(ALL, 3, of=1)), trains(TP_FSDP, some(ALL, 4, of=1)), *([trains(TP_DDP, ALL)] * EXHAUSTIVE),
     ])  # fmt: skip

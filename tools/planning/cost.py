@@ -128,11 +128,11 @@ def graph_cost(graphs: HeadGraphConfig, model: Workload, cluster: Cluster) -> Co
             f"Expected pipeline ranks to divide {model.num_layers} layers (got {cluster.pipeline}). Do change either."
         )
     total = Cost()
-    for site, maps in ((graphs.outputs, False), (graphs.scores, True)):
+    for site, over_maps in ((graphs.outputs, False), (graphs.scores, True)):
         for part in parts_of(site):
             if not isinstance(part, SiteConfig):
                 raise ValueError(f"Expected head graphs to plan (got {part!r}). Do leave baselines out.")
-            total += _site_cost(part, model, cluster, maps)
+            total += _site_cost(part, model, cluster, over_maps)
     if graphs.routing is not None:
         total += _router_cost(model, cluster)
     layers = model.num_layers
@@ -144,7 +144,7 @@ def graph_cost(graphs: HeadGraphConfig, model: Workload, cluster: Cluster) -> Co
     return Cost(parameters, total.flops * here, total.tensor_bytes * here, later, data)
 
 
-def _site_cost(site: SiteConfig, model: Workload, cluster: Cluster, maps: bool) -> Cost:
+def _site_cost(site: SiteConfig, model: Workload, cluster: Cluster, over_maps: bool) -> Cost:
     """Of one site in one layer."""
     heads, width, ranks = model.num_heads, model.d_model // model.num_heads, cluster.tensor
     graph = head_graph(heads, site.topology, self_loops=site.self_loops, **site.options)
@@ -155,22 +155,22 @@ def _site_cost(site: SiteConfig, model: Workload, cluster: Cluster, maps: bool) 
     down = rounds * site.rank * model.d_model if of_token and site.rank is not None else 0
     own = count * (of_token * inner + (site.edges != "frozen"))
     shared = down + (rounds if rounds > 1 else 0) + (layers * width * heads if site.norm else 0)
-    exchange = plan_exchange(heads, ranks, edges, may_scatter=not maps and site.top_edges is None)
+    exchange = plan_exchange(heads, ranks, edges, may_scatter=not over_maps and site.top_edges is None)
     # Where every rank has not equally many edges, all hold all of them and add up their gradients.
     is_split = are_equal_runs(exchange.edges_of_ranks(edges))
     reduced = shared + (0 if is_split or site.edges == "frozen" else own)
-    features = 2 * width if maps else width * (1 if exchange.kind == SCATTER else layers)
+    features = 2 * width if over_maps else width * (1 if exchange.kind == SCATTER else layers)
     # Forward and backward: an all-gather and a reduce-scatter, in whichever order.
     moved = 2 * rounds * ranks * exchange.width * features * model.tokens
     sent = (moved * (ranks - 1) / ranks + 2 * reduced * (ranks - 1) / ranks) * model.number_bytes
-    flops = 2 * (count * inner * of_token + down) + _message_flops(site, model, len(edges), maps)
+    flops = 2 * (count * inner * of_token + down) + _message_flops(site, model, len(edges), over_maps)
     return Cost(own + shared, 3 * model.tokens * flops / ranks, sent)
 
 
-def _message_flops(site: SiteConfig, model: Workload, edges: int, maps: bool) -> float:
+def _message_flops(site: SiteConfig, model: Workload, edges: int, over_maps: bool) -> float:
     """Forward, of a token: the dense product of an adjacency with the nodes; wide heads where these stand in for it."""
     heads, width = model.num_heads, model.d_model // model.num_heads
-    if not maps:
+    if not over_maps:
         return 2 * site.rounds * heads * heads * (1 + site.cross_layer) * width
     in_degree = edges / heads
     if site.rounds == 1 and in_degree <= WIDEST_IN_DEGREE:

@@ -14,14 +14,18 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from gohgraph.attention.maps import WideHeads
+from gohgraph.attention.call import NO_MASK, Call, Core, Mask
+from gohgraph.attention.forms import attend
 from gohgraph.attention.routing import HeadRouter
 from gohgraph.graphs.config import HeadGraphConfig
+from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.protocol import Messages
 from gohgraph.graphs.site_config import SiteConfig
+from gohgraph.parallel.collectives import gather_parts, own_part
 from gohgraph.parallel.megatron.checks import check_sizes, check_transformer
-from gohgraph.parallel.megatron.collectives import gather_sequence, own_heads
+from gohgraph.parallel.megatron.graph import MegatronHeadGraphConv
 from gohgraph.parallel.megatron.losses import attach_losses
-from gohgraph.parallel.megatron.sharded_conv import ShardedHeadGraphConv
+from gohgraph.parallel.megatron.torch_attention import TorchCoreAttention
 
 
 class HeadGraphSelfAttention(SelfAttention):
@@ -56,7 +60,7 @@ class HeadGraphSelfAttention(SelfAttention):
                     f"Expected whole, unpacked sequences without {name} for head graphs (got it). Do call the model "
                     "without."
                 )
-        x = gather_sequence(hidden_states, self.tp_group) if self.config.sequence_parallel else hidden_states
+        x = gather_parts(hidden_states, self.tp_group, 0) if self.config.sequence_parallel else hidden_states
         # The one argument that Megatron-Core passes through to the core attention untouched.
         options["attention_bias"] = x
         return super().forward(hidden_states, attention_mask, *args, **options)
@@ -69,8 +73,9 @@ class HeadGraphCoreAttention(MegatronModule):
         a' = \mathrm{score\_graph}(a, x), \qquad z_i = \mathrm{softmax}(a'_i)\, v_i, \qquad
         z'_i = g_i\, \mathrm{output\_graph}(z, x)_i
 
-    Score messages run as attention over wider heads, see `WideHeads`: at in-degree k it costs k times the core of plain
-    attention. Heads and the edges into them are sharded over tensor-parallel ranks; the router is whole on all.
+    Beside `TorchCoreAttention` every form of attention may stand in for it; on Megatron-Core's own, score messages run
+    as attention over wider heads: at in-degree k they cost k times the core of plain attention. Heads and the edges
+    into them are sharded over tensor-parallel ranks; the router is whole on all.
 
     Args:
         config: of the transformer.
@@ -114,9 +119,8 @@ class HeadGraphCoreAttention(MegatronModule):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(torch.initial_seed() + layer_number)
             self.output_graph = self._conv(head_graph.outputs)
-            self.score_graph = self._conv(head_graph.scores)
+            self.score_graph = self._conv(head_graph.scores, over_maps=True)
             self.router = self._router(head_graph)
-        self.wide = None if self.score_graph is None else WideHeads(self.score_graph)
         self._place()
 
     def forward(
@@ -132,27 +136,35 @@ class HeadGraphCoreAttention(MegatronModule):
         """Attends and passes messages; `attention_bias` is the input x `[s, b, M]` of the block."""
         x = attention_bias
         routing = None if self.router is None else self.router(x)
-        active = {} if routing is None else {"active": routing.active}
+        active = None if routing is None else routing.active  # [s, b, H]
+        scores = None
         if self.score_graph is not None:
-            query, key, value = self._widen(query, key, value, self.score_graph.edge_weight(x, **active))
-        z = self._attend(query, key, value, attention_mask, attn_mask_type)
-        z = z.unflatten(-1, (-1, self.head_dim))  # [s, b, H/n, D]
+            by_batch = None if active is None else active.transpose(0, 1)  # [b, s, H]
+            scores = Messages(self.score_graph, x.transpose(0, 1), by_batch)
+        mask, core, scale = self._core(query, attention_mask, attn_mask_type)
+        heads = (part.transpose(0, 1) for part in (query, key, value))  # [b, s, H/n or G/n, D] each
+        z, _ = attend(Call(*heads, mask, scores=scores, core=core, scale=scale))
+        z = z.transpose(0, 1)  # [s, b, H/n, D]
         if self.output_graph is not None:
-            z = self.output_graph(z, x, **active)
+            z = self.output_graph(z, x, (), active)
         if routing is not None:
-            z = z * own_heads(routing.gates, self.tp_group).unsqueeze(-1).to(z.dtype)
+            z = z * own_part(routing.gates, self.tp_group, -1).unsqueeze(-1).to(z.dtype)
             if self.training:
                 z = attach_losses(z, routing, self.routing_config, self.config, self.layer_number)
         return z.flatten(-2)  # [s, b, H/n*D]
 
-    def _widen(self, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        groups = query.shape[2] // key.shape[2]
-        if groups > 1:
-            key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))  # [s, b, H/n, D]
-        both = self.score_graph.with_remote_heads(torch.cat((query, key), dim=-1))  # [s, b, S, 2*D]
-        queries, keys = both.split(self.head_dim, dim=-1)  # [s, b, S, D] each
-        wide_q, wide_k, _ = self.wide.widen(queries, keys, value, alpha)  # [s, b, H/n, k*D] each
-        return wide_q, wide_k, value
+    def _core(self, query: Tensor, mask: Tensor | None, mask_type: Any) -> tuple[Mask, Core, float | None]:
+        """The attention beneath, and its mask and scale where others may stand in for it."""
+
+        def beneath(q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_wide: bool) -> tuple[Tensor, None]:
+            turned = (part.transpose(0, 1) for part in (q, k, v[..., : self.head_dim]))  # [s, b, H/n, D] each
+            z = self._attend(*turned, mask, mask_type)
+            return z.unflatten(-1, (-1, self.head_dim)).transpose(0, 1), None  # [b, s, H/n, D]
+
+        if not isinstance(self.attention, TorchCoreAttention):
+            return NO_MASK, Core(beneath, f"{type(self.attention).__name__} beneath may do more than attend"), None
+        reason = "dropout by Megatron-Core's random state" if self.training and self.attention.dropout else ""
+        return self.attention.mask(query, mask, mask_type), Core(beneath, reason), self.attention.scale
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, mask_type: Any) -> Tensor:
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -164,11 +176,11 @@ class HeadGraphCoreAttention(MegatronModule):
             return tensor_parallel.checkpoint(attend, False, query, key, value)
         return attend(query, key, value)
 
-    def _conv(self, site: SiteConfig | None) -> ShardedHeadGraphConv | None:
+    def _conv(self, site: SiteConfig | None, *, over_maps: bool = False) -> MegatronHeadGraphConv | None:
         if site is None:
             return None
         sizes = (self.config.num_attention_heads, self.head_dim, self.config.hidden_size)
-        return ShardedHeadGraphConv.from_config(site, *sizes, group=self.tp_group)
+        return MegatronHeadGraphConv(HeadGraphConv.from_config(site, *sizes), self.tp_group, over_maps=over_maps)
 
     def _router(self, head_graph: HeadGraphConfig) -> HeadRouter | None:
         if head_graph.routing is None:
@@ -180,7 +192,7 @@ class HeadGraphCoreAttention(MegatronModule):
         """Moves head graphs and router to where Megatron-Core makes parameters, in its number format."""
         on_cpu = self.config.use_cpu_initialization or not torch.cuda.is_available()
         device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-        parts: list[nn.Module | None] = [self.output_graph, self.score_graph, self.router, self.wide]
+        parts: list[nn.Module | None] = [self.output_graph, self.score_graph, self.router]
         for part in parts:
             if part is not None:
                 part.to(device=device, dtype=self.config.params_dtype)

@@ -12,6 +12,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from gohgraph.attention.call import Mask
+
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
@@ -65,12 +67,11 @@ class TorchCoreAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> Tensor:
         """Attends; queries and keys may be wider than values."""
-        causal = attention_mask is None and query.shape[0] > 1 and (attn_mask_type or self.attn_mask_type) in CAUSAL
+        keep, causal = self.mask(query, attention_mask, attn_mask_type)
         width = value.shape[-1]
         if query.shape[-1] > width:
             value = F.pad(value, (0, query.shape[-1] - width))  # [t, b, G, D']
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, H, s, D'] each
-        keep = None if attention_mask is None else ~attention_mask
         dropout = self.dropout if self.training else 0.0
         # As in Megatron-Core: ranks hold other heads and drop other weights, while what they share drops equally.
         forks = dropout and query.is_cuda and not self.config.sequence_parallel
@@ -79,3 +80,9 @@ class TorchCoreAttention(MegatronModule):
                 q, k, v, keep, dropout, is_causal=causal, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
             )
         return z[..., :width].permute(2, 0, 1, 3).flatten(-2)  # [s, b, H*D]
+
+    def mask(self, query: Tensor, attention_mask: Tensor | None, mask_type: AttnMaskType | None = None) -> Mask:
+        """Returns what a call attends to, for queries `[s, b, H, D]` and the call's own mask in Megatron's polarity."""
+        if attention_mask is not None:
+            return Mask(~attention_mask)
+        return Mask(causal=query.shape[0] > 1 and (mask_type or self.attn_mask_type) in CAUSAL)
