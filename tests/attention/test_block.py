@@ -185,8 +185,8 @@ def test_feed_forward_equals_its_formula(activation):
     [
         (lambda: goh.MultiHeadAttention(M + 1, H), "Expected d_model to be a multiple"),
         (lambda: goh.MultiHeadAttention(M, H, num_kv_heads=2), "Expected num_kv_heads to divide"),
-        (lambda: goh.MultiHeadAttention(4 * D, 4, output_graph=graph()), "Expected output_graph over 4 heads"),
-        (lambda: goh.MultiHeadAttention(M, H, score_graph=graph(norm=True)), "Expected a score_graph without norm"),
+        (lambda: goh.MultiHeadAttention(4 * D, 4, output_graph=graph()), "Expected a graph over 4 heads at outputs"),
+        (lambda: goh.MultiHeadAttention(M, H, score_graph=graph(norm=True)), "can stand at scores .*norm=True"),
         (lambda: goh.FeedForward(M, 17, "tanh"), "Expected activation"),
     ],
 )

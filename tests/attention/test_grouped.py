@@ -9,7 +9,7 @@ import torch
 from helpers import assert_equal_to, trained_like
 
 import gohgraph as goh
-from gohgraph.attention import block
+from gohgraph.attention import forms
 from gohgraph.attention import grouped as grouping
 from gohgraph.attention.cache import KeyValueCache
 from gohgraph.attention.grouped import group_tokens
@@ -33,9 +33,9 @@ def attention(causal, shared=2, top_k=2, output=False, **settings):
 
 def assert_grouping_changes_nothing(module, x, memory=None, **arguments):
     results = []
-    for skip in (False, True):
+    for form in ("plain", "grouped"):
         own = copy.deepcopy(module)
-        own.skip = skip
+        own.form = form
         inputs = [x.clone().requires_grad_(), *([memory.clone().requires_grad_()] if memory is not None else [])]
         y, heads = own(*inputs, **arguments)
         torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_more_causal_tokens_than_keys():
 def test_a_prompt_in_pieces():
     module, x = attention(True, rotary=RotaryPositions(D)), torch.randn(B, T, M).double()
     whole = module(x)[0]
-    module.skip, cache = True, KeyValueCache()
+    module.form, cache = "grouped", KeyValueCache()
     pieces = [module(x[:, start:end], cache=cache)[0] for start, end in ((0, 5), (5, 11), (11, T))]
     assert_equal_to(torch.cat(pieces, dim=1), whole)
 
@@ -105,8 +105,7 @@ def test_a_head_that_nobody_chose_and_one_that_all_chose():
 
 def assert_grouping_changes_nothing_without_gradients(module, x):
     outputs = []
-    for skip in (False, True):
-        module.skip = skip
+    for module.form in ("plain", "grouped"):
         outputs.append(module(x)[0])
     assert_equal_to(outputs[1], outputs[0])
 
@@ -128,7 +127,7 @@ def test_where_tokens_are_grouped(monkeypatch):
     module = attention(True, dropout=0.1).eval()
     calls = []
     monkeypatch.setattr(
-        block, "grouped_attention", lambda *inputs: calls.append(1) or grouping.grouped_attention(*inputs)
+        forms, "grouped_attention", lambda *inputs: calls.append(1) or grouping.grouped_attention(*inputs)
     )
 
     def grouped(module, x, **arguments):
@@ -151,11 +150,13 @@ def test_where_tokens_are_grouped(monkeypatch):
     # A router that sends nearly all tokens to one head leaves nothing to gain.
     monkeypatch.setitem(grouping.LARGEST_SHARE, True, 0.4)
     assert not grouped(module, x)
-    module.skip = True
-    assert grouped(module, x) and not grouped(module.train(), x)
-    module.eval().skip = False
-    assert not grouped(module, x)
-    module.skip = True
-    module.score_graph = goh.HeadGraphConv(goh.head_graph(H), D, M).double()
+    module.form = "grouped"
+    assert grouped(module, x)
+    with pytest.raises(ValueError, match="'grouped' takes .got dropout"):
+        module.train()(x)
+    module.form = None
+    monkeypatch.setitem(grouping.LARGEST_SHARE, True, 1.0)
+    assert grouped(module.eval(), x) and not grouped(module.train(), x)
+    module.eval().score_graph = goh.HeadGraphConv(goh.head_graph(H), D, M).double()
     assert not grouped(module, x)
     assert not grouped(trained_like(goh.MultiHeadAttention(M, H)), x)

@@ -14,9 +14,12 @@ from benchmarks.kernels import usages
 from helpers import load_script
 
 import gohgraph as goh
+from gohgraph.attention.call import Call
+from gohgraph.attention.forms import explain
 from gohgraph.attention.kernels import mixed_attention
 from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_takes
-from gohgraph.attention.tiled import runs_in_tiles, tiled_attention
+from gohgraph.attention.tiled import tiled_attention
+from gohgraph.graphs.protocol import Messages
 
 B, T, H, D = 2, 13, 6, 5
 GPU = torch.device("cuda", 0)
@@ -106,10 +109,12 @@ def conv_of(topology, **options):
     return goh.HeadGraphConv(goh.head_graph(H, topology, **options), D, H * D)
 
 
-@pytest.mark.parametrize(("tiled", "expected"), [(None, False), (True, True), (False, False)])
-def test_off_the_cpu_tiles_and_so_the_kernel_are_for_those_who_ask(tiled, expected):
-    q = torch.empty(B, 512, H, D, device="meta")
-    assert runs_in_tiles([conv_of("complete"), None], q, q, 0.0, tiled) is expected
+@pytest.mark.parametrize(("form", "taken"), [(None, "maps"), ("tiled", "tiled"), ("kernel", "kernel")])
+def test_off_the_cpu_tiles_and_the_kernel_are_for_those_who_ask(monkeypatch, form, taken):
+    monkeypatch.setattr("gohgraph.attention.forms.kernel_takes", lambda *args: True)
+    q, x = torch.empty(B, 512, H, D, device="meta"), torch.empty(B, 512, H * D, device="meta")
+    reasons = explain(Call(q, q, q, scores=Messages(conv_of("complete"), x)), form)
+    assert [name for name, reason in reasons.items() if reason == "taken"] == [taken]
 
 
 @pytest.mark.parametrize(("on_weights", "expected"), [(False, 1), (True, 0)])

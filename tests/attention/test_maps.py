@@ -12,7 +12,10 @@ from torch import nn
 
 import gohgraph as goh
 from gohgraph.attention.cache import KeyValueCache
-from gohgraph.attention.maps import WideHeads, mixed_attention
+from gohgraph.attention.call import Call, Mask
+from gohgraph.attention.forms import attend, explain
+from gohgraph.attention.maps import mixed_attention
+from gohgraph.graphs.protocol import Messages
 from gohgraph.models.embeddings import RotaryPositions
 
 B, T, H, D = 2, 7, 6, 4
@@ -57,16 +60,14 @@ def padding_mask():
 
 @pytest.mark.parametrize("mask", ["none", "padding"])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("kv_heads", [None, 3, 1])
+@pytest.mark.parametrize("kv_heads", [3])
 @pytest.mark.parametrize("self_loops", [True, False])
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_wide_equals_propagate_on_scores(graph, self_loops, kv_heads, causal, mask):
     settings = {"num_kv_heads": kv_heads, "causal": causal, "rotary": RotaryPositions(D), "self_loops": self_loops}
     fast = attention(*GRAPHS[graph], **settings)
-    if fast.wide is None:
-        fast.wide = WideHeads(fast.score_graph)
     definition = attention(*GRAPHS[graph], backend="pyg", **settings)
-    assert definition.wide is None
+    fast.form, definition.form = "wide", "maps"
     x = torch.randn(B, T, M).double()
     masks = {} if mask == "none" else {"keep_mask": padding_mask()}
     assert_same(values_and_gradients(fast, x, **masks), values_and_gradients(definition, x, **masks))
@@ -77,8 +78,8 @@ def test_wide_equals_propagate_on_scores(graph, self_loops, kv_heads, causal, ma
 def test_eager_equals_propagate_on_scores(graph, rounds):
     topology = GRAPHS.get(graph, (graph, {}))
     fast = attention(*topology, rounds=rounds, causal=True)
-    fast.wide, fast.tiled = None, False
     definition = attention(*topology, backend="pyg", rounds=rounds, causal=True)
+    fast.form = definition.form = "maps"
     x = torch.randn(B, T, M).double()
     assert_same(values_and_gradients(fast, x), values_and_gradients(definition, x))
 
@@ -114,15 +115,15 @@ def test_decode_mixes_one_row_and_equals_the_whole(graph, kv_heads):
 
 def test_cross_attention_with_more_keys_than_queries():
     fast, definition = attention("ring", {}), attention("ring", {}, backend="pyg")
+    definition.form = "maps"
     x, memory = torch.randn(B, T, M).double(), torch.randn(B, 11, M).double()
     torch.testing.assert_close(fast(x, memory)[0], definition(x, memory)[0], atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("form", ["wide", "eager"])
+@pytest.mark.parametrize("form", ["wide", "maps"])
 def test_rows_without_any_key_give_zeros(form):
     module = attention("ring", {})
-    if form == "eager":
-        module.wide = None
+    module.form = form
     keep = torch.ones(B, 1, T, T, dtype=torch.bool)
     keep[0, :, 2] = False
     x = torch.randn(B, T, M).double().requires_grad_()
@@ -137,8 +138,7 @@ def test_fresh_wide_form_is_plain_attention_bit_for_bit():
     conv = goh.HeadGraphConv(goh.head_graph(2, "ring"), 64, 128)
     module = goh.MultiHeadAttention(128, 2, causal=True, score_graph=conv)
     plain = copy.deepcopy(module)
-    plain.score_graph = plain.wide = None
-    assert module.wide is not None
+    plain.score_graph, module.form = None, "wide"
     assert torch.equal(module(x)[0], plain(x)[0])
 
 
@@ -146,7 +146,7 @@ def test_fresh_wide_form_is_plain_attention_bit_for_bit():
 def test_fresh_score_graph_is_plain_attention(graph):
     module = attention(*GRAPHS.get(graph, (graph, {})), fresh=True, causal=True)
     plain = copy.deepcopy(module)
-    plain.score_graph = plain.wide = None
+    plain.score_graph = None
     x = torch.randn(B, T, M).double()
     torch.testing.assert_close(module(x)[0], plain(x)[0], atol=1e-14, rtol=1e-13)
 
@@ -168,10 +168,14 @@ def test_eager_dropout_keeps_the_mean():
 
 
 def test_sparse_graphs_run_wide_and_dense_ones_eagerly():
-    assert attention("ring", {"hops": 3}).wide.in_degree == 4
-    assert attention("ring", {"hops": 4}).wide is None
-    assert attention("complete", {}).wide is None
-    assert attention("ring", {}, rounds=2).wide is None
+    q, x = torch.randn(B, T, H, D).double(), torch.randn(B, T, M).double()
+
+    def taken(*topology, **settings):
+        reasons = explain(Call(q, q, q, scores=Messages(attention(*topology, **settings).score_graph, x)))
+        return next(form for form, reason in reasons.items() if reason == "taken")
+
+    assert taken("ring", {"hops": 3}) == "wide" and taken("ring", {"hops": 4}) == "maps"
+    assert taken("complete", {}) == taken("ring", {}, rounds=2) == taken("ring", {}, backend="pyg") == "maps"
 
 
 def test_wide_form_never_holds_a_map_of_scores(monkeypatch):
@@ -189,10 +193,15 @@ def test_wide_form_never_holds_a_map_of_scores(monkeypatch):
 
 def test_gradcheck_of_wide_form():
     conv = goh.HeadGraphConv(goh.head_graph(3, "ring"), 2, 6).double()
-    wide = WideHeads(conv)
+    for parameter in conv.parameters():
+        nn.init.normal_(parameter, std=0.5)
     q, k, v = (torch.randn(1, 3, 3, 2).double().requires_grad_() for _ in range(3))
-    alpha = torch.randn(1, 3, 6).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda *a: wide(*a, is_causal=True), (q, k, v, alpha))
+    x = torch.randn(1, 3, 6).double().requires_grad_()
+
+    def wide(q, k, v, x):
+        return attend(Call(q, k, v, Mask(causal=True), scores=Messages(conv, x)), "wide")[0]
+
+    assert torch.autograd.gradcheck(wide, (q, k, v, x))
 
 
 def test_autocast_bfloat16():
@@ -204,6 +213,7 @@ def test_autocast_bfloat16():
 
 
 def test_wide_refuses_what_is_not_linear():
-    conv = goh.HeadGraphConv(goh.head_graph(H, "ring"), D, M, rounds=2)
-    with pytest.raises(ValueError, match="Expected a linear score graph of one round"):
-        WideHeads(conv)
+    module = goh.MultiHeadAttention(M, H, score_graph=nn.Identity())
+    module.form = "wide"
+    with pytest.raises(ValueError, match="'wide' takes .got messages that are no matrix over heads"):
+        module(torch.randn(B, T, M))

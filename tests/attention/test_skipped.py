@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
 from helpers import GRAPHS, assert_equal_to, small_config, trained_like
 
 import gohgraph as goh
-from gohgraph.attention import block
+from gohgraph.attention import block, forms
 from gohgraph.attention.cache import KeyValueCache
+from gohgraph.attention.forms import why_all_heads
 from gohgraph.attention.skipped import cut_into_runs
 from gohgraph.models.embeddings import RotaryPositions
 
@@ -38,16 +41,24 @@ def attention(shared=2, top_k=2, output=None, score=None, messages=None, dtype=t
     return module.to(dtype).eval()
 
 
+@contextmanager
+def skipping(skip):
+    """Leaves out heads that are off wherever that can be done, or nowhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "SKIP_FROM_UNREAD", 0 if skip else math.inf)
+        yield
+
+
 @torch.no_grad()
 def decoded(module, x, skip, *, prompt=3, batch_mask=None, memory=None, **arguments):
     """Outputs and heads of the tokens after a prompt, one at a time through a cache."""
-    module.skip = skip
     cache = KeyValueCache(fixed=memory is not None)
     steps = [(0, prompt), *((t, t + 1) for t in range(prompt, x.shape[1]))]
     found = []
     for start, end in steps:
         keep = None if batch_mask is None else batch_mask[:, None, None, :end]
-        found.append(module(x[:, start:end], memory, cache=cache, keep_mask=keep, **arguments))
+        with skipping(skip):
+            found.append(module(x[:, start:end], memory, cache=cache, keep_mask=keep, **arguments))
     return [torch.cat(parts, dim=1) for parts in zip(*((y, heads.outputs) for y, heads in found[1:]), strict=True)]
 
 
@@ -97,7 +108,7 @@ GRAPH_FORMS = {
     "rounds": lambda graph: goh.HeadGraphConv(graph, D, M, rounds=3),
     "norm": lambda graph: goh.HeadGraphConv(graph, D, M, norm=True),
     "top-edges": lambda graph: goh.HeadGraphConv(graph, D, M, top_edges=2),
-    "experts": lambda graph: goh.GraphExperts(graph, D, M, 2, rounds=2, alignment=True),
+    "experts": lambda graph: goh.GraphExperts(graph, D, M, 2, rounds=2),
 }
 
 
@@ -112,9 +123,8 @@ def test_messages_from_earlier_layers():
     x, earlier = torch.randn(B, 1, M).double(), (torch.randn(B, 1, H, D).double(),)
     outputs = []
     for skip in (False, True):
-        module.skip, cache = skip, KeyValueCache()
-        with torch.no_grad():
-            outputs.append(module(x, cache=cache, earlier=earlier)[0])
+        with torch.no_grad(), skipping(skip):
+            outputs.append(module(x, cache=KeyValueCache(), earlier=earlier)[0])
     assert_equal_to(outputs[1], outputs[0])
 
 
@@ -138,9 +148,9 @@ def test_masks_of_each_head_and_masks_that_broadcast(shape):
     with torch.no_grad():
         module(x[:, :-1], cache=cache)
         for skip in (False, True):
-            module.skip = skip
             cache.truncate(S - 1)
-            outputs.append(module(x[:, -1:], cache=cache, keep_mask=keep)[0])
+            with skipping(skip):
+                outputs.append(module(x[:, -1:], cache=cache, keep_mask=keep)[0])
     assert_equal_to(outputs[1], outputs[0])
 
 
@@ -149,9 +159,8 @@ def test_masks_of_each_head_and_masks_that_broadcast(shape):
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_mask_over_other_keys_is_refused(skip, keys):
     module, x, cache = attention(), tokens(), KeyValueCache()
-    module.skip = skip
     module(x[:, :-1], cache=cache)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError), skipping(skip):
         module(x[:, -1:], cache=cache, keep_mask=torch.ones(B, 1, 1, keys, dtype=torch.bool))
 
 
@@ -198,10 +207,10 @@ def test_nothing_of_heads_that_are_off_is_read(settings, batch, crosses, place):
     cache = KeyValueCache(fixed=crosses)
 
     def last(skip):
-        module.skip = skip
         if not crosses:
             cache.truncate(S - 1)
-        return module(x[:, -1:], memory, cache=cache)
+        with skipping(skip):
+            return module(x[:, -1:], memory, cache=cache)
 
     module(x[:, :-1], memory, cache=cache)
     expected, heads = last(skip=True)
@@ -211,25 +220,43 @@ def test_nothing_of_heads_that_are_off_is_read(settings, batch, crosses, place):
     assert last(skip=False)[0].isnan().any()
 
 
+def skips(module, x, keys):
+    return not why_all_heads(module, x, keys)
+
+
+@torch.no_grad()
 def test_where_heads_are_left_out(monkeypatch):
     module, x = attention(dropout=0.1), tokens()
     one = x[:, -1:]
-    with torch.no_grad():
-        monkeypatch.setattr(block, "SKIP_FROM_UNREAD", 10**6)
-        assert not module._skips(one, S) and module._skips(one, 10**6)
-        module.skip = True
-        assert module._skips(one, S) and not module._skips(x, S)
-        assert not module.train()._skips(one, S)
-        module.dropout = 0.0
-        assert module._skips(one, S) and not module.eval()._skips(one[:, :0], S)
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert not module._skips(one, S)
-        monkeypatch.undo()
-        module.skip = False
-        assert not module._skips(one, 10**9)
-    module.skip = True
-    assert not module._skips(one, S)
-    assert not goh.MultiHeadAttention(M, H)._skips(one, 10**9)
+    monkeypatch.setattr(forms, "SKIP_FROM_UNREAD", 10**6)
+    assert not skips(module, one, S) and skips(module, one, 10**6)
+    module.form = "skipped"
+    assert skips(module, one, S) and not skips(module, x, S)
+    with torch.enable_grad():
+        assert not skips(module, one, S)
+    assert not skips(module.train(), one, S)
+    module.dropout = 0.0
+    assert skips(module, one, S) and not skips(module.eval(), one[:, :0], S) and not skips(module, one[:0], S)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not skips(module, one, S)
+    module.form = "plain"
+    assert not skips(module, one, 10**9)
+    keyed = attention()
+    keyed.score_graph, keyed.form = goh.KeyedGraphConv(goh.head_graph(H), D, M).double(), "skipped"
+    assert not skips(keyed, one, 10**9)
+
+
+@torch.no_grad()
+def test_asked_for_where_it_cannot_be_it_says_why():
+    module, x = attention(), tokens()
+    module.form = "skipped"
+    with pytest.raises(ValueError, match="'skipped' takes .got more than one token"):
+        module(x)
+    plain = goh.MultiHeadAttention(M, H).double()
+    plain.form = "skipped"
+    with pytest.raises(ValueError, match="'skipped' takes .got no router"):
+        plain(x[:, -1:])
 
 
 @torch.no_grad()
@@ -237,11 +264,11 @@ def test_from_how_many_unread_numbers_heads_are_left_out(monkeypatch):
     module, one = attention(shared=1, top_k=2, num_kv_heads=2), tokens(5)[:, -1:]
     # Half of the heads are off: half of the keys, and of the weights, which the five rows share.
     unread = (7 * 2 * D + M * M / 5) / 2
-    monkeypatch.setattr(block, "SKIP_FROM_UNREAD", unread)
-    assert module._skips(one, 7) and not module._skips(one, 6)
-    assert not module._skips(one.to("meta"), 7)
+    monkeypatch.setattr(forms, "SKIP_FROM_UNREAD", unread)
+    assert skips(module, one, 7) and not skips(module, one, 6)
+    assert not skips(module, one.to("meta"), 7)
     asked = []
-    monkeypatch.setattr(module, "_skips", lambda x, keys: asked.append(keys))
+    monkeypatch.setattr(block, "why_all_heads", lambda block, x, keys: asked.append(keys) or "not here")
     self_cache, fixed = KeyValueCache(), KeyValueCache(fixed=True)
     for _ in range(2):
         module(one, cache=self_cache)
@@ -293,13 +320,13 @@ def test_autocast_decodes_with_all_heads(batch):
     assert skipped.dtype == torch.bfloat16 and torch.equal(skipped, full)
 
 
-@pytest.mark.parametrize("skip", [None, True])
+@pytest.mark.parametrize("skip", [False, True])
 @torch.no_grad()
 def test_an_empty_batch(skip):
     module, x, cache = attention(), tokens(0), KeyValueCache()
-    module.skip = skip
-    assert module(x[:, :-1], cache=cache)[0].shape == (0, S - 1, M)
-    assert module(x[:, -1:], cache=cache)[1].outputs.shape == (0, 1, H, D)
+    with skipping(skip):
+        assert module(x[:, :-1], cache=cache)[0].shape == (0, S - 1, M)
+        assert module(x[:, -1:], cache=cache)[1].outputs.shape == (0, 1, H, D)
 
 
 def test_gates_without_statistics_keep_their_gradients():
@@ -313,11 +340,11 @@ def test_gates_without_statistics_keep_their_gradients():
         assert expected.any() and torch.equal(actual, expected)
 
 
-def test_skip_is_no_part_of_the_weights():
+def test_the_form_is_no_part_of_the_weights():
     module = attention()
-    module.skip = True
-    assert copy.deepcopy(module).skip is True
-    assert not [name for name in module.state_dict() if "skip" in name]
+    names = list(module.state_dict())
+    module.form = "skipped"
+    assert copy.deepcopy(module).form == "skipped" and list(module.state_dict()) == names
 
 
 @pytest.mark.parametrize("straight_through", [False, True])
@@ -365,12 +392,10 @@ def test_generate_gives_the_same_tokens(graph):
     prompt = torch.randint(13, (2, 5))
     keep = torch.ones(2, 5, dtype=torch.bool)
     keep[0, :2] = False
-    blocks = [module for module in model.modules() if isinstance(module, goh.MultiHeadAttention)]
     texts = []
     for skip in (False, True):
-        for attention in blocks:
-            attention.skip = skip
-        texts.append(model.generate(prompt, 7, temperature=0, keep_mask=keep))
+        with skipping(skip):
+            texts.append(model.generate(prompt, 7, temperature=0, keep_mask=keep))
     assert torch.equal(*texts)
 
 
@@ -380,10 +405,8 @@ def test_beam_search_gives_the_same_tokens():
     source = torch.randint(3, 13, (2, 7))
     texts = []
     for skip in (False, True):
-        for module in model.modules():
-            if isinstance(module, goh.MultiHeadAttention):
-                module.skip = skip
-        texts.append(model.generate(source, bos=1, eos=2, max_new_tokens=6, num_beams=3))
+        with skipping(skip):
+            texts.append(model.generate(source, bos=1, eos=2, max_new_tokens=6, num_beams=3))
     assert torch.equal(*texts)
 
 

@@ -190,7 +190,7 @@ def test_an_attention_block_in_tiles_equals_it_without(topology, sites, rounds, 
     padding = torch.arange(T) < torch.tensor([[T], [9]])
     for masks in ({}, {"keep_mask": padding[:, None, None]}):
         found = []
-        for module.tiled in (True, False):
+        for module.form in ("tiled", "maps"):
             found.append(values_and_gradients(module, x, **masks))
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
@@ -198,7 +198,7 @@ def test_an_attention_block_in_tiles_equals_it_without(topology, sites, rounds, 
 
 def spied(monkeypatch):
     calls = []
-    path = "gohgraph.attention.block.tiled_attention"
+    path = "gohgraph.attention.forms.tiled_attention"
     monkeypatch.setattr(path, lambda *args: calls.append(1) or tiled_attention(*args))
     return calls
 
@@ -220,19 +220,20 @@ def test_wide_heads_run_in_tiles_sooner(monkeypatch, keys, expected):
 
 def test_a_few_queries_over_many_keys_run_on_whole_maps(monkeypatch):
     calls = spied(monkeypatch)
+    monkeypatch.setattr("gohgraph.attention.forms.FEWEST_ROWS", tiled.FEWEST_ROWS)
     memory = torch.randn(1, tiled.TILED_FROM_KEYS, M).double()
     for queries in (tiled.FEWEST_ROWS - 1, tiled.FEWEST_ROWS):
         attention()(torch.randn(1, queries, M).double(), memory)
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("case", ["dropout", "one token", "pyg", "off", "keyed", "second gradients"])
+@pytest.mark.parametrize("case", ["dropout", "one token", "asked for", "keyed", "second gradients"])
 def test_other_forms_run_where_tiles_cannot(monkeypatch, case):
     calls = spied(monkeypatch)
+    monkeypatch.setattr("gohgraph.attention.forms.FEWEST_ROWS", 1)
+    monkeypatch.setattr("gohgraph.attention.forms.TILED_FROM_KEYS", 1)
     module = attention(dropout=0.5 if case == "dropout" else 0.0)
-    module.tiled = case != "off"
-    if case == "pyg":
-        module.score_graph.backend = "pyg"
+    module.form = "maps" if case == "asked for" else None
     if case == "keyed":
         module.score_graph = goh.KeyedGraphConv(goh.head_graph(H), D, M).double()
     x = torch.randn(B, 1 if case == "one token" else T, M).double()
@@ -242,11 +243,14 @@ def test_other_forms_run_where_tiles_cannot(monkeypatch, case):
     if case == "dropout":
         module.eval()(x)
         assert calls
+    if case == "second gradients":
+        module(x)
+        assert calls
 
 
 def test_the_drop_in_takes_tiles_too(monkeypatch):
     calls = []
-    path = "gohgraph.attention.slots.tiled_attention"
+    path = "gohgraph.attention.forms.tiled_attention"
     monkeypatch.setattr(path, lambda *args: calls.append(1) or tiled_attention(*args))
     conv = attention().score_graph.float()
     module = goh.GraphMultiheadAttention(M, H, batch_first=True, score_graph=conv)
@@ -260,10 +264,10 @@ def test_the_drop_in_takes_tiles_too(monkeypatch):
 
 def test_second_gradients_are_those_of_the_maps():
     module = attention(causal=True)
-    module.tiled = True
     x = torch.randn(1, 5, M).double().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):
         assert torch.autograd.gradgradcheck(lambda x: module(x)[0], (x,))
+    module.form = "tiled"
     first = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -273,7 +277,7 @@ def test_autocast_bfloat16():
     module = attention(causal=True).float()
     x = torch.randn(B, T, M)
     found = []
-    for module.tiled in (True, False):
+    for module.form in ("tiled", "maps"):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y, _ = module(x)
         y.float().sum().backward()

@@ -156,13 +156,13 @@ def composed(compose, maps, x, source):
 @pytest.mark.parametrize("rank", [1, 2])
 def test_composition_equals_its_branches(rank):
     compose, maps, x, source = randomised(Composition(H, D, M, rank=rank)), nodes(S), contexts(), contexts(S)
-    assert_equal_to(compose(maps, x, key_state=compose.key_state(source)), composed(compose, maps, x, source))
+    assert_equal_to(compose(maps, x, keys=compose.key_state(source)), composed(compose, maps, x, source))
 
 
 def test_composition_starts_nearly_neutral():
     compose, maps = Composition(8, D, 512), torch.randn(B, T, 8, S)
     state = compose.key_state(torch.randn(B, S, 512))
-    changed = compose(maps, torch.randn(B, T, 512), key_state=state) - maps
+    changed = compose(maps, torch.randn(B, T, 512), keys=state) - maps
     assert 0 < changed.abs().mean() < 0.1 * maps.abs().mean()
 
 
@@ -171,9 +171,9 @@ def test_composition_leaves_masked_weights_at_zero_and_takes_nothing_from_heads_
     maps[..., 4:] = 0.0
     active = torch.rand(B, T, H) < 0.5
     state = compose.key_state(contexts(S))
-    assert compose(maps, x, key_state=state)[..., 4:].eq(0).all()
+    assert compose(maps, x, keys=state)[..., 4:].eq(0).all()
     changed = maps + torch.randn_like(maps) * ~active.unsqueeze(-1)
-    before, after = (compose(z, x, active, key_state=state) for z in (maps, changed))
+    before, after = (compose(z, x, (), active, keys=state) for z in (maps, changed))
     assert torch.equal(before[active], after[active])
 
 

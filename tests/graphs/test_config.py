@@ -37,6 +37,32 @@ def test_custom_edges_come_back_as_the_same_graph():
     assert HeadGraphConv.from_config(site, 3, 5, 7).edge_index.tolist() == [[2, 0, 1], [0, 1, 2]]
 
 
+NEWER = ("kind", "num_shared", "keep_in_degree")
+EARLIER = {"num_shared": None, "keyed": False, "in_degree": None}
+
+
+@pytest.mark.parametrize(
+    ("flags", "site"),
+    [
+        ({}, SiteConfig(rank=3)),
+        ({"num_shared": 2}, SiteConfig(rank=3, kind="experts", num_shared=2)),
+        ({"in_degree": 4}, SiteConfig(rank=3, kind="learned", keep_in_degree=4)),
+        ({"keyed": True}, SiteConfig(rank=3, kind="keyed")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_dictionaries_without_a_kind_load(flags, site, whole):
+    """Three flags said it before there was a kind; whole dictionaries had all of them, written by hand only some."""
+    rest = {name: value for name, value in SiteConfig(rank=3).to_dict().items() if name not in NEWER}
+    values = json.loads(json.dumps({**rest, **(EARLIER if whole else {}), **flags}))
+    before = json.dumps(values)
+    assert SiteConfig.from_dict(values) == site and json.dumps(values) == before
+    for place in ("outputs", "scores"):
+        assert getattr(HeadGraphConfig.from_dict({"outputs": None, place: values}), place) == site
+        assert getattr(HeadGraphConfig.from_dict({"outputs": None, place: [values]}), place) == (site,)
+
+
 @pytest.mark.parametrize("in_degree", [1, 2, 4])
 def test_ring_counts_the_self_loop(in_degree):
     conv = HeadGraphConv.from_config(SiteConfig.ring(in_degree, rounds=3), 7, 5, 11)
@@ -118,6 +144,14 @@ def classifier(**change):
     return ClassifierConfig(**{"transformer": transformer(), "num_classes": 3, **change})
 
 
+def experts(**change):
+    return SiteConfig(**{"topology": "bipartite", "kind": "experts", "num_shared": 2, **change})
+
+
+def learned(**change):
+    return SiteConfig(**{"kind": "learned", "keep_in_degree": 2, **change})
+
+
 REFUSED = [
     (transformer, "d_model", [0, -5, 31, 2.5, True, "30", None]),
     (transformer, "vocab_size", [0, 2.5, None]),
@@ -149,7 +183,11 @@ REFUSED = [
     (routing, "z_loss", [-0.1, float("nan"), None]),
     (routing, "bias_rate", [-0.1, float("nan"), None]),
     (SiteConfig, "top_edges", [0, -1, 1.5, True, "2"]),
-    (SiteConfig, "num_shared", [0, -1, 1.5, True]),
+    (experts, "num_shared", [0, -1, 1.5, True, None]),
+    (learned, "keep_in_degree", [0, -1, 1.5, True, None]),
+    (SiteConfig, "kind", ["gate", None, True]),
+    (SiteConfig, "num_shared", [2]),
+    (SiteConfig, "keep_in_degree", [2]),
     (SiteConfig, "topology", [5, None, ((1, 2, 3),), ((0.5, 1),), ((True, 1),), (("0", "1"),), (3,), {"a": 1}]),
     (SiteConfig, "options", [None, [("hops", 3)], {3: 4}, {"hops": {1, 2}}]),
     (SiteConfig, "self_loops", [1, None]),

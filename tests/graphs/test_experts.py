@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from helpers import assert_equal_to, small_config, trained_like
 from torch import nn
 
 import gohgraph as goh
-from gohgraph.graphs.experts import GraphExperts, alignment_loss
+from gohgraph.graphs.experts import GraphExperts, misalignment
 
 B, T, H, D, M, SHARED = 2, 3, 7, 5, 35, 3
 
@@ -64,23 +65,25 @@ def test_equals_the_formula_in_value_and_gradient(settings, rounds, num_shared, 
     assert_equal_to(y, expected)
     for own, other in zip(gradients(experts, y), gradients(experts, expected), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-10)
-    experts.alignment = True
-    fused, final = experts(z, x)
-    assert torch.equal(fused, y) or rounds == 1
-    assert_equal_to(fused, expected)
-    assert_equal_to(final, last)
+    losses = {"alignment": [], "of another graph": []}
+    aligned = experts(z, x, losses=losses)
+    assert torch.equal(aligned, y) or rounds == 1
+    assert_equal_to(aligned, expected)
+    assert_equal_to(losses["alignment"][0], 1 - F.cosine_similarity(z, last, dim=-1))
+    assert [len(found) for found in losses.values()] == [1, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("settings", [{}, {"rounds": 1}, {"rounds": 3, "norm": True}, {"cross_layer": 1}], ids=str)
 @pytest.mark.parametrize("alignment", [False, True])
 def test_new_experts_return_their_input_bit_for_bit(alignment, settings, dtype):
-    experts = make(fresh=True, dtype=dtype, alignment=alignment, **settings)
+    experts = make(fresh=True, dtype=dtype, **settings)
     z, x = inputs(dtype)
     assert experts.kind_embedding.ne(0).all() and experts.head_embedding.ne(0).all()
-    result = experts(z, x, [z.flip(0)] * experts.cross_layer)
-    for nodes in result if alignment else (result,):
-        assert torch.equal(nodes, z)
+    losses = {"alignment": []} if alignment else None
+    assert torch.equal(experts(z, x, [z.flip(0)] * experts.cross_layer, losses=losses), z)
+    if alignment:
+        assert losses["alignment"][0].abs().max() < 1e-6
 
 
 def test_reset_returns_to_the_neutral_start():
@@ -120,56 +123,61 @@ def test_embeddings_tell_kinds_and_heads_apart():
     assert_equal_to(y, alpha @ (kinds + experts.head_embedding))
 
 
-def by_hand(first, last, counted):
-    found = []
-    for token, (a, b) in enumerate(zip(first.flatten(0, -3), last.flatten(0, -3), strict=True)):
-        for i in range(a.shape[0]):
-            if counted.flatten(0, -2)[token, i]:
-                found.append(1 - a[i] @ b[i] / (a[i] @ a[i]).sqrt() / (b[i] @ b[i]).sqrt())
-    return sum(found) / len(found)
+def by_hand(first, last):
+    """1 - cos of every node, one at a time."""
+    found = torch.empty(first.shape[:-1], dtype=first.dtype)  # [*, H]
+    for place in np.ndindex(*found.shape):
+        a, b = first[place], last[place]
+        found[place] = 1 - a @ b / (a @ a).sqrt() / (b @ b).sqrt()
+    return found
 
 
-def test_alignment_counts_active_heads_of_real_tokens():
+def test_misalignment_is_that_of_every_node():
     first, last = torch.randn(2, B, T, H, D).double()
-    assert_equal_to(alignment_loss(first, last), by_hand(first, last, torch.ones(B, T, H)))
-    counted = torch.rand(B, T, H) < 0.5
-    assert_equal_to(alignment_loss(first, last, counted), by_hand(first, last, counted))
-    real = torch.tensor([[True, True, False], [True, False, False]])
-    assert_equal_to(
-        alignment_loss(first, last, real.unsqueeze(-1)), by_hand(first, last, real.unsqueeze(-1).expand(B, T, H))
-    )
+    assert_equal_to(misalignment(first, last), by_hand(first, last))
 
 
-def test_alignment_of_nothing_and_of_zero_nodes_is_finite():
-    first = torch.randn(B, T, H, D, requires_grad=True)
-    assert alignment_loss(first, first, torch.zeros(B, T, 1, dtype=torch.bool)) == 0
-    zero = torch.zeros(B, T, H, D, requires_grad=True)
-    loss = alignment_loss(zero, first) + alignment_loss(zero, zero)
+def test_misalignment_of_zero_nodes_is_finite():
+    first, zero = torch.randn(B, T, H, D, requires_grad=True), torch.zeros(B, T, H, D, requires_grad=True)
+    loss = (misalignment(zero, first) + misalignment(zero, zero)).mean()
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, [zero, first]))
 
 
-def test_alignment_of_bfloat16_heads_is_taken_in_float32():
+def test_misalignment_of_bfloat16_heads_is_taken_in_float32():
     first = torch.randn(B, T, H, D).bfloat16()
     last = first + 0.05 * torch.randn(B, T, H, D).bfloat16()
-    loss = alignment_loss(first, last)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, alignment_loss(first.double(), last.double()).float(), rtol=1e-4, atol=1e-6)
+    found = misalignment(first, last)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, misalignment(first.double(), last.double()).float(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("is_routed", [False, True])
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_attention_aligns_the_heads_that_work(is_routed, is_padded):
-    experts = make(alignment=True)
+    experts = make()
     router = goh.HeadRouter(M, H, SHARED, 2).double() if is_routed else None
     attention = goh.MultiHeadAttention(M, H, output_graph=experts, router=router).double()
     x = torch.randn(B, T, M).double()
     real = torch.tensor([[True, True, False], [True, False, False]]) if is_padded else None
-    seen = []
-    experts.register_forward_hook(lambda module, inputs, result: seen.append((inputs[0], result[1])))
-    heads = attention(x, token_mask=real)[1]
+    seen, losses = [], {"alignment": [], "of another graph": []}
+    experts.register_forward_hook(
+        lambda module, inputs, options, y: seen.append((inputs, options["losses"]["alignment"][0])), with_kwargs=True
+    )
+    heads = attention(x, token_mask=real, losses=losses)[1]
     counted = torch.ones(B, T, H, dtype=torch.bool) if heads.routing is None else heads.routing.active
     counted = counted if real is None else counted & real.unsqueeze(-1)
-    assert_equal_to(heads.alignment_loss, by_hand(*seen[0], counted))
+    (first, context, _, active), of_nodes = seen[0]
+    assert_equal_to(of_nodes, by_hand(first, first + sum(experts.messages(first, context, (), active))))
+    assert_equal_to(losses["alignment"][0], of_nodes[counted].mean())
+    assert losses["of another graph"] == []
+
+
+def test_the_alignment_of_padding_alone_is_zero():
+    attention = goh.MultiHeadAttention(M, H, output_graph=make()).double()
+    losses = {"alignment": []}
+    attention(torch.randn(B, T, M).double(), token_mask=torch.zeros(B, T, dtype=torch.bool), losses=losses)
+    (loss,) = losses["alignment"]
+    assert loss == 0 and torch.autograd.grad(loss, attention.query.weight)[0].eq(0).all()
 
 
 def language_model(**settings):
@@ -182,13 +190,22 @@ def test_the_preset_builds_experts_in_every_layer():
     for layer, top_k in zip(model.decoder.layers, (2, 1), strict=True):
         attention = layer.attention.object
         experts = attention.output_graph
-        assert isinstance(experts, GraphExperts) and experts.alignment and experts.rounds == 3
+        assert isinstance(experts, GraphExperts) and experts.rounds == 3
         assert (experts.num_shared, experts.edges.rank) == (2, 3)
         assert (attention.router.num_shared, attention.router.top_k) == (2, top_k)
         assert experts.edge_index.tolist() == goh.head_graph(5, "bipartite", num_shared=2).edge_index.tolist()
     plain = language_model()
     assert all(layer.attention.object.router is None for layer in plain.decoder.layers)
-    assert not plain.decoder.layers[0].attention.object.output_graph.alignment
+    tokens = torch.randint(13, (B, 11))
+    # What is asked for once is asked of every layer; without a weight nothing is.
+    for own, asked in ((model, [1, 1]), (plain, [])):
+        calls = []
+        for layer in own.decoder.layers:
+            layer.attention.object.output_graph.register_forward_hook(
+                lambda module, inputs, options, y, calls=calls: calls.append(len(options["losses"])), with_kwargs=True
+            )
+        own(tokens, tokens)
+        assert [number for number in calls if number] == asked
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
@@ -221,10 +238,12 @@ def test_alignment_reaches_the_embeddings_once_edges_open(top_k):
 
 
 def test_descending_the_alignment_turns_the_last_round_to_the_first():
-    experts, (z, x) = make(alignment=True, rounds=2), inputs()
+    experts, (z, x) = make(rounds=2), inputs()
     losses = []
     for _ in range(50):
-        losses.append(alignment_loss(z, experts(z, x)[1]))
+        asked = {"alignment": []}
+        experts(z, x, losses=asked)
+        losses.append(asked["alignment"][0].mean())
         for parameter, g in zip(
             experts.parameters(), torch.autograd.grad(losses[-1], list(experts.parameters()), allow_unused=True),
             strict=True,
@@ -256,8 +275,7 @@ REFUSED = {
     "a bool": lambda: make(num_shared=True),
     "no round": lambda: make(rounds=0),
     "at the score site": lambda: goh.MultiHeadAttention(M, H, score_graph=make()),
-    "at the configured score site": lambda: goh.HeadGraphConfig(None, goh.SiteConfig("bipartite", kind="experts", num_shared=2)),
-    "as a linear map": lambda: make().mixing(inputs()[1]),
+    "as a linear map": lambda: make().matrix(inputs()[1]),
     "folded": lambda: goh.fold(goh.MultiHeadAttention(M, H, output_graph=make(edges="static"))),
 }
 
@@ -272,14 +290,13 @@ def test_auxiliary_loss_of_a_model_weighs_balance_and_alignment():
     model = trained_like(goh.LanguageModel(small_config("experts")))
     seen = []
     for layer in model.decoder.layers:
-        layer.attention.object.output_graph.register_forward_hook(
-            lambda module, inputs, result: seen.append((inputs[0], result[1]))
-        )
+        layer.attention.object.output_graph.register_forward_hook(lambda *call: seen.append(call))
     tokens = torch.randint(13, (B, 7))
     output = model(tokens, tokens)
     losses = []
-    for (first, last), routing in zip(seen, output.routing, strict=True):
-        losses.append((1 - F.cosine_similarity(first, last, dim=-1))[routing.active].mean())
+    for (experts, (z, x, earlier, active), _), routing in zip(seen, output.routing, strict=True):
+        last = z + sum(experts.messages(z, x, earlier, active))
+        losses.append((1 - F.cosine_similarity(z, last, dim=-1))[routing.active].mean())
     balance = torch.stack([routing.balance_loss for routing in output.routing]).mean()
     weight = model.config.head_graph.routing.balance_loss
     assert_equal_to(output.auxiliary_loss, 0.1 * torch.stack(losses).mean() + weight * balance)

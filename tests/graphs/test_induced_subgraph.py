@@ -101,7 +101,7 @@ def slowly(conv, z, x, earlier, active):
 
 @backends
 @settings
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", ["random", "bipartite"])
 @torch.no_grad()
 def test_equals_sums_over_the_induced_subgraph(topology, settings, backend):
     conv = make(topology, backend=backend, **settings)
@@ -260,13 +260,11 @@ def test_attention_reads_out_the_subgraph(settings, backend):
     assert heads.outputs[~active].eq(0).all() and heads.outputs[active].ne(0).all()
 
 
-@pytest.mark.parametrize("form", ["wide", "eager", "decode"])
+@pytest.mark.parametrize("form", ["wide", "maps", "decode"])
 def test_scores_of_inactive_heads_reach_no_head(form):
     graph = make("ring")
     module = goh.MultiHeadAttention(M, H, causal=True, router=router(), score_graph=graph).double()
-    assert module.wide is not None
-    if form == "eager":
-        module.wide = None
+    module.form = None if form == "decode" else form
     x, cache = torch.randn(B, 2 + T, M).double(), KeyValueCache()
     tokens = 1 if form == "decode" else T
     with torch.no_grad():

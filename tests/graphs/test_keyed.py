@@ -8,7 +8,10 @@ from helpers import assert_equal_to, trained_like
 
 import gohgraph as goh
 from gohgraph.attention.cache import KeyValueCache
+from gohgraph.attention.call import Call
+from gohgraph.attention.forms import explain
 from gohgraph.graphs.keyed import KeyedGraphConv
+from gohgraph.graphs.protocol import Messages
 from gohgraph.models.embeddings import RotaryPositions
 
 B, T, S, H, D = 2, 7, 11, 6, 4
@@ -40,7 +43,7 @@ def test_equals_the_sum_over_edges(graph, options):
     for e, (j, i) in enumerate(graphs.edge_index.t().tolist()):
         w = alpha[..., e] + (1 if i == j else 0)  # [B, T]
         expected[:, :, i] += w.unsqueeze(-1) * (1 + beta[..., e]).unsqueeze(1) * maps[:, :, j]
-    assert_equal_to(graphs(maps, x, key_state=beta), expected)
+    assert_equal_to(graphs(maps, x, keys=beta), expected)
 
 
 @pytest.mark.parametrize("kv_heads", [None, 2])
@@ -49,10 +52,8 @@ def test_equals_the_sum_over_edges(graph, options):
 def test_wide_heads_equal_the_slow_form(graph, causal, kv_heads):
     settings = {"causal": causal, "rotary": RotaryPositions(D), "num_kv_heads": kv_heads}
     wide = trained_like(goh.MultiHeadAttention(M, H, score_graph=conv(graph), **settings))
-    assert wide.wide is not None
     x, results = torch.randn(B, T, M).double().requires_grad_(), []
-    for form in (wide.wide, None):
-        wide.wide = form
+    for wide.form in ("wide", "maps"):
         y = wide(x)[0]
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *wide.parameters()])])
     for fast, slow in zip(*results, strict=True):
@@ -74,7 +75,7 @@ def test_a_fresh_graph_changes_nothing(graph):
     topology, settings = GRAPHS[graph]
     fresh = KeyedGraphConv(goh.head_graph(H, topology, **settings), D, M)
     maps, x = torch.randn(B, T, H, S), torch.randn(B, T, M)
-    assert torch.equal(fresh(maps, x, key_state=fresh.key_state(torch.randn(B, S, M))), maps)
+    assert torch.equal(fresh(maps, x, keys=fresh.key_state(torch.randn(B, S, M))), maps)
 
 
 def test_weights_of_keys_learn_from_the_start_on_self_loops():
@@ -89,9 +90,11 @@ def test_weights_of_keys_learn_from_the_start_on_self_loops():
 
 @pytest.mark.parametrize("options", [{"rounds": 2}, {"cross_layer": 1}, {"norm": True}, {"top_edges": 2}], ids=str)
 def test_only_plain_rounds(options):
-    with pytest.raises(ValueError, match="Expected a score graph of one plain round"):
+    with pytest.raises(ValueError, match="Expected keyed edges of one plain round"):
         KeyedGraphConv(goh.head_graph(H), D, M, **options)
 
 
-def test_dense_graphs_are_not_wide():
-    assert wide_heads_for(conv("complete")) is None and wide_heads_for(conv("ring")) is not None
+@pytest.mark.parametrize(("graph", "form"), [("ring", "wide"), ("complete", "maps")])
+def test_sparse_graphs_run_wide_and_dense_ones_on_maps(graph, form):
+    graphs, x, q = conv(graph), torch.randn(B, T, M).double(), torch.randn(B, T, H, D).double()
+    assert explain(Call(q, q, q, scores=Messages(graphs, x, keys=graphs.key_state(x))))[form] == "taken"

@@ -83,7 +83,8 @@ def test_pruned_edges_get_no_gradient():
 
 def model():
     torch.manual_seed(0)
-    graphs = goh.HeadGraphConfig(goh.SiteConfig(kind="learned", keep_in_degree=2), goh.SiteConfig(kind="learned", keep_in_degree=1))
+    sites = [goh.SiteConfig(kind="learned", keep_in_degree=budget) for budget in (2, 1)]
+    graphs = goh.HeadGraphConfig(*sites)
     shape = {"num_layers": 2, "d_ff": 7, "positions": "none"}
     return goh.LanguageModel(goh.TransformerConfig(13, 20, 5, **shape, head_graph=graphs))
 
@@ -136,7 +137,7 @@ def test_annealing_needs_learned_topologies(tmp_path):
         run(tmp_path / "run", own=plain)
     with pytest.raises(ValueError, match="Expected in_degree to be an int >= 1"):
         conv(in_degree=0)
-    with pytest.raises(ValueError, match="Expected one of num_shared, in_degree and keyed"):
+    with pytest.raises(ValueError, match="Expected keep_in_degree with kind='learned' and only there"):
         goh.SiteConfig(keep_in_degree=2, kind="keyed")
 
 

@@ -156,9 +156,26 @@ def test_opponents_work_beside_a_router(name):
 def test_unknown_sites_are_refused():
     with pytest.raises(ValueError, match="Expected inner_graphs of"):
         goh.MultiHeadAttention(30, 5, inner_graphs={"gates": torch.nn.Identity()})
-    with pytest.raises(ValueError, match="Expected value over 5 heads"):
+    with pytest.raises(ValueError, match="Expected a graph over 5 heads at values"):
         goh.MultiHeadAttention(30, 5, inner_graphs={"value": goh.HeadGraphConv(goh.head_graph(3), 6, 30)})
-    with pytest.raises(ValueError, match="keyed edges at scores only"):
-        goh.HeadGraphConfig(goh.SiteConfig(kind="keyed"))
-    with pytest.raises(ValueError, match="Expected a graph at weights without norm"):
-        goh.HeadGraphConfig(weights=goh.SiteConfig(norm=True))
+
+
+@pytest.mark.parametrize(
+    ("graphs", "named"),
+    [
+        ({"outputs": goh.SiteConfig(kind="keyed")}, 'outputs .*kind="keyed"'),
+        ({"weights": goh.SiteConfig(kind="keyed")}, 'weights .*kind="keyed"'),
+        ({"weights": goh.SiteConfig(norm=True)}, "weights .*norm=True"),
+        ({"scores": goh.SiteConfig(norm=True)}, "scores .*norm=True"),
+        ({"scores": goh.SiteConfig("bipartite", {"num_shared": 2}, kind="experts", num_shared=2)}, 'kind="experts"'),
+        ({"scores": goh.SiteConfig(cross_layer=1)}, "scores here .*cross_layer=1"),
+        ({"queries": goh.SiteConfig(cross_layer=1)}, "queries here .*cross_layer=1"),
+        ({"outputs": goh.BaselineConfig("composition")}, "outputs .*Composition, which is for scores, weights"),
+        ({"scores": (goh.SiteConfig(), goh.BaselineConfig("norm"))}, "scores .*Chain, which is for"),
+    ],
+    ids=str,
+)
+def test_what_cannot_stand_at_a_site_is_refused_when_built(graphs, named):
+    configured = goh.TransformerConfig(V, **SHAPE, head_graph=goh.HeadGraphConfig(**{"outputs": None, **graphs}))
+    with pytest.raises(ValueError, match=f"^Expected .*{named}"):
+        goh.LanguageModel(configured)
