@@ -196,7 +196,7 @@ def test_cross_layer_graphs_receive_from_the_layer_before_only(kind):
     for conv in convs:
         conv.register_forward_hook(lambda module, inputs, output: received.append(inputs[2:]))
     stack(torch.randn(B, T, M, dtype=torch.float64), *memory)
-    assert received[0] == ()
+    assert received[0] == ((), None)
     for index in (1, 2, 3):
         assert len(received[index][0]) == 1 and received[index][0][0] is returned[index - 1]
 
