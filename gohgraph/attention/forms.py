@@ -16,15 +16,20 @@ from torch import Tensor
 
 from gohgraph.attention.call import Call
 from gohgraph.attention.grouped import FROM_KEYS, LARGEST_SHARE, grouped_attention, may_pay
-from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_takes
+from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_refuses
 from gohgraph.attention.maps import mixed_attention, plain_attention
 from gohgraph.attention.skipped import only_multiplies
-from gohgraph.attention.tiled import FEWEST_ROWS, TILED_FROM_KEYS, TILED_FROM_NUMBERS, tiled_attention
+from gohgraph.attention.tiled import FEWEST_ROWS, tiled_attention
 
 # Wide heads cost about in-degree times the plain attention core and hold no map of scores: on a CPU less than mixing
 # whole maps from length 1024 on, as much at 512. On denser graphs their widened keys outgrow the maps.
 # `tools/benchmark.py --only score-ring4-wide score-ring4-eager`.
 WIDEST_IN_DEGREE = 4
+
+# Where tiles are the fastest form of dense graphs on a CPU, given queries enough for a tile: from so many keys, or from
+# so many numbers of a head's keys, where whole maps take about as long and more memory. Below, and for a few queries
+# over many keys, what is done once a tile outweighs it: `tools/benchmark.py`, score-complete and score-complete-eager.
+TILED_FROM_KEYS, TILED_FROM_NUMBERS = 256, 128 * 64
 
 # Numbers per row that need not be read for heads that are off, from which leaving these out pays on a CPU; with fewer
 # the calls cost more. Between 0.33 and 0.39 million by `tools/benchmark.py routing`, two threads.
@@ -132,6 +137,8 @@ def why_all_heads(block: Any, x: Tensor, keys: int) -> str:
         return "in training, or under torch.compile"
     if block.inner_graphs or (block.score_graph is not None and block.score_graph.traits.keyed):
         return "graphs at further sites, or edges that read the keys' tokens"
+    if x.device.type != "cpu" and block.form != "skipped":
+        return "measured to pay on a CPU only"
     projections = (block.query, block.key, block.value, block.output)
     # Weights are read by head, past the modules that hold them: these must do nothing else, nor autocast.
     if torch.is_autocast_enabled(x.device.type) or not all(map(only_multiplies, projections)):
@@ -140,19 +147,21 @@ def why_all_heads(block: Any, x: Tensor, keys: int) -> str:
         return "" if block.form == "skipped" else f"{block.form} was asked for"
     off = 1 - block.router.num_active / block.num_heads
     unread = off * (keys * block.num_kv_heads * block.head_dim + block.d_model**2 / x.shape[0])
-    if x.device.type != "cpu" or unread < SKIP_FROM_UNREAD:
-        return f"pays on a CPU from {SKIP_FROM_UNREAD:,} unread numbers on (here {unread:,.0f})"
-    return ""
+    return "" if unread >= SKIP_FROM_UNREAD else f"pays from {SKIP_FROM_UNREAD:,} unread numbers on (here {unread:,.0f})"
 
 
 def _refuses_skipped(call: Call) -> str:
     if call.routed is None:
         return "no router"
-    return call.routed.heads if isinstance(call.routed.heads, str) else ""
+    if isinstance(call.routed.heads, str):
+        return call.routed.heads
+    if call.need_weights or call.dropout or call.weights is not None or call.core is not None:
+        return "dropout, messages between weights, weights that are asked for, or another library's attention"
+    return "a float mask" if call.mask.is_float else ""
 
 
 def _skipped(call: Call) -> Result:
-    return call.routed.heads.attend(call.q, call.k, call.v, call.scores, call.mask.keep), None
+    return call.routed.heads.attend(call.scaled_q, call.k, call.v, call.scores, call.mask.keep), None
 
 
 def _refuses_grouped(call: Call) -> str:
@@ -168,6 +177,8 @@ def _refuses_grouped(call: Call) -> str:
         return "a float mask"
     if call.is_compiling:
         return "under torch.compile"
+    if call.v.shape[-1] != call.q.shape[-1]:
+        return "queries and values of unequal widths"
     return "all heads are active" if call.routed.num_active == call.q.shape[2] else ""
 
 
@@ -213,7 +224,7 @@ def _refuses_matrix(call: Call) -> str:
         return "dropout, or weights that are asked for"
     if call.mask.is_float:
         return "a float mask"
-    if call.q.shape[1] == 1 or not call.q.numel() or not call.k.shape[1]:
+    if call.q.shape[1] == 1:
         return "a single query"
     if call.is_compiling:
         return "under torch.compile"
@@ -228,7 +239,7 @@ def _refuses_kernel(call: Call) -> str:
     q = call.q
     if call.v.shape[-1] != q.shape[-1] or call.scores.graph.traits.num_heads != q.shape[2]:
         return "values of another width, or senders on other ranks"
-    return "" if kernel_takes(q.device, q.dtype, *q.shape[2:]) else "no kernel for this device, type or number of heads"
+    return kernel_refuses(q.device, q.dtype, *q.shape[2:])
 
 
 def _pays_kernel(call: Call) -> str:
@@ -262,12 +273,14 @@ def _refuses_wide(call: Call) -> str:
     in_degree = call.scores.graph.traits.most_senders
     if not in_degree:
         return "messages that are no matrix over heads"
+    if call.q.shape[-1] != call.v.shape[-1]:
+        return "queries and values of unequal widths"
     if call.core is None:
         return "weights are asked for" if call.need_weights else ""
     width = in_degree * call.q.shape[-1]
     if call.core.widest is not None and width > call.core.widest:
         return f"heads of size {in_degree} x {call.q.shape[-1]}, and the attention beneath takes {call.core.widest}"
-    return "" if call.q.shape[-1] == call.v.shape[-1] else "queries and values of unequal widths"
+    return ""
 
 
 def _pays_wide(call: Call) -> str:

@@ -43,10 +43,11 @@ class WrappedModule(SiteGraph):
         return torch.where(works, self.module(torch.where(works, nodes, 0.0), context), nodes)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        for name in [name for name in state_dict if name.startswith(prefix)]:
-            inside = name.removeprefix(prefix)
-            if not inside.startswith("module."):
-                state_dict[f"{prefix}module.{inside}"] = state_dict.pop(name)
+        names = [name for name in state_dict if name.startswith(prefix)]
+        wrapped = {f"{prefix}module.{name}" for name in self.module.state_dict()}
+        if not set(names) <= wrapped:
+            for name in names:
+                state_dict[f"{prefix}module.{name.removeprefix(prefix)}"] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

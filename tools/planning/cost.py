@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from gohgraph.attention.maps import WIDEST_IN_DEGREE
+from gohgraph.attention.forms import WIDEST_IN_DEGREE
 from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.site_config import SiteConfig, parts_of

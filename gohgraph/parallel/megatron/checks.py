@@ -58,9 +58,7 @@ def check_transformer(config: Any) -> None:
 def _check_site(name: str, site: SiteConfig) -> None:
     unsupported = {
         "cross_layer": site.cross_layer,
-        "num_shared": site.num_shared,
-        "in_degree": site.in_degree,
-        "keyed": site.keyed,
+        f"kind={site.kind!r}": site.kind != "plain",
         "backend='pyg'": site.backend == "pyg",
         "several rounds": name == "scores" and site.rounds > 1,
     }
