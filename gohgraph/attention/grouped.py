@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gohgraph.attention.maps import plain_attention
+
 # From so many keys, and up to so large a share of the queries of all heads, grouping was measured to pay on a CPU
 # (`tools/benchmark.py` with moh-50 and moh-50-all; causal attention has a kernel that reads half of the keys).
 FROM_KEYS = 512
@@ -34,7 +36,7 @@ class TokenGroups(NamedTuple):
     def share(self, tokens: int) -> float:
         """Queries that are computed, of those of all heads and tokens."""
         routed = self.counts.shape[1]
-        return (self.num_shared + routed * self.order.shape[1] / tokens) / (self.num_shared + routed)
+        return (self.num_shared + routed * self.order.shape[1] / max(1, tokens)) / (self.num_shared + routed)
 
 
 def group_tokens(active: Tensor, num_shared: int) -> TokenGroups:
@@ -48,7 +50,8 @@ def group_tokens(active: Tensor, num_shared: int) -> TokenGroups:
     chosen = active[..., num_shared:]  # [B, T, h_r]
     counts = chosen.sum(dim=1)  # [B, h_r]
     order = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # [B, T, h_r]
-    return TokenGroups(order[:, : max(1, int(counts.max()))], counts, num_shared)
+    most = int(counts.max()) if counts.numel() else 0
+    return TokenGroups(order[:, : max(1, most)], counts, num_shared)
 
 
 def may_pay(q: Tensor, keys: int, causal: bool) -> bool:
@@ -70,8 +73,11 @@ def grouped_attention(
         causal: token t attends to keys up to S - T + t.
 
     Returns:
-        Head outputs `[B, T, H, D]`.
+        Head outputs `[B, T, H, D]`; zeros where there are no keys.
     """
+    if not q.numel() or not k.shape[1]:
+        # Without queries or keys there is nothing to group, and the gradients are zeros.
+        return plain_attention(q, k, v, None, 0.0, is_causal=False)
     split = groups.num_shared
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2).transpose(1, 2) for x in (k, v))  # [B, H, S, D]
     tokens, keys = q.shape[1], k.shape[2]
@@ -79,7 +85,7 @@ def grouped_attention(
     order = groups.order.transpose(1, 2)  # [B, h_r, C]
     index = order.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1])  # [B, h_r, C, D]
     real = torch.arange(order.shape[-1], device=q.device) < groups.counts.unsqueeze(-1)  # [B, h_r, C]
-    own = q[:, split:].gather(2, index)  # [B, h_r, C, D]
+    queries = q[:, split:].gather(2, index)  # [B, h_r, C, D]
     last = torch.where(real, order, 0) + keys - tokens  # [B, h_r, C], the last key a causal query may see
     parts = []
     for start in range(0, order.shape[-1], CHUNK if causal else order.shape[-1]):
@@ -90,9 +96,9 @@ def grouped_attention(
         if causal:
             seen = torch.arange(end, device=q.device) <= last[..., some].unsqueeze(-1)  # [B, h_r, c, end]
             mask = seen if mask is None else seen & mask
-        parts.append(F.scaled_dot_product_attention(own[:, :, some], k[:, split:, :end], v[:, split:, :end], mask))
-    found = torch.cat(parts, dim=2) * real.unsqueeze(-1)  # [B, h_r, C, D]
-    routed = torch.zeros_like(q[:, split:]).scatter(2, index, found)  # [B, h_r, T, D]
+        parts.append(F.scaled_dot_product_attention(queries[:, :, some], k[:, split:, :end], v[:, split:, :end], mask))
+    outputs = torch.cat(parts, dim=2) * real.unsqueeze(-1)  # [B, h_r, C, D]
+    routed = torch.zeros_like(q[:, split:]).scatter(2, index, outputs)  # [B, h_r, T, D]
     shared = _shared(q[:, :split], k[:, :split], v[:, :split], keep_mask, causal)  # [B, h_s, T, D]
     return torch.cat((shared, routed), dim=1).transpose(1, 2)  # [B, T, H, D]
 

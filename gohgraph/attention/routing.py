@@ -16,8 +16,7 @@ from gohgraph.graphs.config import RoutingConfig
 class Routing(NamedTuple):
     """What a router decided for the tokens it saw.
 
-    Means are over real tokens, and over ranks where ranks share them; they are `None` in decoding, where a token is not
-    worth the time they take.
+    Means are over real tokens, and over ranks where ranks share them; `None` in decoding, which does not compute them.
 
     Args:
         gates: weight of every head, `[*, H]`, float32 at least; 0 where it is off.
@@ -66,7 +65,7 @@ class HeadRouter(nn.Module):
             moved so far a step by `update_balance_bias`, not by gradients.
 
     Attributes:
-        routed, shared, kinds: W_r `[h_r, M]`, W_s `[h_s, M]`, W_h `[2, M]`.
+        routed, shared, kinds: W_r `[h_r, M]`, W_s `[h_s, M]`, W_h `[2, M]`, whose logits weigh shared against routed.
         process_group: ranks whose tokens make the statistics of a training step together; `None` (default) for this
             rank alone. Set by `share_statistics`.
 
@@ -165,11 +164,11 @@ class HeadRouter(nn.Module):
             is_one = logits.shape[:-1].numel() == 1 and x.device.type == "cpu" and not torch.compiler.is_compiling()
             if is_one and not statistics and not torch.is_grad_enabled():
                 return self._of_one_token(logits)
-            routed, shared, kinds = logits.split((self.num_routed, self.num_shared, 2), dim=-1)  # [*, h_r], ...
+            routed, shared, group_gate = logits.split((self.num_routed, self.num_shared, 2), dim=-1)  # [*, h_r], ...
             chosen = self._choose(routed.detach())  # [*, h_r]
             r = _scaled_softmax(torch.where(chosen, routed, float("-inf")), self.top_k)  # [*, h_r]
             s = _scaled_softmax(shared, self.num_shared)  # [*, h_s]
-            w = 2 * (kinds - kinds.flip(-1)).sigmoid()  # [*, 2], the softmax of two
+            w = 2 * (group_gate - group_gate.flip(-1)).sigmoid()  # [*, 2], the softmax of two
             gates = torch.cat((w[..., :1] * s, w[..., 1:] * r), dim=-1)  # [*, H]
             active = F.pad(chosen, (self.num_shared, 0), value=True)  # [*, H]
             if self.straight_through:
@@ -215,13 +214,22 @@ class HeadRouter(nn.Module):
         return routed if self.balance_bias is None else routed.softmax(dim=-1) + self.balance_bias
 
     def _of_one_token(self, logits: Tensor) -> Routing:
-        """The same without gradients for one token: with so few numbers, forty calls of torch are what takes time."""
+        """The same without gradients for one token, in Python floats: forty calls of torch are what takes time there.
+
+        With 512 features and 8 to 32 heads the router takes 0.13 to 0.17 ms in place of 0.25 to 0.37 on one thread, and
+        the block around it, of 64 or 512 cached tokens, 1.12 to 1.18 times less. Measured by the first of
+
+            python -m timeit -s "import torch, gohgraph as goh; torch.set_num_threads(1); torch.set_grad_enabled(False)
+            router, x = goh.HeadRouter(512, 16, 4, 4), torch.randn(1, 512)" "router(x, statistics=False)"
+
+        and the same for `torch.randn(2, 512)`, two tokens, which take the way of many.
+        """
         numbers, split = logits.flatten().tolist(), self.num_routed
-        routed, shared, kinds = numbers[:split], numbers[split:-2], numbers[-2:]
+        routed, shared, group_gate = numbers[:split], numbers[split:-2], numbers[-2:]
         # Rounded as for many tokens: in float64 heads of equal bias and tiny p would not be ties.
         scores = self._scores(logits.flatten()[:split]).tolist()
         best = sorted(range(split), key=scores.__getitem__, reverse=True)[: self.top_k]
-        tilt = math.tanh((kinds[0] - kinds[1]) / 2)
+        tilt = math.tanh((group_gate[0] - group_gate[1]) / 2)
         gates = [(1 + tilt) * s for s in _scaled_shares(shared, self.num_shared)] + [0.0] * split
         active = [True] * self.num_shared + [False] * split
         for head, r in zip(best, _scaled_shares([routed[head] for head in best], self.top_k), strict=True):

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_takes
+from gohgraph.attention.kernels.folding import fold, unfold
+from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_refuses
 
 # Numbers of a tile of maps (rows * H * S), of which backward holds three: they stay in a core's cache between products,
 # and count little beside a block. Time is flat up to the double; with fewer rows products are too flat to be fast, with
@@ -53,10 +53,11 @@ def tiled_attention(
 
     with w = `mix_scores` and u = `mix_weights`. Equal to `mixed_attention`, its slow reference, at the price of about
     plain attention for every graph up to the complete one. Backward computes the maps again, tile by tile, so memory
-    grows with T and not with T x S. Gradients are for one backward pass: second ones need `mixed_attention`.
+    grows with T and not with T x S. Gradients are for one backward pass: second ones need `mixed_attention`. Under
+    `torch.func.vmap`, as for the gradients of every sample, the mapped dimension is part of the batch.
 
-    On CUDA, messages between scores alone run as one Triton kernel, `flash_mixed_attention`, where `kernel_takes` the
-    device, type and sizes.
+    On CUDA, messages between scores alone run as one Triton kernel, `flash_mixed_attention`, unless `kernel_refuses`
+    the device, type or sizes.
 
     Source: tiles and recomputation as in FlashAttention (arXiv 2205.14135); here a tile holds the maps of all heads and
     whole rows, so that its softmax is the ordinary one.
@@ -69,9 +70,10 @@ def tiled_attention(
         is_causal: query t sees keys up to t; T = S. Not beside a mask.
 
     Returns:
-        Head outputs `[B, T, H, D]`.
+        Head outputs `[B, T, H, D]`; zeros where there are no keys.
 
     Raises:
+        RuntimeError: second gradients, when they are asked for.
         ValueError: a mask beside `is_causal`.
 
     Example:
@@ -82,14 +84,15 @@ def tiled_attention(
     if is_causal and keep_mask is not None:
         raise ValueError("Expected keep_mask or is_causal (got both). Do make causality part of the mask.")
     batch, tokens, heads, head_dim = q.shape
-    if mix_weights is None and mix_scores is not None and kernel_takes(q.device, q.dtype, heads, head_dim):
+    if mix_weights is None and mix_scores is not None and not kernel_refuses(q.device, q.dtype, heads, head_dim):
         return flash_mixed_attention(q, k.to(q.dtype), v.to(q.dtype), mix_scores, keep_mask, is_causal)
     groups = heads // k.shape[2]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # [B, S, H, D]
     mixes = [w if w is None else w.to(q.dtype).expand(batch, tokens, -1, -1) for w in (mix_scores, mix_weights)]
     if keep_mask is not None:
-        keep_mask = keep_mask.expand(batch, heads, tokens, k.shape[1])  # [B, H, T, S]
+        # Only the batch, which a mapped dimension may join: what is the same for all heads stays one.
+        keep_mask = keep_mask[(None,) * (4 - keep_mask.dim())].expand(batch, -1, -1, -1)  # [B, 1 or H, 1 or T, 1 or S]
     # Inputs have one dtype; autocast would turn only some of the products inside into another.
     with torch.autocast(q.device.type, enabled=False):
         return _TiledAttention.apply(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), *mixes, keep_mask, is_causal)
@@ -110,16 +113,42 @@ def runs_in_tiles(
         dropout: probability of dropping an attention weight.
         tiled: `None` where tiles were measured to pay, True wherever they can run, False for never.
     """
-    if tiled is False or dropout or q.shape[1] == 1 or not q.numel() or not k.shape[1]:
+    if tiled is False or refuses_tiles(graphs, q, dropout):
         return False
-    if torch.compiler.is_compiling() or not torch.backends.cuda.flash_sdp_enabled():
-        return False
-    there = [graph for graph in graphs if graph is not None]
-    if not all(getattr(graph, "is_mixing", False) and graph.backend == "dense" for graph in there):
-        return False
+    return bool(tiled) or tiles_pay(q, k)
+
+
+def refuses_tiles(graphs: Iterable[nn.Module | None], q: Tensor, dropout: float) -> str:
+    """Why `tiled_attention` cannot stand in for messages of these graphs between maps; empty where it can.
+
+    Example:
+        >>> refuses_tiles([None], torch.empty(2, 7, 4, 8), dropout=0.1)
+        'attention weights are dropped'
+    """
+    if dropout:
+        return "attention weights are dropped"
+    if q.shape[1] == 1:
+        return "there is one query"
+    if torch.compiler.is_compiling():
+        return "the compiler traces"
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return "sdpa_kernel asks for whole maps"
+    present = [graph for graph in graphs if graph is not None]
+    if not all(getattr(graph, "is_mixing", False) for graph in present):
+        return "a graph is no linear map of the heads"
+    return "" if all(graph.backend == "dense" for graph in present) else "a graph has not the dense backend"
+
+
+def tiles_pay(q: Tensor, k: Tensor) -> bool:
+    """Whether tiles were measured to be the fastest form for queries `[B, T, H, D]` and keys `[B, S, G, D]`.
+
+    Example:
+        >>> [tiles_pay(torch.empty(1, size, 8, 64), torch.empty(1, size, 8, 64)) for size in (64, 512)]
+        [False, True]
+    """
     keys, head_dim = k.shape[1], k.shape[-1]
     is_long = keys >= TILED_FROM_KEYS or keys * head_dim >= TILED_FROM_NUMBERS
-    return bool(tiled) or (k.device.type == "cpu" and q.shape[1] >= FEWEST_ROWS and is_long)
+    return q.device.type == "cpu" and q.shape[1] >= FEWEST_ROWS and is_long
 
 
 def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) -> Iterator[Tile]:
@@ -129,7 +158,7 @@ def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) ->
         >>> [tile.keys for tile in tiles_of(1, 300, 8, 300, is_causal=True)]
         [96, 192, 288, 300]
     """
-    rows = min(MOST_ROWS, max(FEWEST_ROWS, TILE_NUMBERS // (heads * keys) // 16 * 16))
+    rows = min(MOST_ROWS, max(FEWEST_ROWS, TILE_NUMBERS // max(1, heads * keys) // 16 * 16))
     for item in range(batch):
         for start in range(0, tokens, rows):
             stop = min(start + rows, tokens)
@@ -146,6 +175,15 @@ class _Inputs(NamedTuple):
     mix_weights: Tensor | None
     keep_mask: Tensor | None
     is_causal: bool
+
+    @classmethod
+    def of(cls, *inputs: Any) -> _Inputs:
+        """Takes a mask `[B, 1 or H, 1 or T, 1 or S]`."""
+        made = cls(*inputs)
+        if made.keep_mask is None:
+            return made
+        batch, tokens, heads, _ = made.q.shape
+        return made._replace(keep_mask=made.keep_mask.expand(batch, heads, tokens, made.k.shape[1]))  # [B, H, T, S]
 
     def tiles(self) -> Iterator[Tile]:
         return tiles_of(*self.q.shape[:3], self.k.shape[1], self.is_causal)
@@ -169,21 +207,21 @@ class _Inputs(NamedTuple):
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        own = _Inputs(*inputs)
-        z = torch.empty_like(own.q)
-        values = own.v.transpose(1, 2).contiguous()  # [B, H, S, D]
-        keys = own.k.permute(0, 2, 3, 1).contiguous()  # [B, H, D, S]
+    def forward(*arguments: Any) -> Tensor:
+        inputs = _Inputs.of(*arguments)
+        z = torch.empty_like(inputs.q)
+        values = inputs.v.transpose(1, 2).contiguous()  # [B, H, S, D]
+        keys = inputs.k.permute(0, 2, 3, 1).contiguous()  # [B, H, D, S]
 
         # In a function of its own, a tile's maps are freed before the next one's are made.
-        def found(tile: Tile) -> Tensor:
-            _, weights = own.maps(keys, tile)
-            if own.mix_weights is not None:
-                weights = torch.bmm(own.mix_weights[tile.item, tile.rows], weights)  # [t, H, n]
+        def outputs(tile: Tile) -> Tensor:
+            _, weights = inputs.maps(keys, tile)
+            if inputs.mix_weights is not None:
+                weights = torch.bmm(inputs.mix_weights[tile.item, tile.rows], weights)  # [t, H, n]
             return torch.bmm(weights.transpose(0, 1), values[tile.item, :, : tile.keys])  # [H, t, D]
 
-        for tile in own.tiles():
-            z[tile.item, tile.rows] = found(tile).transpose(0, 1)  # [t, H, D]
+        for tile in inputs.tiles():
+            z[tile.item, tile.rows] = outputs(tile).transpose(0, 1)  # [t, H, D]
         return z
 
     @staticmethod
@@ -192,14 +230,44 @@ class _TiledAttention(torch.autograd.Function):
         ctx.save_for_backward(*tensors, output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, z = ctx.saved_tensors
-        inputs = _Inputs(*tensors, ctx.is_causal)
+        gradients = iter(_TiledGradients.apply(z, grad, *tensors, ctx.is_causal))
+        # Of q, k, v and the mixes that there are.
+        return (*(None if x is None else next(gradients) for x in tensors[:5]), None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        z = _TiledAttention.apply(*fold(info.batch_size, in_dims, inputs))  # [N*B, T, H, D]
+        return unfold(info.batch_size, z), 0
+
+
+class _TiledGradients(torch.autograd.Function):
+    """The backward pass as a function, so that `torch.func.vmap` can fold its inputs too."""
+
+    @staticmethod
+    def forward(z: Tensor, grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        inputs = _Inputs.of(*arguments)
         gradients = _Gradients(inputs, z, grad)
         for tile in inputs.tiles():
             gradients.add(tile)
-        return (*gradients.of_inputs(), None, None)
+        return gradients.of_inputs()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keeps nothing: there is no second backward pass."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "Expected first gradients alone of attention in tiles (got second ones). Do run forward within "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or call mixed_attention."
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        gradients = _TiledGradients.apply(*fold(info.batch_size, in_dims, inputs))  # [N*B, *] each
+        return tuple(unfold(info.batch_size, x) for x in gradients), (0,) * len(gradients)
 
 
 class _Gradients:
@@ -233,10 +301,10 @@ class _Gradients:
         self.dq[b, rows] = torch.bmm(dscores, k[b, :n].transpose(0, 1)).transpose(0, 1)  # [t, H, D]
         self.dk[b, :, :, :n] += torch.bmm(q[b, rows].permute(1, 2, 0), dscores)  # [H, D, n]
 
-    def of_inputs(self) -> tuple[Tensor | None, ...]:
-        """Returns the gradients in the order of the inputs."""
+    def of_inputs(self) -> tuple[Tensor, ...]:
+        """Returns the gradients in the order of the inputs, without those of mixes that there are not."""
         dk, dv = (x.permute(0, 3, 1, 2) for x in (self.dk, self.dv))  # [B, S, H, D]
-        return self.dq, dk, dv, self.dmix_scores, self.dmix_weights
+        return self.dq, dk, dv, *(w for w in (self.dmix_scores, self.dmix_weights) if w is not None)
 
     def _through_weights(self, tile: Tile, weights: Tensor) -> Tensor:
         """Adds to the values' gradients and returns those of the scores after messages, `[t, H, n]`."""

@@ -32,34 +32,22 @@ def _maps_of_tile(
     num_rows,
     num_columns,
     w_row,
-    mask_head,
-    mask_row,
-    mask_column,
     scale,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    H: tl.constexpr,
-    CHUNK: tl.constexpr,
+    C: tl.constexpr,
 ):
     """Returns scores a, weights P and the gradients dS' = P (dz v - product) of mixed scores, `[M, H, N]` each."""
-    every = tl.arange(0, H)
+    every = tl.arange(0, C.H)
     scores = scale * products_of_heads(
-        q, k, rows, columns, num_rows, num_columns, 0, HEADS, DIM, GROUP, H, CHUNK, PRECISION
+        q, k, rows, columns, num_rows, num_columns, 0, C.H, C
     )
-    mixed = tl.dot(load_mix(w, rows, num_rows, every, every, w_row, HEADS), scores, input_precision=PRECISION)
-    keep = may_attend(
-        mask, rows, columns, num_rows, num_columns, every, mask_head, mask_row, mask_column, HEADS, CAUSAL, MASKED
-    )
-    log_sum = load_rows(lse, rows, num_rows, every, HEADS)  # [M, H]
+    mixed = tl.dot(load_mix(w, rows, num_rows, every, every, w_row, C.HEADS), scores, input_precision=C.PRECISION)
+    keep = may_attend(mask, rows, columns, num_rows, num_columns, every, C)
+    log_sum = load_rows(lse, rows, num_rows, every, C.HEADS)  # [M, H]
     weights = tl.where(keep, tl.exp2(mixed * LOG2E - log_sum[:, :, None]), 0.0)
     dweights = products_of_heads(
-        dz, v, rows, columns, num_rows, num_columns, 0, HEADS, DIM, GROUP, H, CHUNK, PRECISION
+        dz, v, rows, columns, num_rows, num_columns, 0, C.H, C
     )
-    products = load_rows(product, rows, num_rows, every, HEADS)  # [M, H]
+    products = load_rows(product, rows, num_rows, every, C.HEADS)  # [M, H]
     return scores, weights, weights * (dweights - products[:, :, None])
 
 
@@ -84,58 +72,49 @@ def backward_queries_kernel(
     mask_row,
     mask_column,
     scale,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    C: tl.constexpr,
 ):
     """Writes the gradients of q `[T, HEADS, DIM]` and of w `[T, HEADS, HEADS]`, for M queries and BLOCK senders.
 
     With dS_j = sum_i w_ij dS'_i: dq_j = sum_s dS_j k_j(s) / sqrt(D), dw_ij = sum_s dS'_i a_j. Grid as in forward.
     """
     batch = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * M + tl.arange(0, M)
-    first_head = tl.program_id(1) * BLOCK
-    senders, every = first_head + tl.arange(0, BLOCK), tl.arange(0, H)
-    first = batch * num_rows * HEADS
-    q += first * DIM
-    k += batch * num_columns * (HEADS // GROUP) * DIM
-    v += batch * num_columns * (HEADS // GROUP) * DIM
+    rows = tl.program_id(0) * C.M + tl.arange(0, C.M)
+    first_head = tl.program_id(1) * C.BLOCK
+    senders, every = first_head + tl.arange(0, C.BLOCK), tl.arange(0, C.H)
+    first = batch * num_rows * C.HEADS
+    q += first * C.DIM
+    dz += first * C.DIM
+    lse += first
+    product += first
+    k += batch * num_columns * (C.HEADS // C.GROUP) * C.DIM
+    v += batch * num_columns * (C.HEADS // C.GROUP) * C.DIM
     w += batch * w_batch
-    mix = load_mix(w, rows, num_rows, every, senders, w_row, HEADS)  # [M, H, BLOCK]
-    dqueries = tl.zeros([BLOCK, M, D], tl.float32)
-    dmix = tl.zeros([M, H, BLOCK], tl.float32)
+    sequence_mask = (mask + batch * mask_batch, mask_head, mask_row, mask_column)
+    mix = load_mix(w, rows, num_rows, every, senders, w_row, C.HEADS)  # [M, H, BLOCK]
+    dqueries = tl.full([C.BLOCK, C.M, C.D], 0.0, tl.float32)
+    dmix = tl.full([C.M, C.H, C.BLOCK], 0.0, tl.float32)
     end = num_columns
-    if CAUSAL:
-        end = tl.minimum(num_columns, (tl.program_id(0) + 1) * M)
-    for start in range(0, end, N):
-        columns = start + tl.arange(0, N)
+    if C.CAUSAL:
+        end = tl.minimum(num_columns, (tl.program_id(0) + 1) * C.M)
+    for start in range(0, end, C.N):
+        columns = start + tl.arange(0, C.N)
         scores, _, dmixed = _maps_of_tile(
-            q, k, v, w, mask + batch * mask_batch, dz + first * DIM, lse + first, product + first, rows, columns,
-            num_rows, num_columns, w_row, mask_head, mask_row, mask_column, scale, HEADS, DIM, GROUP, CAUSAL, MASKED,
-            PRECISION, H, CHUNK,
+            q, k, v, w, sequence_mask, dz, lse, product, rows, columns, num_rows, num_columns, w_row, scale, C
         )  # [M, H, N] each
         # A tile in registers has no parts: those of fewer senders than all are computed once more.
-        if BLOCK != H:
+        if C.BLOCK != C.H:
             scores = scale * products_of_heads(
-                q, k, rows, columns, num_rows, num_columns, first_head, HEADS, DIM, GROUP, BLOCK, CHUNK, PRECISION
+                q, k, rows, columns, num_rows, num_columns, first_head, C.BLOCK, C
             )  # [M, BLOCK, N]
-        dmix = tl.dot(dmixed, tl.permute(scores, (0, 2, 1)), dmix, input_precision=PRECISION)
-        dscores = tl.dot(tl.permute(mix, (0, 2, 1)), dmixed, input_precision=PRECISION)  # [M, BLOCK, N]
-        keys = load_heads(k, columns, num_columns, first_head, 0, HEADS, DIM, GROUP, BLOCK, D)  # [BLOCK, N, D]
+        dmix = tl.dot(dmixed, tl.permute(scores, (0, 2, 1)), dmix, input_precision=C.PRECISION)
+        dscores = tl.dot(tl.permute(mix, (0, 2, 1)), dmixed, input_precision=C.PRECISION)  # [M, BLOCK, N]
+        keys = load_heads(k, columns, num_columns, first_head, 0, C.GROUP, C.BLOCK, C.D, C)  # [BLOCK, N, D]
         dscores = tl.permute(dscores, (1, 0, 2)).to(keys.dtype)  # [BLOCK, M, N]
-        dqueries = tl.dot(dscores, keys, dqueries, input_precision=PRECISION)
-    store_heads(dq + first * DIM, dqueries * scale, rows, num_rows, first_head, HEADS, DIM, BLOCK, D)
-    places, inside = places_of_mix(rows, num_rows, every, senders, HEADS * HEADS, HEADS)
-    tl.store(dw + first * HEADS + places, dmix.to(dw.dtype.element_ty), mask=inside)
+        dqueries = tl.dot(dscores, keys, dqueries, input_precision=C.PRECISION)
+    store_heads(dq + first * C.DIM, dqueries * scale, rows, num_rows, first_head, C)
+    places, inside = places_of_mix(rows, num_rows, every, senders, C.HEADS * C.HEADS, C.HEADS)
+    tl.store(dw + first * C.HEADS + places, dmix.to(dw.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -159,61 +138,49 @@ def backward_keys_kernel(
     mask_row,
     mask_column,
     scale,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    C: tl.constexpr,
 ):
     """Writes the gradients of k and v, for each query head `[S, HEADS, DIM]`, for N keys and BLOCK heads.
 
     dk_j(s) = sum_t dS_j q_j(t) / sqrt(D), dv_i(s) = sum_t P_i dz_i(t). Grid (S / N, HEADS / BLOCK, B).
     """
     batch = tl.program_id(2).to(tl.int64)
-    columns = tl.program_id(0) * N + tl.arange(0, N)
-    first_head = tl.program_id(1) * BLOCK
-    heads, every = first_head + tl.arange(0, BLOCK), tl.arange(0, H)
-    first = batch * num_rows * HEADS
-    q += first * DIM
-    dz += first * DIM
-    k += batch * num_columns * (HEADS // GROUP) * DIM
-    v += batch * num_columns * (HEADS // GROUP) * DIM
+    columns = tl.program_id(0) * C.N + tl.arange(0, C.N)
+    first_head = tl.program_id(1) * C.BLOCK
+    heads, every = first_head + tl.arange(0, C.BLOCK), tl.arange(0, C.H)
+    first = batch * num_rows * C.HEADS
+    q += first * C.DIM
+    dz += first * C.DIM
+    lse += first
+    product += first
+    k += batch * num_columns * (C.HEADS // C.GROUP) * C.DIM
+    v += batch * num_columns * (C.HEADS // C.GROUP) * C.DIM
     w += batch * w_batch
-    dkeys = tl.zeros([BLOCK, N, D], tl.float32)
-    dvalues = tl.zeros([BLOCK, N, D], tl.float32)
+    sequence_mask = (mask + batch * mask_batch, mask_head, mask_row, mask_column)
+    dkeys = tl.full([C.BLOCK, C.N, C.D], 0.0, tl.float32)
+    dvalues = tl.full([C.BLOCK, C.N, C.D], 0.0, tl.float32)
     begin = 0
-    if CAUSAL:
-        begin = tl.program_id(0) * N // M * M
-    for start in range(begin, num_rows, M):
-        rows = start + tl.arange(0, M)
+    if C.CAUSAL:
+        begin = tl.program_id(0) * C.N // C.M * C.M
+    for start in range(begin, num_rows, C.M):
+        rows = start + tl.arange(0, C.M)
         scores, weights, dmixed = _maps_of_tile(
-            q, k, v, w, mask + batch * mask_batch, dz, lse + first, product + first, rows, columns,
-            num_rows, num_columns, w_row, mask_head, mask_row, mask_column, scale, HEADS, DIM, GROUP, CAUSAL, MASKED,
-            PRECISION, H, CHUNK,
+            q, k, v, w, sequence_mask, dz, lse, product, rows, columns, num_rows, num_columns, w_row, scale, C
         )  # [M, H, N] each
-        if BLOCK != H:
-            mixed = tl.dot(load_mix(w, rows, num_rows, heads, every, w_row, HEADS), scores, input_precision=PRECISION)
-            keep = may_attend(
-                mask + batch * mask_batch, rows, columns, num_rows, num_columns, heads, mask_head, mask_row,
-                mask_column, HEADS, CAUSAL, MASKED,
-            )
-            log_sum = load_rows(lse + first, rows, num_rows, heads, HEADS)  # [M, BLOCK]
+        if C.BLOCK != C.H:
+            mix = load_mix(w, rows, num_rows, heads, every, w_row, C.HEADS)  # [M, BLOCK, H]
+            mixed = tl.dot(mix, scores, input_precision=C.PRECISION)
+            keep = may_attend(sequence_mask, rows, columns, num_rows, num_columns, heads, C)
+            log_sum = load_rows(lse, rows, num_rows, heads, C.HEADS)  # [M, BLOCK]
             weights = tl.where(keep, tl.exp2(mixed * LOG2E - log_sum[:, :, None]), 0.0)  # [M, BLOCK, N]
-        grad = load_heads(dz, rows, num_rows, first_head, 0, HEADS, DIM, 1, BLOCK, D)  # [BLOCK, M, D]
+        grad = load_heads(dz, rows, num_rows, first_head, 0, 1, C.BLOCK, C.D, C)  # [BLOCK, M, D]
         weights = tl.permute(weights, (1, 2, 0)).to(grad.dtype)  # [BLOCK, N, M]
-        dvalues = tl.dot(weights, grad, dvalues, input_precision=PRECISION)
-        mix = load_mix(w, rows, num_rows, every, heads, w_row, HEADS)  # [M, H, BLOCK]
-        dscores = tl.dot(tl.permute(mix, (0, 2, 1)), dmixed, input_precision=PRECISION)  # [M, BLOCK, N]
-        queries = load_heads(q, rows, num_rows, first_head, 0, HEADS, DIM, 1, BLOCK, D)  # [BLOCK, M, D]
+        dvalues = tl.dot(weights, grad, dvalues, input_precision=C.PRECISION)
+        to_receivers = load_mix(w, rows, num_rows, every, heads, w_row, C.HEADS)  # [M, H, BLOCK]
+        dscores = tl.dot(tl.permute(to_receivers, (0, 2, 1)), dmixed, input_precision=C.PRECISION)  # [M, BLOCK, N]
+        queries = load_heads(q, rows, num_rows, first_head, 0, 1, C.BLOCK, C.D, C)  # [BLOCK, M, D]
         dscores = tl.permute(dscores, (1, 2, 0)).to(queries.dtype)  # [BLOCK, N, M]
-        dkeys = tl.dot(dscores, queries, dkeys, input_precision=PRECISION)
-    into = batch * num_columns * HEADS * DIM
-    store_heads(dk + into, dkeys * scale, columns, num_columns, first_head, HEADS, DIM, BLOCK, D)
-    store_heads(dv + into, dvalues, columns, num_columns, first_head, HEADS, DIM, BLOCK, D)
+        dkeys = tl.dot(dscores, queries, dkeys, input_precision=C.PRECISION)
+    into = batch * num_columns * C.HEADS * C.DIM
+    store_heads(dk + into, dkeys * scale, columns, num_columns, first_head, C)
+    store_heads(dv + into, dvalues, columns, num_columns, first_head, C)

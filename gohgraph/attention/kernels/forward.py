@@ -26,48 +26,35 @@ def forward_kernel(
     mask_row,
     mask_column,
     scale,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    C: tl.constexpr,
 ):
     """Writes z `[T, HEADS, DIM]` and the base-2 log-sum-exp of the mixed scores, `[T, HEADS]`.
 
     A program does M queries and BLOCK receiving heads of one sequence: grid (T / M, HEADS / BLOCK, B).
     """
     batch = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * M + tl.arange(0, M)
-    first_head = tl.program_id(1) * BLOCK
-    heads = first_head + tl.arange(0, BLOCK)
-    first = batch * num_rows * HEADS
-    q += first * DIM
-    k += batch * num_columns * (HEADS // GROUP) * DIM
-    v += batch * num_columns * (HEADS // GROUP) * DIM
-    mix = load_mix(w + batch * w_batch, rows, num_rows, heads, tl.arange(0, H), w_row, HEADS)  # [M, BLOCK, H]
-    largest = tl.full([M, BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([M, BLOCK], tl.float32)
-    found = tl.zeros([BLOCK, M, D], tl.float32)
+    rows = tl.program_id(0) * C.M + tl.arange(0, C.M)
+    first_head = tl.program_id(1) * C.BLOCK
+    heads = first_head + tl.arange(0, C.BLOCK)
+    first = batch * num_rows * C.HEADS
+    q += first * C.DIM
+    k += batch * num_columns * (C.HEADS // C.GROUP) * C.DIM
+    v += batch * num_columns * (C.HEADS // C.GROUP) * C.DIM
+    mix = load_mix(w + batch * w_batch, rows, num_rows, heads, tl.arange(0, C.H), w_row, C.HEADS)  # [M, BLOCK, H]
+    sequence_mask = (mask + batch * mask_batch, mask_head, mask_row, mask_column)
+    largest = tl.full([C.M, C.BLOCK], float("-inf"), tl.float32)
+    total = tl.full([C.M, C.BLOCK], 0.0, tl.float32)
+    outputs = tl.full([C.BLOCK, C.M, C.D], 0.0, tl.float32)
     end = num_columns
-    if CAUSAL:
-        end = tl.minimum(num_columns, (tl.program_id(0) + 1) * M)
-    for start in range(0, end, N):
-        columns = start + tl.arange(0, N)
+    if C.CAUSAL:
+        end = tl.minimum(num_columns, (tl.program_id(0) + 1) * C.M)
+    for start in range(0, end, C.N):
+        columns = start + tl.arange(0, C.N)
         scores = scale * products_of_heads(
-            q, k, rows, columns, num_rows, num_columns, 0, HEADS, DIM, GROUP, H, CHUNK, PRECISION
+            q, k, rows, columns, num_rows, num_columns, 0, C.H, C
         )  # [M, H, N]
-        mixed = tl.dot(mix, scores, input_precision=PRECISION)  # [M, BLOCK, N]
-        keep = may_attend(
-            mask + batch * mask_batch, rows, columns, num_rows, num_columns, heads, mask_head, mask_row, mask_column,
-            HEADS, CAUSAL, MASKED,
-        )
+        mixed = tl.dot(mix, scores, input_precision=C.PRECISION)  # [M, BLOCK, N]
+        keep = may_attend(sequence_mask, rows, columns, num_rows, num_columns, heads, C)
         mixed = tl.where(keep, mixed * LOG2E, float("-inf"))
         largest_now = tl.maximum(largest, tl.max(mixed, axis=2))  # [M, BLOCK]
         # A row that has not met a key it may attend to has -inf here, which must not be taken from another.
@@ -76,13 +63,13 @@ def forward_kernel(
         shrink = tl.exp2(largest - shift)  # [M, BLOCK]
         total = total * shrink + tl.sum(weights, axis=2)
         largest = largest_now
-        values = load_heads(v, columns, num_columns, first_head, 0, HEADS, DIM, GROUP, BLOCK, D)  # [BLOCK, N, D]
+        values = load_heads(v, columns, num_columns, first_head, 0, C.GROUP, C.BLOCK, C.D, C)  # [BLOCK, N, D]
         weights = tl.permute(weights, (1, 0, 2)).to(values.dtype)  # [BLOCK, M, N]
-        found = tl.dot(weights, values, found * tl.permute(shrink, (1, 0))[:, :, None], input_precision=PRECISION)
-    # A row without any key has found zeros, and gives them; backward keeps none of its weights, so its sum is not read.
+        outputs = tl.dot(weights, values, outputs * tl.permute(shrink, (1, 0))[:, :, None], input_precision=C.PRECISION)
+    # A row without any key gives its sum, zeros; backward keeps none of its weights, so its total is not read.
     total = tl.where(total > 0, total, 1.0)
-    found = found / tl.permute(total, (1, 0))[:, :, None]
-    store_heads(z + first * DIM, found, rows, num_rows, first_head, HEADS, DIM, BLOCK, D)
+    outputs = outputs / tl.permute(total, (1, 0))[:, :, None]
+    store_heads(z + first * C.DIM, outputs, rows, num_rows, first_head, C)
     log_sum = largest + tl.log2(total)
-    inside = (rows < num_rows)[:, None] & (heads < HEADS)[None, :]
-    tl.store(lse + first + rows[:, None] * HEADS + heads[None, :], log_sum, mask=inside)
+    inside = (rows < num_rows)[:, None] & (heads < C.HEADS)[None, :]
+    tl.store(lse + first + rows[:, None] * C.HEADS + heads[None, :], log_sum, mask=inside)

@@ -38,6 +38,31 @@ class Inputs(NamedTuple):
     is_causal: bool
 
 
+class Constants(NamedTuple):
+    """What is compiled into a kernel.
+
+    Args:
+        HEADS, DIM: H and D.
+        GROUP: query heads of a key/value head.
+        CAUSAL, MASKED: which keys a query sees.
+        PRECISION: of products in float32.
+        H, BLOCK, D, CHUNK, M, N: see `sizes`; M queries and N keys.
+    """
+
+    HEADS: int
+    DIM: int
+    GROUP: int
+    CAUSAL: bool
+    MASKED: bool
+    PRECISION: str
+    H: int
+    BLOCK: int
+    D: int
+    CHUNK: int
+    M: int
+    N: int
+
+
 def sizes(heads: int, head_dim: int, itemsize: int) -> dict[str, int]:
     """Returns the sizes of tiles: all heads (H), those a program writes (BLOCK), features (D), those at once (CHUNK).
 
@@ -53,20 +78,13 @@ def sizes(heads: int, head_dim: int, itemsize: int) -> dict[str, int]:
     return {"H": every, "BLOCK": block, "D": dims, "CHUNK": chunk, "M": ROWS, "N": COLUMNS}
 
 
-def constants(q: Tensor, groups: int, *, masked: bool, is_causal: bool) -> dict[str, Any]:
-    """Returns what is compiled into a kernel for queries `[*, H, D]` over so many key/value heads."""
+def constants(q: Tensor, groups: int, *, masked: bool, is_causal: bool) -> dict[str, Constants]:
+    """Returns what is compiled into a kernel for queries `[*, H, D]` over so many key/value heads, as its argument."""
     heads, head_dim = q.shape[-2:]
     exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return {
-        "HEADS": heads,
-        "DIM": head_dim,
-        "GROUP": heads // groups,
-        "CAUSAL": is_causal,
-        "MASKED": masked,
-        # Three products on tensor cores are about as exact as one in float32.
-        "PRECISION": "tf32x3" if exact else "tf32",
-        **sizes(heads, head_dim, q.element_size()),
-    }
+    # Three products on tensor cores are about as exact as one in float32.
+    precision, tile = "tf32x3" if exact else "tf32", sizes(heads, head_dim, q.element_size())
+    return {"C": Constants(heads, head_dim, heads // groups, is_causal, masked, precision, **tile)}
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -99,6 +117,6 @@ def _launch(kernel: Any, length: int, inputs: Inputs, *tensors: Tensor) -> None:
     mask, strides = (w, (0, 0, 0, 0)) if keep_mask is None else (keep_mask.view(torch.uint8), keep_mask.stride())
     numbers = (q.shape[1], k.shape[1], *w.stride()[:2], *strides, q.shape[3] ** -0.5)
     # Tiles of queries and of keys have one size.
-    grid = (triton.cdiv(length, ROWS), triton.cdiv(q.shape[2], compiled_in["BLOCK"]), q.shape[0])
+    grid = (triton.cdiv(length, ROWS), triton.cdiv(q.shape[2], compiled_in["C"].BLOCK), q.shape[0])
     with torch.cuda.device_of(q):
         kernel[grid](q, k, v, w, mask, *tensors, *numbers, **compiled_in, **OPTIONS)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from gohgraph.attention.kernels.folding import fold, unfold
 
 # Of how many heads the maps of a tile fit into registers and shared memory.
 MOST_HEADS = {torch.float16: 32, torch.bfloat16: 32, torch.float32: 16}
@@ -69,38 +71,60 @@ def flash_mixed_attention(
     _check(q, k, v, keep_mask, is_causal)
     batch, tokens, heads, _ = q.shape
     w = mix_scores.expand(batch, tokens, heads, heads)  # [B, T, H, H]
-    # Static graphs stay one matrix for all tokens; only a matrix itself has to lie in order.
-    w = w if w.stride()[2:] == (heads, 1) else w.contiguous()
     if keep_mask is not None:
         keep_mask = keep_mask.expand(batch, heads, tokens, k.shape[1])  # [B, H, T, S]
-    return _FlashMixedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), w, keep_mask, is_causal)
+    return _FlashMixedAttention.apply(*_in_order((q, k, v, w, keep_mask, is_causal)))[0]
 
 
 def kernel_takes(device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int) -> bool:
     """Whether `flash_mixed_attention` runs on a device, for heads of this type, number and size.
+
+    Example:
+        >>> kernel_takes(torch.device("cpu"), torch.float32, num_heads=8, head_dim=64)
+        False
+    """
+    return not kernel_refuses(device, dtype, num_heads, head_dim)
+
+
+def kernel_refuses(device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int) -> str:
+    """Why `flash_mixed_attention` does not run on a device, for heads of this type, number and size; empty if it does.
 
     It does on NVIDIA GPUs of compute capability 8.0 and more with 160 KiB of shared memory for a program (A100, H100
     and later; not consumer cards), with Triton 3.5 or newer, for up to 32 heads in half precision and 16 in float32,
     of up to 256 features.
 
     Example:
-        >>> kernel_takes(torch.device("cpu"), torch.float32, num_heads=8, head_dim=64)
-        False
+        >>> kernel_refuses(torch.device("cpu"), torch.float32, num_heads=8, head_dim=64)
+        'cpu is no NVIDIA GPU'
     """
-    if device.type != "cuda" or torch.version.hip or not _has_triton():
-        return False
-    if num_heads > MOST_HEADS.get(dtype, 0) or head_dim > LARGEST_HEAD_DIM:
-        return False
-    return _is_large(device.index if device.index is not None else torch.cuda.current_device())
+    if device.type != "cuda" or torch.version.hip:
+        return f"{device} is no NVIDIA GPU"
+    if not _has_triton():
+        return "Triton {}.{} or newer is not installed".format(*OLDEST_TRITON)
+    if refused := _refused_heads(dtype, num_heads, head_dim):
+        return refused
+    if not _is_large(device.index if device.index is not None else torch.cuda.current_device()):
+        return f"{device} has a compute capability below 8.0 or less than {SHARED_MEMORY >> 10} KiB of shared memory"
+    return ""
+
+
+def _refused_heads(dtype: torch.dtype, num_heads: int, head_dim: int) -> str:
+    """Why no kernel is made for such heads, on whatever device; empty where there is one."""
+    if dtype not in MOST_HEADS:
+        return f"{dtype} is none of {list(MOST_HEADS)}"
+    if num_heads > MOST_HEADS[dtype] or head_dim > LARGEST_HEAD_DIM:
+        most = f"up to {MOST_HEADS[dtype]} heads of up to {LARGEST_HEAD_DIM} features in {dtype}"
+        return f"{num_heads} heads of {head_dim} features are not {most}"
+    return ""
 
 
 @lru_cache
 def _has_triton() -> bool:
     try:
-        found = version("triton")
+        installed = version("triton")
     except PackageNotFoundError:
         return False
-    return tuple(map(int, found.split(".")[:2])) >= OLDEST_TRITON
+    return tuple(map(int, installed.split(".")[:2])) >= OLDEST_TRITON
 
 
 @lru_cache
@@ -110,22 +134,62 @@ def _is_large(index: int) -> bool:
 
 
 class _FlashMixedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, w: Tensor, keep_mask: Tensor | None, is_causal: bool
-    ) -> Tensor:
-        launch = _launch()
-        z, lse = launch.forward(launch.Inputs(q, k, v, w, keep_mask, is_causal))
-        ctx.save_for_backward(q, k, v, w, keep_mask, z, lse)
-        ctx.is_causal = is_causal
-        return z
+    """Gives z and, for backward, the log-sum-exp of every row."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, z, lse = ctx.saved_tensors
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         launch = _launch()
-        return *launch.backward(launch.Inputs(*inputs, ctx.is_causal), z, lse, grad.contiguous()), None, None
+        return launch.forward(launch.Inputs(*inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.is_causal = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, z, lse = ctx.saved_tensors
+        return *_FlashGradients.apply(z, lse, grad, *tensors, ctx.is_causal), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        outputs = _FlashMixedAttention.apply(*_in_order(fold(info.batch_size, in_dims, inputs)))
+        return tuple(unfold(info.batch_size, x) for x in outputs), (0, 0)
+
+
+class _FlashGradients(torch.autograd.Function):
+    """The backward pass as a function, so that `torch.func.vmap` can fold its inputs too."""
+
+    @staticmethod
+    def forward(z: Tensor, lse: Tensor, grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        launch = _launch()
+        return launch.backward(launch.Inputs(*inputs), z, lse, grad.contiguous())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keeps nothing: there is no second backward pass."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "Expected first gradients alone of the kernels (got second ones). Do run forward within "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or call mixed_attention."
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        z, lse, grad, *others = fold(info.batch_size, in_dims, inputs)
+        gradients = _FlashGradients.apply(z.contiguous(), lse.contiguous(), grad, *_in_order(others))
+        return tuple(unfold(info.batch_size, x) for x in gradients), (0,) * len(gradients)
+
+
+def _in_order(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Lays out q, k, v and the matrices w as the kernels read them; the mask has strides of its own."""
+    q, k, v, w, *others = inputs
+    # Static graphs stay one matrix for all tokens; only a matrix itself has to lie in order.
+    w = w if w.stride()[2:] == (w.shape[-1], 1) else w.contiguous()
+    return q.contiguous(), k.contiguous(), v.contiguous(), w, *others
 
 
 def _launch() -> Any:
@@ -148,7 +212,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, keep_mask: Tensor | None, is_causal:
             f"Expected q, k and v of one type of {list(MOST_HEADS)} (got {q.dtype}, {k.dtype}, {v.dtype}). Do convert "
             "them, or call tiled_attention."
         )
-    if max(q[0].numel(), k[0].numel(), q.shape[1] * q.shape[2] ** 2) >= 2**31:
+    if max(q.shape[1:].numel(), k.shape[1:].numel(), q.shape[1] * q.shape[2] ** 2) >= 2**31:
         got = f"q {list(q.shape)}, k {list(k.shape)}"
         raise ValueError(f"Expected sequences of less than 2^31 numbers (got {got}). Do cut them.")
     if q.shape[2] > MOST_HEADS[q.dtype] or q.shape[3] > LARGEST_HEAD_DIM:

@@ -1,4 +1,8 @@
-"""What the kernels share: tiles of heads in memory, and the products of heads that scores are made of."""
+"""What the kernels share: tiles of heads in memory, and the products of heads that scores are made of.
+
+Triton has no structures but tuples: what is compiled in is one constant C, `launch.Constants`, and a mask in a kernel
+is the tuple of its pointer and strides.
+"""
 
 from __future__ import annotations
 
@@ -16,36 +20,25 @@ def load_heads(
     num_rows,
     first_head,
     first_dim,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
 ):
-    """Reads a tile `[BLOCK, rows, CHUNK]` of a tensor `[num_rows, HEADS / GROUP, DIM]`; beyond its ends are zeros."""
-    heads, dims = first_head + tl.arange(0, BLOCK), first_dim + tl.arange(0, CHUNK)
-    places = rows[None, :, None] * (HEADS // GROUP) + (heads // GROUP)[:, None, None]  # [BLOCK, rows, 1]
-    inside = (heads < HEADS)[:, None, None] & (rows < num_rows)[None, :, None] & (dims < DIM)[None, None, :]
-    return tl.load(pointer + places * DIM + dims[None, None, :], mask=inside, other=0.0)
+    """Reads a tile `[BLOCK, rows, WIDTH]` of a tensor `[num_rows, HEADS / GROUP, DIM]`; beyond its ends are zeros."""
+    heads, dims = first_head + tl.arange(0, BLOCK), first_dim + tl.arange(0, WIDTH)
+    places = rows[None, :, None] * (C.HEADS // GROUP) + (heads // GROUP)[:, None, None]  # [BLOCK, rows, 1]
+    inside = (heads < C.HEADS)[:, None, None] & (rows < num_rows)[None, :, None] & (dims < C.DIM)[None, None, :]
+    return tl.load(pointer + places * C.DIM + dims[None, None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def store_heads(
-    pointer,
-    tile,
-    rows,
-    num_rows,
-    first_head,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Writes a tile `[BLOCK, rows, CHUNK]` to a tensor `[num_rows, HEADS, DIM]`, but for what lies beyond its ends."""
-    heads, dims = first_head + tl.arange(0, BLOCK), tl.arange(0, CHUNK)
-    places = rows[None, :, None] * HEADS + heads[:, None, None]  # [BLOCK, rows, 1]
-    inside = (heads < HEADS)[:, None, None] & (rows < num_rows)[None, :, None] & (dims < DIM)[None, None, :]
-    tl.store(pointer + places * DIM + dims[None, None, :], tile.to(pointer.dtype.element_ty), mask=inside)
+def store_heads(pointer, tile, rows, num_rows, first_head, C: tl.constexpr):
+    """Writes a tile `[BLOCK, rows, D]` to a tensor `[num_rows, HEADS, DIM]`, but for what lies beyond its ends."""
+    heads, dims = first_head + tl.arange(0, C.BLOCK), tl.arange(0, C.D)
+    places = rows[None, :, None] * C.HEADS + heads[:, None, None]  # [BLOCK, rows, 1]
+    inside = (heads < C.HEADS)[:, None, None] & (rows < num_rows)[None, :, None] & (dims < C.DIM)[None, None, :]
+    tl.store(pointer + places * C.DIM + dims[None, None, :], tile.to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -71,54 +64,31 @@ def load_rows(pointer, rows, num_rows, heads, HEADS: tl.constexpr):
 
 
 @triton.jit
-def products_of_heads(
-    a,
-    b,
-    rows,
-    columns,
-    num_rows,
-    num_columns,
-    first_head,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def products_of_heads(a, b, rows, columns, num_rows, num_columns, first_head, BLOCK: tl.constexpr, C: tl.constexpr):
     """Returns a_i(t) . b_i(s) for BLOCK heads, `[rows, BLOCK, columns]`, of a `[T, HEADS, DIM]`, b `[S, G, DIM]`."""
-    found = tl.zeros([BLOCK, rows.shape[0], columns.shape[0]], tl.float32)
+    products = tl.zeros([BLOCK, rows.shape[0], columns.shape[0]], tl.float32)
     # In pieces of the features: whole ones of all heads do not fit into shared memory.
-    for dim in range(0, DIM, CHUNK):
-        left = load_heads(a, rows, num_rows, first_head, dim, HEADS, DIM, 1, BLOCK, CHUNK)
-        right = load_heads(b, columns, num_columns, first_head, dim, HEADS, DIM, GROUP, BLOCK, CHUNK)
-        found = tl.dot(left, tl.permute(right, (0, 2, 1)), found, input_precision=PRECISION)
-    return tl.permute(found, (1, 0, 2))
+    for dim in range(0, C.DIM, C.CHUNK):
+        left = load_heads(a, rows, num_rows, first_head, dim, 1, BLOCK, C.CHUNK, C)
+        right = load_heads(b, columns, num_columns, first_head, dim, C.GROUP, BLOCK, C.CHUNK, C)
+        products = tl.dot(left, tl.permute(right, (0, 2, 1)), products, input_precision=C.PRECISION)
+    return tl.permute(products, (1, 0, 2))
 
 
 @triton.jit
-def may_attend(
-    mask,
-    rows,
-    columns,
-    num_rows,
-    num_columns,
-    heads,
-    stride_head,
-    stride_row,
-    stride_column,
-    HEADS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Returns where queries may attend, broadcastable to `[rows, heads, columns]`."""
+def may_attend(mask, rows, columns, num_rows, num_columns, heads, C: tl.constexpr):
+    """Returns where queries may attend, broadcastable to `[rows, heads, columns]`.
+
+    The mask is its pointer, and the strides of heads, rows and columns.
+    """
+    pointer, stride_head, stride_row, stride_column = mask
     keep = (rows < num_rows)[:, None, None] & (columns < num_columns)[None, None, :]
-    if CAUSAL:
+    if C.CAUSAL:
         keep = keep & (columns[None, None, :] <= rows[:, None, None])
-    if MASKED:
-        keep = keep & (heads < HEADS)[None, :, None]
+    if C.MASKED:
+        keep = keep & (heads < C.HEADS)[None, :, None]
         # The mask of one sequence has up to H x T x S numbers: more than 32 bits count.
         places = rows.to(tl.int64)[:, None, None] * stride_row + columns[None, None, :].to(tl.int64) * stride_column
         places = places + heads[None, :, None].to(tl.int64) * stride_head
-        keep = tl.load(mask + places, mask=keep, other=0) != 0
+        keep = tl.load(pointer + places, mask=keep, other=0) != 0
     return keep
