@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,9 @@ class Inputs(NamedTuple):
     is_causal: bool
 
 
-class Constants(NamedTuple):
+# No tuple: launchers take those apart.
+@dataclass(frozen=True)
+class Constants:
     """What is compiled into a kernel.
 
     Args:
