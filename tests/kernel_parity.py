@@ -51,13 +51,13 @@ def assert_equals_maps(tensors, keep_mask=None, is_causal=False, tolerance=1e-5)
     """Values and gradients are those of whole maps, in float64, of the same numbers."""
     z = flash_mixed_attention(*tensors, keep_mask, is_causal)
     grad = torch.randn_like(z)
-    found = (z, *torch.autograd.grad(z, tensors, grad))
+    gradients = (z, *torch.autograd.grad(z, tensors, grad))
     doubles = [x.detach().double().requires_grad_() for x in tensors]
     if is_causal:
         keep_mask = causal_mask(T, T, z.device)
     expected = mixed_attention(*doubles[:3], partial(torch.matmul, doubles[3]), None, keep_mask)
     expected = (expected, *torch.autograd.grad(expected, doubles, grad.double()))
-    for a, b, x in zip(found, expected, (z, *tensors), strict=True):
+    for a, b, x in zip(gradients, expected, (z, *tensors), strict=True):
         assert a.dtype == x.dtype
         torch.testing.assert_close(a.double(), b, atol=tolerance * b.abs().max().item(), rtol=0)
 
@@ -102,10 +102,34 @@ def test_rows_without_any_key_give_zeros_and_no_gradient():
     assert all(x.grad.isfinite().all() for x in tensors) and q.grad[0, 5].eq(0).all() and w.grad[0, 5].eq(0).all()
 
 
+@pytest.mark.parametrize("shape", [(0, T, S), (B, 0, S), (B, T, 0)], ids=str)
+def test_nothing_to_attend_gives_zeros_and_no_gradient(shape):
+    batch, tokens, keys = shape
+    q, k, v = (torch.randn(batch, n, 3, D, requires_grad=True) for n in (tokens, keys, keys))
+    w = torch.randn(3, 3, requires_grad=True)
+    z = flash_mixed_attention(q, k, v, w)
+    assert z.shape == q.shape and z.eq(0).all()
+    assert all(x.eq(0).all() for x in torch.autograd.grad(z.sum(), (q, k, v, w)))
+
+
+def test_gradients_of_every_sample_are_those_of_a_loop():
+    tensors = [x.detach() for x in inputs(3, 3, S)]
+    keep = some_mask(S)
+
+    def loss(q, k, v, w, keep):
+        return flash_mixed_attention(*(x.unsqueeze(0) for x in (q, k, v, w, keep))).sin().sum()
+
+    gradients = torch.func.grad(loss, argnums=(0, 1, 2, 3))
+    mapped = torch.func.vmap(gradients)(*tensors, keep)
+    for b in range(B):
+        for a, expected in zip(mapped, gradients(*(x[b] for x in tensors), keep[b]), strict=True):
+            torch.testing.assert_close(a[b], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_identity_is_plain_attention():
     q, k, v, _ = inputs(5, 5, T)
-    found = flash_mixed_attention(q, k, v, torch.eye(5), is_causal=True)
-    torch.testing.assert_close(found, plain_attention(q, k, v, None, 0.0, True), atol=1e-6, rtol=0)
+    z = flash_mixed_attention(q, k, v, torch.eye(5), is_causal=True)
+    torch.testing.assert_close(z, plain_attention(q, k, v, None, 0.0, True), atol=1e-6, rtol=0)
 
 
 def test_large_scores_do_not_overflow():
@@ -117,7 +141,7 @@ def test_large_scores_do_not_overflow():
 def on_cuda(monkeypatch):
     """CPU tensors take the way those on a GPU would."""
     calls = []
-    monkeypatch.setattr("gohgraph.attention.tiled.kernel_takes", lambda *args: True)
+    monkeypatch.setattr("gohgraph.attention.tiled.kernel_refuses", lambda *args: "")
     monkeypatch.setattr(
         "gohgraph.attention.tiled.flash_mixed_attention", lambda *args: calls.append(1) or flash_mixed_attention(*args)
     )
@@ -141,12 +165,12 @@ def test_an_attention_block_by_kernels_equals_its_whole_maps(on_cuda, graph, edg
     module = goh.MultiHeadAttention(d_model, heads, score_graph=conv, router=router, causal=True)
     x = torch.randn(B, T, d_model, requires_grad=True)
     masks = {"keep_mask": (torch.arange(T) < torch.tensor([[T], [11]]))[:, None, None]} if edges == "token" else {}
-    found = []
+    results = []
     for module.tiled in (True, False):
         module.wide = None
         y, _ = module(x, **masks)
         torch.manual_seed(5)
-        found.append([y, *torch.autograd.grad((y * torch.randn_like(y)).sum(), [x, *module.parameters()])])
-    assert on_cuda == [1] and found[0][0].grad_fn is not None
-    for a, b in zip(*found, strict=True):
+        results.append([y, *torch.autograd.grad((y * torch.randn_like(y)).sum(), [x, *module.parameters()])])
+    assert on_cuda == [1] and results[0][0].grad_fn is not None
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

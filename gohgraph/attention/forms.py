@@ -147,7 +147,7 @@ def why_all_heads(block: Any, x: Tensor, keys: int) -> str:
         return "" if block.form == "skipped" else f"{block.form} was asked for"
     off = 1 - block.router.num_active / block.num_heads
     unread = off * (keys * block.num_kv_heads * block.head_dim + block.d_model**2 / x.shape[0])
-    return "" if unread >= SKIP_FROM_UNREAD else f"pays from {SKIP_FROM_UNREAD:,} unread numbers on (here {unread:,.0f})"
+    return "" if unread >= SKIP_FROM_UNREAD else f"{unread:,.0f} unread numbers, it pays from {SKIP_FROM_UNREAD:,} on"
 
 
 def _refuses_skipped(call: Call) -> str:

@@ -34,13 +34,13 @@ def attention(causal, shared=2, top_k=2, output=False, **settings):
 def assert_grouping_changes_nothing(module, x, memory=None, **arguments):
     results = []
     for form in ("plain", "grouped"):
-        own = copy.deepcopy(module)
-        own.form = form
+        copied = copy.deepcopy(module)
+        copied.form = form
         inputs = [x.clone().requires_grad_(), *([memory.clone().requires_grad_()] if memory is not None else [])]
-        y, heads = own(*inputs, **arguments)
+        y, heads = copied(*inputs, **arguments)
         torch.manual_seed(0)
         (y * torch.randn_like(y)).sum().backward()
-        gradients = [tensor.grad for tensor in (*inputs, *own.parameters())]
+        gradients = [tensor.grad for tensor in (*inputs, *copied.parameters())]
         results.append([y, heads.outputs, *gradients])
     for expected, actual in zip(*results, strict=True):
         assert_equal_to(actual, expected)
@@ -160,3 +160,16 @@ def test_where_tokens_are_grouped(monkeypatch):
     module.eval().score_graph = goh.HeadGraphConv(goh.head_graph(H), D, M).double()
     assert not grouped(module, x)
     assert not grouped(trained_like(goh.MultiHeadAttention(M, H)), x)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(0, T, T), (B, 0, S), (B, T, 0)], ids=str)
+@pytest.mark.parametrize("shared", [0, 2, H])
+def test_nothing_to_attend_gives_zeros_and_no_gradient(shared, shape, causal):
+    batch, tokens, keys = shape
+    q, k, v = (torch.randn(batch, n, heads, D, requires_grad=True) for n, heads in ((tokens, H), (keys, 3), (keys, 3)))
+    groups = group_tokens(torch.rand(batch, tokens, H) < 0.5, shared)
+    assert 0 <= groups.share(tokens) <= 1
+    z = grouping.grouped_attention(q, k, v, groups, torch.ones(batch, 1, tokens, keys).bool(), causal)
+    assert z.shape == q.shape and z.eq(0).all()
+    assert all(x.eq(0).all() for x in torch.autograd.grad(z.sum(), (q, k, v)))

@@ -17,7 +17,7 @@ import gohgraph as goh
 from gohgraph.attention.call import Call
 from gohgraph.attention.forms import explain
 from gohgraph.attention.kernels import mixed_attention
-from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_takes
+from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_refuses, kernel_takes
 from gohgraph.attention.tiled import tiled_attention
 from gohgraph.graphs.protocol import Messages
 
@@ -66,9 +66,9 @@ def test_kernels_equal_whole_maps(interpreted):
     ("heads", "head_dim", "dtype", "masked"), [(32, 64, "bfloat16", True), (13, 96, "float32", False)]
 )
 def test_kernels_compile_for_a_gpu_and_fit_into_it(compiled, heads, head_dim, dtype, masked):
-    found = usages(heads, head_dim, dtype, capability=80, masked=masked)
-    assert len(found) == 3
-    for usage in found:
+    compiled_kernels = usages(heads, head_dim, dtype, capability=80, masked=masked)
+    assert len(compiled_kernels) == 3
+    for usage in compiled_kernels:
         assert usage.shared <= mixed_attention.SHARED_MEMORY and usage.products and 0 < usage.registers <= 255
 
 
@@ -83,26 +83,29 @@ def test_the_report_of_what_kernels_take(compiled, capsys):
 
 def test_what_the_kernels_take(gpu, monkeypatch):
     assert kernel_takes(GPU, torch.bfloat16, 32, 256) and kernel_takes(GPU, torch.float32, 16, 64)
-    refused = [(torch.float64, 8, 64), (torch.bfloat16, 33, 64), (torch.float32, 17, 64), (torch.float16, 8, 257)]
-    assert not any(kernel_takes(GPU, *case) for case in refused)
-    assert not kernel_takes(torch.device("cpu"), torch.bfloat16, 8, 64)
+    assert kernel_refuses(GPU, torch.bfloat16, 32, 256) == ""
+    assert kernel_refuses(GPU, torch.float64, 8, 64).startswith("torch.float64 is none of")
+    for dtype, heads, head_dim in [(torch.bfloat16, 33, 64), (torch.float32, 17, 64), (torch.float16, 8, 257)]:
+        assert kernel_refuses(GPU, dtype, heads, head_dim).startswith(f"{heads} heads of {head_dim} features are not")
+        assert not kernel_takes(GPU, dtype, heads, head_dim)
+    assert kernel_refuses(torch.device("cpu"), torch.bfloat16, 8, 64) == "cpu is no NVIDIA GPU"
 
 
 @pytest.mark.parametrize("change", [SMALL, {**LARGE, "major": 7}], ids=["consumer", "old"])
 def test_small_and_old_gpus_take_the_other_forms(gpu, change):
     gpu.update(change)
-    assert not kernel_takes(GPU, torch.bfloat16, 8, 64)
+    assert kernel_refuses(GPU, torch.bfloat16, 8, 64).endswith("less than 160 KiB of shared memory")
 
 
-@pytest.mark.parametrize("found", [None, "3.4.0"])
-def test_without_a_triton_that_compiles_them_the_other_forms_run(gpu, monkeypatch, found):
+@pytest.mark.parametrize("installed", [None, "3.4.0"])
+def test_without_a_triton_that_compiles_them_the_other_forms_run(gpu, monkeypatch, installed):
     def version(name):
-        if found is None:
+        if installed is None:
             raise mixed_attention.PackageNotFoundError(name)
-        return found
+        return installed
 
     monkeypatch.setattr(mixed_attention, "version", version)
-    assert not kernel_takes(GPU, torch.bfloat16, 8, 64)
+    assert kernel_refuses(GPU, torch.bfloat16, 8, 64) == "Triton 3.5 or newer is not installed"
 
 
 def conv_of(topology, **options):
@@ -120,7 +123,7 @@ def test_off_the_cpu_tiles_and_the_kernel_are_for_those_who_ask(monkeypatch, for
 @pytest.mark.parametrize(("on_weights", "expected"), [(False, 1), (True, 0)])
 def test_tiles_hand_messages_between_scores_alone_to_the_kernel(monkeypatch, on_weights, expected):
     calls = []
-    monkeypatch.setattr("gohgraph.attention.tiled.kernel_takes", lambda *args: True)
+    monkeypatch.setattr("gohgraph.attention.tiled.kernel_refuses", lambda *args: "")
     monkeypatch.setattr("gohgraph.attention.tiled.flash_mixed_attention", lambda q, *args: calls.append(1) or q)
     q, k, v = torch.randn(3, B, T, H, D)
     tiled_attention(q, k, v, torch.eye(H), torch.eye(H) if on_weights else None, is_causal=True)

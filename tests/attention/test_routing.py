@@ -99,20 +99,20 @@ def test_equals_the_formulas(size, tokens, settings, is_masked):
     keep = random_mask(*tokens) if is_masked else None
     routing = router(x, keep)
     assert routing.active.dtype == torch.bool and (routing.active.sum(-1) == router.num_active).all()
-    for own, expected in zip(routing, reference(router, x, keep), strict=True):
-        assert own.shape == np.shape(expected)
-        assert_equal_to(own.double(), torch.from_numpy(np.asarray(expected, dtype=float)))
+    for actual, expected in zip(routing, reference(router, x, keep), strict=True):
+        assert actual.shape == np.shape(expected)
+        assert_equal_to(actual.double(), torch.from_numpy(np.asarray(expected, dtype=float)))
 
 
 def test_a_bias_changes_the_choice_and_no_score():
     router, x = make(biased=True), random_x(101)
     unbiased = copy.deepcopy(router)
     unbiased.balance_bias = None
-    own, other = router(x), unbiased(x)
-    assert not torch.equal(own.active, other.active)
-    assert torch.equal(own.z_loss, other.z_loss) and torch.equal(own.entropy, other.entropy)
-    same = (own.active == other.active).all(-1)
-    assert same.any() and torch.equal(own.gates[same], other.gates[same])
+    actual, other = router(x), unbiased(x)
+    assert not torch.equal(actual.active, other.active)
+    assert torch.equal(actual.z_loss, other.z_loss) and torch.equal(actual.entropy, other.entropy)
+    same = (actual.active == other.active).all(-1)
+    assert same.any() and torch.equal(actual.gates[same], other.gates[same])
 
 
 @sizes
@@ -153,8 +153,8 @@ def test_straight_through_gates_are_one_or_zero_and_learn_like_soft_ones(size):
         leaves = [x, *router.parameters()]
         gradients.append(torch.autograd.grad((router(x).gates * seed).sum(), leaves, allow_unused=True))
     assert torch.equal(hard(x).gates, hard(x).active.double())
-    for own, other in zip(*gradients, strict=True):
-        assert own is other is None or torch.equal(own, other)
+    for actual, other in zip(*gradients, strict=True):
+        assert actual is other is None or torch.equal(actual, other)
 
 
 @sizes
@@ -239,15 +239,15 @@ def test_content_of_padding_changes_nothing(size, biased):
     router, keep = make(size, biased=biased), random_mask(2, 5)
     x = random_x(2, 5).requires_grad_()
     other = torch.where(keep.unsqueeze(-1), x.detach(), 50 * random_x(2, 5))
-    own, same = router(x, keep), router(other, keep)
-    assert torch.equal(own.gates[keep], same.gates[keep])
+    actual, same = router(x, keep), router(other, keep)
+    assert torch.equal(actual.gates[keep], same.gates[keep])
     for name in ("balance_loss", "z_loss", "load", "entropy"):
-        assert torch.equal(getattr(own, name), getattr(same, name)), name
+        assert torch.equal(getattr(actual, name), getattr(same, name)), name
     alone = router(x[keep])
     for name in ("balance_loss", "z_loss", "load", "entropy"):
-        assert_equal_to(getattr(own, name), getattr(alone, name))
+        assert_equal_to(getattr(actual, name), getattr(alone, name))
     if router.num_routed:
-        (gradient,) = torch.autograd.grad(own.balance_loss + own.z_loss, x)
+        (gradient,) = torch.autograd.grad(actual.balance_loss + actual.z_loss, x)
         assert gradient[~keep].eq(0).all() and gradient[keep].abs().amax(-1).gt(0).all()
 
 
@@ -270,8 +270,8 @@ def test_state_dict_and_deepcopy_carry_weights_and_bias():
     other = make(biased=True)
     other.load_state_dict(router.state_dict())
     for again in (other, copy.deepcopy(router)):
-        for own, expected in zip(again(x), router(x), strict=True):
-            assert torch.equal(own, expected)
+        for actual, expected in zip(again(x), router(x), strict=True):
+            assert torch.equal(actual, expected)
     assert "balance_bias" not in make().state_dict()
 
 
@@ -289,8 +289,8 @@ def test_the_budget_may_change_between_calls():
         router.top_k = k
         routing = router(x)
         assert router.num_active == 2 + k and (routing.active.sum(-1) == 2 + k).all()
-        for own, expected in zip(routing, reference(router, x), strict=True):
-            assert_equal_to(own.double(), torch.from_numpy(np.asarray(expected, dtype=float)))
+        for actual, expected in zip(routing, reference(router, x), strict=True):
+            assert_equal_to(actual.double(), torch.from_numpy(np.asarray(expected, dtype=float)))
 
 
 def test_routers_are_listed_in_model_order():

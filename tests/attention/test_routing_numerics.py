@@ -38,6 +38,20 @@ def test_no_real_token_gives_zero_losses_and_gradients(size, tokens):
         assert router.routed.grad.eq(0).all()
 
 
+@sizes
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("tokens", [(0,), (2, 0), (0, 3)], ids=str)
+def test_no_token_at_all_gives_finite_zeros(size, tokens, straight_through):
+    router, x = make(size, biased=True, straight_through=straight_through), random_x(*tokens).requires_grad_()
+    routing = router(x)
+    assert routing.gates.shape == (*tokens, router.num_heads)
+    assert routing.balance_loss == routing.z_loss == routing.entropy == 0 and routing.load.isfinite().all()
+    (routing.balance_loss + routing.z_loss + routing.gates.sum()).backward()
+    assert x.grad.shape == x.shape and all(p.grad is None or p.grad.eq(0).all() for p in router.parameters())
+    with torch.no_grad():
+        assert router(x, statistics=False).gates.shape == routing.gates.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_logits_stay_finite(dtype):
     router = make((7, 2, 3), dtype=dtype)
@@ -62,15 +76,15 @@ def test_autocast_does_not_touch_the_router(dtype):
     expected = router(x)
     with torch.autocast("cpu", torch.bfloat16):
         routing = router(x)
-    for own, outside in zip(routing, expected, strict=True):
-        assert own.dtype in (torch.float32, torch.bool) and torch.equal(own, outside)
+    for inside, outside in zip(routing, expected, strict=True):
+        assert inside.dtype in (torch.float32, torch.bool) and torch.equal(inside, outside)
 
 
 def test_a_bfloat16_router_decides_in_float32():
     router, x = make(dtype=torch.bfloat16, biased=True), random_x(2, 5, dtype=torch.bfloat16)
     exact = copy.deepcopy(router).float()
-    for own, expected in zip(router(x), exact(x.float()), strict=True):
-        assert own.dtype == expected.dtype and torch.equal(own, expected)
+    for inside, expected in zip(router(x), exact(x.float()), strict=True):
+        assert inside.dtype == expected.dtype and torch.equal(inside, expected)
 
 
 def test_built_on_the_meta_device():

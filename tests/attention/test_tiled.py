@@ -55,8 +55,8 @@ def test_tiles_equal_whole_maps(site, kv_heads, mask):
     torch.testing.assert_close(fast, slow, atol=1e-12, rtol=1e-12)
     asked = [q, k, v, *(mix for mix in mixes if mix is not None)]
     grad = torch.randn_like(fast)
-    found = [torch.autograd.grad(z, asked, grad) for z in (fast, slow)]
-    for a, b in zip(*found, strict=True):
+    results = [torch.autograd.grad(z, asked, grad) for z in (fast, slow)]
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
 
 
@@ -79,8 +79,8 @@ def test_static_maps_are_those_of_every_token():
 
 def test_identity_is_plain_attention():
     q, k, v, *_ = inputs(T)
-    found = tiled_attention(q, k, v, torch.eye(H).double(), is_causal=True)
-    torch.testing.assert_close(found, plain_attention(q, k, v, None, 0.0, True), atol=1e-13, rtol=1e-13)
+    results = tiled_attention(q, k, v, torch.eye(H).double(), is_causal=True)
+    torch.testing.assert_close(results, plain_attention(q, k, v, None, 0.0, True), atol=1e-13, rtol=1e-13)
 
 
 def test_rows_without_any_key_give_zeros():
@@ -127,6 +127,88 @@ def test_a_mask_beside_causality_is_refused():
         tiled_attention(q, k, v, mix, None, some_mask(T), is_causal=True)
 
 
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("shape", [(0, T, S), (B, 0, S), (B, T, 0), (0, 0, 0)], ids=str)
+def test_nothing_to_attend_gives_zeros_and_no_gradient(shape, site, mask):
+    batch, tokens, keys = shape
+    q, k, v = (torch.randn(batch, n, heads, D, requires_grad=True) for n, heads in ((tokens, H), (keys, 3), (keys, 3)))
+    mixes = [torch.randn(H, H, requires_grad=True) if used else None for used in SITES[site]]
+    z = tiled_attention(q, k, v, *mixes, torch.ones(tokens, keys).bool() if mask else None)
+    assert z.shape == q.shape and z.eq(0).all()
+    gradients = torch.autograd.grad(z.sum(), [x for x in (q, k, v, *mixes) if x is not None])
+    assert all(x.eq(0).all() for x in gradients)
+
+
+N = 3
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "one", "of each sample"])
+@pytest.mark.parametrize("mixes", ["static", "of each sample", "of each token"])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("sizes", [(2, 13, 6, 5), (1, 5, 6, 5), (2, 7, 5, 5)], ids=["primes", "T = D", "H = D"])
+def test_gradients_of_every_sample_are_those_of_whole_maps(sizes, site, mixes, mask):
+    """vmap over grad, against a loop over samples and against the slow reference."""
+    batch, tokens, heads, head_dim = sizes
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, N, batch, tokens, heads, head_dim).double()
+    shape = {"static": (), "of each sample": (N,), "of each token": (N, batch, tokens)}[mixes]
+    names = [name for name, used in zip(("mix_scores", "mix_weights"), SITES[site], strict=True) if used]
+    weights = {name: torch.randn(*shape, heads, heads).double() for name in names}
+    keep = torch.rand(*((N,) if mask == "of each sample" else ()), batch, 1, tokens, tokens) > 0.4
+    keep = keep if mask in ("one", "of each sample") else None
+
+    def fast(q, k, v, weights, keep):
+        return tiled_attention(q, k, v, **weights, keep_mask=keep, is_causal=mask == "causal")
+
+    def slow(q, k, v, weights, keep):
+        keep = causal_mask(tokens, tokens, q.device) if mask == "causal" else keep
+        functions = {name: partial(torch.matmul, w) for name, w in weights.items()}
+        return mixed_attention(q, k, v, **functions, keep_mask=keep)
+
+    def gradients(attend):
+        def loss(tensors, weights, keep):
+            z = attend(*tensors, weights, keep)
+            return z.sin().sum(), z
+
+        return torch.func.grad(loss, argnums=(0, 1), has_aux=True)
+
+    # Keys are the same for all samples: an input without the mapped dimension.
+    tensors = (q, k[0], v)
+    of_weights = None if mixes == "static" else 0
+    in_dims = ((0, None, 0), of_weights, 0 if mask == "of each sample" else None)
+    mapped = torch.func.vmap(gradients(fast), in_dims)(tensors, weights, keep)
+    for n in range(N):
+        weights_of_sample = {name: w if mixes == "static" else w[n] for name, w in weights.items()}
+        sample = ((q[n], k[0], v[n]), weights_of_sample, keep[n] if mask == "of each sample" else keep)
+        for attend in (fast, slow):
+            expected = gradients(attend)(*sample)
+            for a, b in zip(*(torch.utils._pytree.tree_leaves(x) for x in (mapped, expected)), strict=True):
+                torch.testing.assert_close(a[n], b, atol=1e-11, rtol=1e-11)
+
+
+def test_mapped_twice_and_mapped_gradients():
+    """vmap within vmap, of values and of the backward pass for several gradients of the outputs."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 3, 1, 7, 5, 4).double()
+    w = torch.randn(3, 5, 5).double()
+
+    def attend(q, w):
+        return tiled_attention(q, q, q, w, None, is_causal=True)
+
+    mapped = torch.func.vmap(torch.func.vmap(attend), (0, None))(q, w)
+    for i, j in ((0, 0), (1, 2)):
+        torch.testing.assert_close(mapped[i, j], attend(q[i, j], w[j]), atol=1e-13, rtol=1e-13)
+    z, pull = torch.func.vjp(attend, q[0, 0], w[0])
+    seeds = torch.randn(3, *z.shape).double()
+    mapped = torch.func.vmap(pull)(seeds)
+    for n in range(3):
+        for a, b in zip(mapped, pull(seeds[n]), strict=True):
+            torch.testing.assert_close(a[n], b, atol=1e-13, rtol=1e-13)
+    with pytest.raises(RuntimeError, match="forward mode AD|forward-mode AD|jvp"):
+        torch.func.jvp(attend, (q[0, 0], w[0]), (q[0, 1], w[1]))
+
+
 def test_memory_does_not_hold_maps():
     """Forward and backward at 701 tokens; one map of all heads would be 4 * 701 * 701 numbers."""
     q, k, v, mix = (torch.randn(1, 701, 4, 3, requires_grad=True) for _ in range(4))
@@ -134,9 +216,10 @@ def test_memory_does_not_hold_maps():
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            found = function(*args, **(kwargs or {}))
-            largest.extend(x.numel() for x in (found if isinstance(found, tuple) else (found,)) if torch.is_tensor(x))
-            return found
+            outputs = function(*args, **(kwargs or {}))
+            made = outputs if isinstance(outputs, tuple) else (outputs,)
+            largest.extend(x.numel() for x in made if torch.is_tensor(x))
+            return outputs
 
     with Largest():
         tiled_attention(q, k, v, torch.eye(4) + mix @ mix.transpose(-1, -2), is_causal=True).sum().backward()
@@ -173,9 +256,9 @@ def attention(topology="complete", sites=("scores",), rounds=1, **settings):
     return module.double()
 
 
-def values_and_gradients(module, x, **more):
+def values_and_gradients(module, x, **arguments):
     x = x.clone().requires_grad_()
-    y, _ = module(x, **more)
+    y, _ = module(x, **arguments)
     torch.manual_seed(5)
     return [y, *torch.autograd.grad((y * torch.randn_like(y)).sum(), [x, *module.parameters()])]
 
@@ -189,10 +272,10 @@ def test_an_attention_block_in_tiles_equals_it_without(topology, sites, rounds, 
     x = torch.randn(B, T, M).double()
     padding = torch.arange(T) < torch.tensor([[T], [9]])
     for masks in ({}, {"keep_mask": padding[:, None, None]}):
-        found = []
+        results = []
         for module.form in ("tiled", "maps"):
-            found.append(values_and_gradients(module, x, **masks))
-        for a, b in zip(*found, strict=True):
+            results.append(values_and_gradients(module, x, **masks))
+        for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
@@ -269,18 +352,18 @@ def test_second_gradients_are_those_of_the_maps():
         assert torch.autograd.gradgradcheck(lambda x: module(x)[0], (x,))
     module.form = "tiled"
     first = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"Expected first gradients alone .*\(got second ones\)"):
         first.sum().backward()
 
 
 def test_autocast_bfloat16():
     module = attention(causal=True).float()
     x = torch.randn(B, T, M)
-    found = []
+    results = []
     for module.form in ("tiled", "maps"):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y, _ = module(x)
         y.float().sum().backward()
         assert y.dtype == torch.bfloat16 and all(p.grad.isfinite().all() for p in module.parameters())
-        found.append(y.float())
-    torch.testing.assert_close(*found, atol=0.05, rtol=0.05)
+        results.append(y.float())
+    torch.testing.assert_close(*results, atol=0.05, rtol=0.05)
