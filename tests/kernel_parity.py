@@ -141,9 +141,9 @@ def test_large_scores_do_not_overflow():
 def on_cuda(monkeypatch):
     """CPU tensors take the way those on a GPU would."""
     calls = []
-    monkeypatch.setattr("gohgraph.attention.tiled.kernel_refuses", lambda *args: "")
+    monkeypatch.setattr("gohgraph.attention.forms.kernel_refuses", lambda *args: "")
     monkeypatch.setattr(
-        "gohgraph.attention.tiled.flash_mixed_attention", lambda *args: calls.append(1) or flash_mixed_attention(*args)
+        "gohgraph.attention.forms.flash_mixed_attention", lambda *args: calls.append(1) or flash_mixed_attention(*args)
     )
     return calls
 
@@ -166,8 +166,7 @@ def test_an_attention_block_by_kernels_equals_its_whole_maps(on_cuda, graph, edg
     x = torch.randn(B, T, d_model, requires_grad=True)
     masks = {"keep_mask": (torch.arange(T) < torch.tensor([[T], [11]]))[:, None, None]} if edges == "token" else {}
     results = []
-    for module.tiled in (True, False):
-        module.wide = None
+    for module.form in ("kernel", "maps"):
         y, _ = module(x, **masks)
         torch.manual_seed(5)
         results.append([y, *torch.autograd.grad((y * torch.randn_like(y)).sum(), [x, *module.parameters()])])

@@ -71,7 +71,7 @@ GRAPHS = {
 @pytest.fixture(autouse=True)
 def stand_in_for_the_kernel(monkeypatch):
     """The kernel's own parity is tested elsewhere: here, what it is handed."""
-    monkeypatch.setattr(forms, "kernel_takes", lambda *args: True)
+    monkeypatch.setattr(forms, "kernel_refuses", lambda *args: "")
     monkeypatch.setattr(
         forms, "flash_mixed_attention", lambda q, k, v, mix, *mask: tiled_attention(q, k, v, mix, None, *mask)
     )
@@ -247,17 +247,18 @@ def test_an_unknown_form_is_refused():
         explain(call, "eager")
 
 
-@pytest.mark.parametrize("change", ["dropout", "float", "weights", "second gradients", "compiling", "no keys"])
+@pytest.mark.parametrize("change", ["dropout", "float", "weights", "second gradients", "compiling", "a query"])
 def test_what_keeps_calls_from_tiles_and_the_kernel(monkeypatch, change):
     mask = Mask(torch.zeros(1, 1, 1, PRIMES.keys)) if change == "float" else NO_MASK
     call, _ = call_of("complete", PRIMES, mask)
     call = call._replace(dropout=0.1 if change == "dropout" else 0.0, need_weights=change == "weights")
-    if change == "no keys":
-        call = call._replace(k=call.k[:, :0], v=call.v[:, :0])
+    if change == "a query":
+        messages = call.scores._replace(context=call.scores.context[:, :1])
+        call = call._replace(q=call.q[:, :1], scores=messages)
     monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: change != "second gradients")
     monkeypatch.setattr(Call, "is_compiling", property(lambda call: change == "compiling"))
     said = {"dropout": "dropout", "float": "float", "weights": "weights", "second gradients": "second gradients"}
-    said |= {"compiling": "torch.compile", "no keys": "a single query"}
+    said |= {"compiling": "torch.compile", "a query": "a single query"}
     assert all(said[change] in explain(call)[form] for form in ("kernel", "tiled"))
     assert explain(call)["maps"] == "taken"
 

@@ -18,7 +18,6 @@ from gohgraph.attention.call import Call
 from gohgraph.attention.forms import explain
 from gohgraph.attention.kernels import mixed_attention
 from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_refuses, kernel_takes
-from gohgraph.attention.tiled import tiled_attention
 from gohgraph.graphs.protocol import Messages
 
 B, T, H, D = 2, 13, 6, 5
@@ -114,20 +113,10 @@ def conv_of(topology, **options):
 
 @pytest.mark.parametrize(("form", "taken"), [(None, "maps"), ("tiled", "tiled"), ("kernel", "kernel")])
 def test_off_the_cpu_tiles_and_the_kernel_are_for_those_who_ask(monkeypatch, form, taken):
-    monkeypatch.setattr("gohgraph.attention.forms.kernel_takes", lambda *args: True)
+    monkeypatch.setattr("gohgraph.attention.forms.kernel_refuses", lambda *args: "")
     q, x = torch.empty(B, 512, H, D, device="meta"), torch.empty(B, 512, H * D, device="meta")
     reasons = explain(Call(q, q, q, scores=Messages(conv_of("complete"), x)), form)
     assert [name for name, reason in reasons.items() if reason == "taken"] == [taken]
-
-
-@pytest.mark.parametrize(("on_weights", "expected"), [(False, 1), (True, 0)])
-def test_tiles_hand_messages_between_scores_alone_to_the_kernel(monkeypatch, on_weights, expected):
-    calls = []
-    monkeypatch.setattr("gohgraph.attention.tiled.kernel_refuses", lambda *args: "")
-    monkeypatch.setattr("gohgraph.attention.tiled.flash_mixed_attention", lambda q, *args: calls.append(1) or q)
-    q, k, v = torch.randn(3, B, T, H, D)
-    tiled_attention(q, k, v, torch.eye(H), torch.eye(H) if on_weights else None, is_causal=True)
-    assert len(calls) == expected
 
 
 @pytest.mark.parametrize(

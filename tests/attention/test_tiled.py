@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gohgraph as goh
-from gohgraph.attention import tiled
+from gohgraph.attention import forms, tiled
 from gohgraph.attention.maps import causal_mask, mixed_attention, plain_attention
 from gohgraph.attention.tiled import tiled_attention, tiles_of
 
@@ -286,7 +286,7 @@ def spied(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("keys, expected", [(tiled.TILED_FROM_KEYS - 1, 0), (tiled.TILED_FROM_KEYS, 1)])
+@pytest.mark.parametrize("keys, expected", [(forms.TILED_FROM_KEYS - 1, 0), (forms.TILED_FROM_KEYS, 1)])
 def test_tiles_are_chosen_from_the_measured_length_on(monkeypatch, keys, expected):
     calls = spied(monkeypatch)
     attention()(torch.randn(1, keys, M).double())
@@ -304,7 +304,7 @@ def test_wide_heads_run_in_tiles_sooner(monkeypatch, keys, expected):
 def test_a_few_queries_over_many_keys_run_on_whole_maps(monkeypatch):
     calls = spied(monkeypatch)
     monkeypatch.setattr("gohgraph.attention.forms.FEWEST_ROWS", tiled.FEWEST_ROWS)
-    memory = torch.randn(1, tiled.TILED_FROM_KEYS, M).double()
+    memory = torch.randn(1, forms.TILED_FROM_KEYS, M).double()
     for queries in (tiled.FEWEST_ROWS - 1, tiled.FEWEST_ROWS):
         attention()(torch.randn(1, queries, M).double(), memory)
     assert len(calls) == 1
@@ -337,7 +337,7 @@ def test_the_drop_in_takes_tiles_too(monkeypatch):
     monkeypatch.setattr(path, lambda *args: calls.append(1) or tiled_attention(*args))
     conv = attention().score_graph.float()
     module = goh.GraphMultiheadAttention(M, H, batch_first=True, score_graph=conv)
-    tokens = tiled.TILED_FROM_KEYS + 1
+    tokens = forms.TILED_FROM_KEYS + 1
     x, mask = torch.randn(1, tokens, M), torch.ones(tokens, tokens).triu(1).bool()
     fast, _ = module(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)
     slow, _ = module(x, x, x, attn_mask=mask, is_causal=True, need_weights=True)

@@ -21,6 +21,7 @@ from megatron_ranks import BATCH, GRAPHS, HEAD_DIM, HEADS, TOKENS, VARIANTS, WID
 from torch import nn
 
 from gohgraph import BaselineConfig, HeadGraphConfig, RoutingConfig, SiteConfig
+from gohgraph.attention.call import Mask
 from gohgraph.attention.routing import HeadRouter
 from gohgraph.attention.slots import HeadSites
 from gohgraph.graphs.building import build_graph
@@ -119,7 +120,7 @@ def test_core_attention_is_that_of_our_own_sites(one_rank, name, groups):
     found = core(q, k, v, None, attn_mask_type=AttnMaskType.causal, attention_bias=x)
     q, k, v, x = (each.transpose(0, 1) for each in (q, k, v, x))
     routing = sites.route(x)
-    z, _ = sites.attend(q, k, v, x, is_causal=True, routing=routing)
+    z, _ = sites.attend(q, k, v, x, Mask(causal=True), routing=routing)
     expected = sites.pass_messages(z, x, routing).flatten(-2).transpose(0, 1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 

@@ -157,7 +157,8 @@ class HeadGraphCoreAttention(MegatronModule):
         """The attention beneath, and its mask and scale where others may stand in for it."""
 
         def beneath(q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_wide: bool) -> tuple[Tensor, None]:
-            turned = (part.transpose(0, 1) for part in (q, k, v[..., : self.head_dim]))  # [s, b, H/n, D] each
+            # Megatron-Core's own attention views heads and batch as one.
+            turned = (part.transpose(0, 1).contiguous() for part in (q, k, v[..., : self.head_dim]))  # [s, b, H/n, D]
             z = self._attend(*turned, mask, mask_type)
             return z.unflatten(-1, (-1, self.head_dim)).transpose(0, 1), None  # [b, s, H/n, D]
 
