@@ -31,14 +31,7 @@ from gohgraph.learning.cli.graph_flags import graph_from_flags
 from gohgraph.learning.contests.contest import Result
 from gohgraph.learning.contests.matching import with_plain
 from gohgraph.learning.data.corpus import PYTHON_DOCS, evaluation_batches, load_corpus, sample_batch
-from gohgraph.learning.regimes.language import (
-    VOCAB_SIZE,
-    head_loads,
-    next_token_output,
-    sample_text,
-    standard_error,
-    window_losses,
-)
+from gohgraph.learning.regimes import language
 from gohgraph.learning.run_folder import step_seconds, write_text
 from gohgraph.learning.tracking import TensorBoard
 from gohgraph.models.config import FEED_FORWARD_ACTIVATIONS, POSITIONS
@@ -106,7 +99,7 @@ class LanguageModelTraining(Comparison):
         graph = graph_from_flags(self.flags, self.flags.num_heads)
         more = self.values("num_kv_heads", "dropout", "activation", "positions")
         return TransformerConfig(
-            VOCAB_SIZE, **self.values(), **more, max_length=self.flags.length + 1, head_graph=graph
+            language.VOCAB_SIZE, **self.values(), **more, max_length=self.flags.length + 1, head_graph=graph
         )
 
     def build(self, config: TransformerConfig) -> LanguageModel:
@@ -115,7 +108,7 @@ class LanguageModelTraining(Comparison):
     def batches(self, seed: int) -> Callable[[int], Any]:
         return partial(sample_batch, self.corpus.train, seed=seed, **self.windows)
 
-    loss = staticmethod(next_token_output)
+    loss = staticmethod(language.next_token_output)
 
     def tracking(self, model: LanguageModel, leaf: Path) -> dict[str, Any]:
         tracker = TensorBoard(leaf / "tensorboard") if find_spec("tensorboard") is not None else None
@@ -128,19 +121,19 @@ class LanguageModelTraining(Comparison):
         return {"tracker": tracker, "on_evaluate": log if can_log else None, "parallel": self.parallel}
 
     def evaluate(self, model: LanguageModel) -> dict[str, float]:
-        losses = window_losses(model, self.corpus.validation, **self.windows, limit=self.limit)
+        losses = language.window_losses(model, self.corpus.validation, **self.windows, limit=self.limit)
         return {"validation_loss": losses.mean().item()}
 
     def measure(self, model: LanguageModel, leaf: Path) -> Result:
         text = self.corpus.validation
-        losses = window_losses(model, text, **self.windows, limit=self.limit if self.flags.smoke else None)
-        write_text(leaf / "sample.txt", sample_text(model, text, length=self.flags.length))
+        losses = language.window_losses(model, text, **self.windows, limit=self.limit if self.flags.smoke else None)
+        write_text(leaf / "sample.txt", language.sample_text(model, text, length=self.flags.length))
         result = {
-            "losses": losses, "validation_loss": losses.mean().item(), "standard_error": standard_error(losses)
+            "losses": losses, "validation_loss": losses.mean().item(), "standard_error": language.standard_error(losses)
         }  # fmt: skip
         graph = model.config.head_graph
         if graph is not None and graph.routing is not None:
-            load = head_loads(model, text, **self.windows, limit=self.limit)  # [L, H]
+            load = language.head_loads(model, text, **self.windows, limit=self.limit)  # [L, H]
             shared = graph.routing.num_shared
             cv, entropy = load_cv(load, shared).mean().item(), load_entropy(load, shared).mean().item()
             result |= {"load": load.tolist(), "load_cv": cv, "load_entropy": entropy}
