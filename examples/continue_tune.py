@@ -35,7 +35,7 @@ from gohgraph.convert.head_order import share_important_heads
 from gohgraph.drawing import draw_curves
 from gohgraph.learning.contests.matching import count_parameters
 from gohgraph.learning.contests.tuning import run_name, tuned_sweep
-from gohgraph.learning.data.corpus import Corpus, load_corpus, sample_batch
+from gohgraph.learning.data.corpus import load_corpus, sample_batch
 from gohgraph.learning.data.domains import DOMAINS, load_domain
 from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.regimes.language import window_losses
@@ -98,23 +98,21 @@ def _base(folder: Path, flags: argparse.Namespace) -> Path:
 
 
 def _train(
-    folder: str,
-    name: str,
-    model: str,
-    data: str,
-    length: int,
-    batch_size: int,
-    steps: int,
-    learning_rate: float,
-    seed: int,
-) -> dict[str, Any]:
+    folder: str, name: str, model: str, data: str, length: int,
+    batch_size: int, steps: int, learning_rate: float, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """One run of the sweep: trains a variant and returns its log, its size, and the loss before."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     start, encode = load_base(model)
-    corpus = load_text(data)
-    texts = {part: encode(getattr(corpus, part)) for part in ("train", "validation")}
-    batch = partial(sample_batch, texts["train"], batch_size=batch_size, length=length, seed=seed)
-    evaluate = partial(_evaluate, texts["validation"], length)
+    corpus = load_domain(data) if data in DOMAINS else load_corpus(data)
+    validation = encode(corpus.validation)
+    batch = partial(sample_batch, encode(corpus.train), batch_size=batch_size, length=length, seed=seed)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        losses = window_losses(model, validation, batch_size=16, length=length, limit=WINDOWS)
+        return {"validation_loss": losses.mean().item()}
+
     before = evaluate(start.eval())["validation_loss"]
     config = prepare(start, name, [batch(-1 - index) for index in range(IMPORTANCE_BATCHES)])
     path, every = Path(folder) / run_name(name, learning_rate, seed), max(1, steps // EVALUATIONS)
@@ -142,11 +140,6 @@ def _train(
         description=path.name,
     )
     return {"before": before, "rows": rows, "parameters": count_parameters(start)}
-
-
-def load_text(data: str) -> Corpus:
-    """Returns a kind of text of this installation by its name, or else a corpus or file."""
-    return load_domain(data) if data in DOMAINS else load_corpus(data)
 
 
 def load_base(source: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -214,11 +207,6 @@ def output_of(config: goh.HeadGraphConfig | None, model: nn.Module, batch: tuple
         with goh.collect_routing(model) as routings:
             logits = model(input_ids=inputs, use_cache=False).logits
     return model_output(logits, next_token_loss(logits, targets), [StackOutput(logits, tuple(routings))], config)
-
-
-def _evaluate(data: Tensor, length: int, model: nn.Module) -> dict[str, float]:
-    losses = window_losses(model, data, batch_size=16, length=length, limit=WINDOWS)
-    return {"validation_loss": losses.mean().item()}
 
 
 def _last_loss(result: dict[str, Any]) -> float:

@@ -18,16 +18,7 @@ from typing import Any
 
 import torch
 
-from gohgraph import draw_pruning, record
-from gohgraph.analysis import (
-    edge_ablation,
-    edge_attribution,
-    edge_strength,
-    faithfulness,
-    measures,
-    pruning_curve,
-    random_scores,
-)
+from gohgraph import analysis, draw_pruning, record
 from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.learning.checkpoints import load_language_model
@@ -91,20 +82,21 @@ def _measure(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     with record(model) as heads, torch.no_grad():
         for inputs, _ in known:
             model(inputs)
-    ablation = edge_ablation(model, next_token_output, known)
+    ablation = analysis.edge_ablation(model, next_token_output, known)
     orders = {
         "ablation": ablation,
-        "attribution, halfway": edge_attribution(model, next_token_output, known),
-        "attribution, at the weights": edge_attribution(model, next_token_output, known, at=0.0),
-        "strength": edge_strength(heads),
+        "attribution, halfway": analysis.edge_attribution(model, next_token_output, known),
+        "attribution, at the weights": analysis.edge_attribution(model, next_token_output, known, at=0.0),
+        "strength": analysis.edge_strength(heads),
         "size of the mean": {name: one.mean.abs().mean(dim=0) for name, one in heads.items()},
     }
-    random = {f"random {seed}": random_scores(model, seed) for seed in range(RANDOM_ORDERS)}
-    curves = pruning_curve(model, next_token_output, held_out, {**orders, **random}, KEEP)
+    random = {f"random {seed}": analysis.random_scores(model, seed) for seed in range(RANDOM_ORDERS)}
+    everything = {**orders, **random}
+    curves = analysis.pruning_curve(model, next_token_output, held_out, everything, KEEP)
     return {
         "windows": [flags.windows, flags.length],
-        "faithfulness": {name: faithfulness(scores, ablation) for name, scores in {**orders, **random}.items()},
-        "static_shares": [found.static_share for found in measures(heads).values()],
+        "faithfulness": {name: analysis.faithfulness(scores, ablation) for name, scores in everything.items()},
+        "static_shares": [found.static_share for found in analysis.measures(heads).values()],
         "curves": {name: [curves[name]] for name in orders} | {"random": [curves[name] for name in random]},
     }
 

@@ -18,189 +18,120 @@ result.json and of a head graph heads.png. Ctrl-C stops it; the same command wit
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import statistics
 import sys
 import zlib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from gohgraph import Transformer, TransformerConfig, draw, record
-from gohgraph.common.command_line import ArgumentParser, run
-from gohgraph.drawing import draw_curves
-from gohgraph.learning.cli.experiment import (
-    add_run_flags,
-    add_size_flags,
-    add_training_flags,
-    can_resume,
-    fill_sizes,
-    open_folder,
-    resumable,
-    train_config,
-)
-from gohgraph.learning.cli.graph_flags import add_graph_flags, graph_from_flags
-from gohgraph.learning.contests.contest import Contest, add_rate_flags, results_table, verdict
-from gohgraph.learning.contests.matching import count_parameters, with_plain
+from gohgraph import Transformer, TransformerConfig
+from gohgraph.learning.cli.comparison import Comparison
+from gohgraph.learning.cli.graph_flags import graph_from_flags
+from gohgraph.learning.contests.contest import Result, results_table
 from gohgraph.learning.data.parallel_text import NUMERALS, PairBatches, ParallelText, Subwords, load_parallel_text
-from gohgraph.learning.loop import Training
 from gohgraph.learning.regimes.translation import bleu, sentence_losses, translate, translation_output
-from gohgraph.learning.run_folder import step_seconds, write_text
-
-SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "vocab_size", "batch_size", "steps")
-FULL = dict(zip(SIZES, (96, 8, 2, 192, 400, 32, 600), strict=True))
-SMOKE = dict(zip(SIZES, (16, 4, 1, 16, 270, 4, 12), strict=True))
-COLUMNS = {
-    "validation loss": ("validation_loss", 4, 1),
-    "BLEU": ("bleu", 2, 1),
-    "exact [%]": ("exact", 1, 100),
-    "step [ms]": ("step_seconds", 1, 1000),
-    "time [s]": ("seconds", 1, 1),
-}
-# Pairs that are trained on and measured in a smoke run.
-SMOKE_PAIRS = 40, 8
+from gohgraph.learning.run_folder import write_text
+from gohgraph.models.model_output import ModelOutput
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """What all models of a run are trained and measured on."""
+class TranslationTraining(Comparison):
+    """The sentences, the model, and what is measured, translated and drawn in the end."""
 
-    text: ParallelText
-    subwords: Subwords
-    flags: argparse.Namespace
+    name, runs = "train_translation", "translation"
+    full = dict(d_model=96, num_heads=8, num_layers=2, d_ff=192, vocab_size=400, batch_size=32, steps=600)
+    smoke = dict(d_model=16, num_heads=4, num_layers=1, d_ff=16, vocab_size=270, batch_size=4, steps=12)
+    learning_rate, weight_decay = 3e-3, 0.01
+    columns = {
+        "validation loss": ("validation_loss", 4, 1),
+        "BLEU": ("bleu", 2, 1),
+        "exact [%]": ("exact", 1, 100),
+        "step [ms]": ("step_seconds", 1, 1000),
+        "time [s]": ("seconds", 1, 1),
+    }
+    pictures = ("heads.png", "translations.txt")
+    examples = "validation sentences"
 
-    def batches(self, pairs: list[tuple[str, str]], seed: int = 0) -> PairBatches:
-        """Returns the batches of sentence pairs."""
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--data", default=NUMERALS, metavar="FOLDER", help=f"{NUMERALS} (default, synthetic), or a folder of files")
+        add("--source", default="en", help="language to translate from (default en)")
+        add("--target", default="de", help="language to translate to (default de)")
+        add("--dropout", type=float, default=0.1, help="default %(default)s")
+        add("--label-smoothing", type=float, default=0.1, help="default %(default)s")
+        add("--beams", type=int, default=4, help="hypotheses of the beam search (default %(default)s)")
+        add("--length-penalty", type=float, default=0.6, help="of the beam search (default %(default)s)")
+
+    def check(self) -> None:
+        flags = self.flags
+        if flags.beams < 1:
+            raise ValueError(f"Expected --beams of at least 1 (got {flags.beams}). Do pass 1 for greedy decoding.")
+        if not 0 <= flags.label_smoothing < 1:
+            raise ValueError(f"Expected --label-smoothing in [0, 1) (got {flags.label_smoothing}). Do pass e.g. 0.1.")
+
+    def load(self) -> TransformerConfig:
+        flags = self.flags
+        text = load_parallel_text(flags.data, source=flags.source, target=flags.target)
+        if flags.smoke:
+            text = ParallelText(text.name, text.train[:40], text.validation[:8])
+        sentences = [sentence for pair in text.train for sentence in pair]
+        self.text, self.subwords = text, Subwords.train(sentences, flags.vocab_size)
+        self.validation = self._batches(text.validation)
+        self.data_settings = {"name": text.name, "crc32": zlib.crc32("\n".join(sentences).encode())}
+        self.data_settings |= self.values("source", "target", "batch_size", "label_smoothing")
+        graph = graph_from_flags(flags, flags.num_heads)
+        return TransformerConfig(len(self.subwords), **self.values(), dropout=flags.dropout, head_graph=graph)
+
+    def batches(self, seed: int) -> PairBatches:
+        return self._batches(self.text.train, seed)
+
+    def _batches(self, pairs: list[tuple[str, str]], seed: int = 0) -> PairBatches:
         sides = [self.subwords.encode(side) for side in zip(*pairs, strict=True)]
         return PairBatches(*sides, batch_size=self.flags.batch_size, seed=seed)
 
+    def build(self, config: TransformerConfig) -> Transformer:
+        return Transformer(config)
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    return run(_parser(), partial(_main, argv), argv)
+    def loss(self, model: Transformer, batch: Any) -> ModelOutput:
+        return translation_output(model, batch, label_smoothing=self.flags.label_smoothing)
 
+    def schedule(self) -> dict[str, Any]:
+        warmup = max(1, self.flags.steps // 5) if self.flags.warmup is None else self.flags.warmup
+        return {"schedule": "inverse-sqrt", "warmup": warmup, "betas": (0.9, 0.98)}
 
-def _main(argv: list[str], flags: argparse.Namespace) -> None:
-    fill_sizes(flags, FULL, SMOKE)
-    if flags.beams < 1:
-        raise ValueError(f"Expected --beams of at least 1 (got {flags.beams}). Do pass 1 for greedy decoding.")
-    if not 0 <= flags.label_smoothing < 1:
-        raise ValueError(f"Expected --label-smoothing in [0, 1) (got {flags.label_smoothing}). Do pass e.g. 0.1.")
-    text = load_parallel_text(flags.data, source=flags.source, target=flags.target)
-    if flags.smoke:
-        text = ParallelText(text.name, text.train[: SMOKE_PAIRS[0]], text.validation[: SMOKE_PAIRS[1]])
-    folder = open_folder(flags, "translation")
-    with resumable("train_translation", argv, folder):
-        subwords = Subwords.train([sentence for pair in text.train for sentence in pair], flags.vocab_size)
-        configs, task = _configs(len(subwords), flags), Task(text, subwords, flags)
-        start, finish = partial(_training, task), partial(_finish, task)
-        trained = Contest(configs, flags.seeds, flags.learning_rates, folder).run(start, finish, resume=flags.resume)
-    if trained:
-        _report(trained, folder, flags)
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--data", default=NUMERALS, metavar="FOLDER", help=f"{NUMERALS} (default, synthetic), or a folder of files")
-    add("--source", default="en", help="language to translate from (default en)")
-    add("--target", default="de", help="language to translate to (default de)")
-    add_run_flags(parser, "translation")
-    add("--compare", action="store_true", help="also train plain attention of as many parameters, in turns")
-    add_size_flags(parser, FULL)
-    add("--dropout", type=float, default=0.1, help="default %(default)s")
-    add("--label-smoothing", type=float, default=0.1, help="default %(default)s")
-    add("--beams", type=int, default=4, help="hypotheses of the beam search (default %(default)s)")
-    add("--length-penalty", type=float, default=0.6, help="of the beam search (default %(default)s)")
-    add_graph_flags(parser)
-    add_rate_flags(parser, learning_rate=3e-3)
-    add_training_flags(parser, weight_decay=0.01)
-    return parser
-
-
-def _configs(vocab_size: int, flags: argparse.Namespace) -> dict[str, TransformerConfig]:
-    shape = {name: getattr(flags, name) for name in ("d_model", "num_heads", "num_layers", "d_ff", "dropout")}
-    graph = graph_from_flags(flags, flags.num_heads)
-    config = TransformerConfig(vocab_size, **shape, head_graph=graph)
-    return with_plain(Transformer, config) if flags.compare else {"plain" if graph is None else "goh": config}
-
-
-def _training(task: Task, config: TransformerConfig, seed: int, rate: float, leaf: Path) -> Training:
-    flags, validation = task.flags, task.batches(task.text.validation)
-    torch.manual_seed(seed)
-
-    def evaluate(model: Transformer) -> dict[str, float]:
-        losses, counts = sentence_losses(model, validation)
+    def evaluate(self, model: Transformer) -> dict[str, float]:
+        losses, counts = sentence_losses(model, self.validation)
         return {"validation_loss": (losses.sum() / counts.sum()).item()}
 
-    warmup = max(1, flags.steps // 5) if flags.warmup is None else flags.warmup
-    written = "\n".join(sentence for pair in task.text.train for sentence in pair)
-    names = ("source", "target", "batch_size", "label_smoothing")
-    data = {"name": task.text.name, "crc32": zlib.crc32(written.encode())} | {n: getattr(flags, n) for n in names}
-    anneal = flags.anneal_top_k if config.head_graph is not None and flags.anneal_top_k else 0
-    return Training(
-        Transformer(config),
-        task.batches(task.text.train, seed),
-        partial(translation_output, label_smoothing=flags.label_smoothing),
-        train_config(flags, seed, rate, warmup=warmup, schedule="inverse-sqrt", betas=(0.9, 0.98), anneal_top_k=anneal),
-        leaf,
-        evaluate=evaluate,
-        resume=can_resume(leaf, flags),
-        settings={"model": config.to_dict(), "data": data, "flags": vars(flags)},
-        description=leaf.name,
-    )
+    def measure(self, model: Transformer, leaf: Path) -> Result:
+        flags, pairs = self.flags, self.text.validation
+        losses, counts = sentence_losses(model, self.validation)
+        beams = {"num_beams": flags.beams, "length_penalty": flags.length_penalty}
+        found = translate(model, self.subwords, self.validation, **beams)
+        translations = list(tqdm(found, desc="translating", total=len(pairs), unit="sentence"))
+        score, signature = bleu(translations, [target for _, target in pairs])
+        shown = list(zip(pairs, translations, strict=True))
+        lines = [f"{source}\n{translation}\n({target})\n" for (source, target), translation in shown]
+        write_text(leaf / "translations.txt", "\n".join(lines))
+        write_text(leaf / "tokenizer.json", self.subwords.to_json())
+        return {
+            # Per token, so that long sentences do not count for more.
+            "losses": losses / counts,
+            "validation_loss": (losses.sum() / counts.sum()).item(),
+            "bleu": score,
+            "bleu_signature": signature,
+            "exact": statistics.mean(translation == target for (_, target), translation in shown),
+        }
+
+    def report(self, results: dict[tuple[int, str], Result]) -> None:
+        self.write_table(results_table(results, self.columns))
+        print(f"loss in nats per subword; BLEU {next(iter(results.values()))['bleu_signature']}")
+        self.conclude(results, "written")
 
 
-def _finish(task: Task, training: Training, leaf: Path) -> dict[str, Any]:
-    """Measures, translates with and draws the model as it was saved; writes result.json and returns more of it."""
-    flags, validation = task.flags, task.batches(task.text.validation)
-    training.accelerator.unwrap_model(training.model).save_pretrained(leaf / "model")
-    model = Transformer.from_pretrained(leaf / "model").eval().to(training.accelerator.device)
-    losses, counts = sentence_losses(model, validation)
-    found = translate(model, task.subwords, validation, num_beams=flags.beams, length_penalty=flags.length_penalty)
-    translations = list(tqdm(found, desc="translating", total=len(task.text.validation), unit="sentence"))
-    score, signature = bleu(translations, [target for _, target in task.text.validation])
-    exact = [own == target for own, (_, target) in zip(translations, task.text.validation, strict=True)]
-    result = {
-        "parameters": count_parameters(model),
-        "validation_loss": (losses.sum() / counts.sum()).item(),
-        "bleu": score,
-        "bleu_signature": signature,
-        "exact": statistics.mean(exact),
-        "seconds": training.seconds,
-        "step_seconds": statistics.median(step_seconds(training.folder.rows)),
-    }
-    write_text(leaf / "result.json", json.dumps(result, indent=2))
-    write_text(leaf / "tokenizer.json", task.subwords.to_json())
-    shown = zip(task.text.validation, translations, strict=True)
-    lines = [f"{source}\n{own}\n({target})\n" for (source, target), own in shown]
-    write_text(leaf / "translations.txt", "\n".join(lines))
-    graph = model.config.head_graph
-    if graph is not None and (graph.outputs is not None or graph.scores is not None):
-        with record(model) as heads:
-            sentence_losses(model, validation)
-        draw(heads, leaf / "heads.png", title="mean edge weights over validation sentences")
-    # Per token, so that long sentences do not count for more.
-    return {**result, "losses": losses / counts, "log": training.folder.rows}
-
-
-def _report(trained: dict[tuple[int, str], dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
-    """Prints the table, which is better, and where the translations and pictures are."""
-    table = results_table(trained, COLUMNS) + "\n"
-    write_text(folder / "table.md", table)
-    print(f"\n{table}\nloss in nats per subword; BLEU {next(iter(trained.values()))['bleu_signature']}")
-    if flags.compare:
-        print(verdict(trained))
-    if len(trained) > 1:
-        draw_curves({one["leaf"]: one["log"] for one in trained.values()}, folder / "curves.png")
-    files = [folder / "curves.png", *sorted(folder.rglob("heads.png")), *sorted(folder.rglob("translations.txt"))]
-    print("written: " + ", ".join(str(path) for path in files))
-
+main = TranslationTraining.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,3 +12,9 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(20240229)
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Leaves an empty curves.png in the folder of a run: to draw it takes longer than a training of a few steps."""
+    monkeypatch.setattr("gohgraph.learning.training.draw_curves", lambda histories, path: Path(path).touch())

@@ -13,7 +13,7 @@ import torch
 
 # One process imports everything once, and every rank is a fork of it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["gohgraph.learning.cli.experiment", "accelerate", "matplotlib.pyplot", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(["gohgraph.learning.cli.comparison", "accelerate", "matplotlib.pyplot", "torch._dynamo"])
 
 
 def run_ranks(

@@ -49,104 +49,164 @@ import torch
 from federation import BASE, KINDS, Settings, make_client, make_shared, measure, parameters_of, split
 
 from gohgraph import LanguageModel, TransformerConfig
-from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.drawing import draw_curves
-from gohgraph.learning.cli.experiment import (
-    add_run_flags,
-    add_size_flags,
-    add_training_flags,
-    can_resume,
-    fill_sizes,
-    open_folder,
-    resumable,
-    train_config,
-)
+from gohgraph.learning.cli.script import Script, can_resume
 from gohgraph.learning.data.corpus import sample_batch
 from gohgraph.learning.data.domains import load_domain
 from gohgraph.learning.federated.sharing import SHARINGS
 from gohgraph.learning.interrupts import interrupts
-from gohgraph.learning.loop import train
+from gohgraph.learning.loop import train_together
 from gohgraph.learning.regimes.language import VOCAB_SIZE, next_token_output
 from gohgraph.learning.run_folder import write_text
 
-SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "length", "batch_size", "base_steps", "rounds", "local_steps")
-SIZES += ("windows", "limit")
-FULL = dict(zip(SIZES, (64, 8, 3, 256, 64, 8, 600, 20, 6, 64, 500_000), strict=True))
-SMOKE = dict(zip(SIZES, (16, 4, 1, 8, 16, 4, 6, 3, 2, 4, 20_000), strict=True))
 METHODS, UNTOUCHED = tuple(SHARINGS), "base, untouched"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    return run(_parser(), partial(_main, argv), argv)
+class FederatedLearning(Script):
+    """The base, the rounds of every method, and what they reach for how many bytes."""
 
+    name, runs = "federated_learning/run", "federated"
+    full = dict(
+        d_model=64, num_heads=8, num_layers=3, d_ff=256, length=64, batch_size=8, base_steps=600, rounds=20,
+        local_steps=6, windows=64, limit=500_000,
+    )  # fmt: skip
+    smoke = dict(
+        d_model=16, num_heads=4, num_layers=1, d_ff=8, length=16, batch_size=4, base_steps=6, rounds=3,
+        local_steps=2, windows=4, limit=20_000,
+    )  # fmt: skip
 
-def _main(argv: list[str], flags: argparse.Namespace) -> None:
-    fill_sizes(flags, FULL, SMOKE)
-    if flags.in_degree < 2 or flags.in_degree > flags.num_heads or flags.in_degree % 2:
-        raise ValueError(f"Expected an even --in-degree of 2..{flags.num_heads} (got {flags.in_degree}). Do change it.")
-    if (flags.dp_noise is None) != (flags.dp_clip is None):
-        raise ValueError("Expected --dp-noise and --dp-clip together (got one). Do pass both.")
-    if flags.dp_noise is not None and not (flags.dp_noise >= 0 and flags.dp_clip > 0):
-        raise ValueError(f"Expected noise >= 0 and a clip > 0 (got {flags.dp_noise}, {flags.dp_clip}). Do change it.")
-    folder = open_folder(flags, "federated")
-    results = {}
-    with resumable("federated_learning/run", argv, folder):
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+        add("--clients", type=int, default=8, help="default %(default)s")
+        differ = "of the Dirichlet split; small: clients differ (default %(default)s)"
+        add("--alpha", type=float, default=0.3, help=differ)
+        add("--in-degree", type=int, default=4, help="of the head graph, a ring (default %(default)s)")
+        add("--base-learning-rate", type=float, default=2e-3, help="of the model they begin with (default %(default)s)")
+        add("--client-learning-rate", type=float, default=0.0, help="default: the method's own")
+        add("--evaluate-every", type=int, default=5, help="rounds between evaluations (default %(default)s)")
+        add("--backend", choices=("inline", "ray"), default="inline", help="in this process, or Flower's simulation")
+        add("--faults", action="store_true", help="client 0 fails and client 1 sends NaN in every round")
+        add("--dp-noise", type=float, help="noise multiplier of differential privacy (with --dp-clip)")
+        add("--dp-clip", type=float, help="largest norm of a client's update")
+
+    def check(self) -> None:
+        flags = self.flags
+        if flags.in_degree < 2 or flags.in_degree > flags.num_heads or flags.in_degree % 2:
+            raise ValueError(
+                f"Expected an even --in-degree of 2..{flags.num_heads} (got {flags.in_degree}). Do change it."
+            )
+        if (flags.dp_noise is None) != (flags.dp_clip is None):
+            raise ValueError("Expected --dp-noise and --dp-clip together (got one). Do pass both.")
+        if flags.dp_noise is not None and not (flags.dp_noise >= 0 and flags.dp_clip > 0):
+            raise ValueError(
+                f"Expected noise >= 0 and a clip > 0 (got {flags.dp_noise}, {flags.dp_clip}). Do change it."
+            )
+
+    def train(self) -> None:
+        flags, results = self.flags, {}
         for seed in flags.seeds:
-            place = (folder / f"seed-{seed}" if len(flags.seeds) > 1 else folder).resolve()
-            _train_base(flags, seed, place / "base")
-            results[seed, UNTOUCHED] = _measure_base(_settings(flags, seed, place, flags.methods[0]))
+            place = (self.folder / f"seed-{seed}" if len(flags.seeds) > 1 else self.folder).resolve()
+            self.train_base(seed, place / "base")
+            results[seed, UNTOUCHED] = _measure_base(self.settings(seed, place, flags.methods[0]))
             for method in flags.methods:
-                results[seed, method] = _federate(_settings(flags, seed, place, method), flags)
-    _report(results, folder, flags)
+                results[seed, method] = self.federate(self.settings(seed, place, method))
+        self.report(results)
 
+    def settings(self, seed: int, place: Path, method: str) -> Settings:
+        """What server and clients agree on."""
+        given = {field.name: getattr(self.flags, field.name, None) for field in dataclasses.fields(Settings)}
+        given |= {"folder": str(place / method), "base": str(place / "base" / "model"), "method": method, "seed": seed}
+        return Settings(**given | {"learning_rate": self.flags.client_learning_rate})
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add_run_flags(parser, "federated")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    add("--clients", type=int, default=8, help="default %(default)s")
-    add("--alpha", type=float, default=0.3, help="of the Dirichlet split; small: clients differ (default %(default)s)")
-    add("--in-degree", type=int, default=4, help="of the head graph, a ring (default %(default)s)")
-    add("--base-learning-rate", type=float, default=2e-3, help="of the model they begin with (default %(default)s)")
-    add("--client-learning-rate", type=float, default=0.0, help="default: the method's own")
-    add("--evaluate-every", type=int, default=5, help="rounds between evaluations (default %(default)s)")
-    add("--backend", choices=("inline", "ray"), default="inline", help="in this process, or Flower's simulation")
-    add("--faults", action="store_true", help="client 0 fails and client 1 sends NaN in every round")
-    add("--dp-noise", type=float, help="noise multiplier of differential privacy (with --dp-clip)")
-    add("--dp-clip", type=float, help="largest norm of a client's update")
-    add_size_flags(parser, FULL)
-    add_training_flags(parser)
-    return parser
+    def train_base(self, seed: int, folder: Path) -> None:
+        """Trains and saves the model that all methods begin with."""
+        text = load_domain(BASE, limit=self.flags.limit)
+        torch.manual_seed(seed)
+        model = LanguageModel(TransformerConfig(VOCAB_SIZE, **self.values()))
+        training = self.training(
+            model,
+            partial(sample_batch, text.train, seed=seed, **self.values("batch_size", "length")),
+            next_token_output,
+            self.config(seed, self.flags.base_learning_rate, steps=self.flags.base_steps, device="cpu"),
+            folder,
+            evaluate=lambda model: measure(model, text.validation, self.flags),
+            settings={"model": model.config.to_dict()},
+            description=f"base: {BASE}",
+        )
+        train_together([training])
+        model.save_pretrained(folder / "model")
 
+    def federate(self, settings: Settings) -> dict[str, Any]:
+        """Runs a method; returns its log and sizes."""
+        from gohgraph.learning.federated.apps import client_app
+        from gohgraph.learning.federated.server import federate
+        from gohgraph.learning.federated.simulation import simulate
 
-def _settings(flags: argparse.Namespace, seed: int, place: Path, method: str) -> Settings:
-    given = {field.name: getattr(flags, field.name, None) for field in dataclasses.fields(Settings)}
-    own = {"folder": str(place / method), "base": str(place / "base" / "model"), "method": method, "seed": seed}
-    return Settings(**{**given, **own, "learning_rate": flags.client_learning_rate})
+        # Flower tells every round at length, from its import on.
+        logging.getLogger("flwr").setLevel(logging.WARNING)
+        flags, folder = self.flags, Path(settings.folder)
+        client = client_app(
+            lambda context: make_client(settings, int(context.node_config["partition-id"])),
+            mods=[_faulty] if flags.faults else [],
+        )
+        privacy = [flags.dp_noise, flags.dp_clip]
+        with interrupts() as interrupted:
+            rows = simulate(
+                lambda grid: federate(
+                    grid,
+                    make_shared(settings),
+                    folder,
+                    rounds=settings.rounds,
+                    strategy=self.strategy(),
+                    evaluate_every=flags.evaluate_every,
+                    resume=can_resume(folder, flags),
+                    settings={**settings.to_dict(), "privacy": privacy, "flags": vars(flags)},
+                    wait_for=settings.clients,
+                    interrupted=interrupted.is_set,
+                ),
+                client,
+                settings.clients,
+                backend=flags.backend,
+            )
+        result = {"method": settings.method, "parameters": parameters_of(settings), "rows": rows}
+        write_text(folder / "result.json", json.dumps(result, indent=2))
+        return result
 
+    def strategy(self) -> Any:
+        """Returns the plain mean of clipped updates with noise; `None` for the weighted mean."""
+        from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
 
-def _train_base(flags: argparse.Namespace, seed: int, folder: Path) -> None:
-    """Trains and saves the model that all methods begin with."""
-    text = load_domain(BASE, limit=flags.limit)
-    torch.manual_seed(seed)
-    shape = {name: getattr(flags, name) for name in ("d_model", "num_heads", "num_layers", "d_ff")}
-    model = LanguageModel(TransformerConfig(VOCAB_SIZE, **shape))
-    train(
-        model,
-        partial(sample_batch, text.train, seed=seed, batch_size=flags.batch_size, length=flags.length),
-        next_token_output,
-        train_config(flags, seed, flags.base_learning_rate, steps=flags.base_steps, device="cpu"),
-        folder,
-        evaluate=lambda model: measure(model, text.validation, flags),
-        resume=can_resume(folder, flags),
-        settings={"model": model.config.to_dict(), "flags": vars(flags)},
-        description=f"base: {BASE}",
-    )
-    model.save_pretrained(folder / "model")
+        flags = self.flags
+        if flags.dp_noise is None:
+            return None
+        # Privacy is that of a client: none may weigh more than another.
+        mean = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1, weighted_by_key="participants")
+        return DifferentialPrivacyServerSideFixedClipping(mean, flags.dp_noise, flags.dp_clip, flags.clients)
+
+    def report(self, results: dict[tuple[int, str], dict[str, Any]]) -> None:
+        """Prints and writes the table: means over seeds, with their standard deviations."""
+        flags = self.flags
+        first = {name: result for (seed, name), result in results.items() if seed == flags.seeds[0]}
+
+        def last(method: str, key: str) -> str:
+            values = [results[seed, method]["rows"][-1].get(key) for seed in flags.seeds]
+            return "" if None in values else mean_and_deviation(values)
+
+        rows = [["method", "trained by a client", "kB a client and round", "loss", "worst client's", "accuracy"]]
+        for method, result in first.items():
+            row = result["rows"][-1]
+            traffic = (row["bytes_down"] + row["bytes_up"]) / flags.clients / 1000
+            measured = (last(method, key) for key in ("validation_loss", "worst", "accuracy"))
+            rows.append([method, f"{result['parameters']:,}", f"{traffic:,.1f}", *measured])
+        self.write_table(markdown_table(rows))
+        histories = {method: first[method]["rows"] for method in flags.methods}
+        if all(any(row["loss"] is not None for row in rows) for rows in histories.values()):
+            draw_curves(histories, self.folder / "curves.png")
+        place = self.folder / "table.md"
+        print(f"loss in nats per byte, mean over clients by bytes of text; written: {place}")
 
 
 def _measure_base(settings: Settings) -> dict[str, Any]:
@@ -163,54 +223,6 @@ def _measure_base(settings: Settings) -> dict[str, Any]:
     return {"parameters": 0, "rows": [row]}
 
 
-def _federate(settings: Settings, flags: argparse.Namespace) -> dict[str, Any]:
-    """Runs a method; returns its log and sizes."""
-    from gohgraph.learning.federated.apps import client_app
-    from gohgraph.learning.federated.server import federate
-    from gohgraph.learning.federated.simulation import simulate
-
-    # Flower tells every round at length, from its import on.
-    logging.getLogger("flwr").setLevel(logging.WARNING)
-    folder = Path(settings.folder)
-    client = client_app(partial(_build, settings), mods=[_faulty] if flags.faults else [])
-    with interrupts() as interrupted:
-        rows = simulate(
-            lambda grid: federate(
-                grid,
-                make_shared(settings),
-                folder,
-                rounds=settings.rounds,
-                strategy=_strategy(flags),
-                evaluate_every=flags.evaluate_every,
-                resume=can_resume(folder, flags),
-                settings={**settings.to_dict(), "privacy": [flags.dp_noise, flags.dp_clip], "flags": vars(flags)},
-                wait_for=settings.clients,
-                interrupted=interrupted.is_set,
-            ),
-            client,
-            settings.clients,
-            backend=flags.backend,
-        )
-    result = {"method": settings.method, "parameters": parameters_of(settings), "rows": rows}
-    write_text(folder / "result.json", json.dumps(result, indent=2))
-    return result
-
-
-def _build(settings: Settings, context: Any) -> Any:
-    return make_client(settings, int(context.node_config["partition-id"]))
-
-
-def _strategy(flags: argparse.Namespace) -> Any:
-    """Returns the weighted mean, or the plain mean of clipped updates with noise."""
-    from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
-
-    if flags.dp_noise is None:
-        return None
-    # Privacy is that of a client: none may weigh more than another.
-    mean = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1, weighted_by_key="participants")
-    return DifferentialPrivacyServerSideFixedClipping(mean, flags.dp_noise, flags.dp_clip, flags.clients)
-
-
 def _faulty(message: Any, context: Any, call_next: Any) -> Any:
     """A Flower modifier: what can go wrong on a client."""
     from gohgraph.learning.federated.flower import Array, ArrayRecord
@@ -225,36 +237,7 @@ def _faulty(message: Any, context: Any, call_next: Any) -> Any:
     return reply
 
 
-def _report(results: dict[tuple[int, str], dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
-    """Prints and writes the table: means over seeds, with their standard deviations."""
-
-    def last(method: str, key: str, digits: int = 3) -> str:
-        values = [results[seed, method]["rows"][-1].get(key) for seed in flags.seeds]
-        return "" if None in values else mean_and_deviation(values, digits)
-
-    def traffic(method: str) -> str:
-        row = results[flags.seeds[0], method]["rows"][-1]
-        return f"{(row['bytes_down'] + row['bytes_up']) / flags.clients / 1000:,.1f}"
-
-    head = ["method", "trained by a client", "kB a client and round", "loss", "worst client's", "accuracy"]
-    rows = [
-        [
-            method,
-            f"{results[flags.seeds[0], method]['parameters']:,}",
-            traffic(method),
-            last(method, "validation_loss"),
-            last(method, "worst"),
-            last(method, "accuracy"),
-        ]
-        for method in (UNTOUCHED, *flags.methods)
-    ]
-    table = markdown_table([head, *rows]) + "\n"
-    write_text(folder / "table.md", table)
-    histories = {method: results[flags.seeds[0], method]["rows"] for method in flags.methods}
-    if all(any(row["loss"] is not None for row in rows) for rows in histories.values()):
-        draw_curves(histories, folder / "curves.png")
-    print(f"\n{table}\nloss in nats per byte, mean over clients by bytes of text; written: {folder / 'table.md'}")
-
+main = FederatedLearning.main
 
 if __name__ == "__main__":
     sys.exit(main())

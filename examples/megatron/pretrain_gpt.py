@@ -44,6 +44,7 @@ from gohgraph.learning.interrupts import TrainingInterrupted, interrupts
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.learning.run_folder import STATE, RunFolder, write_text
 from gohgraph.learning.train_config import TrainConfig
+from gohgraph.parallel.ranks import on_first_rank
 
 with warnings.catch_warnings():
     # Megatron-Core names every optional package it does without.
@@ -161,7 +162,7 @@ class Pretraining:
         settings["sizes"] = {name: getattr(flags, name) for name in sizes}
         settings["flags"] = {"processes": dist.get_world_size(), "tensor_parallel": flags.tensor_parallel}
         self.folder, self.is_main = RunFolder(flags.run, settings), dist.get_rank() == 0
-        self._on_main(lambda: self.folder.open(resume=flags.resume))
+        on_first_rank(lambda: self.folder.open(resume=flags.resume))
         self.batch, self.validation = load_data(flags, self.folder.path)
         if flags.resume:
             self._load()
@@ -172,7 +173,7 @@ class Pretraining:
         progress = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None if self.is_main else True)
         self._train(progress)
         progress.close()
-        self._on_main(self._report)
+        on_first_rank(self._report)
 
     def _train(self, progress: tqdm) -> None:
         losses: list[Tensor] = []
@@ -244,10 +245,10 @@ class Pretraining:
 
     def _save(self) -> None:
         pending = self.folder.path / "checkpoints" / ".new" / WEIGHTS
-        self._on_main(lambda: (self.folder.pending_checkpoint(), pending.mkdir()))
+        on_first_rank(lambda: (self.folder.pending_checkpoint(), pending.mkdir()))
         save_checkpoint(pending, self.model, self.optimizer)
         state = {"seconds": self.seconds}
-        self._on_main(lambda: self.folder.commit_checkpoint(self.step, state, keep=self.config.keep_checkpoints))
+        on_first_rank(lambda: self.folder.commit_checkpoint(self.step, state, keep=self.config.keep_checkpoints))
 
     def _load(self) -> None:
         checkpoints = self.folder.checkpoints()
@@ -255,7 +256,7 @@ class Pretraining:
             state = json.loads((checkpoints[-1] / STATE).read_text(encoding="utf-8"))
             load_checkpoint(checkpoints[-1] / WEIGHTS, self.model, self.optimizer)
             self.step, self.seconds = state["step"], state["seconds"]
-        self._on_main(lambda: self.folder.read_log(until=self.step))
+        on_first_rank(lambda: self.folder.read_log(until=self.step))
 
     def _report(self) -> None:
         rows = [row for row in self.folder.rows if row["validation_loss"] is not None]
@@ -281,18 +282,6 @@ class Pretraining:
         flag = torch.tensor(float(holds), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
-
-    def _on_main(self, action: Callable[[], Any]) -> None:
-        """Acts in the first process; what goes wrong there is raised in all."""
-        failed: list[Any] = [None]
-        if self.is_main:
-            try:
-                action()
-            except (OSError, ValueError) as error:
-                failed = [error]
-        dist.broadcast_object_list(failed, src=0)
-        if failed[0] is not None:
-            raise failed[0]
 
 
 def load_data(flags: argparse.Namespace, folder: Path) -> tuple[Callable[[int], Batch], list[Batch]]:

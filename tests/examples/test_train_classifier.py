@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from example_runs import check_resumed, refused
+from example_runs import refused
 from helpers import load_script
 
 from gohgraph import Classifier
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch):
+def main(tmp_path, monkeypatch, no_curves):
     monkeypatch.chdir(tmp_path)
     script = load_script("examples", "train_classifier")
     return lambda *arguments: script.main(["--smoke", "--device", "cpu", *arguments])
@@ -41,10 +41,6 @@ def test_text_and_a_router(main, tmp_path):
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["classes"] == ["ants", "bees"] and result["accuracy"] == 1.0
     assert not (tmp_path / "out" / "heads.png").exists()
-
-
-def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatch, capsys):
-    check_resumed(lambda *more: main("--compare", *more), tmp_path, monkeypatch, capsys, stop_at=7)
 
 
 @pytest.mark.parametrize(

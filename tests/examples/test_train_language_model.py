@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import random
-import signal
 from pathlib import Path
 
 import pytest
 import torch
+from example_runs import check_resumed, refused
 from helpers import load_script
 
 from gohgraph import LanguageModel
@@ -33,8 +33,10 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def main(script, text, tmp_path, monkeypatch):
+def main(script, text, tmp_path, monkeypatch, no_curves):
     monkeypatch.chdir(tmp_path)
+    # A figure for every evaluation; one test draws them.
+    monkeypatch.setattr(script, "log_head_graphs", lambda writer, model, step: None)
     return lambda *arguments: script.main(["--data", str(text), *TINY, *arguments])
 
 
@@ -43,16 +45,10 @@ def log(folder: Path) -> list[list[str]]:
         return [[row[name] for name in ("step", "loss", "validation_loss", "lr")] for row in csv.DictReader(file)]
 
 
-def refused(code: int, capsys) -> str:
-    shown = capsys.readouterr().err
-    lines = [line for line in shown.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(lines) == 1 and shown.endswith(lines[0] + "\n"), shown
-    assert "Traceback" not in shown and "usage" not in shown
-    return lines[0]
-
-
-def test_one_run_leaves_everything(main, tmp_path, capsys):
-    assert main("--run", "out", "--sites", "both", "--cross-layer", "1") == 0
+def test_one_run_leaves_everything(script, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = "--run out --sites both --cross-layer 1 --eval-every 6".split()
+    assert script.main(["--data", str(text), *TINY, *flags]) == 0
     folder = tmp_path / "out"
     names = "config.json log.csv curves.png checkpoints model sample.txt heads.png result.json tensorboard"
     assert {path.name for path in folder.iterdir()} == set(names.split())
@@ -67,11 +63,9 @@ def test_one_run_leaves_everything(main, tmp_path, capsys):
     assert "out/heads.png" in shown and f"{result['parameters']:,}" in shown
 
 
-def test_default_folders_are_numbered_and_smoke_is_small(script, text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        assert script.main(["--data", str(text), "--smoke", "--device", "cpu"]) == 0
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"language-model", "language-model-2"}
+def test_the_default_folder_and_a_smoke_run(script, main, text, tmp_path):
+    assert script.main(["--data", str(text), "--smoke", "--device", "cpu"]) == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"language-model"}
 
 
 def test_compare_trains_both_on_the_same_data_with_equal_parameters(main, tmp_path, capsys):
@@ -145,29 +139,10 @@ def test_seeds_have_folders_of_their_own(main, tmp_path):
     assert losses[0] != losses[1] and (tmp_path / "out" / "curves.png").exists()
 
 
-@pytest.mark.parametrize("flags", ["", "--compare", "--seeds 0 1", "--router --bias-rate 0.01 --anneal-top-k 9"])
-def test_ctrl_c_and_resume_equal_an_uninterrupted_run(script, main, tmp_path, monkeypatch, capsys, flags):
-    flags = ["--dropout", "0.1", *flags.split()]
-    assert main("--run", "whole", *flags) == 0
-    steps = []
-
-    def stopping(data, step, **settings):
-        steps.append(step)
-        # The data of step 6, after one call that only checks the length of the text.
-        if len(steps) == 8:
-            signal.raise_signal(signal.SIGINT)
-        return sample(data, step, **settings)
-
-    sample = script.sample_batch
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "sample_batch", stopping)
-        assert main("--run", "part", *flags) == 130
-    assert steps[-1] == 6 and "--run part" in capsys.readouterr().err.splitlines()[-1]
-    assert main("--run", "part", *flags, "--resume") == 0
-    logs = [path.relative_to(tmp_path / "whole").parent for path in (tmp_path / "whole").rglob("log.csv")]
-    assert logs
-    for leaf in logs:
-        assert log(tmp_path / "part" / leaf) == log(tmp_path / "whole" / leaf)
+def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatch, capsys):
+    flags = "--dropout 0.1 --compare --router --bias-rate 0.01 --anneal-top-k 9".split()
+    # The routed model is done then, and the plain one in its sixth step.
+    check_resumed(lambda *more: main(*flags, *more), tmp_path, monkeypatch, capsys, stop_at=11 + 6)
 
 
 @pytest.mark.parametrize(
@@ -191,10 +166,7 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(script, main, tmp_path, mo
         (["--experts", "--num-shared", "9"], "num_shared"),
         (["--compare", "--match-parameters"], "got both"),
         (["--precision", "fp16"], "on the CPU"),
-        (["--threads", "0"], "--threads"),
-        (["--seeds", "1", "1"], "different seeds"),
         (["--steps", "0"], "steps"),
-        (["--learning-rates", "nan"], "--learning-rates above 0"),
         (["--dropout", "1.5"], "dropout"),
         (["--length", "99999"], "shorter windows or a longer text"),
         (["--batch-size", "0"], "batch_size"),
@@ -233,27 +205,3 @@ def test_missing_and_short_texts(script, tmp_path, capsys, content):
         data.write_bytes(content)
     refused(script.main(["--data", str(data), *TINY, "--run", str(tmp_path / "out")]), capsys)
     assert not (tmp_path / "out").exists()
-
-
-def test_folders_that_cannot_be_written_or_hold_something(main, tmp_path, capsys):
-    (tmp_path / "file").write_text("kept")
-    assert "can be written" in refused(main("--run", "file/out"), capsys)
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "config.json").write_text("kept")
-    assert "new or empty" in refused(main("--run", "thesis"), capsys)
-    assert (tmp_path / "file").read_text() == (tmp_path / "thesis" / "config.json").read_text() == "kept"
-
-
-def test_resuming_needs_the_same_flags_and_a_whole_checkpoint(main, tmp_path, capsys):
-    assert main("--run", "out") == 0
-    assert "training.learning_rate" in refused(main("--run", "out", "--resume", "--learning-rates", "0.1"), capsys)
-    assert "--compare, --seeds and" in refused(main("--run", "out", "--resume", "--compare"), capsys)
-    before = (tmp_path / "out" / "log.csv").read_bytes()
-    weights = next(iter(sorted(tmp_path.glob("out/checkpoints/*/model.safetensors"), reverse=True)))
-    weights.write_bytes(weights.read_bytes()[:100])
-    assert "whole checkpoint" in refused(main("--run", "out", "--resume"), capsys)
-    assert (tmp_path / "out" / "log.csv").read_bytes() == before
-
-
-def test_a_loss_that_runs_away_is_one_sentence(main, capsys):
-    assert "finite loss" in refused(main("--run", "out", "--learning-rates", "1e30", "--warmup", "0"), capsys)

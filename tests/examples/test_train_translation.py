@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from example_runs import check_resumed, refused
+from example_runs import refused
 from helpers import load_script
 
 from gohgraph import Transformer
@@ -17,7 +17,7 @@ def script():
 
 
 @pytest.fixture
-def main(script, tmp_path, monkeypatch):
+def main(script, tmp_path, monkeypatch, no_curves):
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: script.main(["--smoke", "--device", "cpu", *arguments])
 
@@ -42,12 +42,6 @@ def test_a_folder_of_sentences_and_another_direction(main, tmp_path):
         (tmp_path / f"{split}.de").write_text("ein haus\ndas rote haus\ngeh\n" * 3)
     assert main("--data", ".", "--source", "de", "--target", "en", "--sites", "none", "--run", "out") == 0
     assert "das rote haus" in (tmp_path / "out" / "translations.txt").read_text().splitlines()
-
-
-def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatch, capsys):
-    grid = ("--seeds", "2", "5", "--learning-rates", "0.001", "0.003")
-    # Both rates of the first seed are done then.
-    check_resumed(lambda *more: main(*grid, *more), tmp_path, monkeypatch, capsys, stop_at=2 * 12 + 5)
 
 
 @pytest.mark.parametrize(

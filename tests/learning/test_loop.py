@@ -20,6 +20,9 @@ from gohgraph.learning.optim import parameter_groups
 from gohgraph.learning.regimes.language import next_token_output, window_losses
 from gohgraph.learning.run_folder import last_folder, new_folder
 
+# The module's one uninterrupted run, which is held against others, is drawn.
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 TEXT = torch.randint(97, 123, (5003,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 WINDOWS = {"batch_size": 3, "length": 17}
 CONFIG = TrainConfig(

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from example_runs import check_resumed, refused
+from example_runs import refused
 from helpers import assert_equal_to, load_script, trained_like
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -147,7 +147,7 @@ def test_impossible_inner_loops():
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch):
+def main(tmp_path, monkeypatch, no_curves):
     monkeypatch.chdir(tmp_path)
     script = load_script("examples", "meta_learning")
     return lambda *arguments: script.main(["--smoke", "--device", "cpu", *arguments])
@@ -162,11 +162,6 @@ def test_the_example_compares_inner_loops(main, tmp_path, capsys):
     assert size["maml"] == size["reptile"] > size["graph+read-out"] > size["graph"] > 0
     assert size["graph+read-out"] == size["graph"] + size["read-out"]
     assert all(0 <= one["accuracy"] <= 1 for one in results.values())
-
-
-def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatch, capsys):
-    flags = ["--methods", "graph", "reptile"]
-    check_resumed(lambda *more: main(*flags, *more), tmp_path, monkeypatch, capsys, stop_at=5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""A training script of a model with head graphs, alone or beside plain attention of as many parameters."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from gohgraph.analysis.record import record
+from gohgraph.common.command_line import ArgumentParser
+from gohgraph.drawing import draw
+from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.learning.cli.contest_script import ContestScript
+from gohgraph.learning.cli.graph_flags import add_graph_flags
+from gohgraph.learning.contests.contest import Result, results_table, verdict
+from gohgraph.learning.contests.matching import count_parameters, with_plain
+from gohgraph.learning.loop import Training
+from gohgraph.learning.run_folder import step_seconds
+from gohgraph.models.config import TransformerConfig
+
+
+class Comparison(ContestScript):
+    """A `ContestScript` with `--compare` and the flags of head graphs and routing.
+
+    A subclass has these slots besides the flags:
+
+    - `load()`: reads the data, sets `data_settings`, and returns the `TransformerConfig` of the flags.
+    - `build(config)`: returns a new model.
+    - `batches(seed)`: returns the data of training, as `Training` takes it.
+    - `loss(model, batch)`: what is trained on.
+    - `evaluate(model)`: returns measures of a model by name, its `validation_loss` among them.
+    - `measure(model, leaf)`: returns those of the trained model, with `losses` `[examples]` in nats, and draws it.
+
+    Attributes:
+        columns: of the table, as in `results_table`.
+        pictures: files in the folders of runs, to be named in the end.
+        examples: what the edge weights in heads.png are means over.
+        data_settings: what defines the data, as JSON values.
+    """
+
+    columns: ClassVar[Mapping[str, tuple[str, int, float]]]
+    pictures: ClassVar[tuple[str, ...]]
+    examples: ClassVar[str]
+    data_settings: dict[str, Any]
+
+    @classmethod
+    def parser(cls) -> ArgumentParser:
+        """Returns the parser of all flags."""
+        parser = super().parser()
+        parser.add_argument(
+            "--compare", action="store_true", help="also train plain attention of as many parameters, in turns"
+        )
+        add_graph_flags(parser)
+        return parser
+
+    def models(self) -> dict[str, TransformerConfig]:
+        """The configuration of the flags, and that of plain attention to compare it with."""
+        config = self.load()
+        if self.flags.compare:
+            return with_plain(self.build, config)
+        return {"plain" if config.head_graph is None else "goh": config}
+
+    def schedule(self) -> dict[str, Any]:
+        """Returns settings of `TrainConfig` that are the script's own; none by default."""
+        return {}
+
+    def tracking(self, model: nn.Module, leaf: Path) -> dict[str, Any]:
+        """Returns arguments of `Training` that are the script's own; none by default."""
+        return {}
+
+    def start(self, config: TransformerConfig, seed: int, rate: float, leaf: Path) -> Training:
+        """Returns the training of a model in its folder."""
+        model = self.build(config)
+        # The plain side has no heads to leave out.
+        anneal = (self.flags.anneal_top_k or 0) if config.head_graph is not None else 0
+        return self.training(
+            model,
+            self.batches(seed),
+            self.loss,
+            self.config(seed, rate, anneal_top_k=anneal, **self.schedule()),
+            leaf,
+            evaluate=self.evaluate,
+            settings={"model": model.config.to_dict(), "data": self.data_settings},
+            **self.tracking(model, leaf),
+        )
+
+    def finish(self, training: Training, leaf: Path) -> Result:
+        """Saves the model, and measures and draws it as it was saved."""
+        trained = training.accelerator.unwrap_model(training.model)
+        trained.save_pretrained(leaf / "model")
+        model = type(trained).from_pretrained(leaf / "model").eval().to(training.accelerator.device)
+        result = {
+            "parameters": count_parameters(model),
+            **self.measure(model, leaf),
+            "seconds": training.seconds,
+            "step_seconds": statistics.median(step_seconds(training.folder.rows)),
+        }
+        if has_head_graphs(model):
+            with record(model) as heads:
+                self.evaluate(model)
+            draw(heads, leaf / "heads.png", title=f"mean edge weights over {self.examples}")
+        return result
+
+    def report(self, results: dict[tuple[int, str], Result]) -> None:
+        """Prints the table, which is better, and where the pictures are."""
+        self.write_table(results_table(results, self.columns))
+        self.conclude(results)
+
+    def conclude(self, results: dict[tuple[int, str], Result], what: str = "pictures") -> None:
+        """Prints which model is better, and where the pictures are."""
+        if self.flags.compare:
+            print(verdict(results))
+        files = [self.folder / "curves.png"]
+        files += [path for name in self.pictures for path in sorted(self.folder.rglob(name))]
+        print(f"{what}: " + ", ".join(map(str, files)))
+
+
+def has_head_graphs(model: nn.Module) -> bool:
+    """Returns whether heads of the model send messages."""
+    return any(isinstance(part, HeadGraphConv) for part in model.modules())

@@ -1,0 +1,61 @@
+"""A training script that holds a contest: models at the best rates of one grid, over several seeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gohgraph.common.command_line import ArgumentParser
+from gohgraph.drawing import draw_curves
+from gohgraph.learning.cli.script import Script
+from gohgraph.learning.contests.contest import Contest, Result, add_rate_flags
+from gohgraph.learning.loop import Training
+from gohgraph.learning.run_folder import write_text
+
+
+class ContestScript(Script):
+    """A `Script` with the flag `--learning-rates`, whose subclass has these slots:
+
+    - `models()`: reads the data and returns what to train by name, usually configurations.
+    - `start(model, seed, rate, leaf)`: returns the `Training` of one of them in a folder, torch having been seeded.
+    - `finish(training, leaf)`: returns the measures of a trained model: JSON values, and tensors for the report alone.
+    - `report(results)`: prints what came out, by seed and name: what `finish` has returned, with the
+      `learning_rate`, the `leaf` of the folder, and the `log`.
+
+    Attributes:
+        learning_rate: where `--learning-rates` does not say otherwise.
+        result: the file with what `finish` returns, in the folder of every run.
+    """
+
+    learning_rate: ClassVar[float]
+    result: ClassVar[str] = "result.json"
+
+    @classmethod
+    def parser(cls) -> ArgumentParser:
+        """Returns the parser of all flags."""
+        parser = super().parser()
+        add_rate_flags(parser, learning_rate=cls.learning_rate)
+        return parser
+
+    def train(self) -> None:
+        """Trains all models, draws their curves in one figure and reports; ranks but the first only train."""
+        contest = Contest(self.models(), self.flags.seeds, self.flags.learning_rates, self.folder)
+        results = contest.run(self._start, self._finish, resume=self.flags.resume)
+        if len(results) > 1:
+            draw_curves({one["leaf"]: one["log"] for one in results.values()}, self.folder / "curves.png")
+        if results:
+            self.report(results)
+
+    def _start(self, model: Any, seed: int, rate: float, leaf: Path) -> Training:
+        torch.manual_seed(seed)
+        return self.start(model, seed, rate, leaf)
+
+    def _finish(self, training: Training, leaf: Path) -> Result:
+        result = self.finish(training, leaf)
+        values = {name: value for name, value in result.items() if not isinstance(value, Tensor)}
+        write_text(leaf / self.result, json.dumps(values, indent=2))
+        return {**result, "log": training.folder.rows}

@@ -1,0 +1,156 @@
+"""A training script: its flags, its run folder, Ctrl-C and `--resume`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.learning.cli.flags import add_run_flags, add_size_flags, add_training_flags, fill_sizes, train_config
+from gohgraph.learning.loop import Training, TrainingInterrupted
+from gohgraph.learning.run_folder import last_folder, new_folder, runs_in, write_text
+from gohgraph.learning.train_config import TrainConfig
+from gohgraph.parallel.ranks import lost_ranks, machines, on_first_rank, process_group, under_torchrun, world_size
+
+
+class Script:
+    """A script of `examples/`; a subclass fills the slot `train` and says what is its own.
+
+    Its module's docstring begins with the line that `--help` shows. Bad flags and data are one line and exit code 2;
+    Ctrl-C leaves a checkpoint, names the command that goes on, and exits with 130.
+
+    Args:
+        flags: as parsed.
+
+    Attributes:
+        name: of the script below `examples/`, without its suffix.
+        runs: the run folder is `runs/...` unless `--run` names one.
+        full, smoke: sizes of a full run and of `--smoke` by name; each becomes a flag and stands in `flags`.
+        weight_decay: where `--weight-decay` does not say otherwise.
+        folder: the run folder, once `train` is called.
+
+    Example:
+        >>> class Count(Script):
+        ...     name, runs, full, smoke = "count", "count", {"steps": 500}, {"steps": 2}
+        ...     def train(self):
+        ...         print(self.flags.steps, "steps in", self.folder)
+        >>> Count.main(["--smoke", "--run", "somewhere"])
+        2 steps in somewhere
+        0
+    """
+
+    name: ClassVar[str]
+    runs: ClassVar[str]
+    full: ClassVar[Mapping[str, Any]]
+    smoke: ClassVar[Mapping[str, Any]]
+    weight_decay: ClassVar[float] = 0.1
+    folder: Path
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.flags = flags
+
+    @classmethod
+    def main(cls, argv: Sequence[str] | None = None) -> int:
+        """Runs the command line and returns its exit code."""
+        argv = sys.argv[1:] if argv is None else argv
+        return run(cls.parser(), lambda flags: cls(flags)._run(argv), argv)
+
+    @classmethod
+    def parser(cls) -> ArgumentParser:
+        """Returns the parser of all flags."""
+        about = sys.modules[cls.__module__].__doc__ or cls.name
+        parser = ArgumentParser(description=about.splitlines()[0], allow_abbrev=False)
+        cls.add_flags(parser)
+        add_run_flags(parser, cls.runs)
+        add_size_flags(parser, cls.full)
+        add_training_flags(parser, weight_decay=cls.weight_decay)
+        return parser
+
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser) -> None:
+        """Adds the script's own flags; none by default."""
+
+    def check(self) -> None:
+        """Raises `ValueError` for flags that do not fit, before there is a run folder."""
+
+    def run_name(self) -> str:
+        """Returns the name of the run folder below `runs/`."""
+        return self.runs
+
+    def train(self) -> None:
+        """The slot: trains, and leaves and prints what came of it."""
+        raise NotImplementedError
+
+    def values(self, *names: str) -> dict[str, Any]:
+        """Returns the values of flags by name; by default those that give a transformer its shape."""
+        return {name: getattr(self.flags, name) for name in names or ("d_model", "num_heads", "num_layers", "d_ff")}
+
+    def config(self, seed: int, learning_rate: float, **more: Any) -> TrainConfig:
+        """Returns the training that the flags describe; `more` goes over them."""
+        return train_config(self.flags, seed, learning_rate, **more)
+
+    def training(self, *arguments: Any, settings: dict[str, Any], **more: Any) -> Training:
+        """Returns a `Training` that `--resume` goes on with; arguments, settings and the rest are those of `Training`.
+
+        The flags join its settings, and it is described by the name of its folder, the last argument.
+        """
+        leaf = arguments[-1]
+        more = {"description": leaf.name, **more, "settings": {**settings, "flags": vars(self.flags)}}
+        return Training(*arguments, resume=can_resume(leaf, self.flags), **more)
+
+    def write_table(self, table: str) -> None:
+        """Prints a table, and writes it to table.md."""
+        write_text(self.folder / "table.md", table + "\n")
+        print(f"\n{table}\n")
+
+    def _run(self, argv: Sequence[str]) -> None:
+        fill_sizes(self.flags, self.full, self.smoke)
+        self.check()
+        with process_group(self.flags.device):
+            self.folder = open_folder(self.flags, self.run_name())
+            with resumable(self.name, argv, self.folder):
+                self.train()
+
+
+def open_folder(flags: argparse.Namespace, name: str) -> Path:
+    """Returns the run folder: `--run`, or a new `runs/name` or, to resume, the last one.
+
+    Raises:
+        ValueError: there is no run to resume, or something is in the folder of a new one.
+    """
+    return on_first_rank(lambda: _open_folder(flags, Path("runs", name)))
+
+
+def _open_folder(flags: argparse.Namespace, default: Path) -> Path:
+    folder = Path(flags.run) if flags.run is not None else (last_folder if flags.resume else new_folder)(default)
+    is_used = folder.is_dir() and any(folder.iterdir())
+    if flags.resume and not runs_in(folder):
+        raise ValueError(f"Expected a run to resume (got {folder} without one). Do drop --resume, or change --run.")
+    if not flags.resume and is_used:
+        raise ValueError(f"Expected a new or empty run folder (got {folder}). Do choose another --run, or --resume.")
+    return folder
+
+
+def can_resume(leaf: Path, flags: argparse.Namespace) -> bool:
+    """Returns whether `--resume` is given and the run of this folder has begun."""
+    return flags.resume and on_first_rank((leaf / "config.json").exists)
+
+
+@contextmanager
+def resumable(script: str, argv: Sequence[str], folder: Path) -> Iterator[None]:
+    """Names, after Ctrl-C or the loss of a rank, the command that goes on."""
+    command = [argument for argument in argv if argument != "--resume"]
+    where = [] if any(argument.split("=")[0] == "--run" for argument in argv) else ["--run", str(folder)]
+    ranks = world_size()
+    start = ["torchrun", "--nproc-per-node", str(ranks // machines()), "--"] if under_torchrun() else ["python"]
+    again = shlex.join([*start, f"examples/{script}.py", *command, *where, "--resume"])
+    try:
+        with lost_ranks(f"go on from the last checkpoint: {again}"):
+            yield
+    except TrainingInterrupted as stop:
+        raise KeyboardInterrupt(f"{stop}; to go on: {again}") from stop
