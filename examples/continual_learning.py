@@ -11,8 +11,8 @@ also what is lost when the task is not told but inferred from a quarter of each 
 four minutes on one thread. Expected (docs/results.md): adapters forget nothing; average losses of 2.45 with LoRA,
 2.65 with a head graph of its size and 2.15 with replay, from 3.45 of the base.
 
-The run folder holds the base, a folder for every method with its tasks and losses.json, and table.md. Ctrl-C stops it;
-the same command with --resume goes on.
+The run folder holds the base, a folder for every method with its tasks, results/ with the losses of every run, and
+table.md. Ctrl-C stops it; the same command with --resume goes on.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
-import math
 import sys
-from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -45,8 +41,9 @@ from gohgraph.learning.cli.experiment import (
     resumable,
     train_config,
 )
+from gohgraph.learning.contests.contest import Contest, Run
+from gohgraph.learning.contests.in_processes import InProcesses
 from gohgraph.learning.contests.matching import count_parameters
-from gohgraph.learning.contests.tuning import best_rates, check_rates
 from gohgraph.learning.data.corpus import Corpus
 from gohgraph.learning.data.domains import load_domain
 from gohgraph.learning.loop import train
@@ -65,12 +62,15 @@ from gohgraph.learning.regimes.continual import (
 from gohgraph.learning.regimes.language import VOCAB_SIZE
 from gohgraph.learning.regimes.low_rank import ALL_LINEAR, add_low_rank, matching_rank
 from gohgraph.learning.run_folder import write_text
+from gohgraph.learning.train_config import FREE_ON_RESUME
 
 BASE, TASKS = "documentation", ("python", "cpp", "names", "licences")
 ADAPTERS = ("graph", "lora", "both")
 # Learning rates of adapters and of whole models, where no grid is given.
 OWN_RATES = {True: 1e-2, False: 2e-3}
 METHODS = ("fine-tuning", "ewc", "replay", *ADAPTERS)
+# What does not change the result of a run.
+FREE_FLAGS = {"run", "resume", "methods", "seeds", "learning_rates", "threads", *FREE_ON_RESUME}
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "length", "batch_size", "steps", "base_steps", "windows")
 FULL = dict(zip(SIZES, (64, 8, 3, 256, 64, 8, 150, 600, 64), strict=True))
 SMOKE = dict(zip(SIZES, (16, 4, 1, 8, 16, 4, 4, 6, 4), strict=True))
@@ -89,22 +89,39 @@ def _main(argv: list[str], flags: argparse.Namespace) -> None:
             f"Expected an even --in-degree of 2..{flags.num_heads} (got {flags.in_degree}). Do change it: 'both' takes "
             "half of it."
         )
-    check_rates(flags.learning_rates or ())
     folder = open_folder(flags, "continual")
-    results = {}
+    contests = _contests(flags, folder)
+    results: dict[Run, dict[str, Any]] = {}
     with resumable("continual_learning", argv, folder):
         limit = 20_000 if flags.smoke else 500_000
         base, *tasks = (load_domain(name, limit=limit) for name in (BASE, *TASKS))
-        rates = {method: flags.learning_rates or [OWN_RATES[method in ADAPTERS]] for method in flags.methods}
-        for seed in flags.seeds:
-            place = folder / f"seed-{seed}" if len(flags.seeds) > 1 else folder
-            model = _base(base, flags, seed, place / "base")
-            for method in flags.methods:
-                learn = partial(_learn, method, model, tasks, flags, seed, place / method)
-                best = _best(method, learn, rates[method])
-                # The first seed tries them all.
-                rates[method], results[seed, method] = [best["learning_rate"]], best
+        bases = {seed: _base(base, flags, seed, _place(folder, flags, seed) / "base") for seed in flags.seeds}
+        learn, arguments = partial(_learn, bases, tasks, flags, folder), partial(_arguments, flags)
+        runner = InProcesses(learn, arguments, folder / "results", loss=lambda result: result["average_loss"])
+        for contest in contests:
+            results |= contest.hold(runner)
     _report(results, folder, flags)
+
+
+def _contests(flags: argparse.Namespace, folder: Path) -> list[Contest]:
+    """One over the grid; without one, adapters and whole models have a learning rate each."""
+    if flags.learning_rates:
+        return [Contest(dict.fromkeys(flags.methods), flags.seeds, flags.learning_rates, folder)]
+    groups = {adapts: [name for name in flags.methods if (name in ADAPTERS) is adapts] for adapts in OWN_RATES}
+    return [
+        Contest(dict.fromkeys(names), flags.seeds, [OWN_RATES[adapts]], folder)
+        for adapts, names in groups.items()
+        if names
+    ]
+
+
+def _arguments(flags: argparse.Namespace, run: Run) -> dict[str, Any]:
+    settings = {name: value for name, value in vars(flags).items() if name not in FREE_FLAGS}
+    return {"method": run.name, "seed": run.seed, "rate": run.rate, "settings": settings}
+
+
+def _place(folder: Path, flags: argparse.Namespace, seed: int) -> Path:
+    return folder / f"seed-{seed}" if len(flags.seeds) > 1 else folder
 
 
 def _parser() -> ArgumentParser:
@@ -152,44 +169,34 @@ def _base(text: Corpus, flags: argparse.Namespace, seed: int, folder: Path) -> L
     return model.cpu()
 
 
-def _best(method: str, learn: Callable[[float], dict[str, Any]], rates: list[float]) -> dict[str, Any]:
-    """The result at the best of the learning rates; one at which the loss runs away is the worst."""
-    if len(rates) == 1:
-        return learn(rates[0])
-    results = {}
-    for rate in rates:
-        with suppress(FloatingPointError):
-            results[rate] = learn(rate)
-    losses = {(method, rate): results[rate]["average_loss"] if rate in results else math.inf for rate in rates}
-    return results[best_rates(losses)[method]]
-
-
 def _learn(
-    method: str,
-    base: LanguageModel,
+    bases: dict[int, LanguageModel],
     tasks: list[Corpus],
     flags: argparse.Namespace,
-    seed: int,
     folder: Path,
+    *,
+    method: str,
+    seed: int,
     rate: float,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Takes a method through all tasks at a learning rate; writes losses.json and returns what is in it."""
+    """Takes a method through all tasks at a learning rate; returns its losses, and how much is forgotten."""
+    base, place = bases[seed], _place(folder, flags, seed) / method
     if flags.learning_rates and len(flags.learning_rates) > 1:
-        folder = folder / f"rate-{rate:g}"
+        place = place / f"rate-{rate:g}"
     torch.manual_seed(seed)
     learner = _learner(method, base, tasks, flags, seed)
     adapts = method in ADAPTERS
     # Adapters decay towards the shared model by nothing, as PEFT's do.
     own = {"weight_decay": 0.0} if adapts else {}
     before = torch.stack([learner.measure(task).mean() for task in range(len(tasks))])
-    settings = {"method": method, "model": base.config.to_dict(), "flags": vars(flags)}
+    about = {"method": method, "model": base.config.to_dict(), "flags": settings}
     losses = learn_in_sequence(
-        learner, train_config(flags, seed, rate, **own), folder, resume=flags.resume, settings=settings
+        learner, train_config(flags, seed, rate, **own), place, resume=flags.resume, settings=about
     )
     result = {
         "losses": losses.tolist(),
         "before": before.tolist(),
-        "learning_rate": rate,
         "parameters": learner.model.size() if adapts else count_parameters(learner.model),
         "average_loss": average_loss(losses),
         "backward_transfer": backward_transfer(losses),
@@ -200,7 +207,6 @@ def _learn(
         inferred = [learner.measure_inferred(task, prefix=prefix) for task in range(len(tasks))]
         result["inferred_loss"] = mean(values.mean().item() for values, _ in inferred)
         result["inferred"] = mean(share for _, share in inferred)
-    write_text(folder / "losses.json", json.dumps(result, indent=2))
     return result
 
 
@@ -240,11 +246,13 @@ def _graph_parameters(base: LanguageModel, degree: int) -> int:
     return count_parameters(model) - count_parameters(base)
 
 
-def _report(results: dict[tuple[int, str], dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
+def _report(results: dict[Run, dict[str, Any]], folder: Path, flags: argparse.Namespace) -> None:
     """Prints and writes the table: means over seeds, with their standard deviations."""
+    rates = {run.name: run.rate for run in results}
+    of_seeds = {name: [results[name, rate, seed] for seed in flags.seeds] for name, rate in rates.items()}
 
     def over_seeds(method: str, key: str) -> str:
-        values = [results[seed, method].get(key) for seed in flags.seeds]
+        values = [result.get(key) for result in of_seeds[method]]
         return "" if None in values else mean_and_deviation(values)
 
     keys = ("average_loss", "backward_transfer", "forgetting", "inferred_loss", "inferred")
@@ -252,10 +260,9 @@ def _report(results: dict[tuple[int, str], dict[str, Any]], folder: Path, flags:
     header = ["method", "learning rate", "trained per task", *named, "loss, task inferred", "task found"]
     rows = []
     for method in flags.methods:
-        first = results[flags.seeds[0], method]
-        about = [method, f"{first['learning_rate']:g}", f"{first['parameters']:,}"]
+        about = [method, f"{rates[method]:g}", f"{of_seeds[method][0]['parameters']:,}"]
         rows.append([*about, *(over_seeds(method, key) for key in keys)])
-    untrained = [mean(results[seed, flags.methods[0]]["before"]) for seed in flags.seeds]
+    untrained = [mean(result["before"]) for result in of_seeds[flags.methods[0]]]
     rows.insert(0, ["base, untouched", "", "0", mean_and_deviation(untrained), *[""] * 4])
     table = markdown_table([header, *rows]) + "\n"
     write_text(folder / "table.md", table)

@@ -33,8 +33,9 @@ from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.convert.conversion import find_blocks
 from gohgraph.convert.head_order import share_important_heads
 from gohgraph.drawing import draw_curves
+from gohgraph.learning.contests.contest import Contest, Run
+from gohgraph.learning.contests.in_processes import InProcesses
 from gohgraph.learning.contests.matching import count_parameters
-from gohgraph.learning.contests.tuning import run_name, tuned_sweep
 from gohgraph.learning.data.corpus import load_corpus, sample_batch
 from gohgraph.learning.data.domains import DOMAINS, load_domain
 from gohgraph.learning.loop import TrainConfig, train
@@ -70,15 +71,15 @@ def tune(flags: argparse.Namespace) -> None:
     folder = Path(flags.run)
     model = flags.model or _base(folder / "base", flags)
     common = {"model": str(model), "data": flags.data, "length": flags.length, "batch_size": flags.batch_size}
-    runs = {
-        (name, rate, seed): {"name": name, **common, "steps": flags.steps, "learning_rate": rate, "seed": seed}
-        for seed in flags.seeds
-        for name in flags.variants
-        for rate in flags.learning_rates
-    }
-    function = partial(_train, str(folder / "runs"))
-    rates, results = tuned_sweep(function, runs, folder / "results", loss=_last_loss, jobs=flags.jobs)
-    found = {name: [results[name, seed] for seed in flags.seeds] for name in flags.variants}
+
+    def arguments(run: Run) -> dict[str, Any]:
+        return {"name": run.name, **common, "steps": flags.steps, "learning_rate": run.rate, "seed": run.seed}
+
+    train_one = partial(_train, str(folder / "runs"))
+    runner = InProcesses(train_one, arguments, folder / "results", loss=_last_loss, jobs=flags.jobs)
+    results = Contest(dict.fromkeys(flags.variants), flags.seeds, flags.learning_rates, folder).hold(runner)
+    rates = {run.name: run.rate for run in results}
+    found = {name: [result for run, result in results.items() if run.name == name] for name in flags.variants}
     table = _table(found, rates)
     (folder / "table.md").write_text(table, encoding="utf-8")
     draw_curves({name: each[0]["rows"] for name, each in found.items()}, folder / "curves.png")
@@ -115,7 +116,7 @@ def _train(
 
     before = evaluate(start.eval())["validation_loss"]
     config = prepare(start, name, [batch(-1 - index) for index in range(IMPORTANCE_BATCHES)])
-    path, every = Path(folder) / run_name(name, learning_rate, seed), max(1, steps // EVALUATIONS)
+    path, every = Path(folder) / Run(name, learning_rate, seed).file_name, max(1, steps // EVALUATIONS)
     rows = train(
         start,
         batch,

@@ -1,123 +1,73 @@
-"""A contest: every model at its best rate of a grid, chosen on the first seed alone."""
+"""The policy of a contest, whoever trains: every model at its best rate of a grid, chosen on the first seed alone."""
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+import math
 
 import pytest
-import torch
-from torch import nn
 
-from gohgraph.learning.contests.contest import Contest, add_rate_flags, by_model, results_table, verdict
-from gohgraph.learning.loop import TrainConfig, Training
+from gohgraph.learning.contests.contest import Contest, Run
 
-# A model's loss, by its offset and the rate, at the end of a training that changes nothing.
-LOSSES = {("goh", 0.1): 3.0, ("goh", 0.2): 2.0, ("plain", 0.1): 2.5, ("plain", 0.2): 4.0}
-
-
-class Still(nn.Module):
-    """A model whose loss does not depend on its weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+SEEDS, RATES = (3, 5, 7), (0.1, 0.2, 0.4)
+# The loss of a model at a rate on the first seed; on the others every other rate would be better.
+LOSSES = {"low": {0.1: 1.0, 0.2: 2.0, 0.4: math.inf}, "high": {0.1: math.nan, 0.2: 4.0, 0.4: 3.0}}
+BEST = {"low": 0.1, "high": 0.4}
 
 
-def _start(started: list, name: str, seed: int, rate: float, leaf: Path, resume: bool = False) -> Training:
-    started.append((name, seed, rate))
-    loss = LOSSES[name, rate] + seed
-    return Training(
-        Still(),
-        lambda step: (torch.zeros(2),),
-        lambda model, batch: model.weight.sum() * 0 + loss,
-        TrainConfig(steps=2, learning_rate=rate, warmup=0, seed=seed, eval_every=2, device="cpu"),
-        leaf,
-        evaluate=lambda model: {"validation_loss": loss},
-        settings={"model": name},
-        resume=resume,
-    )
+class Recorder:
+    """A runner that trains nothing and remembers what it was asked for."""
+
+    def __init__(self):
+        self.tried, self.trained = [], []
+
+    def try_rates(self, runs):
+        self.tried += runs
+        return {run: LOSSES[run.name][run.rate] if run.seed == SEEDS[0] else -run.rate for run in runs}
+
+    def train(self, runs):
+        self.trained += runs
+        return {run: f"result of {run.file_name}" for run in runs}
 
 
-def _finish(training: Training, leaf: Path) -> dict[str, object]:
-    loss = training.folder.rows[-1]["validation_loss"]
-    return {"parameters": 1, "validation_loss": loss, "losses": torch.tensor([loss, loss + 1]), "at": str(leaf)}
+@pytest.fixture
+def runner():
+    return Recorder()
 
 
-def test_each_model_takes_the_best_rate_of_the_first_seed(tmp_path, capsys):
-    started: list = []
-    contest = Contest({"goh": "goh", "plain": "plain"}, [3, 5, 7], [0.1, 0.2], tmp_path)
-    trained = contest.run(lambda *run: _start(started, *run), _finish)
-    tried = [("goh", 3, 0.1), ("goh", 3, 0.2), ("plain", 3, 0.1), ("plain", 3, 0.2)]
-    assert started == tried + [(name, seed, rate) for seed in (5, 7) for name, rate in (("goh", 0.2), ("plain", 0.1))]
-    assert list(trained) == [(seed, name) for seed in (3, 5, 7) for name in ("goh", "plain")]
-    assert all(one["learning_rate"] == {"goh": 0.2, "plain": 0.1}[name] for (_, name), one in trained.items())
-    assert trained[5, "goh"]["leaf"] == "seed-5/rate-0.2/goh"
-    assert trained[5, "goh"]["at"] == str(tmp_path / "seed-5" / "rate-0.2" / "goh")
-    written = (tmp_path / "rates.md").read_text()
-    assert all(f"{loss + 3:.4f}" in written for loss in LOSSES.values())
+def test_the_first_seed_tries_all_rates_and_all_seeds_train_at_the_best(runner, tmp_path, capsys):
+    results = Contest(dict.fromkeys(LOSSES), SEEDS, RATES, tmp_path / "contest").hold(runner)
+    assert runner.tried == [Run(name, rate, 3) for name in LOSSES for rate in RATES]
+    assert runner.trained == [Run(name, BEST[name], seed) for seed in SEEDS for name in LOSSES]
+    assert results == {run: f"result of {run.file_name}" for run in runner.trained}
+    assert list(results) == runner.trained
+    written = (tmp_path / "contest" / "rates.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in written.splitlines()]
+    assert rows[2:] == [["low", "1.0000", "2.0000", "diverged"], ["high", "diverged", "4.0000", "3.0000"]]
     assert written in capsys.readouterr().out
-    table = results_table(trained, {"loss": ("validation_loss", 2, 1)}).splitlines()
-    assert [line.split("|")[2].strip() for line in table[2:]] == ["0.2", "0.1"]
-    assert "7.00 ± 2.00" in table[2] and "7.50 ± 2.00" in table[3]
-    assert verdict(trained) == "better: goh, by 0.5000 ± 0.0000 nats (3 seeds)"
-    assert [len(results) for results in by_model(trained).values()] == [3, 3]
 
 
-def test_a_rate_at_which_the_loss_runs_away_is_the_worst(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(LOSSES, ("goh", 0.2), float("nan"))
-    models = {"goh": "goh", "plain": "plain"}
-    trained = Contest(models, [0, 1], [0.2, 0.1], tmp_path).run(lambda *run: _start([], *run), _finish)
-    assert [trained[seed, name]["learning_rate"] for seed, name in trained] == [0.1] * 4
-    row = next(line for line in (tmp_path / "rates.md").read_text().splitlines() if "goh" in line)
-    assert [cell.strip() for cell in row.strip("|").split("|")] == ["goh", "diverged", "3.0000"]
-    started: list = []
-    resumed = Contest(models, [0, 1], [0.2, 0.1], tmp_path).run(
-        lambda *run: _start(started, *run, resume=True), _finish, resume=True
-    )
-    assert {run: one["validation_loss"] for run, one in resumed.items()} == {
-        run: one["validation_loss"] for run, one in trained.items()
-    }
+def test_of_one_rate_nothing_is_chosen(runner, tmp_path):
+    results = Contest(dict.fromkeys(LOSSES), SEEDS, [0.2], tmp_path).hold(runner)
+    assert runner.tried == [] and list(results) == [Run(name, 0.2, seed) for seed in SEEDS for name in LOSSES]
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("lost", [[("goh", 0.1), ("goh", 0.2)], [("goh", 0.1)]])
-def test_a_model_that_no_rate_trains_is_an_error(tmp_path, monkeypatch, lost):
-    for run in lost:
-        monkeypatch.setitem(LOSSES, run, float("inf"))
-    rates = [rate for _, rate in lost]
-    with pytest.raises((ValueError, FloatingPointError), match="finite loss"):
-        Contest({"goh": "goh", "plain": "plain"}, [0], rates, tmp_path).run(lambda *run: _start([], *run), _finish)
+def test_no_finite_rate_is_an_error_that_leaves_the_table(runner, tmp_path, monkeypatch):
+    monkeypatch.setitem(LOSSES, "low", dict.fromkeys(RATES, math.inf))
+    with pytest.raises(ValueError, match=r"finite loss at one of the learning rates .* \(got none for low\)"):
+        Contest(dict.fromkeys(LOSSES), SEEDS, RATES, tmp_path).hold(runner)
+    assert runner.trained == [] and "diverged" in (tmp_path / "rates.md").read_text()
 
 
-def test_the_verdict_is_what_was_measured():
-    def trained(goh, plain):
-        return {(0, name): {"losses": torch.tensor(own)} for name, own in (("goh", goh), ("plain", plain))}
-
-    assert verdict(trained([1.0, 3.0, 5.0], [1.1, 3.1, 5.11])).startswith("better: goh, by 0.1033")
-    assert verdict(trained([1.1, 3.1, 5.11], [1.0, 3.0, 5.0])).startswith("better: plain, by 0.1033")
-    assert verdict(trained([1.0, 3.0], [1.5, 2.6])).startswith("no difference beyond noise")
-    assert verdict(trained([1.0, 3.0], [1.0, 3.0])).startswith("no difference beyond noise")
-
-
-def test_one_rate_one_seed_and_one_model_lie_in_the_folder_itself(tmp_path):
-    trained = Contest({"goh": "goh"}, [0], [0.1], tmp_path).run(lambda *run: _start([], *run), _finish)
-    assert trained[0, "goh"]["leaf"] == "." and (tmp_path / "log.csv").exists()
-    assert not (tmp_path / "rates.md").exists()
-
-
-def test_runs_of_another_contest_are_not_resumed(tmp_path):
-    Contest({"goh": "goh"}, [0], [0.1, 0.2], tmp_path).run(lambda *run: _start([], *run), _finish)
-    with pytest.raises(ValueError, match="--learning-rates of the run"):
-        Contest({"goh": "goh"}, [0], [0.1], tmp_path).run(lambda *run: _start([], *run), _finish, resume=True)
-
-
-def test_impossible_rates_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="different --learning-rates above 0"):
-        Contest({"goh": "goh"}, [0], [0.1, 0.1], tmp_path)
-
-
-def test_the_flag_takes_a_grid():
-    parser = argparse.ArgumentParser()
-    add_rate_flags(parser, learning_rate=0.003)
-    assert parser.parse_args([]).learning_rates == [0.003]
-    assert parser.parse_args(["--learning-rates", "0.1", "0.2"]).learning_rates == [0.1, 0.2]
+@pytest.mark.parametrize(
+    "seeds, rates, message",
+    [
+        ([0], [0.1, 0.1], "different --learning-rates above 0"),
+        ([0], [], "different --learning-rates above 0"),
+        ([3, 5, 3], [0.1], "different --seeds"),
+        ([], [0.1], "different --seeds"),
+    ],
+)
+def test_impossible_contests_are_refused(tmp_path, seeds, rates, message):
+    with pytest.raises(ValueError, match=message):
+        Contest({"goh": None}, seeds, rates, tmp_path)

@@ -119,12 +119,17 @@ def main(tmp_path, monkeypatch):
     return lambda *arguments: script.main(["--smoke", "--device", "cpu", *arguments])
 
 
+def result_of(folder, name):
+    return json.loads((folder / "results" / f"{name}.json").read_text())["result"]
+
+
 def test_the_example_compares_methods_of_equal_size(main, tmp_path, capsys):
     names = ["ewc", "graph", "lora", "both"]
     sizes = "--d-model 32 --num-heads 8 --in-degree 6 --steps 2 --methods".split()
     assert main("--run", "out", *sizes, *names) == 0
     shown, folder = capsys.readouterr().out, tmp_path / "out"
-    results = {name: json.loads((folder / name / "losses.json").read_text()) for name in names}
+    rates = {"ewc": "0.002", "graph": "0.01", "lora": "0.01", "both": "0.01"}
+    results = {name: result_of(folder, f"{name}-{rates[name]}-0") for name in names}
     assert (folder / "table.md").read_text() in shown
     sizes = [results[name]["parameters"] for name in names[1:]]
     assert max(sizes) <= 1.2 * min(sizes)
@@ -137,17 +142,19 @@ def test_the_example_compares_methods_of_equal_size(main, tmp_path, capsys):
 def test_each_method_takes_its_best_rate_of_the_first_seed(main, tmp_path, capsys):
     rates = {"0.001", "0.01"}
     assert main("--run", "out", "--methods", "graph", "--seeds", "0", "3", "--learning-rates", *sorted(rates)) == 0
-    tried = {path.name: json.loads((path / "losses.json").read_text()) for path in tmp_path.glob("out/seed-0/graph/*")}
+    tried = {path.name: result_of(tmp_path / "out", f"graph-{path.name.removeprefix('rate-')}-0")
+             for path in tmp_path.glob("out/seed-0/graph/*")}  # fmt: skip
     assert tried.keys() == {f"rate-{rate}" for rate in rates}
     best = min(tried, key=lambda name: tried[name]["average_loss"])
     assert [path.name for path in tmp_path.glob("out/seed-3/graph/*")] == [best]
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| graph"))
+    _, row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| graph")]
     assert row.split("|")[2].strip() == best.removeprefix("rate-")
 
 
 def test_a_rate_at_which_the_loss_runs_away_is_not_taken(main, tmp_path, capsys):
     assert main("--run", "out", "--methods", "lora", "--learning-rates", "1e30", "0.001") == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| lora"))
+    tried, row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| lora")]
+    assert "diverged" in tried
     assert row.split("|")[2].strip() == "0.001"
     assert main("--run", "lost", "--methods", "lora", "--learning-rates", "1e30", "1e29") == 2
     assert "finite loss at one of the learning rates" in capsys.readouterr().err
@@ -156,9 +163,10 @@ def test_a_rate_at_which_the_loss_runs_away_is_not_taken(main, tmp_path, capsys)
 def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatch, capsys):
     flags = ["--methods", "ewc", "both"]
     check_resumed(lambda *more: main(*flags, *more), tmp_path, monkeypatch, capsys, stop_at=6 + 4 + 2)
-    for method in ("ewc", "both"):
-        whole, part = ((tmp_path / name / method / "losses.json").read_text() for name in ("whole", "part"))
-        assert whole == part
+    for name in ("ewc-0.002-0", "both-0.01-0"):
+        assert result_of(tmp_path / "whole", name) == result_of(tmp_path / "part", name)
+    assert main(*flags, "--run", "part", "--resume", "--steps", "5") == 2
+    assert "come from the same arguments (got other ['settings'])" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -56,3 +56,18 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="Expected a run folder that can be written"):
         sweep(pow, RUNS, tmp_path / "file" / "run")
+
+
+def lost(step):
+    raise FloatingPointError(f"Expected a finite loss (got nan at step {step}). Do lower the learning rate.")
+
+
+def test_a_sweep_stops_at_a_loss_that_runs_away(tmp_path):
+    with pytest.raises(FloatingPointError):
+        sweep(lost, {"lost": {"step": 4}}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_sweep_goes_on_where_losses_may_run_away(tmp_path, jobs):
+    assert sweep(lost, {"lost": {"step": 4}}, tmp_path, jobs=jobs, may_diverge=True) == {"lost": None}

@@ -10,10 +10,11 @@ import math
 import pytest
 import torch
 from benchmarks import quality
-from benchmarks.quality_report import Entry, draw_quality, quality_table
+from benchmarks.quality_report import Entry, draw_quality, load_lines, quality_table
 from benchmarks.statistics import at_budget, interval, needed_budget
 from benchmarks.tasks import TASKS
-from benchmarks.trials import Trial, first_model
+from benchmarks.tasks.two_cues import TwoCues
+from benchmarks.trials import Trial, first_model, run_trial
 from helpers import load_script
 
 from gohgraph.graphs.baselines.presets import PRESETS
@@ -83,6 +84,17 @@ def test_the_table_says_what_was_measured():
     assert text.endswith("Plain attention by steps, as multiples of 150: 1: 0.6000, 2: 0.4000.")
 
 
+def test_routed_variants_tell_their_load():
+    def entry_of(*loads):
+        logs = [[{"error": 0.5, "worst_load_cv": 7.0}, {"error": 0.5, "worst_load_cv": load}] for load in loads]
+        return Entry(100, 7, 0.002, logs, [1.0, 1.0, 1.0])
+
+    entries = {"plain": entry(0.5, 0.7), "moh-75": entry_of(0.125, 0.254), "moh-50": entry_of(0.5, 0.25)}
+    (line,) = load_lines(entries)
+    assert line.endswith("worst layer of the worst seed: moh-75 0.25, moh-50 0.50.")
+    assert quality_table("two-cues", TASKS["two-cues"](), [0, 1], entries, {1.0: 0.6}).endswith(line)
+
+
 def test_the_picture_has_a_panel_for_each_task():
     found = {"plain": entry(0.5, 0.7), "outputs": entry(0.4, 0.5), "scores": entry(0.6, 0.6)}
     figure = draw_quality({"mqar": found, "digits": found}, {"mqar": "error", "digits": "error"})
@@ -126,28 +138,85 @@ def test_a_second_call_trains_nothing(finished, tool, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in (folder / "results").iterdir()} == before
 
 
-@pytest.mark.slow
-def test_the_factor_is_of_head_graphs_alone(finished, tool, tmp_path):
-    folder, argv = finished
-    assert tool.main([*argv[:-1], str(tmp_path / "run"), "--graph-lr-factor", "3"]) == 0
-    first, other = (json.loads((run / "results.json").read_text())["two-cues"] for run in (folder, tmp_path / "run"))
-    losses = [
-        {name: [row["loss"] for log in found["logs"] for row in log] for name, found in run.items()}
-        for run in (first, other)
-    ]
-    assert losses[0]["plain"] == losses[1]["plain"] and losses[0]["outputs"] != losses[1]["outputs"]
+def task_runs(tmp_path, monkeypatch, *given, train=None):
+    """The runs of `two-cues`, trained by a function in place of `run_trial`, without timing."""
+    parser = argparse.ArgumentParser()
+    quality.add_flags(parser)
+    monkeypatch.setattr(quality, "run_trial", train)
+    flags = ["--run", str(tmp_path), "--seeds", "0", "1", "--variants", "plain", "outputs", "--jobs", "1", *given]
+    return quality.TaskRuns("two-cues", parser.parse_args(flags))
 
 
-@pytest.mark.slow
-def test_a_rate_at_which_the_loss_runs_away_is_not_taken(tool, tmp_path, capsys):
-    flags = "--tasks two-cues --variants plain --steps 4 --seeds 0 1 --budgets --rounds 2 --jobs 1".split()
-    argv = ["quality", "--run", str(tmp_path / "run"), *flags, "--rates", "1e30"]
-    assert tool.main(argv) == 2
-    assert "Expected a finite loss at one of the learning rates [1e+30] (got none for plain)" in capsys.readouterr().err
-    argv[2] = str(tmp_path / "other")
-    assert tool.main([*argv, "0.004"]) == 0
-    with open(tmp_path / "other" / "results.csv", encoding="utf-8") as file:
-        assert [row["rate"] for row in csv.DictReader(file)] == ["0.004", "0.004"]
+def test_each_variant_takes_the_rate_of_its_lowest_measure(tmp_path, monkeypatch):
+    """The loss would choose otherwise; a rate at which it runs away is never taken."""
+
+    def train(folder, name, *, rate, config, **others):
+        if rate == 1.0:
+            raise FloatingPointError
+        error = abs(rate - (0.1 if config["head_graph"] is None else 0.2))
+        return [{"step": 1, "error": 1.0}, {"step": 2, "error": error, "validation_loss": -error}]
+
+    runs = task_runs(tmp_path, monkeypatch, "--rates", "0.1", "0.2", "1", train=train)
+    assert runs.rates == {"plain": 0.1, "outputs": 0.2}
+    assert (tmp_path / "two-cues" / "rates.md").read_text().count("diverged") == 2
+    tried = {f"two-cues_{name}_{rate}_0.json" for name in ("plain", "outputs") for rate in ("0.1", "0.2", "1")}
+    others = {"two-cues_plain_0.1_1.json", "two-cues_outputs_0.2_1.json"}
+    assert {path.name for path in (tmp_path / "results").iterdir()} == tried | others
+    monkeypatch.setattr(TwoCues, "chosen_by", "validation_loss")
+    assert task_runs(tmp_path, monkeypatch, "--rates", "0.1", "0.2", "1", train=train).rates == {
+        "plain": 0.2, "outputs": 0.1
+    }  # fmt: skip
+
+    def lost(*_, **__):
+        raise FloatingPointError
+
+    with pytest.raises(ValueError, match="got none for plain, outputs"):
+        task_runs(tmp_path / "lost", monkeypatch, "--rates", "1", "2", train=lost)
+
+
+def test_results_on_disk_are_what_they_were(tmp_path, monkeypatch):
+    """Names and arguments by which a folder that is already there is continued."""
+    given = {}
+
+    def train(folder, name, **arguments):
+        given[name] = arguments
+        return [{"step": 2, "error": 0.5}]
+
+    runs = task_runs(tmp_path, monkeypatch, "--rates", "0.1", "--steps", "7", train=train)
+    saved = json.loads((tmp_path / "results" / "two-cues_outputs_0.1_1.json").read_text())
+    assert saved == {
+        "arguments": {
+            "name": "two-cues_outputs_0.1_1", "task": "two-cues", "options": {"steps": 7, "learning_rates": [0.1]},
+            "config": runs.configs["outputs"].to_dict(), "plain": runs.configs["plain"].to_dict(),
+            "rate": 0.1, "seed": 1, "steps": 7, "graph_lr_factor": 1.0,
+        },
+        "result": [{"step": 2, "error": 0.5}],
+    }  # fmt: skip
+
+
+def test_the_factor_is_handed_to_every_run(tmp_path, monkeypatch):
+    factors = []
+
+    def train(folder, name, *, graph_lr_factor, **others):
+        factors.append(graph_lr_factor)
+        return [{"error": 0.5}]
+
+    task_runs(tmp_path, monkeypatch, "--rates", "0.1", "--graph-lr-factor", "3", train=train)
+    assert factors == [3.0] * 4
+
+
+def test_the_factor_is_of_head_graphs_alone(tmp_path):
+    task = TASKS["two-cues"]()
+    configs = quality.equal_configs(task, ["plain", "outputs"])
+
+    def losses(variant, factor):
+        own, plain = (configs[name].to_dict() for name in (variant, "plain"))
+        settings = {"rate": 4e-3, "seed": 0, "steps": 4, "graph_lr_factor": factor}
+        log = run_trial(str(tmp_path / str(factor)), variant, "two-cues", {}, own, plain, **settings)
+        return [row["loss"] for row in log]
+
+    assert losses("plain", 1.0) == losses("plain", 3.0)
+    assert losses("outputs", 1.0) != losses("outputs", 3.0)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import csv
 import dataclasses
 import json
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,9 +30,10 @@ from benchmarks.trials import TrainingStep, Trial, first_model, run_trial
 from gohgraph.common.checks import check_int, check_number
 from gohgraph.common.files import write_text_whole
 from gohgraph.graphs.baselines.presets import PRESETS, preset
+from gohgraph.learning.contests.contest import Contest, Run
+from gohgraph.learning.contests.in_processes import InProcesses
 from gohgraph.learning.contests.matching import count_parameters, match_parameters
 from gohgraph.learning.contests.sweep import sweep
-from gohgraph.learning.contests.tuning import tuned_sweep
 from gohgraph.models.config import TransformerConfig
 
 PLAIN = "plain"
@@ -75,9 +75,9 @@ def run(flags: argparse.Namespace) -> None:
     print(machine("cpu", "float32", 1, flags.rounds))
     texts, entries = [], {}
     for name in flags.tasks:
-        contest = TaskRuns(name, flags)
-        entries[name] = contest.entries()
-        texts.append(quality_table(name, contest.task, flags.seeds, entries[name], contest.plain_curve()))
+        runs = TaskRuns(name, flags)
+        entries[name] = runs.entries()
+        texts.append(quality_table(name, runs.task, flags.seeds, entries[name], runs.plain_curve()))
         print("\n" + texts[-1])
     _write(flags, texts, entries)
 
@@ -96,22 +96,24 @@ class TaskRuns:
         self.task: Task = TASKS[name](**self.options)
         self.configs = equal_configs(self.task, flags.variants)
         self.folder, self.function = flags.run / "results", partial(run_trial, str(flags.run / "runs"))
-        runs = product(flags.seeds, self.configs, self.task.learning_rates)
-        self.rates, self.results = tuned_sweep(
+        runner = InProcesses(
             self.function,
-            {(variant, rate, seed): self._arguments(Trial(name, variant, rate, seed)) for seed, variant, rate in runs},
+            lambda run: self._arguments(Trial(name, *run)),
             self.folder,
-            loss=self._end,
+            loss=lambda log: log[-1][self.task.choosing],
             jobs=flags.jobs,
-            key=lambda *run: Trial(name, *run).name,
+            file_name=lambda run: Trial(name, *run).name,
         )
+        contest = Contest(self.configs, flags.seeds, self.task.learning_rates, flags.run / name)
+        self.results: dict[Run, list[dict[str, Any]]] = contest.hold(runner)
+        self.rates = {run.name: run.rate for run in self.results}
 
     def entries(self) -> dict[str, Entry]:
         """Returns what was found of every variant, plain attention first."""
         times = self._times()
         found = {}
         for variant, config in self.configs.items():
-            logs = [self.results[variant, seed] for seed in self.flags.seeds]
+            logs = [log for run, log in self.results.items() if run.name == variant]
             parameters = count_parameters(self.task.model(config))
             found[variant] = Entry(parameters, config.d_ff, self.rates[variant], logs, times[variant])
         return found

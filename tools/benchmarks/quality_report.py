@@ -72,7 +72,20 @@ def quality_table(
             ]
         )
     curve = ", ".join(f"{budget:g}: {value:.4f}" for budget, value in plain_curve.items())
-    return markdown_table(lines, title) + f"\n\nPlain attention by steps, as multiples of {task.steps:,}: {curve}."
+    by_steps = f"Plain attention by steps, as multiples of {task.steps:,}: {curve}."
+    return "\n\n".join([markdown_table(lines, title), by_steps, *load_lines(entries)])
+
+
+def load_lines(entries: dict[str, Entry]) -> list[str]:
+    """Returns a line on how uneven the load of routed heads is at the end, none where no heads are routed.
+
+    Example:
+        >>> load_lines({"moh-75": Entry(7, 5, 0.1, [[{"worst_load_cv": 0.25}], [{"worst_load_cv": 0.125}]], [1, 1, 1])})
+        ["Coefficient of variation of routed heads' load, worst layer of the worst seed: moh-75 0.25."]
+    """
+    routed = {name: entry for name, entry in entries.items() if "worst_load_cv" in entry.logs[0][-1]}
+    worst = ", ".join(f"{name} {max(entry.ends('worst_load_cv')):.2f}" for name, entry in routed.items())
+    return [f"Coefficient of variation of routed heads' load, worst layer of the worst seed: {worst}."] if worst else []
 
 
 def draw_quality(

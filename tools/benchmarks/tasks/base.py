@@ -30,7 +30,8 @@ class Task(ABC):
 
     Attributes:
         summary: what is measured, in one line of the table's caption.
-        measure: the entry of `evaluate` that learning rates are chosen by, lower is better.
+        measure: the entry of `evaluate` that is reported, lower is better.
+        chosen_by: the entry that learning rates are chosen by; `None` for the measure.
     """
 
     d_model: int
@@ -41,6 +42,12 @@ class Task(ABC):
     learning_rates: tuple[float, ...]
     summary: ClassVar[str]
     measure: ClassVar[str] = "validation_loss"
+    chosen_by: ClassVar[str | None] = None
+
+    @property
+    def choosing(self) -> str:
+        """The entry of `evaluate` that learning rates are chosen by, lower is better."""
+        return self.chosen_by or self.measure
 
     @abstractmethod
     def config(self) -> TransformerConfig:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.tasks.base import HELD_OUT_EPISODES, HELD_OUT_SEED, Task
-from gohgraph.learning.data.recall import RecallModel, RecallTask, recall_batch
+from benchmarks.tasks.recall import RecallModel, RecallTask, recall_batch
 from gohgraph.models.config import TransformerConfig
 
 

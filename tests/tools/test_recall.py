@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from benchmarks.tasks.recall import RecallModel, RecallTask, recall_batch
 
 from gohgraph import HeadGraphConfig, SiteConfig, TransformerConfig
-from gohgraph.learning.data.recall import RecallModel, RecallTask, recall_batch
 
 # Five cues of either kind in an episode, of eleven; the items fill their square of pairs but for six.
 TASK = RecallTask(num_cues=11, num_values=7, num_items=19, batch_size=257)

@@ -1,0 +1,71 @@
+"""What a contest led to: its table, and which of two models is better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gohgraph.common.tables import markdown_table, mean_and_deviation
+from gohgraph.learning.regimes.language import standard_error
+
+Result = dict[str, Any]
+
+
+def by_model(trained: Mapping[tuple[int, str], Result]) -> dict[str, list[Result]]:
+    """Returns the results of every model, seed by seed.
+
+    Example:
+        >>> by_model({(0, "goh"): {"bleu": 3.0}, (0, "plain"): {"bleu": 2.0}, (1, "goh"): {"bleu": 4.0}})
+        {'goh': [{'bleu': 3.0}, {'bleu': 4.0}], 'plain': [{'bleu': 2.0}]}
+    """
+    names = dict.fromkeys(name for _, name in trained)
+    return {name: [result for (_, own), result in trained.items() if own == name] for name in names}
+
+
+def results_table(trained: Mapping[tuple[int, str], Result], columns: Mapping[str, tuple[str, int, float]]) -> str:
+    """Returns a row for every model: rate, parameters, and means over the seeds with their standard deviations.
+
+    Args:
+        trained: results that also have `parameters`.
+        columns: by heading, which number of the results, with how many digits, times what.
+
+    Example:
+        >>> trained = {(0, "plain"): {"learning_rate": 0.01, "parameters": 1200, "accuracy": 0.5}}
+        >>> print(results_table(trained, {"accuracy [%]": ("accuracy", 1, 100)}))
+        | model | learning rate | parameters | accuracy [%] |
+        | ----- | ------------: | ---------: | -----------: |
+        | plain |          0.01 |      1,200 |         50.0 |
+    """
+    rows: list[list[str]] = [["model", "learning rate", "parameters", *columns]]
+    for name, own in by_model(trained).items():
+        about = [name, f"{own[0]['learning_rate']:g}", f"{own[0]['parameters']:,}"]
+        over_seeds = (
+            mean_and_deviation([times * one[key] for one in own], digits) for key, digits, times in columns.values()
+        )
+        rows.append([*about, *over_seeds])
+    return markdown_table(rows)
+
+
+def verdict(trained: Mapping[tuple[int, str], Result]) -> str:
+    """Tells which of two models is better: by the same examples, or by the same seeds when there are several.
+
+    Args:
+        trained: results with `losses` `[examples]` in nats; the model `"plain"` is the reference of the other one.
+
+    Example:
+        >>> losses = {"goh": torch.tensor([1.0, 3.0]), "plain": torch.tensor([1.5, 2.6])}
+        >>> verdict({(0, name): {"losses": values} for name, values in losses.items()})
+        'no difference beyond noise: goh is ahead by +0.0500 ± 0.4500 nats (one seed; ...: --seeds 0 1 2)'
+    """
+    losses = {name: [one["losses"] for one in results] for name, results in by_model(trained).items()}
+    plain = losses.pop("plain")
+    ((kind, own),) = losses.items()
+    gains = [other - mine for mine, other in zip(own, plain, strict=True)]
+    values = torch.stack([gain.mean() for gain in gains]) if len(gains) > 1 else gains[0]
+    gain, error = values.mean().item(), standard_error(values)
+    basis = f"{len(gains)} seeds" if len(gains) > 1 else "one seed; another one may say otherwise: --seeds 0 1 2"
+    if not abs(gain) > 2 * error:
+        return f"no difference beyond noise: {kind} is ahead by {gain:+.4f} ± {error:.4f} nats ({basis})"
+    return f"better: {kind if gain > 0 else 'plain'}, by {abs(gain):.4f} ± {error:.4f} nats ({basis})"

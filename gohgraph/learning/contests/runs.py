@@ -1,0 +1,38 @@
+"""The runs of a contest, and what it needs of whoever trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+
+class Run(NamedTuple):
+    """A model at a learning rate, with a seed.
+
+    Example:
+        >>> Run("plain", 0.002, 0).file_name
+        'plain-0.002-0'
+    """
+
+    name: str
+    rate: float
+    seed: int
+
+    @property
+    def file_name(self) -> str:
+        """The name of its folder or result."""
+        return f"{self.name}-{self.rate:g}-{self.seed}"
+
+
+class Runner(Protocol):
+    """Trains the runs of a contest."""
+
+    def try_rates(self, runs: Sequence[Run]) -> dict[Run, float]:
+        """Trains runs of the first seed; returns the loss to choose by, infinite where it has not stayed finite."""
+
+    def train(self, runs: Sequence[Run]) -> dict[Run, Any]:
+        """Trains what `try_rates` has not, and returns the results, seed by seed.
+
+        Raises:
+            FloatingPointError: a loss does not stay finite.
+        """
