@@ -18,7 +18,8 @@ from gohgraph.graphs.wrapped import as_site_graph
 
 # The further sites by the name of their slot, and what the block can give graphs at every site.
 INNER_SITES = {"query": "queries", "key": "keys", "value": "values", "weight": "weights"}
-ALLOWED = {"outputs": {"reach"}, "scores": {"keyed", "nonlinear"}, "weights": {"keyed", "nonlinear"}}
+ON_MAPS = {"whole", "keyed", "nonlinear"}
+ALLOWED = {"outputs": {"whole", "reach"}, "scores": ON_MAPS, "weights": ON_MAPS}
 
 
 class Heads(NamedTuple):
@@ -287,7 +288,7 @@ def _checked(site: str, graph: nn.Module | None, num_heads: int) -> SiteGraph | 
     if graph is None:
         return None
     graph = as_site_graph(graph, num_heads)
-    check_site(site, graph, num_heads, ALLOWED.get(site, ()))
+    check_site(site, graph, num_heads, ALLOWED.get(site, {"whole"}))
     return graph
 
 

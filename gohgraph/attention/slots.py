@@ -53,7 +53,7 @@ class HeadSites(nn.Module):
         output_graph: nn.Module | None = None,
         score_graph: nn.Module | None = None,
         router: nn.Module | None = None,
-        allowed: Collection[str] = ("nonlinear",),
+        allowed: Collection[str] = ("whole", "nonlinear"),
         head_order: list[int] | None = None,
     ) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ class HeadGraphs(HeadSites):
 
     def __init__(self, num_heads: int, **slots: Any) -> None:
         # Nothing may depend on whole maps: a position bias keeps them beneath.
-        super().__init__(num_heads, allowed=(), **slots)
+        super().__init__(num_heads, allowed=("whole",), **slots)
 
     def forward(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, core: Core, mask: Mask, options: dict[str, Any]

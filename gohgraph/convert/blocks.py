@@ -44,7 +44,7 @@ class Block:
     projection: nn.Module | None
     attach: Callable[..., None]
     no_scores: str = ""
-    allowed: Collection[str] = ("nonlinear",)
+    allowed: Collection[str] = ("whole", "nonlinear")
     core: Core | None = None
 
 

@@ -134,7 +134,7 @@ def _block(
     like = next((p for p in module.parameters() if p.is_floating_point()), x)
     no_scores = "" if q.shape[-1] == v.shape[-1] else "queries and values of unequal widths"
     attaching = partial(_attach, model, module, q.shape[2])
-    return Block(name, q.shape[2], z.shape[-1], x.shape[-1], like, projection, attaching, no_scores, (), core)
+    return Block(name, q.shape[2], z.shape[-1], x.shape[-1], like, projection, attaching, no_scores, ("whole",), core)
 
 
 def _attach(model: nn.Module, module: nn.Module, num_heads: int, **slots: nn.Module | None) -> None:

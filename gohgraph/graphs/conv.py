@@ -204,6 +204,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
             linear=is_linear,
             static=is_linear and self.edges.weight is None,
             in_degree=tables.senders.shape[1] if can_be_sparse else 0,
+            sharded=True,
             limited_by="" if self.gain is None else "norm=True",
         )
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edge_tables import EdgeTables
+from gohgraph.graphs.protocol import Traits
 from gohgraph.graphs.site_config import SiteConfig
 
 MEMORY = 0.99
@@ -81,6 +83,10 @@ class LearnedTopologyConv(HeadGraphConv):
     def from_config(cls, config: SiteConfig, *sizes: int, layer: int | None = None) -> LearnedTopologyConv:
         """Builds the graph that a `SiteConfig` of this kind names; sizes as in `HeadGraphConv.from_config`."""
         return super().from_config(config, *sizes, layer=layer, in_degree=config.keep_in_degree)
+
+    def _traits(self, tables: EdgeTables) -> Traits:
+        # What is pruned is measured on all heads.
+        return super()._traits(tables)._replace(sharded=False)
 
     def keep_edges(self, kept: Tensor) -> None:
         """Leaves the edges of a bool mask `[E]` in the graph."""

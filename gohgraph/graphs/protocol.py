@@ -32,6 +32,7 @@ class Traits(NamedTuple):
         keyed: it reads a state of the keys' tokens, which `key_state` makes of them.
         losses: names of what it adds to the training loss.
         in_degree: the most senders of a receiver, itself included, where `sparse` knows fewer than all; else 0.
+        sharded: its heads may lie on several ranks, see `gohgraph.parallel.sharded_graph`.
         weight_decay: the optimizer decays its matrices. A start at zero is no prior: by default it does not.
         limited_by: the option that keeps it from further sites, for messages, e.g. `"norm=True"`.
     """
@@ -44,6 +45,7 @@ class Traits(NamedTuple):
     keyed: bool = False
     losses: tuple[str, ...] = ()
     in_degree: int = 0
+    sharded: bool = False
     weight_decay: bool = False
     limited_by: str = ""
 
@@ -146,7 +148,7 @@ class SiteGraph(nn.Module, ABC):
         return q, k
 
 
-def check_site(site: str, graph: SiteGraph, num_heads: int, allowed: Collection[str] = ()) -> None:
+def check_site(site: str, graph: SiteGraph, num_heads: int, allowed: Collection[str] = ("whole",)) -> None:
     """Refuses a graph that cannot stand at a site.
 
     Args:
@@ -154,7 +156,7 @@ def check_site(site: str, graph: SiteGraph, num_heads: int, allowed: Collection[
         graph: what is to stand there.
         num_heads: nodes at this site.
         allowed: what whoever holds the site can give: `"reach"`, heads of earlier layers; `"keyed"`, the keys' tokens;
-            `"nonlinear"`, whole maps for graphs over them that are no matrix.
+            `"nonlinear"`, whole maps for graphs over them that are no matrix; `"whole"`, all heads on one rank.
 
     Raises:
         ValueError: naming what does not fit.
@@ -170,6 +172,11 @@ def check_site(site: str, graph: SiteGraph, num_heads: int, allowed: Collection[
         raise ValueError(
             f"Expected a graph that can stand at {site} (got {name}{limit}, which is for "
             f"{', '.join(sorted(traits.sites))}). Do move it there, or build another one."
+        )
+    if not traits.sharded and "whole" not in allowed:
+        raise ValueError(
+            f"Expected a HeadGraphConv at {site}, whose heads may lie on several ranks (got {name}). Do replace it, or "
+            "train data parallel: ddp or fsdp."
         )
     if traits.reach and "reach" not in allowed:
         raise ValueError(

@@ -18,9 +18,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from gohgraph.attention.block import MultiHeadAttention
+from gohgraph.attention.block import INNER_SITES, MultiHeadAttention
 from gohgraph.attention.routing import Routing
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.protocol import check_site
 from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import Stack, StackOutput
 from gohgraph.models.sublayers import NORMS
@@ -183,12 +183,10 @@ def _check(block: MultiHeadAttention | FeedForward, ranks: int) -> None:
             raise ValueError(f"Expected {name} to be a multiple of {ranks} ranks (got {size}). Do change either.")
     if isinstance(block, FeedForward):
         return
-    sites = {"outputs": block.output_graph, "scores": block.score_graph, **block.inner_graphs}
-    for name, graph in sites.items():
-        if graph is not None and type(graph) is not HeadGraphConv:
-            raise ValueError(
-                f"Expected a HeadGraphConv at {name} for tensor parallelism (got {type(graph).__name__}). Do train it "
-                "data parallel: ddp or fsdp."
-            )
-        if name == "weight":
-            raise ValueError("Expected no head graph between attention weights (got one). Do move it to scores.")
+    if "weight" in block.inner_graphs:
+        raise ValueError("Expected no head graph at weights under tensor parallelism (got one). Do move it to scores.")
+    nodes = {"keys": block.num_kv_heads, "values": block.num_kv_heads}
+    inner = {INNER_SITES[name]: graph for name, graph in block.inner_graphs.items()}
+    for site, graph in {"outputs": block.output_graph, "scores": block.score_graph, **inner}.items():
+        if graph is not None:
+            check_site(site, graph, nodes.get(site, block.num_heads), ("reach",) if site == "outputs" else ())

@@ -18,7 +18,7 @@ from gohgraph.graphs.protocol import FEATURES, MAPS, SiteGraph, Traits, check_si
 from gohgraph.graphs.wrapped import WrappedModule, as_site_graph
 
 B, T, S, H, D, M = 2, 7, 11, 5, 6, 30
-ALL = {"reach", "keyed", "nonlinear"}
+ALL = {"whole", "reach", "keyed", "nonlinear"}
 
 
 def conv(topology="ring", **settings):
@@ -84,6 +84,7 @@ class Talk(nn.Module):
         ("outputs", lambda: conv(cross_layer=2), ALL - {"reach"}, r"outputs here \(got cross_layer=2\)"),
         ("scores", keyed, ALL - {"keyed"}, "scores here .*KeyedGraphConv, which reads the keys' tokens"),
         ("scores", lambda: WrappedModule(Talk(), H), ALL - {"nonlinear"}, "linear .* scores here .*Wrapped"),
+        ("outputs", experts, ALL - {"whole"}, "HeadGraphConv at outputs, whose heads .*several ranks .*GraphExperts"),
     ],
 )
 def test_what_does_not_fit_is_named(site, graph, allowed, named):
@@ -98,8 +99,9 @@ def test_what_fits_is_let_through():
         for graph in (conv(norm=True), experts(), HeadNorm(H, D, M), WrappedModule(Talk(), H)):
             check_site(site, graph, H)
     check_site("outputs", conv(cross_layer=2), H, {"reach"})
-    check_site("scores", keyed(), H, {"keyed", "nonlinear"})
-    check_site("weights", WrappedModule(Talk(), H), H, {"nonlinear"})
+    check_site("outputs", conv(), H, ())
+    check_site("scores", keyed(), H, {"whole", "keyed", "nonlinear"})
+    check_site("weights", WrappedModule(Talk(), H), H, {"whole", "nonlinear"})
 
 
 def test_a_site_holds_modules_only():

@@ -198,10 +198,8 @@ def test_configs_that_would_skip_or_split_messages_are_refused(one_rank, setting
     "graph",
     [
         HeadGraphConfig(outputs=SiteConfig(cross_layer=1)),
-        HeadGraphConfig(outputs=SiteConfig(backend="pyg")),
         HeadGraphConfig(outputs=SiteConfig(kind="learned", keep_in_degree=2)),
         HeadGraphConfig(scores=SiteConfig(kind="keyed")),
-        HeadGraphConfig(scores=SiteConfig(rounds=2)),
         HeadGraphConfig(queries=SiteConfig()),
         HeadGraphConfig(outputs=BaselineConfig("norm")),
         HeadGraphConfig(outputs=(SiteConfig(), SiteConfig())),
@@ -210,9 +208,15 @@ def test_configs_that_would_skip_or_split_messages_are_refused(one_rank, setting
     ],
     ids=repr,
 )
-def test_graphs_that_do_not_shard_are_refused(graph):
-    with pytest.raises(ValueError, match="Expected .* under Megatron-Core"):
-        head_graph_layer_spec(graph)
+def test_graphs_that_do_not_shard_are_refused(one_rank, graph):
+    with pytest.raises(ValueError, match=r"^Expected .*\(got .*\)\. Do "):
+        build(head_graph_layer_spec(graph))
+
+
+@pytest.mark.parametrize("site", [SiteConfig(backend="pyg"), SiteConfig(rounds=2)], ids=repr)
+def test_graphs_without_few_senders_run_at_scores(one_rank, site):
+    fresh = build(head_graph_layer_spec(HeadGraphConfig(None, site)))
+    torch.testing.assert_close(losses_of(fresh), losses_of(build(head_graph_layer_spec())), rtol=0, atol=1e-6)
 
 
 def test_layers_that_hide_their_input_and_foreign_attention_are_refused():

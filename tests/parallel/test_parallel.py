@@ -205,8 +205,8 @@ def test_what_cannot_be_sharded_is_refused():
     calls = [(refusals,)]
     assert run_ranks(2, all_of, calls)[0] == [[
         "Expected num_heads to be a multiple of 2 ranks (got 5). Do change either.",
-        "Expected a HeadGraphConv at outputs for tensor parallelism (got GraphExperts). Do train it data parallel: ddp "
-        "or fsdp.",
+        "Expected a HeadGraphConv at outputs, whose heads may lie on several ranks (got GraphExperts). Do replace it, "
+        "or train data parallel: ddp or fsdp.",
         "Expected one round of messages between scores across ranks (got 2). Do set rounds=1, or keep the edges of a "
         "score graph within ranks.",
         "Expected a multiple of 2 tokens with sequence_parallel (got 5). Do pad them, or turn it off.",

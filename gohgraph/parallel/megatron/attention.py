@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from gohgraph.attention.call import NO_MASK, Call, Core, Mask
 from gohgraph.attention.forms import attend
 from gohgraph.attention.routing import HeadRouter
+from gohgraph.graphs.building import build_graph
 from gohgraph.graphs.config import HeadGraphConfig
-from gohgraph.graphs.conv import HeadGraphConv
-from gohgraph.graphs.protocol import Messages
-from gohgraph.graphs.site_config import SiteConfig
+from gohgraph.graphs.protocol import Messages, check_site
+from gohgraph.graphs.site_config import Site
 from gohgraph.parallel.collectives import gather_parts, own_part
 from gohgraph.parallel.megatron.checks import check_sizes, check_transformer
 from gohgraph.parallel.megatron.graph import MegatronHeadGraphConv
@@ -118,8 +118,8 @@ class HeadGraphCoreAttention(MegatronModule):
         # Random numbers of their own: equal on all ranks, and other weights start as they would without head graphs.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(torch.initial_seed() + layer_number)
-            self.output_graph = self._conv(head_graph.outputs)
-            self.score_graph = self._conv(head_graph.scores, over_maps=True)
+            self.output_graph = self._conv("outputs", head_graph.outputs)
+            self.score_graph = self._conv("scores", head_graph.scores)
             self.router = self._router(head_graph)
         self._place()
 
@@ -177,11 +177,13 @@ class HeadGraphCoreAttention(MegatronModule):
             return tensor_parallel.checkpoint(attend, False, query, key, value)
         return attend(query, key, value)
 
-    def _conv(self, site: SiteConfig | None, *, over_maps: bool = False) -> MegatronHeadGraphConv | None:
-        if site is None:
-            return None
+    def _conv(self, name: str, site: Site | None) -> MegatronHeadGraphConv | None:
         sizes = (self.config.num_attention_heads, self.head_dim, self.config.hidden_size)
-        return MegatronHeadGraphConv(HeadGraphConv.from_config(site, *sizes), self.tp_group, over_maps=over_maps)
+        graph = build_graph(site, sizes)
+        if graph is None:
+            return None
+        check_site(name, graph, sizes[0], ())
+        return MegatronHeadGraphConv(graph, self.tp_group, over_maps=name == "scores")
 
     def _router(self, head_graph: HeadGraphConfig) -> HeadRouter | None:
         if head_graph.routing is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from gohgraph.graphs.config import SITES, HeadGraphConfig
-from gohgraph.graphs.site_config import SiteConfig
 
 
 def check_head_graph(head_graph: HeadGraphConfig) -> None:
@@ -16,12 +15,11 @@ def check_head_graph(head_graph: HeadGraphConfig) -> None:
         site = getattr(head_graph, name)
         if site is None:
             continue
-        if name not in ("outputs", "scores") or not isinstance(site, SiteConfig):
+        if name not in ("outputs", "scores"):
             raise ValueError(
-                f"Expected one SiteConfig at outputs or scores under Megatron-Core (got {site!r} at {name}). Do leave "
-                "that site empty, or use gohgraph's own models."
+                f"Expected graphs at outputs or scores under Megatron-Core (got {site!r} at {name}). Do leave that "
+                "site empty, or use gohgraph's own models."
             )
-        _check_site(name, site)
     if head_graph.routing is not None and head_graph.routing.bias_rate:
         raise ValueError(
             f"Expected routing with bias_rate 0 under Megatron-Core (got {head_graph.routing.bias_rate}). Do balance "
@@ -53,18 +51,3 @@ def check_transformer(config: Any) -> None:
     for name, wanted in unsupported.items():
         if wanted:
             raise ValueError(f"Expected a config for head graphs without {name} (got it). Do switch it off.")
-
-
-def _check_site(name: str, site: SiteConfig) -> None:
-    unsupported = {
-        "cross_layer": site.cross_layer,
-        f"kind={site.kind!r}": site.kind != "plain",
-        "backend='pyg'": site.backend == "pyg",
-        "several rounds": name == "scores" and site.rounds > 1,
-    }
-    for option, wanted in unsupported.items():
-        if wanted:
-            raise ValueError(
-                f"Expected {name} without {option} under Megatron-Core (got it). Do leave it out, or use gohgraph's "
-                "own models."
-            )
