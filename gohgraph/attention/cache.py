@@ -28,7 +28,7 @@ class KeyValueCache:
     def __init__(self, fixed: bool = False) -> None:
         self.fixed = fixed
         self._length = 0
-        self._kept: list[Tensor] = []
+        self._tensors: list[Tensor] = []
 
     def __len__(self) -> int:
         return self._length
@@ -44,16 +44,16 @@ class KeyValueCache:
         G and D may differ between what is kept, not between calls.
         """
         end = self._length + new[0].shape[1]
-        if not self._kept or end > self._kept[0].shape[2]:
-            self._kept = [self._grown(index, tensor, end) for index, tensor in enumerate(new)]
-        for kept, tensor in zip(self._kept, new, strict=True):
-            kept[:, :, self._length : end] = tensor.transpose(1, 2)  # [B, G, T, D]
+        if not self._tensors or end > self._tensors[0].shape[2]:
+            self._tensors = [self._grown(index, tensor, end) for index, tensor in enumerate(new)]
+        for stored, tensor in zip(self._tensors, new, strict=True):
+            stored[:, :, self._length : end] = tensor.transpose(1, 2)  # [B, G, T, D]
         self._length = end
         return self.read()
 
     def read(self) -> tuple[Tensor, ...]:
         """Returns the keys, the values and whatever else is kept, `[B, S, G, D]` each."""
-        return tuple(kept[:, :, : self._length].transpose(1, 2) for kept in self._kept)
+        return tuple(stored[:, :, : self._length].transpose(1, 2) for stored in self._tensors)
 
     def truncate(self, length: int) -> None:
         """Forgets all tokens after the first `length`, as when drafted tokens are refused; their memory stays reserved.
@@ -76,14 +76,14 @@ class KeyValueCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Replaces batch row b by row `rows[b]`, as beam search needs."""
-        self._kept = [kept[rows] for kept in self._kept]
+        self._tensors = [stored[rows] for stored in self._tensors]
 
     def _grown(self, index: int, new: Tensor, length: int) -> Tensor:
         size = length if self.fixed else max(2 * length, 64)
         batch, _, heads, features = new.shape
         grown = new.new_empty(batch, heads, size, features)  # [B, G, size, D]
-        if self._kept:
-            grown[:, :, : self._length] = self._kept[index][:, :, : self._length]
+        if self._tensors:
+            grown[:, :, : self._length] = self._tensors[index][:, :, : self._length]
         return grown
 
 

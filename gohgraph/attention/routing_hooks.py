@@ -37,22 +37,22 @@ def collect_routing(model: nn.Module, token_mask: Tensor | None = None) -> Itera
         >>> routing[0].active.shape, round(routing[0].load.sum().item(), 4)
         (torch.Size([2, 5, 4]), 3.0)
     """
-    found = [module for module in model.modules() if isinstance(module, HeadRouter)]
-    if not found:
+    routers = [module for module in model.modules() if isinstance(module, HeadRouter)]
+    if not routers:
         raise ValueError("Expected a model with routers (got none). Do convert it with HeadGraphConfig.moh(...).")
     collected: list[Routing] = []
 
     def collect(router: nn.Module, inputs: Any, routing: Routing) -> None:
         # A deep copy of the model made inside the block carries this hook along.
-        if any(router is one for one in found):
+        if any(router is one for one in routers):
             collected.append(routing)
 
     def tell_mask(router: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
         fits = token_mask is not None and inputs[0].shape[:-1] == token_mask.shape
         return (inputs[0], token_mask) if fits else None
 
-    hooks = [router.register_forward_hook(collect) for router in found]
-    hooks += [router.register_forward_pre_hook(tell_mask) for router in found]
+    hooks = [router.register_forward_hook(collect) for router in routers]
+    hooks += [router.register_forward_pre_hook(tell_mask) for router in routers]
     try:
         yield collected
     finally:

@@ -53,7 +53,7 @@ class ActiveHeads:
         self._calls = _calls(self._lists)
 
     def project(self, x: Tensor, linear: nn.Linear, head_dim: int) -> Tensor:
-        """Returns projections of active heads, `x [B, 1, M]` -> `[B, 1, H, D]`; of the others, what is of no use."""
+        """Returns projections of active heads, `x [B, 1, M]` -> `[B, 1, H, D]`; zeros for the others."""
         weight, bias = _by_head(linear, head_dim)  # [H, D, M], [H, 1, D]
         heads = x.new_zeros(len(bias), x.shape[0], head_dim)  # [H, B, D]
         for rows, run in self._calls:
@@ -129,9 +129,9 @@ def _products(vectors: Tensor, matrices: Tensor, runs: list[list[Run]], *, as_co
     bfloat16 and at head_dim 128), values 4 times as slowly.
     """
     products = vectors.new_empty(*vectors.shape[:2], matrices.shape[-1])  # [B, A, N]
-    for rows, heads, out, own in zip(vectors.unsqueeze(2), matrices, products.unsqueeze(2), runs, strict=True):
+    for rows, heads, out, runs_of_row in zip(vectors.unsqueeze(2), matrices, products.unsqueeze(2), runs, strict=True):
         end = 0
-        for run in own:
+        for run in runs_of_row:
             start, end = end, end + run.count
             left, right, product = rows[start:end], run.of(heads), out[start:end]  # [n, 1, K], [n, K, N], [n, 1, N]
             if as_columns:

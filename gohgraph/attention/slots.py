@@ -15,7 +15,7 @@ from gohgraph.graphs.protocol import Messages, SiteGraph, check_site
 from gohgraph.graphs.wrapped import as_site_graph
 
 
-class HeadSites(nn.Module):
+class HeadSlots(nn.Module):
     r"""The slots of an attention block for head graphs and a router, and what they do to queries, keys and values.
 
     .. math::
@@ -40,7 +40,7 @@ class HeadSites(nn.Module):
 
     Example:
         >>> from gohgraph import HeadGraphConv, head_graph
-        >>> sites = HeadSites(5, output_graph=HeadGraphConv(head_graph(5), head_dim=4, context_dim=20))
+        >>> sites = HeadSlots(5, output_graph=HeadGraphConv(head_graph(5), head_dim=4, context_dim=20))
         >>> z, x = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 20)
         >>> torch.equal(sites.pass_messages(z, x), z)
         True

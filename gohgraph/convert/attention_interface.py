@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gohgraph.attention.call import NO_MASK, Core, Mask
-from gohgraph.attention.slots import HeadSites
+from gohgraph.attention.slots import HeadSlots
 
 PREFIX = "gohgraph_"
 CHILD, CONTEXT, HOOKS = "head_graphs", "_head_graph_context", "_head_graph_hooks"
@@ -27,14 +27,14 @@ TOLD_BY_MASK = {"dropout", "scaling", "is_causal", "sliding_window", "position_i
 TOLD_BY_MASK |= {"cache_position", "output_hidden_states", "return_dict", "logits_to_keep", "num_items_in_batch"}
 
 
-class HeadGraphs(HeadSites):
+class HeadGraphs(HeadSlots):
     """The head graphs of one attention module of transformers, which calls them by its attention function.
 
     Masks, caches and position biases stay those of the attention function beneath. Where it can be told what it
     computes, every form of attention may stand in for it; elsewhere score graphs run as wider heads on it.
 
     Args:
-        num_heads, **slots: as in `HeadSites`.
+        num_heads, **slots: as in `HeadSlots`.
 
     Shape:
         q `[B, T, H, D]`, x `[B, T, M]`, k, v `[B, S, G, D]` -> outputs `[B, T, H, D]`.
@@ -105,14 +105,14 @@ def base_function(module: nn.Module, base: str) -> Callable[..., Any]:
     return file.eager_attention_forward if base == "eager" else file.ALL_ATTENTION_FUNCTIONS[base]
 
 
-class Seen:
+class Overlay:
     """An object as another one sees it: some attributes are others, all else is its own."""
 
-    def __init__(self, seen: Any, **others: Any) -> None:
-        self.__dict__.update(others, _seen=seen)
+    def __init__(self, beneath: Any, **others: Any) -> None:
+        self.__dict__.update(others, _beneath=beneath)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_seen"], name)
+        return getattr(self.__dict__["_beneath"], name)
 
 
 def seen_by(base: str, module: nn.Module, wide: bool) -> Any:
@@ -120,8 +120,8 @@ def seen_by(base: str, module: nn.Module, wide: bool) -> Any:
     others: dict[str, Any] = {"num_key_value_groups": 1} if wide else {}
     # Flash attention looks its kernel up by the name.
     if base not in ("sdpa", "eager"):
-        others["config"] = Seen(module.config, _attn_implementation=base)
-    return Seen(module, **others) if others else module
+        others["config"] = Overlay(module.config, _attn_implementation=base)
+    return Overlay(module, **others) if others else module
 
 
 def register(base: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.call import Core
 from gohgraph.attention.routing import HeadRouter
-from gohgraph.attention.slots import HeadSites
+from gohgraph.attention.slots import HeadSlots
 from gohgraph.graphs.building import build_graph
 from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.graphs.protocol import SiteGraph, check_site
@@ -28,7 +28,7 @@ class Block:
     Args:
         name: of its module in the model.
         num_heads, head_dim, d_model: H, D, and M of its context.
-        like: a tensor of the dtype and on the device of its weights.
+        weight_like: a tensor of the dtype and on the device of its weights.
         projection: the output projection, or `None` where it was not found.
         attach: puts slots into the block; takes `output_graph`, `score_graph` and `router`.
         no_scores: why it takes no score graph; empty where it does.
@@ -40,7 +40,7 @@ class Block:
     num_heads: int
     head_dim: int
     d_model: int
-    like: Tensor
+    weight_like: Tensor
     projection: nn.Module | None
     attach: Callable[..., None]
     no_scores: str = ""
@@ -74,7 +74,7 @@ class Search:
         """Takes in a block."""
         self.blocks[block.name] = block
 
-    def covers(self, name: str) -> bool:
+    def contains_or_is_inside(self, name: str) -> bool:
         """Whether a block found stands at that name, inside it or around it."""
         prefixes = [other + "." for other in self.blocks]
         return any((name + ".").startswith(prefix) or prefix.startswith(name + ".") for prefix in prefixes)
@@ -131,8 +131,8 @@ def build_slots(config: HeadGraphConfig, block: Block, layer: int) -> dict[str, 
         if slots[slot] is not None:
             check_site(site, slots[slot], block.num_heads, block.allowed)
     _check_width(block, slots["score_graph"])
-    dtype = block.like.dtype if block.like.is_floating_point() else torch.get_default_dtype()
-    return {name: slot and slot.to(block.like.device, dtype) for name, slot in slots.items()}
+    dtype = block.weight_like.dtype if block.weight_like.is_floating_point() else torch.get_default_dtype()
+    return {name: slot and slot.to(block.weight_like.device, dtype) for name, slot in slots.items()}
 
 
 def _check_width(block: Block, score_graph: SiteGraph | None) -> None:
@@ -159,9 +159,9 @@ def slots_of(config: HeadGraphConfig, sizes: tuple[int, int, int], layer: int) -
     }
 
 
-def sites_at(model: nn.Module, name: str) -> HeadSites:
+def slots_at(model: nn.Module, name: str) -> HeadSlots:
     """Returns what holds the slots of the attention module of that name; of several copies, as PEFT makes, the last."""
-    return [module for module in model.get_submodule(name).modules() if isinstance(module, HeadSites)][-1]
+    return [module for module in model.get_submodule(name).modules() if isinstance(module, HeadSlots)][-1]
 
 
 def converted(model: nn.Module) -> tuple[nn.Module, Conversion]:
@@ -176,14 +176,14 @@ def converted(model: nn.Module) -> tuple[nn.Module, Conversion]:
     raise ValueError(f"Expected a converted model (got {type(model).__name__}, which is not). Do convert it first.")
 
 
-def head_sites(model: nn.Module) -> dict[str, HeadSites]:
+def head_slots(model: nn.Module) -> dict[str, HeadSlots]:
     """Returns everything in a model that holds slots for head graphs, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, HeadSites)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, HeadSlots)}
 
 
 def head_graph_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Returns the parameters of the slots of a converted model, or of our own attention blocks, by name."""
-    holders = [module for module in model.modules() if isinstance(module, (HeadSites, MultiHeadAttention))]
+    holders = [module for module in model.modules() if isinstance(module, (HeadSlots, MultiHeadAttention))]
     inside = {id(p) for holder in holders for slot in _slots_in(holder) for p in slot.parameters()}
     return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in inside]
 

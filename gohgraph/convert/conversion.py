@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from gohgraph.convert import fused_qkv, hugging_face, own_models, projections, torch_modules
+from gohgraph.convert import fused_qkv, hugging_face, own_models, torch_modules
+from gohgraph.convert import projections as projected
 from gohgraph.convert.blocks import (
     CONVERSION,
     Block,
@@ -17,14 +18,14 @@ from gohgraph.convert.blocks import (
     Search,
     build_slots,
     head_graph_parameters,
-    head_sites,
+    head_slots,
 )
 from gohgraph.graphs.config import HeadGraphConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = Callable[[str], bool] | str | Sequence[str] | None
 # In order: what one finds, the others leave alone.
-FAMILIES = (torch_modules, hugging_face, fused_qkv, projections)
+FAMILIES = (torch_modules, hugging_face, fused_qkv, projected)
 WHOLE_MODELS_ONLY = ("queries", "keys", "values", "weights")
 
 
@@ -112,7 +113,7 @@ def find_blocks(model: nn.Module, example: dict[str, Any] | None = None) -> Sear
         family.find(model, search, example)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     search.blocks = dict(sorted(search.blocks.items(), key=lambda item: order[item[0]]))
-    search.skipped = {name: reason for name, reason in search.skipped.items() if not search.covers(name)}
+    search.skipped = {name: reason for name, reason in search.skipped.items() if not search.contains_or_is_inside(name)}
     return search
 
 
@@ -139,13 +140,13 @@ def _convert(
         for block in blocks:
             config.routing.check_heads(block.num_heads, len(blocks))
     names = {id(module): name for name, module in model.named_modules()}
-    found = {block.name: names[id(block.projection)] for block in blocks if block.projection is not None}
+    projections = {block.name: names[id(block.projection)] for block in blocks if block.projection is not None}
     # All are built before any is attached: what cannot be built leaves the model as it was.
     slots = [build_slots(config, block, layer) for layer, block in enumerate(blocks)]
-    for block, own in zip(blocks, slots, strict=True):
-        block.attach(**own)
+    for block, slots_of_block in zip(blocks, slots, strict=True):
+        block.attach(**slots_of_block)
     sizes = {block.name: (block.num_heads, block.head_dim, block.d_model) for block in blocks}
-    model.__dict__[CONVERSION] = Conversion(config, sizes, found)
+    model.__dict__[CONVERSION] = Conversion(config, sizes, projections)
     return Report(model, [block.name for block in blocks], skipped)
 
 
@@ -166,7 +167,7 @@ def _check(model: nn.Module, config: HeadGraphConfig) -> None:
         raise ValueError(f"Expected a model without head graphs (got head_graph={graphs}). Do unconvert it first.")
     if is_own:
         return
-    if sites := list(head_sites(model)):
+    if sites := list(head_slots(model)):
         raise ValueError(f"Expected a model without head graphs (got some at {sites[:4]}). Do unconvert it first.")
     sites = [name for name in WHOLE_MODELS_ONLY if getattr(config, name) is not None]
     sites += ["alignment"] if config.alignment else []

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.attention.call import Mask
-from gohgraph.attention.slots import HeadSites
+from gohgraph.attention.slots import HeadSlots
 
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-class GraphMultiheadAttention(HeadSites):
+class GraphMultiheadAttention(HeadSlots):
     r"""`torch.nn.MultiheadAttention` with slots for head graphs: the same arguments, masks, results and weight names.
 
     .. math::
@@ -39,13 +39,13 @@ class GraphMultiheadAttention(HeadSites):
         kdim, vdim: widths of key and value, `None` for M.
         batch_first: inputs are `[B, T, M]`; otherwise `[T, B, M]`.
         device, dtype: of the weights.
-        output_graph, score_graph, router: as in `HeadSites`, over contexts of size M; `None` for none.
+        output_graph, score_graph, router: as in `HeadSlots`, over contexts of size M; `None` for none.
 
     Shape:
         query `[T, B, M]` or `[B, T, M]` (without a batch `[T, M]`), key `[S, B, kdim]`, value `[S, B, vdim]` likewise.
 
     Raises:
-        ValueError: M no multiple of H, a number out of range, or a slot `HeadSites` refuses.
+        ValueError: M no multiple of H, a number out of range, or a slot `HeadSlots` refuses.
 
     Example:
         >>> import gohgraph as goh
@@ -286,8 +286,8 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _options(module: nn.Module) -> dict[str, Any]:
     names = ("embed_dim", "num_heads", "dropout", "kdim", "vdim", "add_zero_attn", "batch_first")
-    found = {name: getattr(module, name) for name in names}
-    return {**found, "bias": module.in_proj_bias is not None, "add_bias_kv": module.bias_k is not None}
+    options = {name: getattr(module, name) for name in names}
+    return {**options, "bias": module.in_proj_bias is not None, "add_bias_kv": module.bias_k is not None}
 
 
 def _share_weights(source: nn.Module, target: nn.Module) -> None:

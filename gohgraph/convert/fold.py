@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from gohgraph.attention.block import MultiHeadAttention
-from gohgraph.attention.slots import HeadSites
+from gohgraph.attention.slots import HeadSlots
 from gohgraph.convert import unconvert
-from gohgraph.convert.blocks import converted, sites_at
+from gohgraph.convert.blocks import converted, slots_at
 from gohgraph.convert.dropin import GraphMultiheadAttention
 from gohgraph.graphs.config import SITES
 from gohgraph.graphs.protocol import SiteGraph
@@ -52,7 +52,7 @@ def fold(module: Module) -> Module:
         True
     """
     inside = list(module.modules()) if isinstance(module, nn.Module) else []
-    sites = [part for part in inside if isinstance(part, HeadSites)]
+    sites = [part for part in inside if isinstance(part, HeadSlots)]
     blocks = sites or [part for part in inside if isinstance(part, MultiHeadAttention)]
     if not blocks:
         raise TypeError(f"Expected a MultiHeadAttention or a model of them (got {type(module).__name__}). Do pass one.")
@@ -81,14 +81,14 @@ def _fold_into(projection: nn.Module, block: nn.Module) -> None:
     matrix.copy_(torch.einsum("mid,ij->mjd", weight, mixing).flatten(1))  # [M, H*D]
 
 
-def _projections(module: nn.Module, sites: list[HeadSites]) -> list[nn.Module]:
+def _projections(module: nn.Module, sites: list[HeadSlots]) -> list[nn.Module]:
     """The output projections of converted blocks, in their order."""
     if isinstance(module, GraphMultiheadAttention):
         return [module.out_proj]
     model, conversion = converted(module)
-    names = {id(sites_at(model, name)): place for name, place in conversion.projections.items()}
-    found = [model.get_submodule(names[id(part)]) if id(part) in names else None for part in sites]
-    for part, projection in zip(sites, found, strict=True):
+    names = {id(slots_at(model, name)): place for name, place in conversion.projections.items()}
+    projections = [model.get_submodule(names[id(part)]) if id(part) in names else None for part in sites]
+    for part, projection in zip(sites, projections, strict=True):
         if type(projection).__name__ not in PROJECTIONS:
             raise ValueError(
                 f"Expected a linear output projection to fold into (got {type(projection).__name__}). Do merge "
@@ -99,7 +99,7 @@ def _projections(module: nn.Module, sites: list[HeadSites]) -> list[nn.Module]:
                 f"Expected a converted model without score graphs (got one before {names[id(part)]!r}). Do keep the "
                 "graphs."
             )
-    return found
+    return projections
 
 
 def _check(graph: SiteGraph | None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.attention.call import Mask
-from gohgraph.attention.slots import HeadSites
+from gohgraph.attention.slots import HeadSlots
 from gohgraph.convert.blocks import Block, Search
 from gohgraph.convert.torch_modules import set_module
 
@@ -17,12 +17,12 @@ CHILDREN = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
 TOKENS = 5
 
 
-class GraphFusedAttention(HeadSites):
+class GraphFusedAttention(HeadSlots):
     """timm's `Attention` with slots for head graphs: the same children, under the same names.
 
     Args:
         module: of which the children are taken.
-        **slots: as in `HeadSites`.
+        **slots: as in `HeadSlots`.
 
     Shape:
         x `[B, T, M]`, attn_mask as in `scaled_dot_product_attention` -> `[B, T, M]`.
@@ -51,7 +51,7 @@ class GraphFusedAttention(HeadSites):
 def find(model: nn.Module, search: Search, example: Any) -> None:
     """Adds modules with timm's names that compute what the replacement computes; others stay for the projections."""
     for name, module in model.named_modules():
-        if not name or search.covers(name) or not _looks_fused(module):
+        if not name or search.contains_or_is_inside(name) or not _looks_fused(module):
             continue
         with torch.no_grad(), torch.random.fork_rng():
             same = _agrees(module)
@@ -76,7 +76,7 @@ def _replace(model: nn.Module, name: str, **slots: nn.Module | None) -> None:
 
 def _looks_fused(module: nn.Module) -> bool:
     qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
-    if not isinstance(qkv, nn.Linear) or not isinstance(proj, nn.Linear) or isinstance(module, HeadSites):
+    if not isinstance(qkv, nn.Linear) or not isinstance(proj, nn.Linear) or isinstance(module, HeadSlots):
         return False
     heads = getattr(module, "num_heads", None)
     return isinstance(heads, int) and qkv.out_features == 3 * proj.in_features and proj.in_features % heads == 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.convert import own_models
-from gohgraph.convert.blocks import converted, sites_at
+from gohgraph.convert.blocks import converted, slots_at
 
 
 def share_important_heads(model: nn.Module, importance: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -45,7 +45,7 @@ def share_important_heads(model: nn.Module, importance: Mapping[str, Tensor]) ->
     inner, conversion = converted(model)
     _check_names(orders, conversion.sizes)
     for name, order in orders.items():
-        sites_at(inner, name).order_heads(order)
+        slots_at(inner, name).order_heads(order)
     return orders
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gohgraph.attention.slots import HeadSites
+from gohgraph.attention.slots import HeadSlots
 from gohgraph.convert.attention_interface import CHILD, CONTEXT, HOOKS, detach, hidden_states
 from gohgraph.convert.blocks import Block, Search
 
@@ -22,7 +22,7 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
 NO_SCORES = "its scores are out of reach: no attention interface"
 
 
-class ProjectionGraphs(HeadSites):
+class ProjectionGraphs(HeadSlots):
     """The head graphs before an output projection, which hands its input over; its module has them as a child."""
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
@@ -34,9 +34,9 @@ class ProjectionGraphs(HeadSites):
 def find(model: nn.Module, search: Search, example: Any) -> None:
     """Adds modules called attention whose projection and number of heads bear a usual name."""
     for name, module in model.named_modules():
-        if "attention" not in type(module).__name__.lower() or search.covers(name):
+        if "attention" not in type(module).__name__.lower() or search.contains_or_is_inside(name):
             continue
-        if isinstance(module, (HeadSites, nn.MultiheadAttention)):
+        if isinstance(module, (HeadSlots, nn.MultiheadAttention)):
             continue
         heads, path = _num_heads(module), _projection(module)
         if heads is None or path is None or _features(module.get_submodule(path))[0] % heads:

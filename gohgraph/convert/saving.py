@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from gohgraph.attention.slots import HeadSites
+from gohgraph.attention.slots import HeadSlots
 from gohgraph.common.checkpoint import PretrainedMixin
 from gohgraph.common.config_base import Config
 from gohgraph.common.files import write_whole
 from gohgraph.convert import own_models
-from gohgraph.convert.blocks import SLOTS, converted, head_sites, sites_at, slots_of
+from gohgraph.convert.blocks import SLOTS, converted, head_slots, slots_at, slots_of
 from gohgraph.convert.conversion import convert, unconvert
 from gohgraph.graphs.config import HeadGraphConfig
 
@@ -69,7 +69,7 @@ class HeadGraphsOnly(PretrainedMixin, nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(
-            HeadSites(
+            HeadSlots(
                 block["num_heads"],
                 head_order=block["head_order"],
                 **slots_of(config.head_graph, (block["num_heads"], block["head_dim"], block["d_model"]), layer),
@@ -102,10 +102,10 @@ def save_converted(model: nn.Module, folder: str | os.PathLike[str], *, backbone
     base = getattr(getattr(inner, "config", None), "_name_or_path", "") or ""
     base_class = f"{type(inner).__module__}.{type(inner).__name__}"
     saved = HeadGraphsOnly(ConversionConfig(base, base_class, conversion.config, blocks, _versions()))
-    for name, own in zip(blocks, saved.blocks, strict=True):
-        sites = sites_at(inner, name)
-        own.to(_dtype(sites))
-        own.load_state_dict(_of_slots(sites.state_dict(), sites))
+    for name, slots in zip(blocks, saved.blocks, strict=True):
+        sites = slots_at(inner, name)
+        slots.to(_dtype(sites))
+        slots.load_state_dict(_of_slots(sites.state_dict(), sites))
     if backbone:
         _save_backbone(inner, Path(folder) / BACKBONE)
     saved.save_pretrained(folder)
@@ -149,10 +149,10 @@ def load_converted(folder: str | os.PathLike[str], model: nn.Module | None = Non
             f"Expected attention of sizes (heads, head_dim, d_model) {sizes} (got {found}). Do load the model the head "
             "graphs belong to."
         )
-    for name, own in zip(names, saved.blocks, strict=True):
-        sites = sites_at(model, name)
-        sites.order_heads(own.head_order)
-        missing, unknown = sites.load_state_dict(own.state_dict(), strict=False)
+    for name, slots in zip(names, saved.blocks, strict=True):
+        sites = slots_at(model, name)
+        sites.order_heads(slots.head_order)
+        missing, unknown = sites.load_state_dict(slots.state_dict(), strict=False)
         missing = [key for key in missing if key.split(".")[0] in SLOTS]
         if missing or unknown:
             raise ValueError(
@@ -163,28 +163,26 @@ def load_converted(folder: str | os.PathLike[str], model: nn.Module | None = Non
 
 
 def _described(model: nn.Module, name: str, sizes: tuple[int, int, int]) -> dict[str, Any]:
-    sites = sites_at(model, name)
+    sites = slots_at(model, name)
     edges = {
         slot: getattr(sites, slot).edge_index.t().tolist()
         for slot in SLOTS
         if hasattr(getattr(sites, slot), "edge_index")
     }
-    found = dict(zip(SIZES, sizes, strict=True))
-    return {**found, "head_order": sites.head_order, "edges": edges}
+    return {**dict(zip(SIZES, sizes, strict=True)), "head_order": sites.head_order, "edges": edges}
 
 
-def _of_slots(state: dict[str, torch.Tensor], sites: HeadSites) -> dict[str, torch.Tensor]:
+def _of_slots(state: dict[str, torch.Tensor], sites: HeadSlots) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if name.split(".")[0] in SLOTS}
 
 
-def _dtype(sites: HeadSites) -> torch.dtype:
-    found = (p.dtype for p in sites.parameters())
-    return next(found, torch.get_default_dtype())
+def _dtype(sites: HeadSlots) -> torch.dtype:
+    return next((p.dtype for p in sites.parameters()), torch.get_default_dtype())
 
 
 def _save_backbone(model: nn.Module, folder: Path) -> None:
     prefixes = [
-        f"{name}.{slot}." if name else f"{slot}." for name in head_sites(model) for slot in SLOTS
+        f"{name}.{slot}." if name else f"{slot}." for name in head_slots(model) for slot in SLOTS
     ]
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(prefixes))}
     folder.mkdir(parents=True, exist_ok=True)
@@ -220,10 +218,10 @@ def _load_transformers(config: ConversionConfig, backbone: Path, options: dict[s
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in VERSIONED:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

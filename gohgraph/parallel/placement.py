@@ -70,8 +70,8 @@ def place_heads(graph: Any, ranks: int, weights: Tensor | None = None, *, seed: 
         raise ValueError(f"Expected ranks to divide {heads} heads (got {ranks}). Do change either.")
     generator = torch.Generator().manual_seed(seed)
     starts = [list(range(heads)), *(torch.randperm(heads, generator=generator).tolist() for _ in range(STARTS))]
-    found = [starts[0], *(_improved(graph, ranks, start, weights, seed) for start in starts)]
-    return min(found, key=lambda order: cut_weight(graph, ranks, order, weights))
+    orders = [starts[0], *(_improved(graph, ranks, start, weights, seed) for start in starts)]
+    return min(orders, key=lambda order: cut_weight(graph, ranks, order, weights))
 
 
 def _improved(graph: Any, ranks: int, order: list[int], weights: Tensor | None, seed: int) -> list[int]:

@@ -42,10 +42,10 @@ def process_group(device: str | None = None) -> Iterator[None]:
     if not under_torchrun() or distributed.is_initialized():
         yield
         return
-    found = torch.accelerator.current_accelerator(check_available=True) if device is None else torch.device(device)
-    if found is not None and found.type != "cpu":
-        torch.get_device_module(found).set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group(None if found is not None and found.type != "cpu" else "gloo")
+    best = torch.accelerator.current_accelerator(check_available=True) if device is None else torch.device(device)
+    if best is not None and best.type != "cpu":
+        torch.get_device_module(best).set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group(None if best is not None and best.type != "cpu" else "gloo")
     try:
         yield
     finally:
@@ -61,14 +61,14 @@ def on_first_rank(decide: Callable[[], Value]) -> Value:
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return decide()
-    found: list[tuple[Value | None, Exception | None]] = [(None, None)]
+    decision: list[tuple[Value | None, Exception | None]] = [(None, None)]
     if distributed.get_rank() == 0:
         try:
-            found = [(decide(), None)]
+            decision = [(decide(), None)]
         except Exception as error:
-            found = [(None, error)]
-    distributed.broadcast_object_list(found, src=0)
-    value, error = found[0]
+            decision = [(None, error)]
+    distributed.broadcast_object_list(decision, src=0)
+    value, error = decision[0]
     if error is not None:
         raise error
     return value

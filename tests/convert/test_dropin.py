@@ -11,7 +11,7 @@ from helpers import assert_equal_to
 from torch import nn
 
 from gohgraph import GraphMultiheadAttention, HeadGraphConv, HeadRouter, KeyedGraphConv, MultiHeadAttention, head_graph
-from gohgraph.attention.slots import HeadSites
+from gohgraph.attention.slots import HeadSlots
 
 T, S, B = 5, 7, 3
 
@@ -295,7 +295,7 @@ def test_a_router_counts_real_tokens():
 
 
 def test_head_order_says_which_heads_are_shared():
-    sites = HeadSites(5, router=HeadRouter(6, 5, num_shared=2, top_k=1), head_order=[3, 1, 0, 2, 4])
+    sites = HeadSlots(5, router=HeadRouter(6, 5, num_shared=2, top_k=1), head_order=[3, 1, 0, 2, 4])
     routing = sites.route(torch.randn(B, T, 6))
     assert routing.active[..., [3, 1]].all() and routing.active.sum(-1).eq(3).all()
     assert torch.equal(routing.gates > 0, routing.active)
@@ -313,7 +313,7 @@ def test_head_order_says_which_heads_are_shared():
         (lambda: GraphMultiheadAttention(6, 2, output_graph=graph(2, 3, 6, cross_layer=1)), "earlier layers"),
         (lambda: GraphMultiheadAttention(6, 2, score_graph=graph(2, 3, 6, norm=True)), "with norm=True"),
         (lambda: GraphMultiheadAttention(6, 2, score_graph=KeyedGraphConv(head_graph(2), 3, 6)), "keys' tokens"),
-        (lambda: HeadSites(3, head_order=[0, 0, 1]), "permutation"),
+        (lambda: HeadSlots(3, head_order=[0, 0, 1]), "permutation"),
     ],
 )
 def test_impossible_options_are_refused(make, message):

@@ -23,7 +23,7 @@ from torch import nn
 from gohgraph import BaselineConfig, HeadGraphConfig, RoutingConfig, SiteConfig
 from gohgraph.attention.call import Mask
 from gohgraph.attention.routing import HeadRouter
-from gohgraph.attention.slots import HeadSites
+from gohgraph.attention.slots import HeadSlots
 from gohgraph.graphs.building import build_graph
 from gohgraph.parallel.megatron import head_graph_layer_spec, set_router_loss_scale
 from gohgraph.parallel.megatron.attention import HeadGraphCoreAttention
@@ -106,7 +106,7 @@ def test_core_attention_is_that_of_our_own_sites(one_rank, name, groups):
     core = HeadGraphCoreAttention(config, 2, head_graph=graph, attention=TorchCoreAttention, **kind).double().eval()
     draw_far(core)
     router = None if graph.routing is None else HeadRouter.from_config(graph.routing, WIDTH, HEADS, layer=1).double()
-    sites = HeadSites(
+    sites = HeadSlots(
         HEADS,
         output_graph=build_graph(graph.outputs, sizes),
         score_graph=build_graph(graph.scores, sizes),
