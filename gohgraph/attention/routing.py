@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.common.checks import check_int
 from gohgraph.graphs.config import RoutingConfig
 
 
@@ -93,9 +94,9 @@ class HeadRouter(nn.Module):
         bias_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_int("d_model", d_model, 1)
-        _check_int("num_heads", num_heads, 1)
-        _check_int("num_shared", num_shared, 0, num_heads)
+        check_int("d_model", d_model, low=1)
+        check_int("num_heads", num_heads, low=1)
+        check_int("num_shared", num_shared, low=0, high=num_heads)
         if not bias_rate >= 0:
             raise ValueError(f"Expected bias_rate >= 0 (got {bias_rate!r}). Do pass e.g. 0.001, or 0 for no bias.")
         self.num_heads, self.num_shared, self.num_routed = num_heads, num_shared, num_heads - num_shared
@@ -131,7 +132,7 @@ class HeadRouter(nn.Module):
 
     @top_k.setter
     def top_k(self, value: int) -> None:
-        _check_int("top_k", value, min(1, self.num_routed), self.num_routed)
+        check_int("top_k", value, low=min(1, self.num_routed), high=self.num_routed)
         self._top_k = value
 
     @property
@@ -313,9 +314,3 @@ def _no_autocast(device: torch.device) -> Any:
     known = torch.amp.is_autocast_available(device.type)
     enabled = known and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
-
-
-def _check_int(name: str, value: int, low: int, high: int | None = None) -> None:
-    allowed = f">= {low}" if high is None else f"in {low}..{high}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ValueError(f"Expected {name} to be an int {allowed} (got {value!r}). Do choose one in range.")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gohgraph.attention.call import Mask
 from gohgraph.attention.slots import HeadSlots
+from gohgraph.common.checks import check_int, check_probability
 
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -303,9 +304,7 @@ def _share_weights(source: nn.Module, target: nn.Module) -> None:
 def _check_options(embed_dim: int, num_heads: int, dropout: float, kdim: int | None, vdim: int | None) -> None:
     sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim or 1, "vdim": vdim or 1}
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"Expected {name} to be an int >= 1 (got {value!r}). Do pass its size.")
+        check_int(name, value, low=1)
     if embed_dim % num_heads:
         raise ValueError(f"Expected embed_dim to be a multiple of {num_heads} (got {embed_dim}). Do change either.")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"Expected dropout in [0, 1] (got {dropout!r}). Do pass e.g. 0.1.")
+    check_probability("dropout", dropout)

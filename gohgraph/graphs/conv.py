@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 
+from gohgraph.common.checks import check_choice, check_int
 from gohgraph.graphs.edge_tables import EdgeTables, edge_tables
 from gohgraph.graphs.edges import EdgeWeights
 from gohgraph.graphs.graph import head_graph
@@ -386,10 +387,9 @@ def _check_conv(
 ) -> None:
     if not isinstance(graph, Data):
         raise TypeError(f"Expected a PyG Data (got {type(graph).__name__}). Do build it with head_graph(num_heads).")
-    sizes = [("head_dim", head_dim, 1), ("context_dim", context_dim, 1), ("cross_layer", cross_layer, 0)]
-    sizes += [] if top_edges is None else [("top_edges", top_edges, 1)]
-    for name, value, low in sizes:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"Expected {name} to be an int >= {low} (got {value!r}). Do pass its size.")
-    if backend not in BACKENDS:
-        raise ValueError(f"Expected backend of {list(BACKENDS)} (got {backend!r}). Do choose one of them.")
+    check_int("head_dim", head_dim, low=1)
+    check_int("context_dim", context_dim, low=1)
+    check_int("cross_layer", cross_layer, low=0)
+    if top_edges is not None:
+        check_int("top_edges", top_edges, low=1)
+    check_choice("backend", backend, BACKENDS)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.common.checks import check_choice, check_int
+
 EDGE_KINDS = ("token", "static", "frozen")
 ACTIVATIONS = {"tanh": torch.tanh, None: lambda alpha: alpha}
 
@@ -118,15 +120,11 @@ class EdgeWeights(nn.Module):
 
 def check_edge_options(kind: str, rank: int | None, activation: str | None, rounds: int) -> None:
     """Raises `ValueError` for an impossible combination of edge options."""
-    if kind not in EDGE_KINDS:
-        raise ValueError(f"Expected edges of {list(EDGE_KINDS)} (got {kind!r}). Do choose one of them.")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"Expected activation 'tanh' or None (got {activation!r}). Do choose one of them.")
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"Expected rounds >= 1 (got {rounds!r}). Do pass the number of message-passing rounds.")
+    check_choice("edges", kind, EDGE_KINDS)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_int("rounds", rounds, low=1)
     if rank is None:
         return
     if kind != "token":
         raise ValueError(f"Expected rank=None with {kind!r} edges (got {rank}). Do drop it: they have no matrix W.")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"Expected rank >= 1 or None for full rank (got {rank!r}). Do pass e.g. 16.")
+    check_int("rank", rank, low=1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from gohgraph.common.checks import check_int
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.edge_tables import EdgeTables
 from gohgraph.graphs.protocol import FEATURES, Losses, Traits
@@ -67,10 +68,7 @@ class GraphExperts(HeadGraphConv):
         **options: Any,
     ) -> None:
         super().__init__(graph, head_dim, context_dim, rounds=rounds, **options)
-        if isinstance(num_shared, bool) or not isinstance(num_shared, int) or not 0 <= num_shared <= self.num_heads:
-            raise ValueError(
-                f"Expected num_shared to be an int in 0..{self.num_heads} (got {num_shared!r}). Do choose one in range."
-            )
+        check_int("num_shared", num_shared, low=0, high=self.num_heads)
         self.num_shared = num_shared
         self.kind_embedding = nn.Parameter(torch.empty(2, head_dim))
         self.head_embedding = nn.Parameter(torch.empty(self.num_heads, head_dim))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from gohgraph.common.checks import check_int
 from gohgraph.graphs.topologies import TOPOLOGIES
 
 __all__ = ["head_graph"]
@@ -54,10 +55,7 @@ def head_graph(num_heads: int, topology: Any = "complete", *, self_loops: bool =
         >>> head_graph(8).num_edges
         64
     """
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
-        raise TypeError(f"Expected num_heads to be an int (got {type(num_heads).__name__}). Do pass e.g. 8.")
-    if num_heads < 1:
-        raise ValueError(f"Expected num_heads >= 1 (got {num_heads}). Do pass at least one head.")
+    check_int("num_heads", num_heads, low=1)
     edges = _named(num_heads, topology, options) if isinstance(topology, str) else _given(num_heads, topology, options)
     _check(num_heads, edges)
     if self_loops:

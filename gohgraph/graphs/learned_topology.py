@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from gohgraph.common.checks import check_int
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.edge_tables import EdgeTables
 from gohgraph.graphs.protocol import Traits
@@ -49,8 +50,7 @@ class LearnedTopologyConv(HeadGraphConv):
 
     def __init__(self, graph: Data, head_dim: int, context_dim: int, in_degree: int, **options: Any) -> None:
         super().__init__(graph, head_dim, context_dim, **options)
-        if isinstance(in_degree, bool) or not isinstance(in_degree, int) or in_degree < 1:
-            raise ValueError(f"Expected in_degree to be an int >= 1 (got {in_degree!r}). Do pass e.g. 4.")
+        check_int("in_degree", in_degree, low=1)
         self.in_degree = in_degree
         self.register_buffer("kept", torch.ones(self.edges.num_edges, dtype=torch.bool))
         self.register_buffer("strength", torch.zeros(self.edges.num_edges))

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from gohgraph.common.checks import check_int, check_probability
+
 Edges = Iterable[tuple[int, int]]
 LARGEST_SEED = 2**63 - 1
 
@@ -17,13 +19,13 @@ def complete(num_heads: int) -> Iterator[tuple[int, int]]:
 
 def ring(num_heads: int, *, hops: int = 1) -> Iterator[tuple[int, int]]:
     """Yields edges to head i from heads i-1, ..., i-hops (modulo `num_heads`)."""
-    _in_range("hops", hops, 0, num_heads - 1)
+    check_int("hops", hops, low=0, high=num_heads - 1)
     return (((i - hop) % num_heads, i) for i in range(num_heads) for hop in range(1, hops + 1))
 
 
 def star(num_heads: int, *, center: int = 0) -> Iterator[tuple[int, int]]:
     """Yields edges from the hub `center` to every other head and back."""
-    _in_range("center", center, 0, num_heads - 1)
+    check_int("center", center, low=0, high=num_heads - 1)
     rim = [i for i in range(num_heads) if i != center]
     return (edge for i in rim for edge in ((center, i), (i, center)))
 
@@ -31,7 +33,7 @@ def star(num_heads: int, *, center: int = 0) -> Iterator[tuple[int, int]]:
 def bipartite(num_heads: int, *, num_shared: int | None = None) -> Iterator[tuple[int, int]]:
     """Yields edges both ways between the first `num_shared` heads (default: half of them) and the others."""
     shared = num_heads // 2 if num_shared is None else num_shared
-    _in_range("num_shared", shared, 0, num_heads)
+    check_int("num_shared", shared, low=0, high=num_heads)
     pairs = ((i, j) for i in range(shared) for j in range(shared, num_heads))
     return (edge for i, j in pairs for edge in ((i, j), (j, i)))
 
@@ -41,9 +43,9 @@ def groups(num_heads: int, *, num_groups: int | None = None, ranks: int = 1) -> 
 
     No group spans two of the `ranks` equal runs of heads that ranks hold in tensor parallelism.
     """
-    _in_range("ranks", ranks, 1, num_heads)
+    check_int("ranks", ranks, low=1, high=num_heads)
     number = max(2, ranks) if num_groups is None else num_groups
-    _in_range("num_groups", number, 1, num_heads)
+    check_int("num_groups", number, low=1, high=num_heads)
     if number % ranks or num_heads % number:
         raise ValueError(
             f"Expected num_groups that {ranks} ranks divide and that divides {num_heads} heads (got {number}). Do "
@@ -57,18 +59,17 @@ def small_world(num_heads: int, *, neighbors: int = 4, rewire: float = 0.1, seed
     """Returns a Watts-Strogatz graph, each undirected edge carrying both ways (`networkx.watts_strogatz_graph`)."""
     import networkx
 
-    _in_range("neighbors", neighbors, 0, num_heads)
-    _in_range("seed", seed, 0, LARGEST_SEED)
-    if isinstance(rewire, bool) or not isinstance(rewire, (int, float)) or not 0.0 <= rewire <= 1.0:
-        raise ValueError(f"Expected rewire in [0, 1] (got {rewire!r}). Do pass a probability.")
+    check_int("neighbors", neighbors, low=0, high=num_heads)
+    check_int("seed", seed, low=0, high=LARGEST_SEED)
+    check_probability("rewire", rewire)
     edges = list(networkx.watts_strogatz_graph(num_heads, neighbors, rewire, seed=seed).edges())
     return [(j, i) for j, i in edges if i != j] + [(i, j) for j, i in edges if i != j]
 
 
 def random(num_heads: int, *, in_degree: int = 2, seed: int = 0) -> Iterator[tuple[int, int]]:
     """Yields `in_degree` edges to every head from other heads drawn without replacement."""
-    _in_range("in_degree", in_degree, 0, num_heads - 1)
-    _in_range("seed", seed, 0, LARGEST_SEED)
+    check_int("in_degree", in_degree, low=0, high=num_heads - 1)
+    check_int("seed", seed, low=0, high=LARGEST_SEED)
     generator = torch.Generator("cpu").manual_seed(seed)
     for i in range(num_heads):
         order = torch.randperm(num_heads - 1, generator=generator, device="cpu")[:in_degree].tolist()
@@ -91,8 +92,3 @@ TOPOLOGIES: dict[str, Callable[..., Edges]] = {
     "random": random,
     "empty": empty,
 }
-
-
-def _in_range(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"Expected {name} to be an int in {low}..{high} (got {value!r}). Do choose one in range.")

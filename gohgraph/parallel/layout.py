@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from gohgraph.common.checks import check_int
+
 MODES = ("ddp", "fsdp", "tp")
 REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
 
@@ -42,8 +44,8 @@ class ParallelConfig:
         if not self.modes or len(set(self.modes)) < len(self.modes) or not set(self.modes) <= set(MODES):
             raise ValueError(f"Expected one or more of {list(MODES)} (got {list(self.modes)}). Do choose among them.")
         ranks = self.tensor_ranks
-        if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
-            raise ValueError(f"Expected tensor_ranks >= 1 or None (got {ranks!r}). Do pass e.g. 2.")
+        if ranks is not None:
+            check_int("tensor_ranks", ranks, low=1)
         if "tp" not in self.modes and (ranks is not None or self.sequence_parallel):
             raise ValueError("Expected tp for tensor_ranks and sequence_parallel (got none). Do add it to the modes.")
 

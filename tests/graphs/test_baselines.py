@@ -240,9 +240,9 @@ def test_a_chain_applies_its_modules_in_order():
     ("build", "match"),
     [
         (lambda: SigmoidGate(H, D, M, grain="layer"), "Expected grain of"),
-        (lambda: SigmoidGate(H, D, M, rank=0), "Expected rank >= 1 or None"),
+        (lambda: SigmoidGate(H, D, M, rank=0), "Expected rank to be an int >= 1"),
         (lambda: KnockingHeads(H, D, M, form="cubic"), "Expected form of"),
-        (lambda: Composition(H, D, M, rank=True), "Expected rank >= 1"),
+        (lambda: Composition(H, D, M, rank=True), "Expected rank to be an int"),
         (lambda: presets.preset("silent-heads", H), "Expected one of"),
         (lambda: goh.BaselineConfig("gate", {"rank": [3]}), "Expected options to be"),
         (lambda: _site("silent"), "Expected a baseline of"),

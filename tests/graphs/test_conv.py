@@ -340,14 +340,14 @@ def test_exports(backend):
     ("settings", "error", "match"),
     [
         ({"edges": "learned"}, ValueError, "Expected edges of"),
-        ({"rank": 0}, ValueError, "Expected rank >= 1"),
+        ({"rank": 0}, ValueError, "Expected rank to be an int >= 1"),
         ({"rank": 2, "edges": "static"}, ValueError, "Expected rank=None"),
         ({"activation": "relu"}, ValueError, "Expected activation"),
-        ({"rounds": 0}, ValueError, "Expected rounds >= 1"),
+        ({"rounds": 0}, ValueError, "Expected rounds to be an int >= 1"),
         ({"cross_layer": -1}, ValueError, "Expected cross_layer"),
         ({"backend": "cuda"}, ValueError, "Expected backend"),
         ({"top_edges": 0}, ValueError, "Expected top_edges"),
-        ({"top_edges": True}, ValueError, "Expected top_edges"),
+        ({"top_edges": True}, TypeError, "Expected top_edges"),
     ],
 )
 def test_impossible_options(settings, error, match):

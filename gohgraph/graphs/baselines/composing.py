@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.common.checks import check_int
 from gohgraph.graphs.protocol import MAPS, SiteGraph, Traits
 
 
@@ -48,8 +49,7 @@ class Composition(SiteGraph):
 
     def __init__(self, num_heads: int, head_dim: int, context_dim: int, *, rank: int = 2) -> None:
         super().__init__()
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"Expected rank >= 1 (got {rank!r}). Do pass e.g. 2.")
+        check_int("rank", rank, low=1)
         self.num_heads, self.rank = num_heads, rank
         self.traits = Traits(num_heads, MAPS, keyed=True)
         hidden = 2 * rank * num_heads

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.common.checks import check_choice, check_int
 from gohgraph.graphs.protocol import FEATURES, MAPS, SiteGraph, Traits
 
 GRAINS = ("head", "element")
@@ -47,10 +48,9 @@ class SigmoidGate(SiteGraph):
         self, num_heads: int, head_dim: int, context_dim: int, *, grain: str = "element", rank: int | None = None
     ) -> None:
         super().__init__()
-        if grain not in GRAINS:
-            raise ValueError(f"Expected grain of {list(GRAINS)} (got {grain!r}). Do choose one of them.")
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise ValueError(f"Expected rank >= 1 or None for full rank (got {rank!r}). Do pass e.g. 16.")
+        check_choice("grain", grain, GRAINS)
+        if rank is not None:
+            check_int("rank", rank, low=1)
         self.num_heads, self.grain = num_heads, grain
         # A gate on every feature would be one on every key, where nodes are maps.
         is_linear = grain == "head"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gohgraph.common.checks import check_choice
 from gohgraph.graphs.protocol import FEATURES, SiteGraph, Traits
 
 FORMS = ("mlp", "linear")
@@ -44,8 +45,7 @@ class KnockingHeads(SiteGraph):
 
     def __init__(self, num_heads: int, head_dim: int, context_dim: int, *, form: str = "mlp") -> None:
         super().__init__()
-        if form not in FORMS:
-            raise ValueError(f"Expected form of {list(FORMS)} (got {form!r}). Do choose one of them.")
+        check_choice("form", form, FORMS)
         self.num_heads, self.form = num_heads, form
         self.traits = Traits(num_heads, FEATURES)
         self.up = nn.Parameter(torch.empty(head_dim, head_dim))
