@@ -242,7 +242,7 @@ class GraphMultiheadAttention(HeadSlots):
             )
         if is_causal and attn_mask is None:
             raise ValueError(
-                "Expected attn_mask beside the hint is_causal (got none). Do pass the causal mask, e.g. of "
+                "Expected attn_mask beside the hint is_causal=True (got None). Do pass the causal mask, e.g. of "
                 "nn.Transformer.generate_square_subsequent_mask."
             )
         batch = query.shape[1 - self.batch_first] if query.dim() == 3 else 1

@@ -47,7 +47,10 @@ class ParallelConfig:
         if ranks is not None:
             check_int("tensor_ranks", ranks, low=1)
         if "tp" not in self.modes and (ranks is not None or self.sequence_parallel):
-            raise ValueError("Expected tp for tensor_ranks and sequence_parallel (got none). Do add it to the modes.")
+            raise ValueError(
+                f"Expected tp among the modes for tensor_ranks={ranks!r}, sequence_parallel={self.sequence_parallel!r} "
+                f"(got {list(self.modes)}). Do add it."
+            )
 
     @property
     def is_sharded(self) -> bool:

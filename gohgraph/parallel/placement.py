@@ -184,7 +184,8 @@ def _site(site: SiteConfig | None, order: list[int], heads: int) -> SiteConfig |
 def _check(block: MultiHeadAttention, order: list[int]) -> None:
     sites = (block.output_graph, block.score_graph)
     if len(block.inner_graphs) or not all(graph is None or type(graph) is HeadGraphConv for graph in sites):
-        raise ValueError("Expected HeadGraphConvs at outputs and scores only (got more). Do leave the order as it is.")
+        names = [type(graph).__name__ for graph in (*sites, *block.inner_graphs.values()) if graph is not None]
+        raise ValueError(f"Expected HeadGraphConvs at outputs and scores alone (got {names}). Do keep the order.")
     shared = 0 if block.router is None else block.router.num_shared
     if set(order[:shared]) != set(range(shared)):
         raise ValueError(

@@ -184,7 +184,8 @@ def _check(block: MultiHeadAttention | FeedForward, ranks: int) -> None:
     if isinstance(block, FeedForward):
         return
     if "weight" in block.inner_graphs:
-        raise ValueError("Expected no head graph at weights under tensor parallelism (got one). Do move it to scores.")
+        name = type(block.inner_graphs["weight"]).__name__
+        raise ValueError(f"Expected no graph at weights under tensor parallelism (got {name}). Do move it to scores.")
     nodes = {"keys": block.num_kv_heads, "values": block.num_kv_heads}
     inner = {INNER_SITES[name]: graph for name, graph in block.inner_graphs.items()}
     for site, graph in {"outputs": block.output_graph, "scores": block.score_graph, **inner}.items():

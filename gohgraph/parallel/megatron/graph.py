@@ -67,8 +67,8 @@ class MegatronHeadGraphConv(ShardedHeadGraphConv):
         saved = state_dict.get(prefix + "graph_edges")
         if saved is not None and not torch.equal(saved.cpu(), self.graph_edges.cpu()):
             errors.append(
-                f"Expected weights of this head graph at {prefix!r} (got another graph). Do build the model with the "
-                "topology it was saved with."
+                f"Expected weights of this head graph at {prefix!r} (got another graph, {saved.shape[1]} edges on "
+                "this rank). Do build the model with the topology it was saved with."
             )
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
