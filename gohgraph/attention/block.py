@@ -13,13 +13,16 @@ from gohgraph.attention.call import Call, Mask, Routed
 from gohgraph.attention.forms import attend, why_all_heads
 from gohgraph.attention.routing import Routing
 from gohgraph.attention.skipped import ActiveHeads, project_all
-from gohgraph.graphs.protocol import Losses, Messages, SiteGraph, check_site
-from gohgraph.graphs.wrapped import as_site_graph
+from gohgraph.graphs.protocol import Losses, Messages, SiteGraph
+from gohgraph.graphs.wrapped import graph_at
 
 # The further sites by the name of their slot, and what the block can give graphs at every site.
 INNER_SITES = {"query": "queries", "key": "keys", "value": "values", "weight": "weights"}
-ON_MAPS = {"whole", "keyed", "nonlinear"}
-ALLOWED = {"outputs": {"whole", "reach"}, "scores": ON_MAPS, "weights": ON_MAPS}
+ALLOWED = {
+    "outputs": {"whole", "reach"},
+    **dict.fromkeys(("scores", "weights"), {"whole", "keyed", "nonlinear"}),
+    **dict.fromkeys(("queries", "keys", "values"), {"whole"}),
+}
 
 
 class Heads(NamedTuple):
@@ -132,13 +135,13 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"Expected a router over {self.num_heads} heads (got {router.num_heads}). Do build it so.")
         if unknown := sorted(set(inner_graphs) - set(INNER_SITES)):
             raise ValueError(f"Expected inner_graphs of {list(INNER_SITES)} (got {unknown}). Do choose among them.")
-        self.output_graph = _checked("outputs", output_graph, self.num_heads)
-        self.score_graph = _checked("scores", score_graph, self.num_heads)
+        self.output_graph = graph_at("outputs", output_graph, self.num_heads, ALLOWED["outputs"])
+        self.score_graph = graph_at("scores", score_graph, self.num_heads, ALLOWED["scores"])
         self.router = router
         self.inner_graphs = nn.ModuleDict()
         for name, graph in inner_graphs.items():
-            nodes = self.num_kv_heads if name in ("key", "value") else self.num_heads
-            self.inner_graphs[name] = _checked(INNER_SITES[name], graph, nodes)
+            site, nodes = INNER_SITES[name], self.num_kv_heads if name in ("key", "value") else self.num_heads
+            self.inner_graphs[name] = graph_at(site, graph, nodes, ALLOWED[site])
 
     def forward(
         self,
@@ -282,14 +285,6 @@ def _mean_over(of_nodes: Tensor, active: Tensor | None, token_mask: Tensor | Non
     if token_mask is not None:
         counted = counted & token_mask.unsqueeze(-1)  # [B, T, H]
     return torch.where(counted, of_nodes, 0.0).sum() / counted.sum().clamp(min=1)
-
-
-def _checked(site: str, graph: nn.Module | None, num_heads: int) -> SiteGraph | None:
-    if graph is None:
-        return None
-    graph = as_site_graph(graph, num_heads)
-    check_site(site, graph, num_heads, ALLOWED.get(site, {"whole"}))
-    return graph
 
 
 def _check_mask(keep_mask: Tensor | None) -> None:

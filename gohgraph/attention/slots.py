@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from gohgraph.attention.call import NO_MASK, Call, Core, Mask
 from gohgraph.attention.forms import attend
 from gohgraph.attention.routing import Routing
-from gohgraph.graphs.protocol import Messages, SiteGraph, check_site
-from gohgraph.graphs.wrapped import as_site_graph
+from gohgraph.graphs.protocol import Messages
+from gohgraph.graphs.wrapped import graph_at
 
 
 class HeadSlots(nn.Module):
@@ -60,8 +60,8 @@ class HeadSlots(nn.Module):
         if router is not None and router.num_heads != num_heads:
             raise ValueError(f"Expected a router over {num_heads} heads (got {router.num_heads}). Do build it so.")
         self.num_heads = num_heads
-        self.output_graph = _checked("outputs", output_graph, num_heads, allowed)
-        self.score_graph = _checked("scores", score_graph, num_heads, allowed)
+        self.output_graph = graph_at("outputs", output_graph, num_heads, allowed)
+        self.score_graph = graph_at("scores", score_graph, num_heads, allowed)
         self.router = router
         self.form: str | None = None
         self.order_heads(head_order)
@@ -126,11 +126,3 @@ class HeadSlots(nn.Module):
         if self.output_graph is not None:
             z = self.output_graph(z, x, (), None if routing is None else routing.active)  # [B, T, H, D]
         return z if routing is None else z * routing.gates.unsqueeze(-1).to(z.dtype)
-
-
-def _checked(site: str, graph: nn.Module | None, num_heads: int, allowed: Collection[str]) -> SiteGraph | None:
-    if graph is None:
-        return None
-    graph = as_site_graph(graph, num_heads)
-    check_site(site, graph, num_heads, allowed)
-    return graph

@@ -1,4 +1,4 @@
-"""Finds the attention of Hugging Face transformers by one forward pass in which every module may speak up."""
+"""Finds the attention of Hugging Face transformers: one forward pass shows which modules call it by the interface."""
 
 from __future__ import annotations
 

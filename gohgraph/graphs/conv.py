@@ -19,6 +19,8 @@ from gohgraph.graphs.protocol import FEATURES, MAPS, Losses, SiteGraph, Sparse, 
 from gohgraph.graphs.site_config import SiteConfig
 
 BACKENDS = ("dense", "pyg")
+# What a `SiteConfig` and the constructor have in common.
+OPTIONS = ("edges", "rank", "activation", "rounds", "cross_layer", "norm", "backend", "top_edges")
 
 
 class HeadGraphConv(MessagePassing, SiteGraph):
@@ -122,20 +124,10 @@ class HeadGraphConv(MessagePassing, SiteGraph):
             torch.Size([2, 13])
         """
         graph = head_graph(num_heads, config.topology, self_loops=config.self_loops, **config.options)
-        return cls(
-            graph,
-            head_dim,
-            context_dim,
-            edges=config.edges,
-            rank=config.rank,
-            activation=config.activation,
-            rounds=config.rounds,
-            cross_layer=config.cross_layer if layer is None else min(config.cross_layer, layer),
-            norm=config.norm,
-            backend=config.backend,
-            top_edges=config.top_edges,
-            **more,
-        )
+        options = {name: getattr(config, name) for name in OPTIONS}
+        if layer is not None:
+            options["cross_layer"] = min(config.cross_layer, layer)
+        return cls(graph, head_dim, context_dim, **options, **more)
 
     @property
     def rounds(self) -> int:

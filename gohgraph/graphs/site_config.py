@@ -143,6 +143,21 @@ def check_options(options: Any) -> None:
         )
 
 
+def upgraded(values: Any) -> Any:
+    """Returns JSON values in which the sites of older versions, which had flags in place of `kind`, are as today's.
+
+    Example:
+        >>> upgraded([{"topology": "ring", "keyed": True, "in_degree": None}])
+        [{'topology': 'ring', 'kind': 'keyed', 'keep_in_degree': None}]
+    """
+    if isinstance(values, list):
+        return [upgraded(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    values = {name: upgraded(value) for name, value in values.items()}
+    return _with_kind(values) if {"topology", "keyed"} <= set(values) else values
+
+
 def _with_kind(values: dict[str, Any]) -> dict[str, Any]:
     """A dictionary written before there was `kind`, as one of today."""
     if "kind" in values:
@@ -151,7 +166,7 @@ def _with_kind(values: dict[str, Any]) -> dict[str, Any]:
     keyed, keep_in_degree = values.pop("keyed", False), values.pop("in_degree", None)
     flags = {"keyed": keyed, "learned": keep_in_degree is not None, "experts": values.get("num_shared") is not None}
     kind = next((name for name, is_set in flags.items() if is_set), "plain")
-    return {**values, "kind": kind} | ({} if keep_in_degree is None else {"keep_in_degree": keep_in_degree})
+    return {**values, "kind": kind, "keep_in_degree": keep_in_degree}
 
 
 def _pairs(topology: Any) -> tuple[tuple[int, int], ...]:

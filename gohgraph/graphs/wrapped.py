@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gohgraph.graphs.protocol import Losses, SiteGraph, Traits
+from gohgraph.graphs.protocol import SiteGraph, Traits, check_site
 
 
 class WrappedModule(SiteGraph):
@@ -27,14 +28,7 @@ class WrappedModule(SiteGraph):
         self.traits = Traits(num_heads)
 
     def forward(
-        self,
-        nodes: Tensor,
-        context: Tensor | None = None,
-        earlier: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-        *,
-        keys: Tensor | None = None,
-        losses: Losses | None = None,
+        self, nodes: Tensor, context: Tensor, earlier: Any = (), active: Tensor | None = None, **call: Any
     ) -> Tensor:
         """Calls the module; heads that are off send zeros and receive nothing."""
         if active is None:
@@ -62,3 +56,12 @@ def as_site_graph(module: nn.Module, num_heads: int) -> SiteGraph:
     if not isinstance(module, nn.Module):
         raise TypeError(f"Expected a module at a site of attention (got {module!r}). Do pass a SiteGraph, or None.")
     return WrappedModule(module, num_heads)
+
+
+def graph_at(site: str, module: nn.Module | None, num_heads: int, allowed: Collection[str]) -> SiteGraph | None:
+    """Returns what stands at a site, wrapped where it is a plain module; refuses it as `check_site` does."""
+    if module is None:
+        return None
+    graph = as_site_graph(module, num_heads)
+    check_site(site, graph, num_heads, allowed)
+    return graph
