@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gohgraph.learning.accelerator import make_accelerator
-from gohgraph.learning.optim import make_optimizer
+from gohgraph.learning.optim import make_optimizer, regroup_as_saved
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.parallel.gradients import clip_gradients
 from gohgraph.parallel.layout import Layout, ParallelConfig
 from gohgraph.parallel.ranks import machines
 from gohgraph.parallel.sharding import parallelize, recompute
 from gohgraph.parallel.states import is_sharded_state, load_state, save_state, whole_weights
+
+# What accelerate calls the file of the optimizer.
+OPTIMIZER = "optimizer.bin"
 
 
 class Engine:
@@ -72,6 +75,7 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote; all ranks call it."""
+        regroup_as_saved(self.optimizer.optimizer, self.unwrapped(), self.config, folder / OPTIMIZER)
         self.accelerator.load_state(str(folder))
 
     def unwrapped(self) -> nn.Module:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from gohgraph.attention.routing import HeadRouter
+from gohgraph.graphs.building import GRAPHS
 from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.parallel.gradients import layout_of
@@ -15,7 +17,9 @@ from gohgraph.parallel.gradients import layout_of
 FUSED_ON = ("cpu", "cuda", "mps", "xpu")
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, config: TrainConfig, at_sites: tuple[type[nn.Module], ...] = (SiteGraph, HeadRouter)
+) -> list[dict[str, Any]]:
     """Splits trainable parameters into matrices (decayed), vectors, and head graphs; empty groups are left out.
 
     What stands at a site of attention, be it a head graph or an opponent, and routers are not decayed unless their
@@ -32,10 +36,10 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         >>> [(group["name"], group["lr"], group["weight_decay"]) for group in groups]
         [('matrices', 0.001, 0.1), ('vectors', 0.001, 0.0), ('head graphs', 0.002, 0.0)]
     """
-    graphs = [module for module in model.modules() if isinstance(module, SiteGraph)]
-    routers = [module for module in model.modules() if isinstance(module, HeadRouter)]
-    decayed = {id(p) for graph in graphs if graph.traits.weight_decay for p in graph.parameters() if p.dim() > 1}
-    in_graphs = {id(p) for module in (*graphs, *routers) for p in module.parameters()}
+    graphs = [module for module in model.modules() if isinstance(module, at_sites)]
+    asking = [graph for graph in graphs if isinstance(graph, SiteGraph) and graph.traits.weight_decay]
+    decayed = {id(p) for graph in asking for p in graph.parameters() if p.dim() > 1}
+    in_graphs = {id(p) for graph in graphs for p in graph.parameters()}
     members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "head graphs": [], "decayed graphs": []}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -55,6 +59,16 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         for name, parameters in members.items()
         if parameters
     ]
+
+
+def regroup_as_saved(optimizer: torch.optim.Optimizer, model: nn.Module, config: TrainConfig, file: Path) -> None:
+    """Groups parameters as a checkpoint has them that was written when opponents and routers were still decayed."""
+    saved = torch.load(file, map_location="cpu", weights_only=True)["param_groups"]
+    sizes = [len(group["params"]) for group in saved]
+    former = parameter_groups(model, config, tuple(GRAPHS.values()))
+    if [len(group["params"]) for group in optimizer.param_groups] != sizes == [len(g["params"]) for g in former]:
+        defaults = {name: value for name, value in optimizer.defaults.items() if name not in former[0]}
+        optimizer.param_groups[:] = [{**defaults, **group} for group in former]
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:

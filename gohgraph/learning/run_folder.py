@@ -12,6 +12,7 @@ from typing import Any
 
 from gohgraph.common.files import read_json, write_whole
 from gohgraph.common.files import write_text_whole as write_text
+from gohgraph.graphs.site_config import upgraded
 from gohgraph.learning.train_config import FREE_ON_RESUME, TrainConfig
 
 CONFIG, LOG, CURVES, CHECKPOINTS, STATE = "config.json", "log.csv", "curves.png", "checkpoints", "trainer.json"
@@ -108,7 +109,7 @@ class RunFolder:
                 f"Expected a run to resume in {self.path} (got no {CONFIG} there). Do start without resume, "
                 "or name the folder of a run."
             )
-        saved = read_json(file, remedy="restore the file")
+        saved = upgraded(read_json(file, remedy="restore the file"))
         if isinstance(saved, dict) and isinstance(saved.get("training"), dict):
             # A setting that is younger than the run had the value that is now its default.
             saved["training"] = {**TrainConfig(steps=1).to_dict(), **saved["training"]}
