@@ -20,6 +20,7 @@ import torch
 
 from gohgraph import analysis, draw_pruning, record
 from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.files import read_json
 from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.learning.checkpoints import load_language_model
 from gohgraph.learning.data.corpus import PYTHON_DOCS, evaluation_batches, load_corpus
@@ -48,7 +49,7 @@ def measure(flags: argparse.Namespace) -> None:
         file = seed / "importance.json"
         if not file.is_file():
             write_text(file, json.dumps(_measure(seed, flags), indent=1))
-        results.append(json.loads(file.read_text(encoding="utf-8")))
+        results.append(read_json(file, "delete it"))
         if results[-1]["windows"] != [flags.windows, flags.length]:
             raise ValueError(
                 f"Expected --windows and --length as in {file} (got others). Do repeat them, or delete that file."

@@ -16,7 +16,7 @@ def keep_threads():
 
 
 @pytest.mark.slow
-def test_two_seeds_give_tables_and_curves(tmp_path, capsys):
+def test_two_seeds_give_tables_and_curves(tmp_path, capsys, no_curves):
     (tmp_path / "text.txt").write_text("heads talk to heads, and some of them listen. " * 200)
     train = load_script("examples", "train_language_model")
     run = tmp_path / "run"

@@ -45,6 +45,8 @@ def test_other_arguments_and_damage_are_refused(tmp_path):
     sweep(pow, RUNS, tmp_path)
     with pytest.raises(ValueError, match=r"same arguments \(got other \['exp'\]\)"):
         sweep(pow, {"one": {"base": 2, "exp": 4}}, tmp_path)
+    with pytest.raises(ValueError, match="same arguments"):
+        sweep(pow, {"one": RUNS["one"] | {"mod": None}}, tmp_path)
     (tmp_path / "one.json").write_text('{"arguments": ')
     with pytest.raises(ValueError, match=r"Expected JSON in .*one\.json"):
         sweep(pow, RUNS, tmp_path)

@@ -97,7 +97,8 @@ def _finished(file: Path, arguments: dict[str, Any]) -> Any:
     if not isinstance(saved, dict) or not isinstance(saved.get("arguments"), dict) or "result" not in saved:
         raise ValueError(f"Expected a finished run in {file} (got something else). Do delete it.")
     before, given = saved["arguments"], json.loads(json.dumps(arguments))
-    if changed := sorted(key for key in {*before, *given} if before.get(key) != given.get(key)):
+    if before != given:
+        changed = sorted(key for key in {*before, *given} if before.get(key) != given.get(key))
         raise ValueError(
             f"Expected {file} to come from the same arguments (got other {changed}). Do choose another run folder."
         )
