@@ -41,6 +41,7 @@ from gohgraph.learning.data.domains import DOMAINS, load_domain
 from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.regimes.language import window_losses
 from gohgraph.learning.regimes.text_models import encoder_of
+from gohgraph.learning.run_folder import write_text
 from gohgraph.models.boundary import next_token_loss
 from gohgraph.models.model_output import ModelOutput, model_output
 from gohgraph.models.stacks import StackOutput
@@ -79,10 +80,10 @@ def tune(flags: argparse.Namespace) -> None:
     runner = InProcesses(train_one, arguments, folder / "results", loss=_last_loss, jobs=flags.jobs)
     results = Contest(dict.fromkeys(flags.variants), flags.seeds, flags.learning_rates, folder).hold(runner)
     rates = {run.name: run.rate for run in results}
-    found = {name: [result for run, result in results.items() if run.name == name] for name in flags.variants}
-    table = _table(found, rates)
-    (folder / "table.md").write_text(table, encoding="utf-8")
-    draw_curves({name: each[0]["rows"] for name, each in found.items()}, folder / "curves.png")
+    by_variant = {name: [result for run, result in results.items() if run.name == name] for name in flags.variants}
+    table = _table(by_variant, rates)
+    write_text(folder / "table.md", table)
+    draw_curves({name: seeds[0]["rows"] for name, seeds in by_variant.items()}, folder / "curves.png")
     print(f"{table}\ncurves of seed {flags.seeds[0]}: {folder / 'curves.png'}")
 
 
@@ -214,18 +215,18 @@ def _last_loss(result: dict[str, Any]) -> float:
     return result["rows"][-1]["validation_loss"]
 
 
-def _table(found: dict[str, list[dict[str, Any]]], rates: dict[str, float]) -> str:
+def _table(by_variant: dict[str, list[dict[str, Any]]], rates: dict[str, float]) -> str:
     """Validation loss over seeds; differences are taken seed by seed to the first variant."""
-    reference = next(iter(found))
-    ends = {name: list(map(_last_loss, results)) for name, results in found.items()}
-    lines = [["", "trained parameters", "learning rate", "validation loss", f"minus {reference}"]]
-    lines.append(["before", "", "", f"{found[reference][0]['before']:.4f}", ""])
-    for name, results in found.items():
-        ahead = [own - other for own, other in zip(ends[name], ends[reference], strict=True)]
-        difference = "" if name == reference else mean_and_deviation(ahead, 4, signed=True)
-        parameters = f"{results[0]['parameters']:,}"
-        lines.append([name, parameters, f"{rates[name]:g}", mean_and_deviation(ends[name], 4), difference])
-    return "\n".join([markdown_table(lines), "", *(f"{name}: {VARIANTS[name]}." for name in found)]) + "\n"
+    reference = next(iter(by_variant))
+    losses = {name: list(map(_last_loss, seeds)) for name, seeds in by_variant.items()}
+    rows = [["", "trained parameters", "learning rate", "validation loss", f"minus {reference}"]]
+    rows.append(["before", "", "", f"{by_variant[reference][0]['before']:.4f}", ""])
+    for name, seeds in by_variant.items():
+        gaps = [loss - other for loss, other in zip(losses[name], losses[reference], strict=True)]
+        difference = "" if name == reference else mean_and_deviation(gaps, 4, signed=True)
+        about = [name, f"{seeds[0]['parameters']:,}", f"{rates[name]:g}"]
+        rows.append([*about, mean_and_deviation(losses[name], 4), difference])
+    return "\n".join([markdown_table(rows), "", *(f"{name}: {VARIANTS[name]}." for name in by_variant)]) + "\n"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,13 +13,16 @@ import argparse
 import json
 import statistics
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gohgraph import analysis, draw_pruning, record
 from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.files import read_json
 from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.learning.checkpoints import load_language_model
 from gohgraph.learning.data.corpus import PYTHON_DOCS, evaluation_batches, load_corpus
@@ -48,7 +51,7 @@ def measure(flags: argparse.Namespace) -> None:
         file = seed / "importance.json"
         if not file.is_file():
             write_text(file, json.dumps(_measure(seed, flags), indent=1))
-        results.append(json.loads(file.read_text(encoding="utf-8")))
+        results.append(read_json(file, "delete it"))
         if results[-1]["windows"] != [flags.windows, flags.length]:
             raise ValueError(
                 f"Expected --windows and --length as in {file} (got others). Do repeat them, or delete that file."
@@ -72,13 +75,18 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+@cache
+def _halves() -> tuple[Tensor, Tensor]:
+    """The text that edges are measured on, and that for pruned models."""
+    text = load_corpus(PYTHON_DOCS).validation
+    return text[: len(text) // 2], text[len(text) // 2 :]
+
+
 def _measure(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     """How every order agrees with ablation, and its pruning curves."""
     model = load_language_model(folder)
-    text = load_corpus(PYTHON_DOCS).validation
-    halves = text[: len(text) // 2], text[len(text) // 2 :]
     windows = {"batch_size": 32, "length": flags.length, "limit": flags.windows}
-    known, held_out = (list(evaluation_batches(half, **windows)) for half in halves)
+    known, held_out = (list(evaluation_batches(half, **windows)) for half in _halves())
     with record(model) as heads, torch.no_grad():
         for inputs, _ in known:
             model(inputs)

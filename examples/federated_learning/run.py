@@ -108,7 +108,7 @@ class FederatedLearning(Script):
     def train(self) -> None:
         flags, results = self.flags, {}
         for seed in flags.seeds:
-            place = (self.folder / f"seed-{seed}" if len(flags.seeds) > 1 else self.folder).resolve()
+            place = self.seed_folder(seed).resolve()
             self.train_base(seed, place / "base")
             results[seed, UNTOUCHED] = _measure_base(self.settings(seed, place, flags.methods[0]))
             for method in flags.methods:

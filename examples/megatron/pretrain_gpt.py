@@ -37,14 +37,16 @@ from tqdm import tqdm
 
 from gohgraph import HeadGraphConfig
 from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.files import read_json
 from gohgraph.drawing import draw_curves
+from gohgraph.learning.cli.flags import add_size_flags
 from gohgraph.learning.cli.graph_flags import add_graph_flags, graph_from_flags
 from gohgraph.learning.data.corpus import PYTHON_DOCS, evaluation_batches, load_corpus, sample_batch
 from gohgraph.learning.interrupts import TrainingInterrupted, interrupts
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.learning.run_folder import STATE, RunFolder, write_text
 from gohgraph.learning.train_config import TrainConfig
-from gohgraph.parallel.ranks import on_first_rank
+from gohgraph.parallel.ranks import on_first_rank, under_torchrun, world_size
 
 with warnings.catch_warnings():
     # Megatron-Core names every optional package it does without.
@@ -60,8 +62,8 @@ with warnings.catch_warnings():
     from gohgraph.parallel.megatron.checkpoint import load_checkpoint, save_checkpoint
     from gohgraph.parallel.megatron.cpu import cpu_trial
 
-FULL = {"d_model": 128, "num_heads": 8, "num_layers": 4, "d_ff": 512, "length": 128, "batch_size": 8, "steps": 100}
-SMOKE = {"d_model": 32, "num_heads": 4, "num_layers": 2, "d_ff": 64, "length": 32, "batch_size": 4, "steps": 4}
+FULL = dict(d_model=128, num_heads=8, num_layers=4, d_ff=512, length=128, batch_size=8, steps=100)
+SMOKE = dict(d_model=32, num_heads=4, num_layers=2, d_ff=64, length=32, batch_size=4, steps=4)
 WINDOWS, WEIGHTS = 64, "weights"
 
 Batch = tuple[Tensor, Tensor]
@@ -94,13 +96,13 @@ def _main(flags: argparse.Namespace) -> None:
 
 def start_processes(tensor_parallel: int) -> None:
     """Joins the processes that torchrun started, or begins with this one alone."""
-    backend, processes = "nccl" if torch.cuda.is_available() else "gloo", int(os.environ.get("WORLD_SIZE", 1))
+    backend, processes = "nccl" if torch.cuda.is_available() else "gloo", world_size()
     if processes % tensor_parallel:
         raise ValueError(
             f"Expected --tensor-parallel that divides {processes} processes (got {tensor_parallel}). Do start others "
             "with torchrun --nproc-per-node."
         )
-    if "RANK" in os.environ:
+    if under_torchrun():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(backend)
@@ -138,8 +140,9 @@ class Pretraining:
 
     def __init__(self, flags: argparse.Namespace, model: GPTModel, head_graph: HeadGraphConfig) -> None:
         self.flags, self.model, self.step, self.seconds = flags, model, 0, 0.0
-        self.device = next(model.parameters()).device
+        self.device, self.is_main = next(model.parameters()).device, dist.get_rank() == 0
         self.ranks, self.rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        self.data_ranks = parallel_state.get_data_parallel_group()
         every = max(1, flags.steps // 5)
         self.config = TrainConfig(
             steps=flags.steps,
@@ -157,11 +160,13 @@ class Pretraining:
                 f"Expected --batch-size that {share} data-parallel micro-batches divide (got {flags.batch_size}). Do "
                 "change either."
             )
-        sizes = ("d_model", "num_heads", "num_layers", "d_ff", "vocab_size", "length", "batch_size", "data")
-        settings = {"training": self.config.to_dict(), "head_graph": head_graph.to_dict()}
-        settings["sizes"] = {name: getattr(flags, name) for name in sizes}
-        settings["flags"] = {"processes": dist.get_world_size(), "tensor_parallel": flags.tensor_parallel}
-        self.folder, self.is_main = RunFolder(flags.run, settings), dist.get_rank() == 0
+        settings = {
+            "training": self.config.to_dict(),
+            "head_graph": head_graph.to_dict(),
+            "sizes": {name: getattr(flags, name) for name in (*FULL, "vocab_size", "data") if name != "steps"},
+            "flags": {"processes": dist.get_world_size(), "tensor_parallel": flags.tensor_parallel},
+        }
+        self.folder = RunFolder(flags.run, settings)
         on_first_rank(lambda: self.folder.open(resume=flags.resume))
         self.batch, self.validation = load_data(flags, self.folder.path)
         if flags.resume:
@@ -170,31 +175,28 @@ class Pretraining:
     def run(self) -> None:
         """Trains to the last step, or to a checkpoint after Ctrl-C."""
         set_router_loss_scale(self.model.config, self.flags.micro_batches)
-        progress = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None if self.is_main else True)
-        self._train(progress)
-        progress.close()
-        on_first_rank(self._report)
-
-    def _train(self, progress: tqdm) -> None:
-        losses: list[Tensor] = []
-        seconds = self.seconds
-        with interrupts() as interrupted:
-            while self.step < self.config.steps:
+        config, losses, seconds = self.config, [], self.seconds
+        bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=None if self.is_main else True)
+        with interrupts() as interrupted, bar:
+            while self.step < config.steps:
                 began = time.perf_counter()
                 losses.append(self._train_step())
-                if self._is_due(self.config.log_every):
+                is_logged = self._is_due(config.log_every)
+                if is_logged:
                     loss = self._mean(torch.stack(losses))
                 self.seconds += time.perf_counter() - began
-                progress.update()
-                if self._is_due(self.config.log_every):
-                    tokens = len(losses) * self.flags.batch_size * self.flags.length
-                    self._log(loss, tokens / (self.seconds - seconds), progress)
+                bar.update()
+                if is_logged:
+                    rate = len(losses) * self.flags.batch_size * self.flags.length / (self.seconds - seconds)
+                    bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
+                    self._log(loss, rate)
                     losses, seconds = [], self.seconds
                 stops = self._any(interrupted.is_set())
-                if stops or self._is_due(self.config.checkpoint_every):
+                if stops or self._is_due(config.checkpoint_every):
                     self._save()
-                if stops and self.step < self.config.steps:
+                if stops and self.step < config.steps:
                     raise TrainingInterrupted(f"stopped at step {self.step}; the same command with --resume goes on")
+        on_first_rank(self._report)
 
     def _train_step(self) -> Tensor:
         rate = self.config.learning_rate_factor(self.step)
@@ -208,9 +210,9 @@ class Pretraining:
             loss = self._loss(share).mean() / parts
             loss.backward()
             total += loss.detach()
-        average_gradients(self.model.parameters(), parallel_state.get_data_parallel_group())
-        ranks = parallel_state.get_tensor_model_parallel_group()
-        clip_gradients(self.model.parameters(), self.config.grad_clip, ranks)
+        average_gradients(self.model.parameters(), self.data_ranks)
+        tensor_ranks = parallel_state.get_tensor_model_parallel_group()
+        clip_gradients(self.model.parameters(), self.config.grad_clip, tensor_ranks)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -224,22 +226,20 @@ class Pretraining:
     @torch.no_grad()
     def _validate(self) -> float:
         self.model.eval()
-        own = self.validation[self.rank :: self.ranks]
-        losses = [self._loss(tuple(part.to(self.device) for part in batch)).mean(dim=1) for batch in own]
+        # With more ranks than batches some have none.
+        losses = [torch.zeros(0, device=self.device)]
+        for batch in self.validation[self.rank :: self.ranks]:
+            losses.append(self._loss(tuple(part.to(self.device) for part in batch)).mean(dim=1))
         self.model.train()
-        total, count = sum(float(part.sum()) for part in losses), float(sum(map(len, losses)))
-        sums = torch.tensor([total, count], device=self.device)
-        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        return (sums[0] / sums[1]).item()
+        return self._mean(torch.cat(losses))
 
-    def _log(self, loss: float, rate: float, progress: tqdm) -> None:
+    def _log(self, loss: float, rate: float) -> None:
         if not math.isfinite(loss):
             raise FloatingPointError(f"Expected a finite loss (got {loss} by step {self.step}). Do lower its rate.")
-        row = {"step": self.step, "loss": loss, "validation_loss": None, "lr": self.optimizer.param_groups[0]["lr"]}
-        row |= {"tokens_per_second": round(rate, 1), "seconds": round(self.seconds, 3)}
-        if self._is_due(self.config.eval_every):
-            row["validation_loss"] = self._validate()
-        progress.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
+        validation = self._validate() if self._is_due(self.config.eval_every) else None
+        row = {"step": self.step, "loss": loss, "validation_loss": validation}
+        row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(self.seconds, 3)}
+        row |= {"tokens_per_second": round(rate, 1)}
         if self.is_main:
             self.folder.log(row)
 
@@ -247,35 +247,37 @@ class Pretraining:
         pending = self.folder.path / "checkpoints" / ".new" / WEIGHTS
         on_first_rank(lambda: (self.folder.pending_checkpoint(), pending.mkdir()))
         save_checkpoint(pending, self.model, self.optimizer)
-        state = {"seconds": self.seconds}
-        on_first_rank(lambda: self.folder.commit_checkpoint(self.step, state, keep=self.config.keep_checkpoints))
+        state, keep = {"seconds": self.seconds}, self.config.keep_checkpoints
+        on_first_rank(lambda: self.folder.commit_checkpoint(self.step, state, keep=keep))
 
     def _load(self) -> None:
         checkpoints = self.folder.checkpoints()
         if checkpoints:
-            state = json.loads((checkpoints[-1] / STATE).read_text(encoding="utf-8"))
+            state = read_json(checkpoints[-1] / STATE, "delete that folder, to resume from the checkpoint before it")
             load_checkpoint(checkpoints[-1] / WEIGHTS, self.model, self.optimizer)
             self.step, self.seconds = state["step"], state["seconds"]
         on_first_rank(lambda: self.folder.read_log(until=self.step))
 
     def _report(self) -> None:
-        rows = [row for row in self.folder.rows if row["validation_loss"] is not None]
-        draw_curves({self.folder.path.name: self.folder.rows}, self.folder.path / "curves.png")
-        result = {"validation_loss": rows[-1]["validation_loss"], "first_loss": self.folder.rows[0]["loss"]}
-        result |= {"steps": self.step, "seconds": round(self.seconds, 1), "processes": dist.get_world_size()}
-        write_text(self.folder.path / "result.json", json.dumps(result, indent=2))
+        path, rows = self.folder.path, self.folder.rows
+        draw_curves({path.name: rows}, path / "curves.png")
+        # The last step is always logged and evaluated.
+        first, last = rows[0]["loss"], rows[-1]["validation_loss"]
+        result = {"validation_loss": last, "first_loss": first, "steps": self.step, "seconds": round(self.seconds, 1)}
+        write_text(path / "result.json", json.dumps({**result, "processes": dist.get_world_size()}, indent=2))
         print(
-            f"training loss {result['first_loss']:.3f} at first, validation loss {result['validation_loss']:.3f} after "
-            f"{self.step} steps in {self.seconds:.0f} s: {self.folder.path}"
+            f"training loss {first:.3f} at first, validation loss {last:.3f} after {self.step} steps in "
+            f"{self.seconds:.0f} s: {path}"
         )
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _mean(self, losses: Tensor) -> float:
-        mean = losses.mean()
-        dist.all_reduce(mean, group=parallel_state.get_data_parallel_group())
-        return mean.item() / self.ranks
+        """The mean over all data-parallel ranks, of losses `[n]` whose number may differ."""
+        sums = torch.stack((losses.sum(), losses.new_tensor(len(losses))))
+        dist.all_reduce(sums, group=self.data_ranks)
+        return (sums[0] / sums[1]).item()
 
     def _any(self, holds: bool) -> bool:
         """All processes stop at the same step, or they would wait for each other for ever."""
@@ -336,8 +338,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--learning-rate", type=float, default=3e-3, help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
     add("--threads", type=int, default=1, help="CPU threads of a process (default: %(default)s)")
-    for name, value in FULL.items():
-        add(f"--{name.replace('_', '-')}", type=int, help=f"(default: {value})")
+    add_size_flags(parser, FULL)
     add_graph_flags(parser)
     return parser
 

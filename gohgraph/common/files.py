@@ -34,6 +34,20 @@ def checked_path(path: str | os.PathLike[str] | None, suffixes: Sequence[str] = 
     return path
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it; one that is there stays as it is.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"Expected a folder that can be written (got {path}: {error.strerror}). Do choose another."
+        ) from error
+
+
 def write_whole(path: Path, write: Callable[[Path], Any], *, flush: bool = False, pending: Path | None = None) -> None:
     """Lets `write` make a file beside its place, then moves it there: readers see the old file or the new one, whole.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gohgraph.common.files import read_json, write_whole
+from gohgraph.common.files import make_folder, read_json, write_whole
 from gohgraph.common.files import write_text_whole as write_text
 from gohgraph.graphs.site_config import upgraded
 from gohgraph.learning.train_config import FREE_ON_RESUME, TrainConfig
@@ -50,12 +50,7 @@ class RunFolder:
             raise ValueError(
                 f"Expected a folder without a run (got {self.path}, which holds one). Do resume it, or choose another."
             )
-        try:
-            (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(
-                f"Expected a run folder that can be written (got {self.path}: {error.strerror}). Do choose another."
-            ) from error
+        make_folder(self.path / CHECKPOINTS)
         write_text(file, json.dumps(self.settings, indent=2))
 
     def log(self, row: dict[str, Any]) -> None:

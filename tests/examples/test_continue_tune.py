@@ -24,7 +24,7 @@ def example():
 
 
 @pytest.fixture
-def text(tmp_path):
+def text(tmp_path, no_curves):
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
     return str(file)

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from gohgraph.learning.contests.rates import add_rate_flags, best_rates, check_rates, rates_table
+from gohgraph.learning.cli.flags import add_rate_flags
+from gohgraph.learning.contests.rates import best_rates, check_rates, rates_table
 
 LOSSES = {("goh", 0.1): math.inf, ("goh", 0.2): 3.0, ("plain", 0.1): 2.0, ("plain", 0.2): math.nan}
 

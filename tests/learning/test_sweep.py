@@ -45,16 +45,22 @@ def test_other_arguments_and_damage_are_refused(tmp_path):
     sweep(pow, RUNS, tmp_path)
     with pytest.raises(ValueError, match=r"same arguments \(got other \['exp'\]\)"):
         sweep(pow, {"one": {"base": 2, "exp": 4}}, tmp_path)
+    with pytest.raises(ValueError, match="same arguments"):
+        sweep(pow, {"one": RUNS["one"] | {"mod": None}}, tmp_path)
     (tmp_path / "one.json").write_text('{"arguments": ')
-    with pytest.raises(ValueError, match="Expected a finished run"):
+    with pytest.raises(ValueError, match=r"Expected JSON in .*one\.json"):
         sweep(pow, RUNS, tmp_path)
-    with pytest.raises(ValueError, match="Expected jobs >= 1"):
+    for other in ('{"result": 8}', '{"arguments": {"base": 2, "exp": 3}}', "[8]", '{"arguments": [2, 3], "result": 8}'):
+        (tmp_path / "one.json").write_text(other)
+        with pytest.raises(ValueError, match=r"Expected a finished run in .*one\.json"):
+            sweep(pow, RUNS, tmp_path)
+    with pytest.raises(ValueError, match="Expected jobs to be an int >= 1"):
         sweep(operator.add, {}, tmp_path, jobs=0)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="Expected a run folder that can be written"):
+    with pytest.raises(OSError, match=r"Expected a folder that can be written \(got .*run: Not a directory\)"):
         sweep(pow, RUNS, tmp_path / "file" / "run")
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gohgraph.common.command_line import ArgumentParser
 from gohgraph.drawing import draw_curves
+from gohgraph.learning.cli.flags import add_rate_flags
 from gohgraph.learning.cli.script import Script
-from gohgraph.learning.contests.contest import Contest, Result, add_rate_flags
+from gohgraph.learning.contests.contest import Contest, Result
 from gohgraph.learning.loop import Training
 from gohgraph.learning.run_folder import write_text
 

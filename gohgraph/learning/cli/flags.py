@@ -32,6 +32,14 @@ def add_size_flags(parser: argparse.ArgumentParser, full: Mapping[str, Any]) -> 
         add(f"--{name.replace('_', '-')}", type=type(value), help=f"default {value}")
 
 
+def add_rate_flags(parser: argparse.ArgumentParser, *, learning_rate: float) -> None:
+    """Adds `--learning-rates`, the grid of a `Contest`."""
+    parser.add_argument(
+        "--learning-rates", type=float, nargs="+", default=[learning_rate], metavar="RATE",
+        help=f"of several, each model takes its best on the first seed (default {learning_rate:g})",
+    )  # fmt: skip
+
+
 def add_training_flags(parser: argparse.ArgumentParser, *, weight_decay: float = 0.1) -> None:
     """Adds the flags that `train_config` reads."""
     add = parser.add_argument_group("training").add_argument

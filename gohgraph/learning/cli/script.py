@@ -86,6 +86,10 @@ class Script:
         """The slot: trains, and leaves and prints what came of it."""
         raise NotImplementedError
 
+    def seed_folder(self, seed: int) -> Path:
+        """Returns where the runs of a seed are: in a sub-folder when there are several seeds."""
+        return self.folder / f"seed-{seed}" if len(self.flags.seeds) > 1 else self.folder
+
     def values(self, *names: str) -> dict[str, Any]:
         """Returns the values of flags by name; by default those that give a transformer its shape."""
         return {name: getattr(self.flags, name) for name in names or ("d_model", "num_heads", "num_layers", "d_ff")}

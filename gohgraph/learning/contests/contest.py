@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
+from gohgraph.common.files import make_folder
 from gohgraph.learning.contests.in_turns import VALIDATION_LOSS, InTurns
-from gohgraph.learning.contests.rates import add_rate_flags, best_rates, check_rates, rates_table
+from gohgraph.learning.contests.rates import best_rates, check_rates, rates_table
 from gohgraph.learning.contests.results import Result, by_model, results_table, verdict
 from gohgraph.learning.contests.runs import Run, Runner
 from gohgraph.learning.loop import Training
 from gohgraph.learning.run_folder import runs_in, write_text
 from gohgraph.parallel.ranks import on_first_rank
 
-__all__ = ["Contest", "Run", "add_rate_flags", "by_model", "results_table", "verdict"]
+__all__ = ["Contest", "Result", "Run", "by_model", "results_table", "verdict"]
 
-RATES = "rates.md"
 Start = Callable[[Any, int, float, Path], Training]
 Finish = Callable[[Training, Path], Result]
 
@@ -67,10 +67,7 @@ class Contest:
             raise ValueError(f"Expected different --seeds (got {list(self.seeds)}). Do name each once.")
 
     def hold(self, runner: Runner) -> dict[Run, Any]:
-        """Has a runner train all models; writes `rates.md` when there are several rates.
-
-        Returns:
-            The results, seed by seed, each under its name, chosen rate and seed.
+        """Has a runner train all models, writes `rates.md` when there are several rates, and returns what it returns.
 
         Raises:
             ValueError: a model's loss is finite at no rate.
@@ -78,14 +75,14 @@ class Contest:
         """
         rates = dict.fromkeys(self.models, self.rates[0])
         if len(self.rates) > 1:
-            losses = runner.try_rates([Run(*run, self.seeds[0]) for run in product(self.models, self.rates)])
+            losses = runner.try_rates(self._runs(self.seeds[:1]))
             rates = on_first_rank(partial(self._choose, losses))
         return runner.train([Run(name, rates[name], seed) for seed in self.seeds for name in self.models])
 
     def run(
         self, start: Start, finish: Finish, *, resume: bool = False, chosen_by: str = VALIDATION_LOSS
     ) -> dict[tuple[int, str], Result]:
-        """Trains all models, those of a seed in turns.
+        """Trains all models, those of a seed in turns; raises what `hold` does.
 
         A run lies in `folder/seed-0/rate-0.01/name`, of which only those parts are there that there are several of.
 
@@ -98,41 +95,35 @@ class Contest:
 
         Returns:
             The results by seed and name, each with its `learning_rate` and `leaf`, its place in the folder.
-
-        Raises:
-            ValueError: the folder holds other runs, or as `hold`.
-            FloatingPointError: as `hold`.
         """
-        if resume:
-            self._check_runs()
-
-        def begin(run: Run) -> Training:
-            return start(self.models[run.name], run.seed, run.rate, self.folder / self._leaf(run))
-
-        def end(training: Training, run: Run) -> Result:
-            result = finish(training, self.folder / self._leaf(run))
-            return {**result, "learning_rate": run.rate, "leaf": self._leaf(run)}
-
-        results = self.hold(InTurns(begin, end, chosen_by))
-        return {(run.seed, run.name): result for run, result in results.items()}
-
-    def _leaf(self, run: Run) -> str:
-        parts = [f"seed-{run.seed}"] * (len(self.seeds) > 1) + [f"rate-{run.rate:g}"] * (len(self.rates) > 1)
-        return "/".join(parts + [run.name] * (len(self.models) > 1)) or "."
-
-    def _check_runs(self) -> None:
-        leaves = {self._leaf(Run(*run)) for run in product(self.models, self.rates, self.seeds)}
-        if not runs_in(self.folder) <= {self.folder / leaf for leaf in leaves}:
+        if resume and not runs_in(self.folder) <= {self.folder / self._leaf(run) for run in self._runs(self.seeds)}:
             raise ValueError(
                 f"Expected the --compare, --seeds and --learning-rates of the run in {self.folder} (got others). "
                 "Do repeat them."
             )
 
+        def begin(run: Run) -> Training:
+            return start(self.models[run.name], run.seed, run.rate, self.folder / self._leaf(run))
+
+        def end(training: Training, run: Run) -> Result:
+            leaf = self._leaf(run)
+            return {**finish(training, self.folder / leaf), "learning_rate": run.rate, "leaf": leaf}
+
+        results = self.hold(InTurns(begin, end, chosen_by))
+        return {(run.seed, run.name): result for run, result in results.items()}
+
+    def _runs(self, seeds: Sequence[int]) -> list[Run]:
+        return list(starmap(Run, product(self.models, self.rates, seeds)))
+
+    def _leaf(self, run: Run) -> str:
+        parts = [f"seed-{run.seed}"] * (len(self.seeds) > 1) + [f"rate-{run.rate:g}"] * (len(self.rates) > 1)
+        return "/".join(parts + [run.name] * (len(self.models) > 1)) or "."
+
     def _choose(self, losses: Mapping[Run, float]) -> dict[str, float]:
         """Writes what all rates have led to and returns the best of every model."""
         by_rate = {(run.name, run.rate): loss for run, loss in losses.items()}
         table = rates_table(by_rate) + "\n"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / RATES, table)
+        make_folder(self.folder)
+        write_text(self.folder / "rates.md", table)
         print(f"\n{table}")
         return best_rates(by_rate)

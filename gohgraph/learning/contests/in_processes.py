@@ -16,11 +16,9 @@ class InProcesses:
     """Calls a function for every run, by a `sweep`: what is finished is read from its file.
 
     Args:
-        function: of a module's top level when `jobs > 1`; returns what JSON can hold.
-        arguments: keyword arguments of a run, which JSON can hold.
-        folder: where results are kept.
+        function, folder, jobs: as in `sweep`.
+        arguments: of a run, the keyword arguments of its call.
         loss: of a result, what rates are chosen by, perhaps on other data than what is reported of it.
-        jobs: processes side by side; with one, runs stay in this process.
         file_name: of a run.
     """
 
@@ -43,11 +41,7 @@ class InProcesses:
         return {run: math.inf if result is None else self._loss(result) for run, result in results.items()}
 
     def train(self, runs: Sequence[Run]) -> dict[Run, Any]:
-        """Calls what is missing and returns all results.
-
-        Raises:
-            FloatingPointError: a loss does not stay finite.
-        """
+        """Calls what is missing and returns all results."""
         results = self._sweep(runs, may_diverge=False)
         # Another grid or first seed may have left such a run behind.
         if lost := [self._file_name(run) for run, result in results.items() if result is None]:
@@ -59,4 +53,4 @@ class InProcesses:
     def _sweep(self, runs: Sequence[Run], *, may_diverge: bool) -> dict[Run, Any]:
         named = {self._file_name(run): self._arguments(run) for run in runs}
         results = sweep(self._function, named, self._folder, jobs=self._jobs, may_diverge=may_diverge)
-        return {run: results[self._file_name(run)] for run in runs}
+        return dict(zip(runs, results.values(), strict=True))

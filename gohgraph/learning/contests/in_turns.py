@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from gohgraph.learning.contests.runs import Run
@@ -30,11 +31,7 @@ class InTurns:
         self._tried: dict[Run, Training] = {}
 
     def try_rates(self, runs: Sequence[Run]) -> dict[Run, float]:
-        """Trains runs of the first seed; returns the last loss of each, infinite where it has run away.
-
-        Raises:
-            ValueError: a log without the loss to choose by.
-        """
+        """Trains runs of the first seed; returns the last loss of each, infinite where it has run away."""
         self._tried = {run: self._start(run) for run in runs}
         train_together(list(self._tried.values()), may_diverge=True)
         # The log is the first rank's.
@@ -43,11 +40,10 @@ class InTurns:
     def train(self, runs: Sequence[Run]) -> dict[Run, Any]:
         """Trains the runs that have not been tried, one seed after the other; returns the results of all."""
         results = {}
-        for _, runs_of_seed in groupby(runs, key=lambda run: run.seed):
-            trainings = {run: self._tried.get(run) for run in runs_of_seed}
-            started = {run: self._start(run) for run, training in trainings.items() if training is None}
-            train_together(list(started.values()))
-            for run, training in {**trainings, **started}.items():
+        for _, runs_of_seed in groupby(runs, key=attrgetter("seed")):
+            trainings = {run: self._tried.get(run) or self._start(run) for run in runs_of_seed}
+            train_together([training for run, training in trainings.items() if run not in self._tried])
+            for run, training in trainings.items():
                 if training.accelerator.is_main_process:
                     results[run] = self._finish(training, run)
             # What was not chosen is not needed any more, and may be large.

@@ -9,26 +9,22 @@ from torch import nn
 
 from gohgraph.models.config import TransformerConfig
 
+# Makes a model of a configuration.
+Build = Callable[[TransformerConfig], nn.Module]
+
 
 def count_parameters(model: nn.Module) -> int:
-    """Returns the number of trainable parameters, tied ones once.
-
-    Example:
-        >>> count_parameters(nn.Linear(3, 5))
-        20
-    """
+    """Returns the number of trainable parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def match_parameters(
-    model_class: Callable[[TransformerConfig], nn.Module], config: TransformerConfig, parameters: int
-) -> TransformerConfig:
+def match_parameters(build: Build, config: TransformerConfig, parameters: int) -> TransformerConfig:
     """Returns `config` with d_ff widened until its model has as nearly `parameters` parameters as whole units allow.
 
     The count is linear in d_ff, so one unit more tells its price.
 
     Args:
-        model_class: built by `model_class(config)`.
+        build: makes a model, to count its parameters.
         config: the lighter model's configuration.
         parameters: the count to reach, at least the lighter model's own.
 
@@ -41,21 +37,15 @@ def match_parameters(
         >>> match_parameters(LanguageModel, plain, 2000).d_ff
         37
     """
-    have = count_parameters(model_class(config))
+    have = count_parameters(build(config))
     if have > parameters:
         raise ValueError(f"Expected a model of at most {parameters} parameters (got {have}). Do widen the other one.")
-    unit = count_parameters(model_class(dataclasses.replace(config, d_ff=config.d_ff + 1))) - have
+    unit = count_parameters(build(dataclasses.replace(config, d_ff=config.d_ff + 1))) - have
     return dataclasses.replace(config, d_ff=config.d_ff + round((parameters - have) / unit))
 
 
-def with_plain(
-    build: Callable[[TransformerConfig], nn.Module], config: TransformerConfig
-) -> dict[str, TransformerConfig]:
+def with_plain(build: Build, config: TransformerConfig) -> dict[str, TransformerConfig]:
     """Returns `config` as "goh" and, as "plain", plain attention of as many parameters.
-
-    Args:
-        build: makes the model, to count its parameters.
-        config: with a head graph.
 
     Raises:
         ValueError: there is no head graph to compare with.

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping, Sequence
 
 from gohgraph.common.tables import markdown_table
 
 
-def add_rate_flags(parser: argparse.ArgumentParser, *, learning_rate: float) -> None:
-    """Adds `--learning-rates`, the grid of a `Contest`."""
-    parser.add_argument(
-        "--learning-rates", type=float, nargs="+", default=[learning_rate], metavar="RATE",
-        help=f"of several, each model takes its best on the first seed (default {learning_rate:g})",
-    )  # fmt: skip
-
-
 def check_rates(rates: Sequence[float]) -> None:
     """Raises ValueError where there is no learning rate, or one is repeated or not above 0."""
     # Two rates that read alike would share the name of a run.
     read = {f"{rate:g}" for rate in rates}
-    if not rates or len(read) < len(rates) or not all(0 < rate < float("inf") for rate in rates):
+    if not rates or len(read) < len(rates) or not all(0 < rate < math.inf for rate in rates):
         raise ValueError(f"Expected different --learning-rates above 0 (got {list(rates)}). Do change them.")
 
 
@@ -51,18 +42,10 @@ def best_rates(losses: Mapping[tuple[str, float], float]) -> dict[str, float]:
 
 
 def rates_table(losses: Mapping[tuple[str, float], float]) -> str:
-    """Returns a row for every model: its loss at every rate.
-
-    Example:
-        >>> print(rates_table({("plain", 0.1): 3.0, ("plain", 0.2): float("inf")}))
-        | loss or error at a rate of |    0.1 |      0.2 |
-        | -------------------------- | -----: | -------: |
-        | plain                      | 3.0000 | diverged |
-    """
+    """Returns a row for every model: its loss at every rate, or that it diverged."""
     names, rates = (list(dict.fromkeys(part)) for part in zip(*losses, strict=True))
-    header = ["loss or error at a rate of", *(f"{rate:g}" for rate in rates)]
-    return markdown_table([header, *([name, *(_shown(losses[name, rate]) for rate in rates)] for name in names)])
-
-
-def _shown(loss: float) -> str:
-    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+    rows = [["loss or error at a rate of", *(f"{rate:g}" for rate in rates)]]
+    for name in names:
+        by_rate = (losses[name, rate] for rate in rates)
+        rows.append([name, *(f"{loss:.4f}" if math.isfinite(loss) else "diverged" for loss in by_rate)])
+    return markdown_table(rows)

@@ -20,8 +20,10 @@ def by_model(trained: Mapping[tuple[int, str], Result]) -> dict[str, list[Result
         >>> by_model({(0, "goh"): {"bleu": 3.0}, (0, "plain"): {"bleu": 2.0}, (1, "goh"): {"bleu": 4.0}})
         {'goh': [{'bleu': 3.0}, {'bleu': 4.0}], 'plain': [{'bleu': 2.0}]}
     """
-    names = dict.fromkeys(name for _, name in trained)
-    return {name: [result for (_, own), result in trained.items() if own == name] for name in names}
+    results: dict[str, list[Result]] = {}
+    for (_, name), result in trained.items():
+        results.setdefault(name, []).append(result)
+    return results
 
 
 def results_table(trained: Mapping[tuple[int, str], Result], columns: Mapping[str, tuple[str, int, float]]) -> str:
@@ -38,13 +40,12 @@ def results_table(trained: Mapping[tuple[int, str], Result], columns: Mapping[st
         | ----- | ------------: | ---------: | -----------: |
         | plain |          0.01 |      1,200 |         50.0 |
     """
-    rows: list[list[str]] = [["model", "learning rate", "parameters", *columns]]
-    for name, own in by_model(trained).items():
-        about = [name, f"{own[0]['learning_rate']:g}", f"{own[0]['parameters']:,}"]
-        over_seeds = (
-            mean_and_deviation([times * one[key] for one in own], digits) for key, digits, times in columns.values()
+    rows = [["model", "learning rate", "parameters", *columns]]
+    for name, seeds in by_model(trained).items():
+        measures = (
+            mean_and_deviation([scale * one[key] for one in seeds], digits) for key, digits, scale in columns.values()
         )
-        rows.append([*about, *over_seeds])
+        rows.append([name, f"{seeds[0]['learning_rate']:g}", f"{seeds[0]['parameters']:,}", *measures])
     return markdown_table(rows)
 
 
@@ -59,13 +60,13 @@ def verdict(trained: Mapping[tuple[int, str], Result]) -> str:
         >>> verdict({(0, name): {"losses": values} for name, values in losses.items()})
         'no difference beyond noise: goh is ahead by +0.0500 ± 0.4500 nats (one seed; ...: --seeds 0 1 2)'
     """
-    losses = {name: [one["losses"] for one in results] for name, results in by_model(trained).items()}
+    losses = {name: [one["losses"] for one in seeds] for name, seeds in by_model(trained).items()}
     plain = losses.pop("plain")
-    ((kind, own),) = losses.items()
-    gains = [other - mine for mine, other in zip(own, plain, strict=True)]
+    ((other, other_losses),) = losses.items()
+    gains = [reference - values for reference, values in zip(plain, other_losses, strict=True)]
     values = torch.stack([gain.mean() for gain in gains]) if len(gains) > 1 else gains[0]
     gain, error = values.mean().item(), standard_error(values)
     basis = f"{len(gains)} seeds" if len(gains) > 1 else "one seed; another one may say otherwise: --seeds 0 1 2"
     if not abs(gain) > 2 * error:
-        return f"no difference beyond noise: {kind} is ahead by {gain:+.4f} ± {error:.4f} nats ({basis})"
-    return f"better: {kind if gain > 0 else 'plain'}, by {abs(gain):.4f} ± {error:.4f} nats ({basis})"
+        return f"no difference beyond noise: {other} is ahead by {gain:+.4f} ± {error:.4f} nats ({basis})"
+    return f"better: {other if gain > 0 else 'plain'}, by {abs(gain):.4f} ± {error:.4f} nats ({basis})"

@@ -7,12 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Run(NamedTuple):
-    """A model at a learning rate, with a seed.
-
-    Example:
-        >>> Run("plain", 0.002, 0).file_name
-        'plain-0.002-0'
-    """
+    """A model at a learning rate, with a seed."""
 
     name: str
     rate: float
@@ -20,19 +15,15 @@ class Run(NamedTuple):
 
     @property
     def file_name(self) -> str:
-        """The name of its folder or result."""
+        """The name of its folder or result, such as `plain-0.002-0`."""
         return f"{self.name}-{self.rate:g}-{self.seed}"
 
 
 class Runner(Protocol):
-    """Trains the runs of a contest."""
+    """Trains the runs of a contest; raises `FloatingPointError` where a loss has to stay finite and does not."""
 
     def try_rates(self, runs: Sequence[Run]) -> dict[Run, float]:
         """Trains runs of the first seed; returns the loss to choose by, infinite where it has not stayed finite."""
 
     def train(self, runs: Sequence[Run]) -> dict[Run, Any]:
-        """Trains what `try_rates` has not, and returns the results, seed by seed.
-
-        Raises:
-            FloatingPointError: a loss does not stay finite.
-        """
+        """Trains what `try_rates` has not, and returns the results, seed by seed."""
