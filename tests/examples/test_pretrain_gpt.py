@@ -72,7 +72,7 @@ def test_indexed_data_is_read_in_megatrons_order(script, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--experts"], "Expected outputs without kind='experts'"),
+        (["--experts"], "Expected a HeadGraphConv at outputs"),
         (["--tensor-parallel", "2"], "Expected --tensor-parallel that divides 1"),
         (["--batch-size", "5", "--micro-batches", "2"], "Expected --batch-size that 2 data-parallel"),
         (["--router", "--anneal-top-k", "2"], "Expected no --anneal-top-k"),
