@@ -77,15 +77,17 @@ def test_every_text_block_is_the_output_of_the_python_block_before_it():
 
 
 @pytest.mark.parametrize("script", sorted({called(command) for command in commands()}), ids=" ".join)
-def test_commands_name_existing_scripts_and_flags(script, monkeypatch, capsys):
-    shown = {flag for command in commands() if called(command) == script for flag in command if flag.startswith("--")}
-    monkeypatch.setattr(sys, "argv", [*script, "--help"])
+def test_commands_name_existing_scripts_flags_and_values(script, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str((ROOT / script[0]).parent))
-    # In this process: a new one would import torch for every script.
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / script[0]), run_name="__main__")
-    assert not stop.value.code
-    assert shown <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    for command in (command for command in commands() if called(command) == script):
+        # Values are checked before the help is shown, flags are found in it; nothing is run.
+        monkeypatch.setattr(sys, "argv", [*command[1:], "--help"])
+        # In this process: a new one would import torch for every script.
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script[0]), run_name="__main__")
+        printed = capsys.readouterr()
+        assert not stop.value.code, printed.err
+        assert {word for word in command if word.startswith("--")} <= set(re.findall(r"--[\w-]+", printed.out))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
