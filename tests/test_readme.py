@@ -1,4 +1,4 @@
-"""The README runs: its Python blocks, and every command in it and in docs exists with the flags it shows."""
+"""README and docs are true: Python blocks run and print what they show, commands, flags, files and sections exist."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import re
 import runpy
 import shlex
 import sys
+from contextlib import ExitStack, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from benchmarks.tasks import TASKS
+
+from gohgraph.graphs.baselines import BASELINES
+from gohgraph.graphs.baselines.presets import PRESETS
+from gohgraph.graphs.topologies import TOPOLOGIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -17,6 +25,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def blocks(language: str, *pages: Path) -> list[str]:
     text = "\n".join(page.read_text() for page in pages or PAGES[:1])
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def examples(page: Path) -> list[tuple[str, str | None]]:
+    """The Python blocks of a page, each with the text block behind it, which is what it prints."""
+    behind = r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?"
+    found = re.findall(behind, page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [(code, printed or None) for code, printed in found]
 
 
 def commands() -> list[list[str]]:
@@ -34,27 +49,51 @@ def called(command: list[str]) -> tuple[str, ...]:
     return tuple(command[1 : 2 + named])
 
 
+@pytest.fixture
+def registries():
+    """Forgets afterwards what a page adds."""
+    with ExitStack() as stack:
+        for registry in (BASELINES, PRESETS, TOPOLOGIES, TASKS):
+            stack.enter_context(mock.patch.dict(registry))
+        yield
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks("python", page)], ids=lambda page: page.name)
-def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+def test_python_blocks_run_in_order_and_print_what_they_show(page, tmp_path, monkeypatch, registries):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for block in blocks("python", page):
+    for block, shown in examples(page):
         # Flower needs Python 3.11.
         if "federated" in block and sys.version_info < (3, 11):
             continue
-        exec(compile(block, page.name, "exec"), names)
+        with redirect_stdout(StringIO()) as printed:
+            exec(compile(block, page.name, "exec"), names)
+        assert shown is None or printed.getvalue() == shown
+
+
+def test_every_text_block_is_the_output_of_the_python_block_before_it():
+    for page in PAGES:
+        assert len(blocks("text", page)) == sum(shown is not None for _, shown in examples(page))
 
 
 @pytest.mark.parametrize("script", sorted({called(command) for command in commands()}), ids=" ".join)
-def test_commands_name_existing_scripts_and_flags(script, monkeypatch, capsys):
-    shown = {flag for command in commands() if called(command) == script for flag in command if flag.startswith("--")}
-    monkeypatch.setattr(sys, "argv", [*script, "--help"])
+def test_commands_name_existing_scripts_flags_and_values(script, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str((ROOT / script[0]).parent))
-    # In this process: a new one would import torch for every script.
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / script[0]), run_name="__main__")
-    assert not stop.value.code
-    assert shown <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    for command in (command for command in commands() if called(command) == script):
+        # Values are checked before the help is shown, flags are found in it; nothing is run.
+        monkeypatch.setattr(sys, "argv", [*command[1:], "--help"])
+        # In this process: a new one would import torch for every script.
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script[0]), run_name="__main__")
+        printed = capsys.readouterr()
+        assert not stop.value.code, printed.err
+        assert {word for word in command if word.startswith("--")} <= set(re.findall(r"--[\w-]+", printed.out))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_in_the_text_exist(page):
+    named = set(re.findall(r"\b(?:gohgraph|tools|examples|tests|docs)/[\w/]+\.\w+", page.read_text()))
+    assert named and not [name for name in sorted(named) if not (ROOT / name).is_file()]
 
 
 def test_make_targets_exist():
