@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from gohgraph import HeadGraphConfig, HeadGraphConv, RoutingConfig, SiteConfig, TransformerConfig
+from gohgraph import (
+    Classifier,
+    ClassifierConfig,
+    HeadGraphConfig,
+    HeadGraphConv,
+    LanguageModel,
+    RoutingConfig,
+    SiteConfig,
+    Transformer,
+    TransformerConfig,
+)
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-10}
+# Sequences, their tokens, and the vocabulary.
+B, T, V = 2, 7, 13
+# The models, by what they are for, and those of `GRAPHS` with losses of their own.
+KINDS = ("language", "translation", "classes")
+ROUTED = ("moh", "moh-outputs", "experts")
 
 # Every way of running head graphs: sparse scores prefill as wide heads, complete and two-round ones eagerly; then with
 # fewer edges or heads for each token.
@@ -36,7 +52,12 @@ GRAPHS = {
 def small_config(graph: str = "plain", **settings) -> TransformerConfig:
     """A configuration of M = 30, H = 5, D = 6 over 13 tokens, with one of `GRAPHS`."""
     shape = {"d_model": 30, "num_heads": 5, "num_layers": 3, "d_ff": 11, "max_length": 23}
-    return TransformerConfig(vocab_size=13, head_graph=GRAPHS[graph], **{**shape, **settings})
+    return TransformerConfig(vocab_size=V, head_graph=GRAPHS[graph], **{**shape, **settings})
+
+
+def with_graphs(graphs: HeadGraphConfig | None, **settings) -> TransformerConfig:
+    """The configuration of `small_config` with these head graphs."""
+    return replace(small_config(**settings), head_graph=graphs)
 
 
 @torch.no_grad()
@@ -56,6 +77,72 @@ def trained_like(model: nn.Module) -> nn.Module:
             if module.edges.weight is not None:
                 nn.init.normal_(module.edges.weight)
     return model
+
+
+@torch.no_grad()
+def moved(module: nn.Module) -> nn.Module:
+    """Opens every edge, far from the neutral start, and leaves all other weights as they are."""
+    for part in module.modules():
+        if isinstance(part, HeadGraphConv):
+            nn.init.normal_(part.edges.bias)
+            if part.edges.weight is not None:
+                nn.init.normal_(part.edges.weight, std=part.edges.context_dim**-0.5)
+    return module
+
+
+def random_tokens(length: int, batch: int = B) -> Tensor:
+    """Tokens `[B, length]`, none of them special."""
+    return torch.randint(3, V, (batch, length))
+
+
+def language_model(graph: str = "plain", **settings) -> LanguageModel:
+    """A language model with one of `GRAPHS`, as after training."""
+    return trained_like(LanguageModel(small_config(graph, **{"tie_embeddings": False, **settings})))
+
+
+def translator(graph: str = "plain", **settings) -> Transformer:
+    """An encoder and decoder with one of `GRAPHS`, as after training."""
+    # Tied to random embeddings, a model says its last token again and again: nothing to tell hypotheses apart.
+    model = trained_like(Transformer(small_config(graph, **{"num_layers": 2, "tie_embeddings": False, **settings})))
+    # The ending token, 2, is rarely the likeliest.
+    model.head.weight.data[2] = 0
+    return model
+
+
+def classifier(graph: str = "plain", positions: str = "rotary", **settings) -> Classifier:
+    """A classifier with one of `GRAPHS`, as after training."""
+    return trained_like(Classifier(ClassifierConfig(small_config(graph, positions=positions), 3, **settings)))
+
+
+def model_of(kind: str, config: TransformerConfig) -> nn.Module:
+    """A new model for `"language"`, `"translation"` or `"classes"`."""
+    if kind == "classes":
+        return Classifier(ClassifierConfig(config, 3))
+    return {"language": LanguageModel, "translation": Transformer}[kind](config)
+
+
+def inputs_for(kind: str) -> tuple[Tensor, ...]:
+    """Positional arguments of such a model, targets last."""
+    if kind == "classes":
+        return random_tokens(T), torch.tensor([2, 0])
+    return (random_tokens(5),) * (kind == "translation") + (random_tokens(T), random_tokens(T))
+
+
+def gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    """Gradients by name; of parameters a loss does not reach, zeros."""
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
+
+
+def assert_same(own: dict[str, Tensor], other: dict[str, Tensor], *, exactly: bool = False) -> None:
+    """Equality of tensors by name, bit for bit or to 1e-10."""
+    assert own.keys() == other.keys()
+    for name in own:
+        if exactly:
+            assert torch.equal(own[name], other[name]), name
+        else:
+            torch.testing.assert_close(own[name], other[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
 def assert_equal_to(actual: Tensor, expected: Tensor) -> None:

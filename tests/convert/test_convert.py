@@ -7,8 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import small_config
-from test_dropin import moved
+from helpers import moved, small_config
 from torch import nn
 
 import gohgraph as goh
