@@ -19,7 +19,7 @@ from gohgraph.attention.forms import attend
 from gohgraph.attention.routing import HeadRouter
 from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.graphs.conv import HeadGraphConv
-from gohgraph.graphs.protocol import Messages
+from gohgraph.graphs.protocol import Messages, check_site
 from gohgraph.graphs.site_config import SiteConfig
 from gohgraph.parallel.collectives import gather_parts, own_part
 from gohgraph.parallel.megatron.checks import check_sizes, check_transformer
@@ -86,7 +86,7 @@ class HeadGraphCoreAttention(MegatronModule):
         **options: what else the slot is built with, for `attention`.
 
     Raises:
-        ValueError: budgets of a router for another number of layers.
+        ValueError: budgets of a router for another number of layers, a graph that cannot stand where it is to.
 
     Shape:
         query `[s, b, H/n, D]`, key and value `[s, b, G/n, D]`, x `[s, b, M]` -> `[s, b, H/n*D]`.
@@ -181,7 +181,9 @@ class HeadGraphCoreAttention(MegatronModule):
         if site is None:
             return None
         sizes = (self.config.num_attention_heads, self.head_dim, self.config.hidden_size)
-        return MegatronHeadGraphConv(HeadGraphConv.from_config(site, *sizes), self.tp_group, over_maps=over_maps)
+        conv = HeadGraphConv.from_config(site, *sizes)
+        check_site("scores" if over_maps else "outputs", conv, sizes[0])
+        return MegatronHeadGraphConv(conv, self.tp_group, over_maps=over_maps)
 
     def _router(self, head_graph: HeadGraphConfig) -> HeadRouter | None:
         if head_graph.routing is None:
