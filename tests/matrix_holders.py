@@ -257,7 +257,7 @@ class Llama(Holder):
 
         heads, groups, features, _ = self.sizes
         config = LlamaConfig(
-            vocab_size=V, hidden_size=4 * heads, intermediate_size=INNER_WIDTH, num_hidden_layers=2,
+            vocab_size=V, hidden_size=4 * heads, intermediate_size=INNER_WIDTH, num_hidden_layers=1,
             num_attention_heads=heads, num_key_value_heads=groups, head_dim=features, max_position_embeddings=64,
             attn_implementation=self.implementation, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )  # fmt: skip

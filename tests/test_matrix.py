@@ -28,7 +28,7 @@ from matrix_holders import (
 from torch import nn
 
 from gohgraph import BaselineConfig, SiteConfig
-from gohgraph.attention.forms import FORMS, _with_senders, attend, explain
+from gohgraph.attention.forms import FORMS, attend, explain
 from gohgraph.graphs.baselines import BASELINES
 from gohgraph.graphs.config import SITES
 from gohgraph.graphs.protocol import SiteGraph, Traits
@@ -245,8 +245,8 @@ def check_heads(holder, site, blocks, calls):
         assert len(taken) == 1 and (form is None or taken == [form]), site
         expected = attention_by_definition(call, x, graphs, holder.causal)
         for other in FORMS:
-            if not other.refuses(_with_senders(call)):
-                assert_close(other.run(_with_senders(call))[0], expected, holder.exact, f"{site}, {other.name}")
+            if not other.refuses(call):
+                assert_close(other.run(call)[0], expected, holder.exact, f"{site}, {other.name}")
         if "outputs" in graphs:
             graph = graphs["outputs"]
             expected = graph(expected, x, earlier[: graph.traits.reach], None)

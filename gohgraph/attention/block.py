@@ -131,13 +131,13 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"Expected a router over {self.num_heads} heads (got {router.num_heads}). Do build it so.")
         if unknown := sorted(set(inner_graphs) - set(INNER_SITES)):
             raise ValueError(f"Expected inner_graphs of {list(INNER_SITES)} (got {unknown}). Do choose among them.")
-        self.output_graph = _checked("outputs", output_graph, self.num_heads)
-        self.score_graph = _checked("scores", score_graph, self.num_heads)
-        self.router = router
-        self.inner_graphs = nn.ModuleDict()
-        for name, graph in inner_graphs.items():
-            nodes = self.num_kv_heads if name in ("key", "value") else self.num_heads
-            self.inner_graphs[name] = _checked(INNER_SITES[name], graph, nodes)
+        output_graph = _checked("outputs", output_graph, self.num_heads)
+        score_graph = _checked("scores", score_graph, self.num_heads)
+        nodes = {name: self.num_kv_heads if name in ("key", "value") else self.num_heads for name in inner_graphs}
+        inner = {name: _checked(INNER_SITES[name], graph, nodes[name]) for name, graph in inner_graphs.items()}
+        # All are checked before any is put in: what is refused leaves the block as it was.
+        self.output_graph, self.score_graph, self.router = output_graph, score_graph, router
+        self.inner_graphs = nn.ModuleDict(inner)
 
     def forward(
         self,
