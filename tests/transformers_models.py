@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from test_dropin import moved
+from helpers import moved
 from torch import Tensor, nn
 
 from gohgraph import HeadGraphConfig, SiteConfig, convert

@@ -3,7 +3,7 @@
     python tools/benchmark.py --sizes 512/8/512/2 --repeats 30 --only output score-ring2 --markdown benchmark.md
     python tools/benchmark.py routing --sizes 512/8 --contexts 512 8192
     python tools/benchmark.py kernels --sizes 8/64 32/128 --capability 80
-    python tools/benchmark.py convert --kinds forward "forward and backward"
+    python tools/benchmark.py convert --kinds "forward and backward" decode --threads 1
     python tools/benchmark.py quality --tasks text two-cues --variants plain element-gate outputs
 
 The first argument names what is measured, `speed` without one; each is a module of `benchmarks`, which says

@@ -135,13 +135,15 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"Expected a router over {self.num_heads} heads (got {router.num_heads}). Do build it so.")
         if unknown := sorted(set(inner_graphs) - set(INNER_SITES)):
             raise ValueError(f"Expected inner_graphs of {list(INNER_SITES)} (got {unknown}). Do choose among them.")
-        self.output_graph = graph_at("outputs", output_graph, self.num_heads, ALLOWED["outputs"])
-        self.score_graph = graph_at("scores", score_graph, self.num_heads, ALLOWED["scores"])
-        self.router = router
-        self.inner_graphs = nn.ModuleDict()
+        output_graph = graph_at("outputs", output_graph, self.num_heads, ALLOWED["outputs"])
+        score_graph = graph_at("scores", score_graph, self.num_heads, ALLOWED["scores"])
+        inner = {}
         for name, graph in inner_graphs.items():
             site, nodes = INNER_SITES[name], self.num_kv_heads if name in ("key", "value") else self.num_heads
-            self.inner_graphs[name] = graph_at(site, graph, nodes, ALLOWED[site])
+            inner[name] = graph_at(site, graph, nodes, ALLOWED[site])
+        # All are checked before any is put in: what is refused leaves the block as it was.
+        self.output_graph, self.score_graph, self.router = output_graph, score_graph, router
+        self.inner_graphs = nn.ModuleDict(inner)
 
     def forward(
         self,

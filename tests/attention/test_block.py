@@ -199,3 +199,14 @@ def test_impossible_options(build, match):
 def test_masks_that_would_be_misread_are_refused(mask):
     with pytest.raises(ValueError, match="Expected a bool keep_mask that broadcasts"):
         goh.MultiHeadAttention(M, H)(torch.randn(B, T, M), keep_mask=mask)
+
+
+def test_graphs_that_are_refused_leave_the_block_as_it_was():
+    block = goh.MultiHeadAttention(M, H, output_graph=graph(), inner_graphs={"value": graph()})
+    before = dict(block.named_modules())
+    new = {"output_graph": graph(), "score_graph": None, "router": None, "inner_graphs": {}}
+    inner = {"query": graph(), "weight": graph(norm=True)}
+    for refused in ({"score_graph": graph(norm=True)}, {"inner_graphs": inner}):
+        with pytest.raises(ValueError, match="norm=True"):
+            block.fill_slots(**{**new, **refused})
+        assert dict(block.named_modules()) == before

@@ -6,9 +6,7 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import small_config
-from test_dropin import moved
+from helpers import FusedAttention, moved, small_config
 from torch import nn
 
 import gohgraph as goh
@@ -26,35 +24,6 @@ from gohgraph import (
 B, T = 3, 5
 OUTPUTS, SCORES = HeadGraphConfig(), HeadGraphConfig(None, SiteConfig.ring(2))
 STATIC = HeadGraphConfig(SiteConfig(topology="star", edges="static"))
-
-
-class FusedAttention(nn.Module):
-    """timm's `Attention` (vision transformers, timm 1.0), line by line; timm itself needs torchvision."""
-
-    def __init__(self, dim, num_heads, qk_norm=False, scale_norm=False, fused=True):
-        super().__init__()
-        self.num_heads, self.head_dim, self.scale = num_heads, dim // num_heads, (dim // num_heads) ** -0.5
-        self.fused_attn = fused
-        self.qkv = nn.Linear(dim, dim * 3)
-        self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.attn_drop = nn.Dropout(0.0)
-        self.norm = nn.LayerNorm(dim) if scale_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(0.0)
-
-    def forward(self, x, attn_mask=None):
-        B, N, C = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.fused_attn:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        else:
-            attn = (q * self.scale) @ k.transpose(-2, -1)
-            x = self.attn_drop(attn.softmax(dim=-1)) @ v
-        x = self.norm(x.transpose(1, 2).reshape(B, N, C))
-        return self.proj_drop(self.proj(x))
 
 
 class BiasedAttention(FusedAttention):

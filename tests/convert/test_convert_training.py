@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from helpers import moved
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_dropin import moved
 from transformers_models import BOTH, OUTPUTS, build, far, inputs_of, tokens
 
 from gohgraph import (

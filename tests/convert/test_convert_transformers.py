@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 import transformers as hf
-from test_dropin import moved
+from helpers import moved
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers_models import (

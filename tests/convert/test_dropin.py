@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from helpers import assert_equal_to
+from helpers import assert_equal_to, moved
 from torch import nn
 
 from gohgraph import GraphMultiheadAttention, HeadGraphConv, HeadRouter, KeyedGraphConv, MultiHeadAttention, head_graph
@@ -18,17 +18,6 @@ T, S, B = 5, 7, 3
 
 def graph(num_heads, head_dim, d_model, topology="complete", **options):
     return HeadGraphConv(head_graph(num_heads, topology), head_dim, d_model, **options)
-
-
-@torch.no_grad()
-def moved(module):
-    """Opens every edge, far from the neutral start."""
-    for part in module.modules():
-        if isinstance(part, HeadGraphConv):
-            nn.init.normal_(part.edges.bias)
-            if part.edges.weight is not None:
-                nn.init.normal_(part.edges.weight, std=part.edges.context_dim**-0.5)
-    return module
 
 
 def new_slots(kind, num_heads, head_dim, d_model):

@@ -10,18 +10,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_equal_to, small_config, trained_like
-from test_models import T, language_model, random_tokens
-from test_routed_models import assert_same, build, gradients_of, inputs_for, kinds, routed, with_routing
+from helpers import (
+    KINDS,
+    ROUTED,
+    T,
+    assert_equal_to,
+    assert_same,
+    gradients_of,
+    inputs_for,
+    language_model,
+    model_of,
+    random_tokens,
+    small_config,
+    trained_like,
+    with_graphs,
+)
 from torch.utils.checkpoint import checkpoint
 
 from gohgraph import HeadGraphConfig, LanguageModel, RoutingConfig, SiteConfig, TransformerConfig
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+routed = pytest.mark.parametrize("graph", ROUTED)
 
 
 @kinds
 @routed
 def test_gradient_checkpointing_changes_nothing(kind, graph):
-    model = trained_like(build(kind, small_config(graph)))
+    model = trained_like(model_of(kind, small_config(graph)))
     inputs = inputs_for(kind)
     wrapped = copy.deepcopy(model)
     stacks = [getattr(wrapped, name) for name in ("encoder", "decoder") if hasattr(wrapped, name)]
@@ -108,7 +123,7 @@ def train(model, router, steps):
 @pytest.mark.slow
 def test_a_routed_attention_compiles_to_one_graph():
     graphs = HeadGraphConfig(SiteConfig.ring(3, top_edges=2), SiteConfig.ring(2), RoutingConfig(2, 2))
-    model = trained_like(LanguageModel(with_routing(graphs, num_layers=1))).float().train()
+    model = trained_like(LanguageModel(with_graphs(graphs, num_layers=1))).float().train()
     attention = model.decoder.layers[0].attention.object
     x, mask = torch.randn(2, T, 30), torch.arange(T) < torch.tensor([[T], [3]])
 

@@ -2,13 +2,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import GRAPHS, assert_equal_to, small_config, trained_like
+from helpers import (
+    GRAPHS,
+    B,
+    T,
+    V,
+    assert_equal_to,
+    classifier,
+    language_model,
+    random_tokens,
+    translator,
+)
 from torch.nn import functional as F
 
-from gohgraph import Classifier, ClassifierConfig, LanguageModel, Transformer
 from gohgraph.models.generation import beam_search
 
-B, T, V = 2, 7, 13
 GQA = {"d_model": 60, "num_heads": 6, "num_kv_heads": 3}
 # Every graph with rotary positions; every kind of positions and grouped keys with each way of running graphs.
 VARIANTS = [
@@ -20,22 +28,6 @@ VARIANTS = [
 ]
 IDS = [f"{graph}-{'-'.join(map(str, settings.values()))}" for graph, settings in VARIANTS]
 variants = pytest.mark.parametrize("graph,settings", VARIANTS, ids=IDS)
-
-
-def language_model(graph="plain", **settings):
-    return trained_like(LanguageModel(small_config(graph, **{"tie_embeddings": False, **settings})))
-
-
-def translator(graph="plain", **settings):
-    # Tied to random embeddings, a model says its last token again and again: nothing to tell hypotheses apart.
-    model = trained_like(Transformer(small_config(graph, **{"num_layers": 2, "tie_embeddings": False, **settings})))
-    # The ending token, 2, is rarely the likeliest.
-    model.head.weight.data[2] = 0
-    return model
-
-
-def random_tokens(length, batch=B):
-    return torch.randint(3, V, (batch, length))
 
 
 def greedy_uncached(model, tokens, new):
@@ -213,10 +205,6 @@ def test_padding_of_source_and_target_changes_nothing():
         "target_keep_mask": (torch.arange(7) < 3).unsqueeze(0),
     }
     assert_equal_to(model(padded_source, padded_target, **masks).logits[:, :3], model(source, target).logits)
-
-
-def classifier(graph="plain", positions="rotary", **settings):
-    return trained_like(Classifier(ClassifierConfig(small_config(graph, positions=positions), 3, **settings)))
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned", "sinusoidal", "none"])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import GRAPHS, small_config, trained_like
-from test_models import B, T, V, classifier, language_model, random_tokens, translator
+from helpers import GRAPHS, B, T, V, classifier, language_model, random_tokens, small_config, trained_like, translator
 
 from gohgraph import LanguageModel
 

@@ -3,70 +3,41 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_equal_to, small_config, trained_like
-from test_models import T, classifier, language_model, random_tokens, translator
-
-from gohgraph import (
-    Classifier,
-    ClassifierConfig,
-    HeadGraphConfig,
-    HeadRouter,
-    LanguageModel,
-    RoutingConfig,
-    Transformer,
+from helpers import (
+    KINDS,
+    ROUTED,
+    T,
+    assert_equal_to,
+    assert_same,
+    classifier,
+    gradients_of,
+    inputs_for,
+    language_model,
+    model_of,
+    random_tokens,
+    small_config,
+    trained_like,
+    translator,
+    with_graphs,
 )
+
+from gohgraph import HeadGraphConfig, HeadRouter, LanguageModel, RoutingConfig, Transformer
 from gohgraph.attention.routing import routers
 
-KINDS = ["language", "translation", "classes"]
-ROUTED = ["moh", "moh-outputs", "experts"]
 kinds = pytest.mark.parametrize("kind", KINDS)
 routed = pytest.mark.parametrize("graph", ROUTED)
-
-
-def build(kind, config):
-    if kind == "classes":
-        return Classifier(ClassifierConfig(config, 3))
-    return {"language": LanguageModel, "translation": Transformer}[kind](config)
-
-
-def inputs_for(kind):
-    """Positional arguments, targets last."""
-    if kind == "classes":
-        return random_tokens(T), torch.tensor([2, 0])
-    return (random_tokens(5),) * (kind == "translation") + (random_tokens(T), random_tokens(T))
-
-
-def with_routing(graphs, **settings):
-    return replace(small_config(**settings), head_graph=graphs)
-
-
-def gradients_of(loss, model):
-    """By name; of parameters a loss does not reach, zeros."""
-    named = dict(model.named_parameters())
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
-
-
-def assert_same(own, other, *, exactly=False):
-    assert own.keys() == other.keys()
-    for name in own:
-        if exactly:
-            assert torch.equal(own[name], other[name]), name
-        else:
-            torch.testing.assert_close(own[name], other[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
 @kinds
 @pytest.mark.parametrize("shared", [0, 1, 2, 5])
 @pytest.mark.parametrize("is_hard", [False, True], ids=["soft", "straight-through"])
 def test_all_heads_and_zero_weights_are_plain_attention_bit_for_bit(kind, shared, is_hard):
-    plain = build(kind, small_config(dropout=0.0))
+    plain = model_of(kind, small_config(dropout=0.0))
     routing = RoutingConfig(shared, 5 - shared, straight_through=is_hard, balance_loss=0.0)
-    model = build(kind, with_routing(HeadGraphConfig(None, routing=routing)))
+    model = model_of(kind, with_graphs(HeadGraphConfig(None, routing=routing)))
     left = model.load_state_dict(plain.state_dict(), strict=False)
     assert not left.unexpected_keys and all(".router." in name for name in left.missing_keys)
     inputs = inputs_for(kind)
@@ -89,7 +60,7 @@ def test_all_heads_and_zero_weights_are_plain_attention_bit_for_bit(kind, shared
 @kinds
 @routed
 def test_loss_is_cross_entropy_plus_auxiliary(kind, graph):
-    model = trained_like(build(kind, small_config(graph)))
+    model = trained_like(model_of(kind, small_config(graph)))
     inputs = inputs_for(kind)
     output = model(*inputs)
     logits = output.logits.reshape(-1, output.logits.shape[-1])
@@ -108,14 +79,14 @@ def test_loss_is_cross_entropy_plus_auxiliary(kind, graph):
 
 def test_the_z_loss_is_weighed_in():
     graphs = HeadGraphConfig.moh(2, 2, balance_loss=0.0, z_loss=0.7)
-    model = trained_like(LanguageModel(with_routing(graphs)))
+    model = trained_like(LanguageModel(with_graphs(graphs)))
     output = model(random_tokens(T))
     assert_equal_to(output.auxiliary_loss, 0.7 * sum(routing.z_loss for routing in output.routing) / 3)
 
 
 @kinds
 def test_routing_is_listed_in_model_order(kind):
-    model = trained_like(build(kind, small_config("moh")))
+    model = trained_like(model_of(kind, small_config("moh")))
     seen = []
     for router in routers(model):
         router.register_forward_hook(lambda module, inputs, routing: seen.append((module, routing)))
@@ -135,10 +106,10 @@ def test_routing_is_listed_in_model_order(kind):
 
 def test_every_layer_has_its_own_budget():
     graphs = HeadGraphConfig.moh(1, (4, 1, 3))
-    model = trained_like(LanguageModel(with_routing(graphs)))
+    model = trained_like(LanguageModel(with_graphs(graphs)))
     active = [routing.active.sum(-1).unique().tolist() for routing in model(random_tokens(T)).routing]
     assert active == [[5], [2], [4]]
-    both = trained_like(Transformer(with_routing(graphs)))
+    both = trained_like(Transformer(with_graphs(graphs)))
     active = [routing.active.sum(-1).unique().item() for routing in both(random_tokens(5), random_tokens(T)).routing]
     assert active == [5, 2, 4, 5, 5, 2, 2, 4, 4]
 
@@ -244,7 +215,7 @@ def test_autocast_keeps_the_router_in_float32(graph):
 def test_saved_models_keep_bias_and_choice(graph, tmp_path):
     graphs = small_config(graph).head_graph
     routing = RoutingConfig(2, 2, bias_rate=0.01, straight_through=True)
-    model = LanguageModel(with_routing(HeadGraphConfig(graphs.outputs, graphs.scores, routing, graphs.alignment)))
+    model = LanguageModel(with_graphs(HeadGraphConfig(graphs.outputs, graphs.scores, routing, graphs.alignment)))
     model = trained_like(model).float()
     for router in routers(model):
         for _ in range(7):

@@ -38,7 +38,7 @@ def test_smoke_measures_every_form_and_writes_what_it_prints(tool, tmp_path, cap
     assert torch.get_num_threads() == threads and gc.isenabled()
     saved, printed = json.loads(files[0].read_text()), capsys.readouterr().out
     assert torch.__version__ in saved["machine"] and "1 CPU threads" in saved["machine"]
-    on_cpu = [name for name, variant in forms.VARIANTS.items() if not variant.kernel]
+    on_cpu = [name for name, variant in forms.VARIANTS.items() if variant.form != "kernel"]
     assert [row["variant"] for row in saved["rows"]] == 2 * on_cpu
     for row in saved["rows"]:
         timed = [passes for passes in speed.PASSES if passes in row]
@@ -55,8 +55,8 @@ def test_smoke_measures_every_form_and_writes_what_it_prints(tool, tmp_path, cap
 
 
 def test_kernel_forms_are_measured_where_a_gpu_takes_every_size(monkeypatch):
-    monkeypatch.setattr(forms, "kernel_takes", lambda device, dtype, heads, head_dim: heads < 16)
-    kernels = [name for name, variant in forms.VARIANTS.items() if variant.kernel]
+    monkeypatch.setattr(forms, "kernel_refuses", lambda device, dtype, heads, head_dim: "too many" * (heads > 15))
+    kernels = [name for name, variant in forms.VARIANTS.items() if variant.form == "kernel"]
     asked = {"only": None, "smoke": False, "repeats": 2, "threads": 1, "device": "cpu", "dtype": "bfloat16"}
     asked |= {"json": None, "markdown": None}
     for sizes, compiled, expected in (
@@ -66,7 +66,7 @@ def test_kernel_forms_are_measured_where_a_gpu_takes_every_size(monkeypatch):
     ):
         flags = argparse.Namespace(**asked, sizes=sizes, compile=compiled)
         speed.cases(flags)
-        assert [name for name in flags.only if forms.VARIANTS[name].kernel] == expected
+        assert [name for name in flags.only if forms.VARIANTS[name].form == "kernel"] == expected
 
 
 def test_outside_opponent_computes_the_plain_function(size):
@@ -120,7 +120,10 @@ def test_two_forms_of_one_graph_agree_and_differ_from_plain(size, pair):
 def test_variants_are_what_their_names_say(size):
     ours = [name for name, variant in forms.VARIANTS.items() if variant.foreign is None]
     attention = {name: forms.build(name, size).attention.object for name in ours}
-    assert attention["score-ring4"].wide.in_degree == 4 and attention["score-ring4-eager"].wide is None
+    assert attention["score-ring4"].score_graph.traits.in_degree == 4 and attention["score-ring4"].form is None
+    named = {"wide": "wide", "eager": "maps", "kernel": "kernel", "all": "plain"}
+    for name, one in attention.items():
+        assert one.form == named.get(name.rpartition("-")[2]), name
     assert attention["output-folded"].output_graph is None and attention["output-pyg"].output_graph.backend == "pyg"
     assert attention["output-ring4"].output_graph.edge_index.shape == (2, 4 * size.num_heads)
     assert torch.equal(attention["plain"].query.weight, attention["output"].query.weight)

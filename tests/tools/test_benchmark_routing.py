@@ -61,7 +61,7 @@ def test_rows_differ_in_what_their_name_says_alone():
         assert torch.equal(attention.query.weight, plain.query.weight)
         assert attention.router.num_active == CASE.num_heads * variant.percent // 100
         assert (attention.output_graph is not None) == variant.graph == variant.name.startswith("head graph")
-        assert attention.skip is {"off": False, "on": True, "auto": None}[variant.skipping]
+        assert attention.form == {"off": "plain", "on": "skipped", "auto": None}[variant.skipping]
 
 
 def test_active_heads_vary_between_tokens():

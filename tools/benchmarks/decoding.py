@@ -16,7 +16,8 @@ from gohgraph.graphs.site_config import SiteConfig
 from gohgraph.models.config import TransformerConfig
 from gohgraph.models.stacks import EncoderLayer
 
-SKIPPING = {"off": False, "on": True, "auto": None}
+# The form of attention by what a row says of skipping.
+SKIPPING = {"off": "plain", "on": "skipped", "auto": None}
 # Largest difference between outputs with and without skipping, as a share of the largest output.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -71,7 +72,7 @@ def build(variant: Variant | None, case: Case, seed: int = 0) -> EncoderLayer:
         graphs = HeadGraphConfig(outputs, routing=budget(case.num_heads, variant.percent))
         layer = EncoderLayer(replace(config, head_graph=graphs), causal=True)
         layer.load_state_dict(plain.state_dict(), strict=False)
-        layer.attention.object.skip = SKIPPING[variant.skipping]
+        layer.attention.object.form = SKIPPING[variant.skipping]
     for key, parameter in layer.named_parameters():
         if ".edges." in key:
             nn.init.normal_(parameter, std=0.02)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.decoding import budget
-from gohgraph.attention.kernels.mixed_attention import kernel_takes
+from gohgraph.attention.kernels.mixed_attention import kernel_refuses
 from gohgraph.convert.fold import fold
 from gohgraph.graphs.baselines.presets import MIXING
 from gohgraph.graphs.config import HeadGraphConfig
@@ -35,24 +35,24 @@ class Variant:
 
     Args:
         head_graph: its graphs.
-        change: applied to its `MultiHeadAttention` once the edges have their weights.
+        form: in which its `MultiHeadAttention` computes, of `gohgraph.attention.forms.FORMS`; `None` for the default.
+        change: applied to that module once the edges have their weights.
         fewest_heads: of a size that can be measured.
         active: percentage of heads that work for a token, under a router; `None` for no router.
         foreign: makes another library's layer of the plain one, `None` for ours.
-        kernel: measures a CUDA kernel, and nothing where that does not run.
     """
 
     head_graph: HeadGraphConfig | None = None
+    form: str | None = None
     change: Callable[[nn.Module], object] = lambda attention: None
     fewest_heads: int = 1
     active: int | None = None
     foreign: Callable[[EncoderLayer, Size], nn.Module] | None = None
-    kernel: bool = False
 
     def runs(self, size: Size, device: str, dtype: torch.dtype) -> bool:
         """Whether the form can be measured there: a kernel where a GPU takes these heads, all others everywhere."""
         head_dim = size.d_model // size.num_heads
-        return not self.kernel or kernel_takes(torch.device(device), dtype, size.num_heads, head_dim)
+        return self.form != "kernel" or not kernel_refuses(torch.device(device), dtype, size.num_heads, head_dim)
 
 
 class TorchLayer(nn.Module):
@@ -135,30 +135,12 @@ def x_transformers_layer(plain: EncoderLayer, size: Size, *, talking: bool = Fal
     return XLayer(plain, talking=talking)
 
 
-def _force_wide(attention: nn.Module) -> None:
-    attention.tiled = False
+def _score_ring(in_degree: int, form: str | None = None) -> Variant:
+    return Variant(HeadGraphConfig(None, SiteConfig.ring(in_degree)), form=form, fewest_heads=in_degree)
 
 
-def _force_eager(attention: nn.Module) -> None:
-    attention.tiled = False
-    attention.wide = None
-
-
-def _force_kernel(attention: nn.Module) -> None:
-    attention.tiled = True
-
-
-def _force_all_heads(attention: nn.Module) -> None:
-    attention.skip = False
-
-
-def _score_ring(in_degree: int, *change: Callable, kernel: bool = False) -> Variant:
-    graphs = HeadGraphConfig(outputs=None, scores=SiteConfig.ring(in_degree))
-    return Variant(graphs, *change, fewest_heads=in_degree, kernel=kernel)
-
-
-def _score_complete(*change: Callable, kernel: bool = False) -> Variant:
-    return Variant(HeadGraphConfig(outputs=None, scores=SiteConfig()), *change, kernel=kernel)
+def _score_complete(form: str | None = None) -> Variant:
+    return Variant(HeadGraphConfig(None, SiteConfig()), form=form)
 
 
 VARIANTS = {
@@ -167,19 +149,19 @@ VARIANTS = {
     "x-transformers": Variant(foreign=x_transformers_layer),
     "output": Variant(HeadGraphConfig()),
     "output-pyg": Variant(HeadGraphConfig(SiteConfig(backend="pyg"))),
-    "output-folded": Variant(HeadGraphConfig(SiteConfig(edges="static")), fold),
+    "output-folded": Variant(HeadGraphConfig(SiteConfig(edges="static")), change=fold),
     "output-ring4": Variant(HeadGraphConfig(SiteConfig.ring(4)), fewest_heads=4),
     **{f"score-ring{k}": _score_ring(k) for k in (2, 4)},
-    **{f"score-ring{k}-wide": _score_ring(k, _force_wide) for k in (2, 4)},
-    **{f"score-ring{k}-eager": _score_ring(k, _force_eager) for k in (2, 4)},
-    **{f"score-ring{k}-kernel": _score_ring(k, _force_kernel, kernel=True) for k in (2, 4)},
+    **{f"score-ring{k}-wide": _score_ring(k, "wide") for k in (2, 4)},
+    **{f"score-ring{k}-eager": _score_ring(k, "maps") for k in (2, 4)},
+    **{f"score-ring{k}-kernel": _score_ring(k, "kernel") for k in (2, 4)},
     "score-complete": _score_complete(),
-    "score-complete-eager": _score_complete(_force_eager),
-    "score-complete-kernel": _score_complete(_force_kernel, kernel=True),
+    "score-complete-eager": _score_complete("maps"),
+    "score-complete-kernel": _score_complete("kernel"),
     **{f"moh-{percent}": Variant(fewest_heads=4, active=percent) for percent in (75, 50, 25)},
     "talking-heads": Variant(HeadGraphConfig(None, MIXING, weights=MIXING)),
     "x-talking-heads": Variant(foreign=partial(x_transformers_layer, talking=True)),
-    "moh-50-all": Variant(None, _force_all_heads, fewest_heads=4, active=50),
+    "moh-50-all": Variant(form="plain", fewest_heads=4, active=50),
 }
 
 
@@ -205,5 +187,6 @@ def build(name: str, size: Size) -> nn.Module:
     for key, parameter in layer.named_parameters():
         if ".edges." in key or ".router." in key:
             nn.init.normal_(parameter, std=0.02)
+    layer.attention.object.form = variant.form
     variant.change(layer.attention.object)
     return layer

@@ -8,11 +8,11 @@ cache of its own: as in a model, no long context is found in the processor's cac
 round runs every row once, in shuffled order, and gives one ratio of plain's time to its own; shown are their median and
 quartiles.
 
-Of H heads H/4 are shared and always active; at 25 % active, half of those that are. Skipping is `attention.skip`: off
-computes all heads and multiplies by the gates, on leaves out what is off, auto is the default and chooses. The cache a
-row reads is found by trial, not taken from the router: a head has been read where NaN in its cached keys and values
-makes the output NaN. Rows that differ in skipping alone must give equal outputs, or nothing is timed. Times and bytes
-are per token and sublayer.
+Of H heads H/4 are shared and always active; at 25 % active, half of those that are. Skipping is `attention.form`:
+off is "plain", which computes all heads and multiplies by the gates, on is "skipped", which leaves out what is off,
+auto is the default and chooses. The cache a row reads is found by trial, not taken from the router: a head has been
+read where NaN in its cached keys and values makes the output NaN. Rows that differ in skipping alone must give equal
+outputs, or nothing is timed. Times and bytes are per token and sublayer.
 
 Where other programs keep a core busy, use fewer threads than cores: a thread that waits for its turn adds a scheduler's
 time slice, milliseconds, to every step of a call.

@@ -5,7 +5,7 @@ residual) and `block` (that and the feed-forward). All forms have the weights of
 zero. moh-50 is Mixture-of-Head attention with 50 % active heads, moh-50-all the same computed for all heads; torch is
 `nn.TransformerEncoderLayer`, x-transformers that library's attention (no biases) in our block. Forward runs in eval
 mode without gradients (prefill); forward+backward gives gradients of input and weights; decode takes the last token
-with the keys and values of the others in a cache, where the library has one here. Each round runs every form once, in
+with the keys and values of the others in a cache, where the form has one here. Each round runs every form once, in
 shuffled order, and gives one ratio to plain; shown are their median and quartiles.
 
 Peak memory is that of forward+backward above what was live before, gradients included: on CUDA
@@ -108,12 +108,12 @@ def cases(flags: argparse.Namespace) -> list[Size]:
     asked, flags.only = flags.only, [name for name in VARIANTS if name == "plain" or name in (flags.only or VARIANTS)]
     sizes = [_size(text, flags.only) for text in texts]
     # A compiled layer does not call the kernels.
-    runs = {name: not (flags.compile and VARIANTS[name].kernel) for name in flags.only}
+    runs = {name: not (flags.compile and VARIANTS[name].form == "kernel") for name in flags.only}
     runs |= {name: runs[name] and all(_runs(name, size, flags) for size in sizes) for name in flags.only}
     if refused := [name for name in asked or () if not runs[name]]:
         raise ValueError(
             f"Expected a GPU, sizes and a type that the kernels take, not compiled (got {refused} on {flags.device} in "
-            f"{flags.dtype}). Do read gohgraph.attention.kernels.mixed_attention.kernel_takes."
+            f"{flags.dtype}). Do read gohgraph.attention.kernels.mixed_attention.kernel_refuses."
         )
     flags.only = [name for name in flags.only if runs[name]]
     return sizes
@@ -121,8 +121,7 @@ def cases(flags: argparse.Namespace) -> list[Size]:
 
 def calls(size: Size, flags: argparse.Namespace) -> int:
     """Returns how many calls `measure` times."""
-    ours = sum(VARIANTS[name].foreign is None for name in flags.only)
-    return len(PARTS) * (2 * len(flags.only) + ours) * (flags.repeats + WARM_UP)
+    return len(PARTS) * (2 * len(flags.only) + sum(map(_decodes, flags.only))) * (flags.repeats + WARM_UP)
 
 
 def measure(size: Size, flags: argparse.Namespace, progress: tqdm) -> list[dict]:
@@ -151,12 +150,17 @@ def _steps(
     layers: dict[str, nn.Module], part: str, passes: str, x: Tensor, grad: Tensor, compiled: bool
 ) -> dict[str, Call]:
     if passes == "decode":
-        return {name: Decode(layer, part, x) for name, layer in layers.items() if isinstance(layer, EncoderLayer)}
+        return {name: Decode(layer, part, x) for name, layer in layers.items() if _decodes(name)}
     steps = {name: Step(layer, part, passes, x, grad) for name, layer in layers.items()}
     if compiled:
         for step in steps.values():
             step.function = torch.compile(step.function)
     return steps
+
+
+def _decodes(name: str) -> bool:
+    """Whether a form decodes here: one of ours, but the kernels, which refuse a single query."""
+    return VARIANTS[name].foreign is None and VARIANTS[name].form != "kernel"
 
 
 def tables(rows: list[dict]) -> list[str]:

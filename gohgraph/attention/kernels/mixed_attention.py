@@ -76,16 +76,6 @@ def flash_mixed_attention(
     return _FlashMixedAttention.apply(*_in_order((q, k, v, w, keep_mask, is_causal)))[0]
 
 
-def kernel_takes(device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int) -> bool:
-    """Whether `flash_mixed_attention` runs on a device, for heads of this type, number and size.
-
-    Example:
-        >>> kernel_takes(torch.device("cpu"), torch.float32, num_heads=8, head_dim=64)
-        False
-    """
-    return not kernel_refuses(device, dtype, num_heads, head_dim)
-
-
 def kernel_refuses(device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int) -> str:
     """Why `flash_mixed_attention` does not run on a device, for heads of this type, number and size; empty if it does.
 

@@ -86,7 +86,7 @@ class HeadGraphCoreAttention(MegatronModule):
         **options: what else the slot is built with, for `attention`.
 
     Raises:
-        ValueError: budgets of a router for another number of layers.
+        ValueError: budgets of a router for another number of layers, a graph that cannot stand where it is to.
 
     Shape:
         query `[s, b, H/n, D]`, key and value `[s, b, G/n, D]`, x `[s, b, M]` -> `[s, b, H/n*D]`.
