@@ -38,7 +38,7 @@ def draw_confusion(
     if counts.shape != (len(classes), len(classes)) or not len(classes) or counts.min() < 0 or not counts.sum():
         raise ValueError(
             f"Expected counts [{len(classes)}, {len(classes)}] of some examples (got shape {list(counts.shape)}). "
-            "Do pass confusion_matrix(targets, found, num_classes)."
+            "Do pass confusion_matrix(targets, predicted, num_classes)."
         )
     path = checked_path(path)
     side = max(3.2, 0.5 * len(classes) + 1.2)

@@ -13,6 +13,7 @@ from torch import Tensor
 from gohgraph.analysis.network import HeadNetwork, head_graph_of
 from gohgraph.analysis.record import Recordings
 from gohgraph.common.files import checked_path, write_whole
+from gohgraph.common.packages import needs
 from gohgraph.drawing.circles import check_threshold
 from gohgraph.drawing.colours import DIVERGING, round_limit
 from gohgraph.drawing.layered import layout_of
@@ -82,8 +83,8 @@ def page_document(
     most_edges: int = MOST_EDGES,
 ):  # fmt: skip
     """Returns the page of `save_page` as a `bokeh.document.Document`."""
-    _check_bokeh()
-    from bokeh.document import Document
+    with needs("bokeh for an interactive page", "interactive"):
+        from bokeh.document import Document
     from bokeh.events import DocumentReady
     from bokeh.layouts import column, row
     from bokeh.models import BooleanFilter, ColumnDataSource, CustomJS, Div, LinearColorMapper
@@ -122,15 +123,6 @@ def page_document(
     return document
 
 
-def _check_bokeh() -> None:
-    try:
-        import bokeh  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "Expected bokeh for an interactive page (got none). Do install it: pip install 'gohgraph[interactive]'."
-        ) from error
-
-
 def _controls(blocks: list[str], limit: float, threshold: float) -> tuple[Any, Any, Any, Any]:
     """The threshold's slider, the choice of layers, the button for the theme, and the line that counts edges."""
     from bokeh.models import Div, MultiChoice, Slider, Toggle
@@ -149,7 +141,7 @@ def _token_values(heads: Recordings, chosen: np.ndarray, loops: np.ndarray) -> d
     """The weights of every token: sources of the chosen edges and of the heads' loops, and what a byte stands for."""
     from bokeh.models import ColumnDataSource
 
-    if getattr(heads, "token_strings", None) is None or any(one.every is None for one in heads.values()):
+    if getattr(heads, "token_strings", None) is None or any(part.every is None for part in heads.values()):
         return {"edges": None, "loops": None, "scale": 1.0, "largest": 0.0}
     weights = token_weights(heads, min(MOST_TOKENS, len(check_tokens_recorded(heads))))  # [N, E]
     weights = np.concatenate([weights, np.zeros_like(weights[:, :1])], axis=1)

@@ -132,7 +132,7 @@ def _draw_heads(plot: Any, network: HeadNetwork, layout: Layout, heads: Any, col
             drawn.append(plot.rect("x", "y", "side", "side", **style))
         else:
             drawn.append(plot.circle("x", "y", radius="radius", **style))
-    themed.outlines += [one.glyph for one in drawn]
+    themed.outlines += [marks.glyph for marks in drawn]
     if layout.radius * PIXELS >= 7:
         letters = plot.text(
             "x", "y", text="number", source=heads, text_align="center", text_baseline="middle",

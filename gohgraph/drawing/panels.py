@@ -90,6 +90,8 @@ def grid_of(panels: list[Panel], *, widest: int | None = None) -> tuple[list[lis
     columns = min(range((widest + 2) // 2, widest + 1), key=lambda count: (-most % count, -count))
     rows = [group[at : at + columns] for group in groups for at in range(0, len(group), columns)]
     return rows, columns, min(WIDTH / columns, 3.4 if heads <= 16 else 4.5)
+
+
 def draw_panels(axes, rows: list[list[Panel]], draw_panel: Callable[[Any, Panel], None]) -> None:
     """Calls `draw_panel(axis, panel)` for the rows of `grid_of` on axes `[rows, columns]`; further axes stay empty."""
     for row, row_axes in zip(rows, axes, strict=True):
