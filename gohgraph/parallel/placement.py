@@ -53,10 +53,7 @@ def place_heads(graph: Any, ranks: int, weights: Tensor | None = None, *, seed: 
         seed: of the random starts.
 
     Returns:
-        The old index of each new head, for `reorder_heads`.
-
-    Raises:
-        ValueError: the ranks do not divide the heads.
+        The old index of each new head, for `reorder_heads`; ranks that do not divide the heads are a `ValueError`.
 
     Example:
         >>> from gohgraph.graphs.graph import head_graph
@@ -70,8 +67,8 @@ def place_heads(graph: Any, ranks: int, weights: Tensor | None = None, *, seed: 
         raise ValueError(f"Expected ranks to divide {heads} heads (got {ranks}). Do change either.")
     generator = torch.Generator().manual_seed(seed)
     starts = [list(range(heads)), *(torch.randperm(heads, generator=generator).tolist() for _ in range(STARTS))]
-    found = [starts[0], *(_improved(graph, ranks, start, weights, seed) for start in starts)]
-    return min(found, key=lambda order: cut_weight(graph, ranks, order, weights))
+    orders = [starts[0], *(_improved(graph, ranks, start, weights, seed) for start in starts)]
+    return min(orders, key=lambda order: cut_weight(graph, ranks, order, weights))
 
 
 def _improved(graph: Any, ranks: int, order: list[int], weights: Tensor | None, seed: int) -> list[int]:
@@ -115,9 +112,6 @@ def reorder_heads(model: LanguageModel, order: list[int]) -> LanguageModel:
     Args:
         model: with heads that have keys of their own; changed in place.
         order: the old index of each new head; with routers the shared heads must stay the first.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: no such permutation, or graphs other than plain `HeadGraphConv`s at outputs and scores.
@@ -184,7 +178,10 @@ def _site(site: SiteConfig | None, order: list[int], heads: int) -> SiteConfig |
 def _check(block: MultiHeadAttention, order: list[int]) -> None:
     sites = (block.output_graph, block.score_graph)
     if len(block.inner_graphs) or not all(graph is None or type(graph) is HeadGraphConv for graph in sites):
-        raise ValueError("Expected HeadGraphConvs at outputs and scores only (got more). Do leave the order as it is.")
+        kinds = sorted({type(graph).__name__ for graph in (*sites, *block.inner_graphs.values()) if graph is not None})
+        raise ValueError(
+            f"Expected HeadGraphConvs at outputs and scores only (got {kinds}). Do leave the order as it is."
+        )
     shared = 0 if block.router is None else block.router.num_shared
     if set(order[:shared]) != set(range(shared)):
         raise ValueError(
