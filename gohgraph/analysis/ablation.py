@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,16 +44,10 @@ def edge_ablation(
     Returns:
         The rise of the loss, `[E]` by head graph; NaN where it was not measured.
 
-    Raises:
-        TypeError, ValueError: no head graphs, no batches, an unknown `replace`, a sample below 1.
-
     Example:
         >>> import gohgraph as goh
-        >>> shape = dict(d_model=8, num_heads=2, num_layers=1, d_ff=8)
-        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
-        >>> tokens = torch.tensor([[1, 2, 3, 4]])
-        >>> loss = lambda model, tokens: model(tokens[:, :-1], targets=tokens[:, 1:])
-        >>> edge_ablation(model, loss, [tokens])["decoder.layers.0.attention.object.output_graph"].tolist()
+        >>> conv = goh.HeadGraphConv(goh.head_graph(2), head_dim=2, context_dim=3, edges="static")
+        >>> edge_ablation(conv, lambda conv, z: conv(z).square().mean(), [torch.ones(5, 2, 2)])[""].tolist()
         [0.0, 0.0, 0.0, 0.0]
     """
     graphs = head_graphs(model)
@@ -72,17 +67,12 @@ def edge_ablation(
 
 @contextmanager
 def _without(conv: HeadGraphConv, edge: int, fill: Sequence[Tensor]) -> Iterator[None]:
-    def replaced(alpha: Tensor, value: Tensor) -> Tensor:
+    def replace(value: Tensor, module: nn.Module, inputs: Any, alpha: Tensor) -> Tensor:
         alpha = alpha.clone()
         alpha[..., edge] = value[:, edge].to(alpha.dtype)
         return alpha
 
-    hooks = [
-        weights.register_forward_hook(lambda module, inputs, alpha, value=value: replaced(alpha, value))
-        for weights, value in zip(weights_of(conv), fill, strict=True)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for weights, value in zip(weights_of(conv), fill, strict=True):
+            hooks.enter_context(weights.register_forward_hook(partial(replace, value)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -35,20 +36,11 @@ def edge_attribution(
         model, loss, batches, replace: as in `edge_ablation`.
         at: tau, where the slope is taken, in [0, 1].
 
-    Returns:
-        The estimated rise of the loss, `[E]` by head graph.
-
-    Raises:
-        TypeError, ValueError: no head graphs, no batches, an unknown `replace`, `at` out of range.
-
     Example:
         >>> import gohgraph as goh
-        >>> shape = dict(d_model=8, num_heads=2, num_layers=1, d_ff=8)
-        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
-        >>> tokens = torch.tensor([[1, 2, 3, 4]])
-        >>> loss = lambda model, tokens: model(tokens[:, :-1], targets=tokens[:, 1:])
-        >>> edge_attribution(model, loss, [tokens])["decoder.layers.0.attention.object.output_graph"].shape
-        torch.Size([4])
+        >>> conv = goh.HeadGraphConv(goh.head_graph(2), head_dim=2, context_dim=3, edges="static")
+        >>> edge_attribution(conv, lambda conv, z: conv(z).square().mean(), [torch.ones(5, 2, 2)])[""].tolist()
+        [0.0, 0.0, 0.0, 0.0]
     """
     graphs = head_graphs(model)
     check_intervention(replace, None, batches)
@@ -56,12 +48,10 @@ def edge_attribution(
     fill = fills(graphs, model, loss, batches, replace)
     totals = {name: torch.zeros(conv.edges.num_edges).double() for name, conv in graphs.items()}
     seen: list[tuple[str, Tensor, Tensor]] = []
-    hooks = [
-        weights.register_forward_hook(_moving(name, value, at, seen))
-        for name, conv in graphs.items()
-        for weights, value in zip(weights_of(conv), fill[name], strict=True)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, conv in graphs.items():
+            for weights, value in zip(weights_of(conv), fill[name], strict=True):
+                hooks.enter_context(weights.register_forward_hook(_moving(name, value, at, seen)))
         for batch in batches:
             seen.clear()
             with torch.enable_grad():
@@ -71,9 +61,6 @@ def edge_attribution(
                 if grad is not None:
                     rise = (change * grad).double().flatten(0, -2).sum(dim=0).cpu()  # [E]
                     totals[name] += rise / len(batches)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return totals
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -37,9 +38,6 @@ def head_importance(
         `[H]` by the name of the attention block: every `MultiHeadAttention`, and every other module with a graph over
         head outputs; in a model without any of these, what `convert` would give graphs to.
 
-    Raises:
-        ValueError: no batches, or no such block.
-
     Example:
         >>> import gohgraph as goh
         >>> shape = dict(d_model=8, num_heads=2, num_layers=1, d_ff=8)
@@ -51,9 +49,10 @@ def head_importance(
     """
     check_batches(batches)
     masks: dict[str, list[Tensor]] = {}
-    hooks = [_masking(name, block, masks) for name, block in _blocks(model, example).items()]
     totals: dict[str, Tensor] = {}
-    try:
+    with ExitStack() as hooks:
+        for name, block in _blocks(model, example).items():
+            hooks.enter_context(_masking(name, block, masks))
         for batch in batches:
             masks.clear()
             with torch.enable_grad():
@@ -64,24 +63,21 @@ def head_importance(
                 # The loss is a mean over sequences: each one's own gradient is as many times larger.
                 size = grad.flatten(1).double().cpu().abs().mean(dim=0) * len(grad)  # [H]
                 totals[name] = totals.get(name, 0) + size / len(batches)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return totals
 
 
 def _blocks(model: nn.Module, example: dict[str, Any] | None) -> dict[str, tuple[nn.Module, int | None]]:
     """What masks are put on, by block: an output projection of so many heads, or the graph at the heads' outputs."""
     modules = dict(model.named_modules())
-    own = {name: block for name, block in modules.items() if isinstance(block, MultiHeadAttention)}
-    blocks: dict[str, tuple[nn.Module, int | None]] = {n: (block.output, block.num_heads) for n, block in own.items()}
+    attention = {name: block for name, block in modules.items() if isinstance(block, MultiHeadAttention)}
+    blocks: dict[str, tuple[nn.Module, int | None]] = {n: (b.output, b.num_heads) for n, b in attention.items()}
     for name, module in modules.items():
-        is_own = any(f"{name}.".startswith(f"{block}.".removeprefix(".")) for block in own)
-        if isinstance(module, HeadGraphConv) and not is_own and site_of(name) == "outputs":
+        is_inside = any(f"{name}.".startswith(f"{block}.".removeprefix(".")) for block in attention)
+        if isinstance(module, HeadGraphConv) and not is_inside and site_of(name) == "outputs":
             blocks[block_of(name)] = (module, None)
     if not blocks:
-        found = find_blocks(model, example).blocks.values()
-        blocks = {block.name: (block.projection, block.num_heads) for block in found if block.projection is not None}
+        convertible = find_blocks(model, example).blocks.values()
+        blocks = {b.name: (b.projection, b.num_heads) for b in convertible if b.projection is not None}
     if not blocks:
         raise ValueError(
             f"Expected attention with a known output projection (got none in {type(model).__name__}). Do see what "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,18 +32,14 @@ def fills(
         for name, conv in graphs.items()
     }
     if replace == "mean":
-        hooks = [
-            weights.register_forward_hook(lambda module, inputs, alpha, own=own: own.update(alpha))
-            for name, conv in graphs.items()
-            for weights, own in zip(weights_of(conv), moments[name], strict=True)
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, conv in graphs.items():
+                for weights, seen in zip(weights_of(conv), moments[name], strict=True):
+                    observe = weights.register_forward_hook(lambda _, inputs, alpha, seen=seen: seen.update(alpha))
+                    hooks.enter_context(observe)
             mean_loss(model, loss, batches)
-        finally:
-            for hook in hooks:
-                hook.remove()
     device = next(iter(graphs.values())).edge_index.device
-    return {name: [one.mean.float().to(device) for one in own] for name, own in moments.items()}
+    return {name: [part.mean.float().to(device) for part in parts] for name, parts in moments.items()}
 
 
 def check_intervention(replace: str, sample: int | None, batches: Sequence[Any]) -> None:

@@ -22,11 +22,7 @@ def batch_loss(model: nn.Module, loss: Loss, batch: Any) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, loss: Loss, batches: Sequence[Any]) -> float:
-    """Returns the mean loss over batches, which weigh the same.
-
-    Raises:
-        ValueError: there are no batches.
-    """
+    """Returns the mean loss over batches, at least one, which weigh the same."""
     check_batches(batches)
     return sum(batch_loss(model, loss, batch).item() for batch in batches) / len(batches)
 

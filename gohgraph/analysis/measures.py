@@ -45,8 +45,8 @@ def measures(heads: Mapping[str, Recording]) -> dict[str, Measures]:
         >>> _ = torch.nn.init.constant_(conv.edges.bias, 0.5)
         >>> with goh.record(conv) as heads:
         ...     _ = conv(torch.randn(5, 4, 2))
-        >>> found = measures(heads)[""]
-        >>> found.static_share, found.reciprocity, found.degree.tolist()
+        >>> of_graph = measures(heads)[""]
+        >>> of_graph.static_share, of_graph.reciprocity, of_graph.degree.tolist()
         (1.0, 0.0, [1.0, 1.0, 1.0, 1.0])
     """
     return {name: _measure(recording) for name, recording in heads.items()}
@@ -60,12 +60,12 @@ def _measure(recording: Recording) -> Measures:
     weights[:, :heads].fill_diagonal_(0)
     received = weights.sum(dim=1)  # [H]
     degree = received.square() / weights.square().sum(dim=1).clamp(min=torch.finfo(weights.dtype).tiny)  # [H]
-    own = weights[:, :heads]  # [H, H]
-    sent, total = own.sum(dim=0), own.sum().item()  # [H]
-    reciprocity = torch.minimum(own, own.T).sum().item() / total if total else float("nan")
+    in_layer = weights[:, :heads]  # [H, H]
+    sent, total = in_layer.sum(dim=0), in_layer.sum().item()  # [H]
+    reciprocity = torch.minimum(in_layer, in_layer.T).sum().item() / total if total else float("nan")
     high = sent.mean() + sent.std(correction=0)
     hubs = [head for head in sent.argsort(descending=True, stable=True).tolist() if sent[head] >= high > 0]
-    return Measures(static_share, degree, received, sent, reciprocity, hubs, _communities(own))
+    return Measures(static_share, degree, received, sent, reciprocity, hubs, _communities(in_layer))
 
 
 def strength_matrix(recording: Recording) -> Tensor:
@@ -81,5 +81,5 @@ def _communities(weights: Tensor) -> list[list[int]]:
     import networkx
 
     graph = networkx.from_numpy_array((weights + weights.T).numpy())
-    found = networkx.community.louvain_communities(graph, seed=0)
-    return sorted((sorted(group) for group in found), key=lambda group: (-len(group), group))
+    groups = map(sorted, networkx.community.louvain_communities(graph, seed=0))
+    return sorted(groups, key=lambda group: (-len(group), group))

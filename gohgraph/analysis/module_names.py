@@ -26,8 +26,8 @@ def site_of(name: str) -> str:
         >>> site_of("decoder.layers.0.attention.object.score_graph")
         'scores'
     """
-    found = _SITE.search(name)
-    return SITES[found[2]] if found else "outputs"
+    match = _SITE.search(name)
+    return SITES[match[2]] if match else "outputs"
 
 
 def block_of(name: str) -> str:
@@ -76,14 +76,10 @@ def block_titles(blocks: Sequence[str]) -> list[str]:
 
 
 def graph_titles(names: Sequence[str]) -> list[str]:
-    """Returns short titles of head graphs.
+    """Returns short titles of head graphs by their module names: "layer 0 outputs" and the like.
 
-    Args:
-        names: their module names in a model.
-
-    Returns:
-        "layer 0 outputs" and the like, preceded by the name of the stack where several stacks have such layers;
-        the names themselves where that does not tell them apart.
+    The name of the stack precedes where several stacks have such layers; where that does not tell them apart, titles
+    are the names themselves.
 
     Example:
         >>> graph_titles(["decoder.layers.0.attention.object.score_graph"])

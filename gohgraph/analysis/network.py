@@ -47,11 +47,7 @@ class HeadNetwork(Data):
 
     @classmethod
     def from_networkx(cls, graph: Any) -> HeadNetwork:
-        """Returns the network of a graph that `to_networkx` made; further attributes are left out.
-
-        Raises:
-            ValueError: nodes or edges lack an attribute.
-        """
+        """Returns the network of a graph that `to_networkx` made, with the attributes it knows, all of them needed."""
         nodes = sorted(graph.nodes(data=True), key=lambda node: int(node[0]))
         place = {node: number for number, (node, _) in enumerate(nodes)}
         edges = [(place[j], place[i], values) for j, i, values in graph.edges(data=True)]
@@ -88,16 +84,14 @@ class HeadNetwork(Data):
             [('0.0', '0.0'), ('0.1', '0.0')]
         """
         values = self[by].abs() if by == "mean" else self[by].nan_to_num(-torch.inf)
-        order = values.argsort(descending=True, stable=True)[:count].tolist()
         names = self.attributes()[1]
-        return [
-            {
-                "sender": self.label[self.edge_index[0, e]],
-                "receiver": self.label[self.edge_index[1, e]],
-                **{n: self[n][e].item() if isinstance(self[n], Tensor) else self[n][e] for n in names},
-            }
-            for e in order
-        ]
+        strongest = []
+        for edge in values.argsort(descending=True, stable=True)[:count].tolist():
+            sender, receiver = (self.label[head] for head in self.edge_index[:, edge])
+            columns = {name: self[name][edge] for name in names}
+            numbers = {name: v.item() if isinstance(v, Tensor) else v for name, v in columns.items()}
+            strongest.append({"sender": sender, "receiver": receiver, **numbers})
+        return strongest
 
 
 def head_graph_of(
@@ -113,9 +107,6 @@ def head_graph_of(
             (std 0), and the load that balanced routing would give.
         importance: of heads, `[H]` by attention block, as `head_importance` returns it.
         edge_importance: of edges, `[E]` by head graph, as `edge_ablation` and `edge_attribution` return it.
-
-    Raises:
-        ValueError: no head graphs.
 
     Example:
         >>> import gohgraph as goh
@@ -181,11 +172,11 @@ def _nodes(
     columns: dict[str, list] = {name: [] for name in NODE_ATTRIBUTES}
     for block in blocks:
         for place in ((block, False), (block, True)):
-            own = [recording for name, recording in heads.items() if places[name] == place]
-            if not own:
+            recordings = [recording for name, recording in heads.items() if places[name] == place]
+            if not recordings:
                 continue
             numbers[place] = len(columns["label"])
-            recording = max(own, key=lambda one: one.num_shared is not None)
+            recording = max(recordings, key=lambda recording: recording.num_shared is not None)
             layer = layer_of(block)
             for head in range(recording.num_heads):
                 columns["label"].append(f"{titles[block].replace('layer ', '')}.{head}" + ("kv" if place[1] else ""))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,7 @@ def save_head_graph(network: HeadNetwork, path: str | os.PathLike[str]) -> None:
 
     Args:
         network: as `head_graph_of` makes it.
-        path: a file that ends in .graphml, .gexf, .json or .csv.
-
-    Raises:
-        ValueError: another suffix.
-        OSError: the file cannot be written; an older one is kept.
+        path: a file that ends in .graphml, .gexf, .json or .csv; an older one is kept where it cannot be written.
 
     Example:
         >>> import tempfile, gohgraph as goh
@@ -41,26 +36,20 @@ def save_head_graph(network: HeadNetwork, path: str | os.PathLike[str]) -> None:
         8
     """
     path = checked_path(path, GRAPH_SUFFIXES)
-    suffix = path.suffix.lower()
-    if suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         # Nodes first: the edges' table is the one that is asked for, and the last to change.
-        write_whole(_nodes_of(path), lambda pending: _write_rows(pending, *_node_table(network)))
-    write_whole(path, lambda pending: WRITERS[suffix](network, pending))
+        write_whole(_nodes_of(path), lambda pending: _write_nodes(network, pending))
+    write_whole(path, lambda pending: _write(network, pending))
 
 
 def load_head_graph(path: str | os.PathLike[str]) -> HeadNetwork:
     """Reads a head network that `save_head_graph` wrote.
-
-    Raises:
-        ValueError: another suffix, or a file that is damaged or holds another graph.
-        OSError: the file cannot be read.
     """
     path = Path(path)
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+    if path.suffix.lower() not in GRAPH_SUFFIXES:
         raise ValueError(f"Expected a file that ends in {', '.join(GRAPH_SUFFIXES)} (got {path}). Do pass another.")
     try:
-        return HeadNetwork.from_networkx(reader(path))
+        return HeadNetwork.from_networkx(_read(path))
     except OSError:
         raise
     # Each parser has errors of its own for a damaged file.
@@ -71,23 +60,21 @@ def load_head_graph(path: str | os.PathLike[str]) -> HeadNetwork:
         ) from error
 
 
-def _write_graphml(network: HeadNetwork, path: Path) -> None:
+def _write(network: HeadNetwork, path: Path) -> None:
     import networkx
 
-    networkx.write_graphml(network.to_networkx(), path)
-
-
-def _write_gexf(network: HeadNetwork, path: Path) -> None:
-    import networkx
-
-    networkx.write_gexf(network.to_networkx(), path)
-
-
-def _write_json(network: HeadNetwork, path: Path) -> None:
-    import networkx
-
-    data = networkx.node_link_data(network.to_networkx(), edges="edges")
-    path.write_text(json.dumps(_without_nan(data), indent=1, allow_nan=False), encoding="utf-8")
+    graph, suffix = network.to_networkx(), path.suffix.lower()
+    if suffix == ".graphml":
+        networkx.write_graphml(graph, path)
+    elif suffix == ".gexf":
+        networkx.write_gexf(graph, path)
+    elif suffix == ".json":
+        data = _without_nan(networkx.node_link_data(graph, edges="edges"))
+        path.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
+    else:
+        names = network.attributes()[1]
+        rows = [[j, i, *(values[name] for name in names)] for j, i, values in graph.edges(data=True)]
+        _write_rows(path, [*ENDS, *names], rows)
 
 
 def _without_nan(value: Any) -> Any:
@@ -99,16 +86,9 @@ def _without_nan(value: Any) -> Any:
     return None if value != value else value
 
 
-def _write_csv(network: HeadNetwork, path: Path) -> None:
-    names = network.attributes()[1]
-    edges = network.to_networkx().edges(data=True)
-    _write_rows(path, [*ENDS, *names], [[j, i, *(values[n] for n in names)] for j, i, values in edges])
-
-
-def _node_table(network: HeadNetwork) -> tuple[list[str], list[list[Any]]]:
-    names = network.attributes()[0]
-    nodes = network.to_networkx().nodes(data=True)
-    return [NODE, *names], [[node, *(values[n] for n in names)] for node, values in nodes]
+def _write_nodes(network: HeadNetwork, path: Path) -> None:
+    names, nodes = network.attributes()[0], network.to_networkx().nodes(data=True)
+    _write_rows(path, [NODE, *names], [[node, *(values[name] for name in names)] for node, values in nodes])
 
 
 def _write_rows(path: Path, header: list[str], rows: list[list[Any]]) -> None:
@@ -122,32 +102,22 @@ def _nodes_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}.nodes{path.suffix}")
 
 
-def _read_graphml(path: Path):
+def _read(path: Path) -> Any:
+    """The `networkx` graph in a file."""
     import networkx
 
-    return networkx.read_graphml(path, node_type=int, force_multigraph=True)
-
-
-def _read_gexf(path: Path):
-    import networkx
-
-    return networkx.read_gexf(path, node_type=int)
-
-
-def _read_json(path: Path):
-    import networkx
-
-    data = json.loads(path.read_text(encoding="utf-8"))
-    for row in (*data["nodes"], *data["edges"]):
-        for name in ("importance", "edge_importance"):
-            if name in row and row[name] is None:
-                row[name] = float("nan")
-    return networkx.node_link_graph(data, edges="edges")
-
-
-def _read_csv(path: Path):
-    import networkx
-
+    suffix = path.suffix.lower()
+    if suffix == ".graphml":
+        return networkx.read_graphml(path, node_type=int, force_multigraph=True)
+    if suffix == ".gexf":
+        return networkx.read_gexf(path, node_type=int)
+    if suffix == ".json":
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for row in (*data["nodes"], *data["edges"]):
+            for name in ("importance", "edge_importance"):
+                if name in row and row[name] is None:
+                    row[name] = float("nan")
+        return networkx.node_link_graph(data, edges="edges")
     graph = networkx.MultiDiGraph()
     for row in _read_rows(_nodes_of(path)):
         graph.add_node(int(row.pop(NODE)), **row)
@@ -159,17 +129,3 @@ def _read_csv(path: Path):
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-WRITERS: dict[str, Callable[[HeadNetwork, Path], None]] = {
-    ".graphml": _write_graphml,
-    ".gexf": _write_gexf,
-    ".json": _write_json,
-    ".csv": _write_csv,
-}
-READERS: dict[str, Callable[[Path], Any]] = {
-    ".graphml": _read_graphml,
-    ".gexf": _read_gexf,
-    ".json": _read_json,
-    ".csv": _read_csv,
-}

@@ -32,9 +32,6 @@ def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None 
             `edge_attribution`, `edge_ablation`, ... `None` for `edge_strength(model)`, which needs no data. A strong
             edge need not be an important one: where there is data, attribution prunes much better.
 
-    Raises:
-        TypeError, ValueError: no head graphs, keep out of range, scores of other graphs or with NaN.
-
     Example:
         >>> import gohgraph as goh
         >>> shape = dict(d_model=20, num_heads=5, num_layers=2, d_ff=8)
@@ -51,11 +48,11 @@ def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None 
     values = torch.cat([scores[name].double().cpu() for name in graphs])  # [edges]
     if values.isnan().any():
         raise ValueError("Expected scores of all edges (got NaN at some). Do score every edge, without a sample.")
-    kept = torch.zeros(len(values), dtype=torch.bool)
-    kept[values.argsort(descending=True, stable=True)[: round(keep * len(values))]] = True
+    stays = torch.zeros(len(values), dtype=torch.bool)
+    stays[values.argsort(descending=True, stable=True)[: round(keep * len(values))]] = True
     pruned = deepcopy(model)
-    for conv, own in zip(head_graphs(pruned).values(), kept.split(numbers), strict=True):
-        conv.keep_edges(own)
+    for conv, edges in zip(head_graphs(pruned).values(), stays.split(numbers), strict=True):
+        conv.keep_edges(edges)
     return pruned
 
 
@@ -66,7 +63,7 @@ def pruning_curve(
     orders: Mapping[str, Mapping[str, Tensor]],
     keep: Sequence[float] = KEEP,
 ) -> dict[str, list[tuple[float, float]]]:
-    """Measures the loss of pruned models, for several orders of edges.
+    """Measures the loss of pruned models: by order of edges, the (share of edges kept, loss) of each.
 
     Args:
         model: used as it is; call `model.eval()` first.
@@ -74,20 +71,12 @@ def pruning_curve(
         orders: name of each order and its scores, as `prune` takes them.
         keep: shares of edges that stay.
 
-    Returns:
-        By order, the (share of edges kept, loss) of every model.
-
-    Raises:
-        ValueError: as `prune`; no batches.
-
     Example:
         >>> import gohgraph as goh
-        >>> shape = dict(d_model=8, num_heads=2, num_layers=1, d_ff=8)
-        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
-        >>> loss = lambda model, tokens: model(tokens[:, :-1], targets=tokens[:, 1:])
-        >>> curves = pruning_curve(model, loss, [torch.tensor([[1, 2, 3]])], {"random": random_scores(model)}, (1, 0.5))
-        >>> [share for share, _ in curves["random"]]
-        [1, 0.5]
+        >>> conv = goh.HeadGraphConv(goh.head_graph(4, "ring"), head_dim=2, context_dim=3, edges="static")
+        >>> loss = lambda conv, z: conv(z).square().mean()
+        >>> pruning_curve(conv, loss, [torch.ones(5, 4, 2)], {"random": random_scores(conv)}, (1, 0.5))
+        {'random': [(1, 1.0), (0.5, 1.0)]}
     """
     points = [(name, share) for name in orders for share in keep]
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in orders}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -185,25 +185,18 @@ def record(
     routers = {name: module for name, module in model.named_modules() if isinstance(module, HeadRouter)}
     heads = Recordings({}, token_strings)
     heads.left_out = left_out
-    hooks = []
-    for name, graph in graphs.items():
-        router = None if site_of(name) in OF_KEYS else _router_of(name, routers)
-        heads[name] = Recording(graph, router, every_token=every_token)
-        hooks += _hooks(heads[name], name, graph, router, model)
-    try:
+    with ExitStack() as hooks:
+        for name, graph in graphs.items():
+            router = None if site_of(name) in OF_KEYS else _router_of(name, routers)
+            heads[name] = Recording(graph, router, every_token=every_token)
+            for hook in _hooks(heads[name], name, graph, router, model):
+                hooks.enter_context(hook)
         yield heads
         _check_strings(heads, graphs)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def head_graphs(model: nn.Module) -> dict[str, HeadGraphConv]:
-    """Returns the head graphs of a model by module name, in model order.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Returns the head graphs of a model by module name, in model order; `ValueError` where there are none."""
     graphs = {name: module for name, module in model.named_modules() if isinstance(module, HeadGraphConv)}
     if not graphs:
         others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, SiteGraph)})
@@ -222,10 +215,10 @@ def _recordable(model: nn.Module) -> tuple[dict[str, SiteGraph], dict[str, str]]
     for name, module in model.named_modules():
         if name in convs:
             graphs[name] = module
-        elif not isinstance(module, SiteGraph) or any(conv.startswith(f"{name}.") for conv in convs):
-            # A graph around a convolution is recorded by it.
+        elif isinstance(module, Chain) or not isinstance(module, SiteGraph):
             continue
-        elif isinstance(module, Chain):
+        elif any(conv.startswith(f"{name}.") for conv in convs):
+            # A graph around a convolution is recorded by it.
             continue
         elif module.traits.linear and site_of(name) in FEATURES:
             graphs[name] = module
@@ -280,12 +273,12 @@ def _hooks(recording: Recording, name: str, graph: SiteGraph, router: HeadRouter
 
 
 def _hook(owner: nn.Module, take: Callable[[Any, Any], None]):
-    def take_own(module: nn.Module, inputs: Any, result: Any) -> None:
+    def take_result(module: nn.Module, inputs: Any, result: Any) -> None:
         # A deep copy of the model made inside the block carries this hook along: it is not what is recorded.
         if module is owner:
             take(inputs, result)
 
-    return owner.register_forward_hook(take_own)
+    return owner.register_forward_hook(take_result)
 
 
 def _check_strings(heads: Recordings, graphs: dict[str, SiteGraph]) -> None:

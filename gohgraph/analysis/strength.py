@@ -30,7 +30,7 @@ def edge_strength(source: nn.Module | Mapping[str, Recording]) -> dict[str, Tens
     """
     if not isinstance(source, nn.Module):
         return {name: recording.strength for name, recording in source.items()}
-    return {name: _own_strength(conv) for name, conv in head_graphs(source).items()}
+    return {name: _weight_strength(conv) for name, conv in head_graphs(source).items()}
 
 
 def faithfulness(scores: Mapping[str, Tensor], effects: Mapping[str, Tensor]) -> float:
@@ -42,9 +42,6 @@ def faithfulness(scores: Mapping[str, Tensor], effects: Mapping[str, Tensor]) ->
 
     Returns:
         In [-1, 1]; NaN where either is the same for all edges.
-
-    Raises:
-        ValueError: other graphs in one than in the other, or other numbers of edges.
 
     Example:
         >>> faithfulness({"graph": torch.tensor([0.1, 0.5, 0.2])}, {"graph": torch.tensor([0.0, 3.0, 1.0])})
@@ -59,7 +56,7 @@ def faithfulness(scores: Mapping[str, Tensor], effects: Mapping[str, Tensor]) ->
     return torch.corrcoef(ranks)[0, 1].clamp(-1, 1).item()
 
 
-def _own_strength(conv: HeadGraphConv) -> Tensor:
+def _weight_strength(conv: HeadGraphConv) -> Tensor:
     edges = conv.edges
     squares = edges.bias.detach().double().square()  # [R, E]
     if edges.weight is not None:

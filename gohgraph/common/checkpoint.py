@@ -1,7 +1,7 @@
 """Save and load a model: `config.json` beside `model.safetensors`; a crash leaves a whole checkpoint.
 
-The weights file carries the configuration in its safetensors metadata, so the two files can always be
-compared. Replacing the weights is the one commit point of a save:
+The weights file carries the configuration in its safetensors metadata, so the two files can always be compared.
+Replacing the weights is the one commit point of a save:
 
 1. `.config.json.new` and `.model.safetensors.new` are written and flushed to disk,
 2. `.model.safetensors.new` replaces `model.safetensors` (before: the old checkpoint, after: the new one),
@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,26 +38,16 @@ PENDING_CONFIG, PENDING_WEIGHTS = ".config.json.new", ".model.safetensors.new"
 class PretrainedMixin:
     """Gives a model class `save_pretrained` and `from_pretrained`.
 
-    The class names its configuration in `config_class` (with `to_dict` and `from_dict`), is built by
-    `cls(config)` and keeps that configuration in `self.config`.
+    The class names its configuration in `config_class` (with `to_dict` and `from_dict`), is built by `cls(config)` and
+    keeps that configuration in `self.config`.
 
     Example:
-        >>> import dataclasses, tempfile
-        >>> @dataclasses.dataclass(frozen=True)
-        ... class Config:
-        ...     width: int = 3
-        ...     to_dict = dataclasses.asdict
-        ...     from_dict = classmethod(lambda cls, values: cls(**values))
-        >>> class Model(PretrainedMixin, nn.Linear):
-        ...     config_class = Config
-        ...     def __init__(self, config):
-        ...         super().__init__(config.width, config.width)
-        ...         self.config = config
-        >>> model = Model(Config(width=5))
+        >>> import tempfile, gohgraph as goh
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, d_model=8, num_heads=2, num_layers=1, d_ff=8))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     model.save_pretrained(folder)
-        ...     loaded = Model.from_pretrained(folder)
-        >>> torch.equal(model.weight, loaded.weight)
+        ...     loaded = goh.LanguageModel.from_pretrained(folder)
+        >>> loaded.config == model.config
         True
     """
 
@@ -75,16 +66,12 @@ class PretrainedMixin:
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write `config.json` and `model.safetensors` to `folder`, atomically.
 
-    Whatever interrupts the save (an exception, a kill, a power cut), `folder` afterwards holds either the
-    checkpoint it held before or the new one, whole. Tied tensors are stored once. One process writes to a
-    folder at a time.
+    Whatever interrupts the save (an exception, a kill, a power cut), `folder` afterwards holds either the checkpoint
+    it held before or the new one, whole. Tied tensors are stored once. One process writes to a folder at a time.
 
     Args:
         model: a module with `model.config.to_dict()`, which returns what JSON can hold.
-        folder: where to write; made if it is missing.
-
-    Raises:
-        OSError: `folder` cannot be made or written.
+        folder: where to write, made if it is missing; `OSError` where that is impossible.
     """
     folder = Path(folder)
     text = json.dumps(_document(model), indent=2, allow_nan=False)
@@ -96,32 +83,23 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             f"Expected a folder that can be written (got {folder}: {error.strerror}). Do choose another folder."
         ) from error
     write_text_whole(folder / PENDING_CONFIG, text, flush=True)
-    write_whole(
-        folder / WEIGHTS,
-        lambda pending: save_model(model, str(pending), metadata={METADATA_KEY: text}),
-        flush=True,
-        pending=folder / PENDING_WEIGHTS,
-    )
+    save = partial(save_model, model, metadata={METADATA_KEY: text})
+    write_whole(folder / WEIGHTS, lambda path: save(str(path)), flush=True, pending=folder / PENDING_WEIGHTS)
     move_whole(folder / PENDING_CONFIG, folder / CONFIG, flush=True)
 
 
 def load_pretrained(model_class: type, folder: str | os.PathLike[str]):
-    """Build the model saved in `folder`, on the CPU and in training mode.
+    """Build the model saved in `folder`, on the CPU, in training mode and in the dtypes it was saved with.
 
-    The model has the dtypes it was saved with. Nothing is written, and the global random state is left as it
-    was.
+    Nothing is written, and the global random state is left as it was.
 
     Args:
         model_class: the class that was saved; built by `model_class(config_class.from_dict(...))`.
         folder: a folder written by `save_pretrained`.
 
-    Returns:
-        The model, an instance of `model_class`.
-
     Raises:
         FileNotFoundError: `folder` or one of its two files is missing.
-        ValueError: a file is damaged or foreign, the two files do not belong together, or another class was
-            saved.
+        ValueError: a file is damaged or foreign, the two files do not belong together, or another class was saved.
     """
     folder = Path(folder)
     tensors, saved_with, aliases = _read_weights(folder)
@@ -133,9 +111,8 @@ def load_pretrained(model_class: type, folder: str | os.PathLike[str]):
             model = model_class(config)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"Expected a configuration of {model_class.__name__} in {folder / CONFIG} "
-            f"(got one that is refused: {error}). "
-            f"Do load it with gohgraph {document['gohgraph']}, which wrote it, or save the model again."
+            f"Expected a configuration of {model_class.__name__} in {folder / CONFIG} (got one that is refused: "
+            f"{error}). Do load it with gohgraph {document['gohgraph']}, which wrote it, or save the model again."
         ) from error
     for alias, name in aliases.items():
         if name in tensors:
@@ -149,12 +126,7 @@ def _document(model: nn.Module) -> dict[str, Any]:
         version = metadata.version("gohgraph")
     except metadata.PackageNotFoundError:
         version = "from source"
-    return {
-        "model": type(model).__name__,
-        "format": FORMAT,
-        "gohgraph": version,
-        "config": model.config.to_dict(),
-    }
+    return {"model": type(model).__name__, "format": FORMAT, "gohgraph": version, "config": model.config.to_dict()}
 
 
 def _finish_interrupted_save(folder: Path) -> None:
@@ -195,13 +167,9 @@ def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     path = folder / WEIGHTS
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"Expected a checkpoint folder (got {folder}, which is not there). "
-            "Do check the path, or train a model first."
+            f"Expected a checkpoint folder (got {folder}, which is not there). Do check the path, or train a model."
         )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Expected {WEIGHTS} in {folder} (got a folder without it). Do pass a folder written by save_pretrained."
-        )
+    _check_present(path)
     with _open_weights(path) as file:
         aliases = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -214,16 +182,20 @@ def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     return tensors, _parse(text, f"the metadata of {path}"), aliases
 
 
+def _check_present(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Expected {path.name} in {path.parent} (got a folder without it). Do pass one written by save_pretrained."
+        )
+
+
 def _read_config(folder: Path, saved_with: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration document after holding it against the one in the weights."""
     path, pending = folder / CONFIG, folder / PENDING_CONFIG
     # Pending first: a save that ends meanwhile moves it to config.json, which is read after it.
     if pending.is_file() and _same_json(pending, json.dumps(saved_with)):
         return saved_with
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Expected {CONFIG} in {folder} (got a folder without it). Do pass a folder written by save_pretrained."
-        )
+    _check_present(path)
     document = _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
     if document != saved_with:
         raise ValueError(
@@ -275,9 +247,9 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> N
     for name, module in reversed(list(model.named_modules())):
         if hasattr(module, "prune_to_saved"):
             module.prune_to_saved(tensors, f"{name}." if name else "")
-    own = model.state_dict(keep_vars=True)
-    for name in sorted(own.keys() | tensors.keys()):
-        want, have = own.get(name), tensors.get(name)
+    expected_tensors = model.state_dict(keep_vars=True)
+    for name in sorted(expected_tensors.keys() | tensors.keys()):
+        want, have = expected_tensors.get(name), tensors.get(name)
         if want is None or have is None or want.shape != have.shape:
             expected = "no such tensor" if want is None else f"shape {list(want.shape)}"
             got = "none" if have is None else f"shape {list(have.shape)}"

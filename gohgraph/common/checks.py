@@ -13,12 +13,7 @@ def check_int(name: str, value: Any, *, low: int | None = None, high: int | None
     Args:
         name: what the message calls the value.
         value: to check.
-        low: the lowest int allowed; `None` for no bound.
-        high: the highest int allowed; `None` for no bound.
-
-    Raises:
-        TypeError: not an int.
-        ValueError: an int out of range.
+        low, high: the lowest and the highest int allowed; `None` for no bound.
 
     Example:
         >>> check_int("rounds", 0, low=1)
@@ -35,27 +30,16 @@ def check_int(name: str, value: Any, *, low: int | None = None, high: int | None
 
 
 def check_number(
-    name: str,
-    value: Any,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
+    name: str, value: Any, *, low: float | None = None, high: float | None = None, above: float | None = None,
     below: float | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Refuses what is not a finite int or float within the bounds; True and False are no numbers here.
 
     Args:
         name: what the message calls the value.
         value: to check.
-        low: the lowest number allowed; `None` for no bound.
-        high: the highest number allowed; `None` for no bound.
-        above: instead of `low`, where the bound itself is refused.
-        below: instead of `high`, where the bound itself is refused.
-
-    Raises:
-        TypeError: not an int or float.
-        ValueError: a number out of range, infinite or NaN.
+        low, high: the lowest and the highest number allowed; `None` for no bound.
+        above, below: instead of these, where the bound itself is refused.
 
     Example:
         >>> check_number("dropout", 1.0, low=0, below=1)
@@ -86,20 +70,13 @@ def check_probability(name: str, value: Any) -> None:
 
 
 def check_bool(name: str, value: Any) -> None:
-    """Refuses what is neither True nor False.
-
-    Raises:
-        TypeError: not a bool.
-    """
+    """Refuses what is neither True nor False, with a `TypeError`."""
     if not isinstance(value, bool):
         raise TypeError(f"Expected {name} to be True or False (got {value!r}). Do pass a bool.")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
-    """Refuses what is none of the choices.
-
-    Raises:
-        ValueError: none of them.
+    """Refuses what is none of the choices, with a `ValueError`.
 
     Example:
         >>> check_choice("norm", "batch", ("layer", "rms"))

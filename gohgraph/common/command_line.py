@@ -21,22 +21,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(
-    parser: argparse.ArgumentParser,
-    command: Callable[[argparse.Namespace], None],
-    argv: Sequence[str] | None = None,
+    parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
 ) -> int:
-    """Parses `argv`, calls `command(flags)` and returns the exit code.
+    """Parses `argv`, calls `command(flags)` and returns the exit code: 0, 2 for bad input, 130 after Ctrl-C.
 
     Bad input is an `OSError`, or one of `REFUSALS` whose message begins with "Expected": it is printed as one line
     without a traceback, and the code is 2. Any other exception is a fault of the program and is raised.
-
-    Args:
-        parser: of the flags.
-        command: does the work.
-        argv: arguments; `None` for those of the process.
-
-    Returns:
-        0, 2 for bad input, 130 after Ctrl-C.
 
     Example:
         >>> run(ArgumentParser(), lambda flags: None, [])

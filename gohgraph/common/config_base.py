@@ -18,10 +18,6 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
         """Builds the configuration from `to_dict`'s form.
-
-        Raises:
-            TypeError: `values` is not a dictionary.
-            ValueError: an unknown key, or a value the constructor refuses.
         """
         if not isinstance(values, dict):
             raise TypeError(f"Expected a dictionary for {cls.__name__} (got {type(values).__name__}). Do pass one.")
@@ -33,9 +29,8 @@ class Config:
             )
         missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in values]
         if missing:
-            raise ValueError(
-                f"Expected {missing} in a dictionary for {cls.__name__} (got only {sorted(values)}). Do add them."
-            )
+            got = sorted(values)
+            raise ValueError(f"Expected {missing} in a dictionary for {cls.__name__} (got only {got}). Do add them.")
         return cls(**cls._nested(values))
 
     @classmethod

@@ -16,10 +16,6 @@ PICTURES = (".png", ".svg", ".pdf")
 
 def checked_path(path: str | os.PathLike[str] | None, suffixes: Sequence[str] = PICTURES) -> Path | None:
     """Returns where to save, once its suffix is known and its folder is there; `None` stays `None`.
-
-    Raises:
-        ValueError: the suffix is none of `suffixes`.
-        FileNotFoundError: the folder is missing.
     """
     if path is None:
         return None
@@ -55,13 +51,11 @@ def write_whole(path: Path, write: Callable[[Path], Any], *, flush: bool = False
     be written at once; for the same file, each writer needs a `pending` of its own, and the last one stays.
 
     Args:
-        path: the place of the file, in a folder that is there.
+        path: the place of the file, in a folder that is there; `OSError` where it cannot be written.
         write: writes to the path it is given.
         flush: forces the file and its name to disk, so that a power cut leaves a whole file too.
         pending: where `write` writes, in the folder of `path`; `None` for `.NAME.new.SUFFIX`.
 
-    Raises:
-        OSError: the file cannot be written.
 
     Example:
         >>> import tempfile
@@ -92,12 +86,9 @@ def write_text_whole(path: Path, text: str, *, flush: bool = False) -> None:
 
 
 def move_whole(source: Path, target: Path, *, flush: bool = False) -> None:
-    """Moves a file over another one of the same folder in one step.
+    """Moves a file, all of it written, over another one of the same folder in one step.
 
-    Args:
-        source: the file, all of it written.
-        target: its new name.
-        flush: forces the file to disk before and its name after, so that a power cut leaves one of the two files.
+    With `flush` the file is forced to disk before and its name after: a power cut leaves one of the two files.
     """
     if flush:
         _flush(source)
@@ -107,15 +98,7 @@ def move_whole(source: Path, target: Path, *, flush: bool = False) -> None:
 
 
 def parse_json(text: str, origin: str | os.PathLike[str], remedy: str) -> Any:
-    """Returns the value a JSON text stands for.
-
-    Args:
-        text: the text.
-        origin: where it was read, for the message.
-        remedy: what to do when it is damaged, for the message: "Do " and this.
-
-    Raises:
-        ValueError: the text is not JSON.
+    """Returns the value a JSON text stands for; where it is none, a `ValueError` tells its origin and the remedy.
 
     Example:
         >>> parse_json("[5", "log.json", "delete it")
@@ -129,12 +112,7 @@ def parse_json(text: str, origin: str | os.PathLike[str], remedy: str) -> Any:
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """Returns what a JSON file holds; see `parse_json`.
-
-    Raises:
-        ValueError: the file is damaged.
-        OSError: it cannot be read.
-    """
+    """Returns what a JSON file holds; see `parse_json`."""
     return parse_json(path.read_text(encoding="utf-8", errors="replace"), path, remedy)
 
 

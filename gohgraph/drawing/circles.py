@@ -11,8 +11,8 @@ import numpy as np
 
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.colours import FAINT, colour_bar, colour_scale, is_dark
-from gohgraph.drawing.figures import INK, new_figure, save_figure
-from gohgraph.drawing.panels import Panel, grid_of, panels_of, strongest_weight
+from gohgraph.drawing.figures import INK, finish, new_figure
+from gohgraph.drawing.panels import Panel, draw_panels, grid_of, panels_of, strongest_weight
 
 RING_GAP = 0.46
 # More edges than this in a circle of so many inches are a blot: the strongest are drawn.
@@ -54,7 +54,7 @@ def draw(
     Raises:
         ValueError: nothing was recorded, a weight is not finite, `threshold` or `limit` is out of range, or the suffix
             is unknown.
-        OSError: the folder of `path` is missing or cannot be written. An older file at `path` is kept then.
+        OSError: the folder of `path` is missing or cannot be written; an older file is kept.
 
     Example:
         >>> import torch
@@ -75,16 +75,10 @@ def draw(
     axes = figure.subplots(len(rows), columns, squeeze=False)
     strongest = strongest_weight(panels)
     colours = colour_scale(strongest, limit)
-    for row, row_axes in zip(rows, axes, strict=True):
-        for axis in row_axes[len(row) :]:
-            axis.set_axis_off()
-        for panel, axis in zip(row, row_axes, strict=False):
-            draw_circle(axis, panel, colours, threshold * strongest, size, most_edges)
+    faint_below = threshold * strongest
+    draw_panels(axes, rows, lambda axis, panel: draw_circle(axis, panel, colours, faint_below, size, most_edges))
     colour_bar(figure, axes, colours, label)
-    if title:
-        figure.suptitle(title, fontsize=12, color=INK)
-    save_figure(figure, path)
-    return figure
+    return finish(figure, title, path)
 
 
 def check_threshold(threshold: float) -> None:
@@ -127,16 +121,8 @@ def draw_circle(axis, panel: Panel, colours, faint_below: float, size: float, mo
     _draw_heads(axis, panel, places, radii, colours, font, outside, step)
     for ring in range(1, panel.rings + 1):
         axis.add_patch(_ring_line(1.0 + RING_GAP * ring))
-        axis.text(
-            *_on_ring(panel, ring, np.array(panel.num_heads)),
-            f"\u2212{ring}",
-            fontsize=8,
-            color="#777777",
-            ha="center",
-            va="center_baseline",
-            zorder=4,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
+        style = {"fontsize": 8, "color": "#777777", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
+        _write(axis, _on_ring(panel, ring, np.array(panel.num_heads)), f"\u2212{ring}", **style)
 
 
 def _on_ring(panel: Panel, ring: int, heads: np.ndarray) -> np.ndarray:
@@ -185,13 +171,19 @@ def curves(
     nearest = np.linalg.norm(along, axis=1).min(initial=np.inf)
     inward = np.where(np.linalg.norm(along, axis=1) > 1.3 * nearest, 0.7, 1.0)[:, None]
     control = inward * (start + end) / 2 + 0.14 * left  # [E, 2]
-    away = _unit(control - start)
-    into = _unit(end - control)
-    start, tip = start + from_radius[:, None] * away, end - 1.06 * to_radius[:, None] * into
-    base = tip - heads[:, None] * into
+    return arrows(start, control, end, from_radius, 1.06 * to_radius, heads)
+
+
+def arrows(
+    start: np.ndarray, control: np.ndarray, end: np.ndarray, gap: np.ndarray, tip_gap: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Quadratic Bezier curves `[E, 25, 2]` and tips `[E, 3, 2]` of so many lengths, with gaps at both ends `[E]`."""
+    away, into = _unit(control - start), _unit(end - control)
+    start, tip = start + gap[:, None] * away, end - tip_gap[:, None] * into
+    base = tip - lengths[:, None] * into
     t = np.linspace(0, 1, 25)[None, :, None]
     paths = (1 - t) ** 2 * start[:, None] + 2 * t * (1 - t) * control[:, None] + t**2 * base[:, None]  # [E, 25, 2]
-    side = 0.45 * heads[:, None] * np.stack([-into[:, 1], into[:, 0]], axis=1)  # [E, 2]
+    side = 0.45 * lengths[:, None] * np.stack([-into[:, 1], into[:, 0]], axis=1)  # [E, 2]
     return paths, np.stack([tip, base + side, base - side], axis=1)  # [E, 3, 2]
 
 
@@ -217,15 +209,12 @@ def _draw_heads(
         if head % step:
             continue
         spot = place + (radii.max() + 0.08) * _unit(place) if outside else place
-        axis.text(
-            *spot,
-            str(head),
-            fontsize=font if ring == 0 else 0.85 * font,
-            ha="center",
-            va="center_baseline",
-            zorder=4,
-            color="white" if not outside and is_dark(fill) else INK if ring == 0 else "#777777",
-        )
+        ink = "white" if not outside and is_dark(fill) else INK if ring == 0 else "#777777"
+        _write(axis, spot, str(head), fontsize=font if ring == 0 else 0.85 * font, color=ink)
+
+
+def _write(axis, place: np.ndarray, text: str, **style: Any) -> None:
+    axis.text(*place, text, ha="center", va="center_baseline", zorder=4, **style)
 
 
 def _ring_line(radius: float):

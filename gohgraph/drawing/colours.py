@@ -31,11 +31,7 @@ def round_limit(strongest: float) -> float:
 
 
 def colour_scale(strongest: float, limit: float | None = None):
-    """Returns the `ScalarMappable` from -limit to limit; `limit` fixes it for several figures.
-
-    Raises:
-        ValueError: `limit` is not positive.
-    """
+    """Returns the `ScalarMappable` from -limit to limit; `limit` fixes it for several figures."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
@@ -47,15 +43,9 @@ def colour_scale(strongest: float, limit: float | None = None):
 
 def colour_bar(figure, axes, colours, label: str) -> None:
     """Adds the bar of a scale below the axes `[rows, columns]`."""
-    bar = figure.colorbar(
-        colours,
-        ax=axes,
-        location="bottom",
-        fraction=0.05,
-        pad=0.02,
-        aspect=45,
-        shrink=0.6 if figure.get_figwidth() > 6 else 0.95,
-    )
+    shrink = 0.6 if figure.get_figwidth() > 6 else 0.95
+    place = {"ax": axes, "location": "bottom", "fraction": 0.05, "pad": 0.02, "aspect": 45, "shrink": shrink}
+    bar = figure.colorbar(colours, **place)
     bar.set_ticks(np.linspace(-colours.norm.vmax, colours.norm.vmax, 5))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=2, color=INK, labelcolor=INK)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gohgraph.common.files import checked_path
-from gohgraph.drawing.figures import INK, new_figure, save_figure
+from gohgraph.drawing.figures import INK, finish, new_figure
 
 
 def draw_confusion(
@@ -24,15 +24,10 @@ def draw_confusion(
     Args:
         matrix: `[C, C]` counts, rows are the true classes.
         classes: the names of the C classes.
-        path: where to save; a name that ends in .png, .svg or .pdf. `None` saves nothing.
-        title: a line above the matrix.
-
-    Returns:
-        The `matplotlib.figure.Figure`.
+        path, title, and what is returned: as in `draw`.
 
     Raises:
         ValueError: a matrix of another shape or with negative counts, or the suffix is unknown.
-        OSError: the folder of `path` is missing or cannot be written. An older file at `path` is kept then.
 
     Example:
         >>> figure = draw_confusion([[5, 1], [0, 4]], ["cat", "dog"])
@@ -43,7 +38,7 @@ def draw_confusion(
     if counts.shape != (len(classes), len(classes)) or not len(classes) or counts.min() < 0 or not counts.sum():
         raise ValueError(
             f"Expected counts [{len(classes)}, {len(classes)}] of some examples (got shape {list(counts.shape)}). "
-            "Do pass confusion_matrix(targets, found, num_classes)."
+            "Do pass confusion_matrix(targets, predicted, num_classes)."
         )
     path = checked_path(path)
     side = max(3.2, 0.5 * len(classes) + 1.2)
@@ -66,7 +61,4 @@ def draw_confusion(
     axis.set_title(f"accuracy {counts.diagonal().sum().item() / counts.sum().item():.1%}", fontsize=10, color=INK)
     axis.tick_params(labelsize=8, color="#999999", labelcolor=INK)
     axis.spines[:].set_visible(False)
-    if title:
-        figure.suptitle(title, fontsize=11, color=INK)
-    save_figure(figure, path)
-    return figure
+    return finish(figure, title, path, fontsize=11)

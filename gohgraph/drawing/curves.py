@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gohgraph.common.files import checked_path
-from gohgraph.drawing.figures import INK, WIDTH, new_figure, save_figure
+from gohgraph.drawing.figures import INK, WIDTH, finish, frame_axis, new_figure
 
 # Okabe and Ito's palette, without its yellow, which is too pale for a line on white.
 CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -25,17 +25,9 @@ def draw_curves(
     The left side shows all steps, the right one the validation loss of the second half, where runs are close.
 
     Args:
-        histories: {name of the run: its log}, each entry with `step` and with `loss`, `validation_loss` or
-            both, in nats.
-        path: where to save; a name that ends in .png, .svg or .pdf. `None` saves nothing.
-        title: a line above the curves.
-
-    Returns:
-        The `matplotlib.figure.Figure`.
-
-    Raises:
-        ValueError: a run has no losses, or the suffix is unknown.
-        OSError: the folder of `path` is missing or cannot be written. An older file at `path` is kept then.
+        histories: {name of the run: its log}, each entry with `step` and with `loss`, `validation_loss` or both, in
+            nats; a run without either is an error.
+        path, title, and what is returned: as in `draw`.
 
     Example:
         >>> log = [{"step": 1, "loss": 5.5}, {"step": 2, "loss": 4.5, "validation_loss": 4.6}]
@@ -55,25 +47,19 @@ def draw_curves(
     close = any((validation[:, 0] >= last / 2).sum() > 1 for _, validation in runs.values())
     figure = new_figure(WIDTH if close else 0.62 * WIDTH, 3.7)
     axes = figure.subplots(1, 2 if close else 1, squeeze=False, width_ratios=[1.5, 1] if close else None)[0]
-    for (name, (training, validation)), colour in zip(runs.items(), _cycle(len(runs)), strict=True):
+    for number, (name, (training, validation)) in enumerate(runs.items()):
+        colour = CURVES[number % len(CURVES)]
         _draw_run(axes[0], name, training, validation, colour)
         if close:
             late = validation[validation[:, 0] >= last / 2]
             axes[1].plot(*late.T, "o-", color=colour, markersize=4, linewidth=1.6)
     _frame_curves(axes, list(runs.values()))
-    if title:
-        figure.suptitle(title, fontsize=12, color=INK)
-    save_figure(figure, path)
-    return figure
+    return finish(figure, title, path)
 
 
 def _series(log: Sequence[Mapping[str, float]], key: str) -> np.ndarray:
     points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
     return np.array(points, dtype=float).reshape(-1, 2)  # [N, 2]
-
-
-def _cycle(count: int) -> list[str]:
-    return [CURVES[number % len(CURVES)] for number in range(count)]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -110,8 +96,4 @@ def _frame_curves(axes, runs: list[tuple[np.ndarray, np.ndarray]]) -> None:
         axes[0].set_title("validation (markers) and training (faint) loss", fontsize=10, color=INK)
     for axis in axes:
         axis.set_xlabel("step", color=INK)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color("#999999")
-        axis.tick_params(labelsize=8.5, color="#999999", labelcolor=INK)
-        axis.grid(axis="y", color="#eeeeee", linewidth=0.8)
-        axis.set_axisbelow(True)
+        frame_axis(axis, labelsize=8.5)

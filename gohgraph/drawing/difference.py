@@ -63,18 +63,11 @@ def draw_difference(
 
     Args:
         first, second: as in `difference`; what is drawn is second minus first.
-        path: where to save; a name that ends in .png, .svg or .pdf. `None` saves nothing.
         view: `"circle"`, or `"matrix"` where every number matters.
-        title: a line above the picture.
-        threshold: of circles: changes smaller than this share (0 to 1) of the largest are faint grey hairlines.
-        limit: end of the colour range; `None` for the next round number above the largest change.
-
-    Returns:
-        The `matplotlib.figure.Figure`.
+        path, title, threshold, limit, and what is returned: as in `draw`.
 
     Raises:
         ValueError: as `difference` and `draw`; another view.
-        OSError: the folder of `path` is missing or cannot be written. An older file at `path` is kept then.
 
     Example:
         >>> from types import SimpleNamespace

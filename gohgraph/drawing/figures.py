@@ -12,7 +12,7 @@ WIDTH = 9.0
 
 
 def new_figure(width: float, height: float):
-    """Return an empty `matplotlib.figure.Figure` of so many inches, with an Agg canvas of its own."""
+    """Returns an empty `matplotlib.figure.Figure` of so many inches, with an Agg canvas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -21,23 +21,31 @@ def new_figure(width: float, height: float):
     return figure
 
 
-def save_figure(figure, path: Path | None) -> None:
-    """Write the picture beside its place and move it there whole; the same figure gives the same bytes.
+def finish(figure, title: str | None, path: Path | None, *, fontsize: float = 12):
+    """Sets the title, saves the picture where there is a path, and returns the figure; see `save_figure`."""
+    if title:
+        figure.suptitle(title, fontsize=fontsize, color=INK)
+    save_figure(figure, path)
+    return figure
 
-    Raises:
-        OSError: the file cannot be written; an older one is kept.
-    """
+
+def save_figure(figure, path: Path | None) -> None:
+    """Writes a picture whole or not at all; the same figure gives the same bytes, an older file is kept on errors."""
     if path is None:
         return
     import matplotlib
 
     kind = path.suffix.lower()[1:]
     stamp = {"svg": "Date", "pdf": "CreationDate"}.get(kind)
-    metadata = {stamp: None} if stamp else None
+    style = {"format": kind, "metadata": {stamp: None} if stamp else None, "bbox_inches": "tight", "pad_inches": 0.06}
     with matplotlib.rc_context({"svg.hashsalt": "gohgraph"}):
-        write_whole(
-            path,
-            lambda pending: figure.savefig(
-                pending, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.06
-            ),
-        )
+        write_whole(path, lambda pending: figure.savefig(pending, **style))
+
+
+def frame_axis(axis, *, labelsize: float = 8, grid: str = "y") -> None:
+    """Gives an axis grey lines to the left and below, small ticks, and a faint grid behind the data."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color("#999999")
+    axis.tick_params(labelsize=labelsize, color="#999999", labelcolor=INK)
+    axis.grid(axis=grid, color="#eeeeee", linewidth=0.8)
+    axis.set_axisbelow(True)

@@ -33,8 +33,7 @@ def save_film(
         path: ends in .gif, or in .mp4, which needs the program ffmpeg.
         title: what stands above every frame, before its label.
         fps: frames in a second; a GIF stays on its last one for two seconds.
-        limit: end of the colour range; `None` for the next round number above the strongest edge of all frames.
-        threshold: as in `draw`.
+        limit, threshold: as in `draw`, over all frames.
 
     Raises:
         ValueError: no frames, or an unknown suffix.

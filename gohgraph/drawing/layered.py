@@ -9,9 +9,9 @@ import numpy as np
 
 from gohgraph.analysis.network import HeadNetwork
 from gohgraph.common.files import checked_path
-from gohgraph.drawing.circles import check_threshold
+from gohgraph.drawing.circles import arrows, check_threshold
 from gohgraph.drawing.colours import colour_bar, colour_scale, is_dark
-from gohgraph.drawing.figures import INK, WIDTH, new_figure, save_figure
+from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
 
 MOST_EDGES = 300
 # Inches between rows, by the number of rows that has so much room.
@@ -58,18 +58,9 @@ def draw_network(
 
     Args:
         network: as `head_graph_of` makes it.
-        path: where to save; a name that ends in .png, .svg or .pdf. `None` saves nothing.
-        title: a line above the picture.
         threshold: edges weaker than this share (0 to 1) of the strongest are left out.
-        limit: end of the colour range; `None` for the next round number above the strongest edge.
         most_edges: so many edges are drawn, the strongest of all layers.
-
-    Returns:
-        The `matplotlib.figure.Figure`.
-
-    Raises:
-        ValueError: a weight is not finite, `threshold` or `limit` is out of range, or the suffix is unknown.
-        OSError: the folder of `path` is missing or cannot be written. An older file at `path` is kept then.
+        path, title, limit, and what is returned and raised: as in `draw`.
 
     Example:
         >>> import gohgraph as goh
@@ -100,10 +91,7 @@ def draw_network(
     _draw_edges(axis, network, layout, shown, colours)
     _draw_heads(axis, network, layout, colours)
     colour_bar(figure, axes, colours, _label(network, len(shown), int(between.sum())))
-    if title:
-        figure.suptitle(title, fontsize=12, color=INK)
-    save_figure(figure, path)
-    return figure
+    return finish(figure, title, path)
 
 
 def layout_of(network: HeadNetwork) -> Layout:
@@ -140,19 +128,8 @@ def arcs(network: HeadNetwork, layout: Layout, edges: np.ndarray, radii: np.ndar
     rise = 0.86 * layout.gap * np.sqrt(np.abs(along) / max(np.ptp(layout.places[:, 0]), 1e-9)) + 0.15 * layout.gap
     control = (start + end) / 2
     control[:, 1] += np.where(within, np.sign(along) * np.minimum(rise, 0.88 * layout.gap), 0.0)
-    away, into = _unit(control - start), _unit(end - control)
-    start = start + radii[senders, None] * away
-    tip = end - 1.05 * radii[receivers, None] * into
-    base = tip - tips[:, None] * into
-    t = np.linspace(0, 1, 25)[None, :, None]
-    paths = (1 - t) ** 2 * start[:, None] + 2 * t * (1 - t) * control[:, None] + t**2 * base[:, None]  # [E, 25, 2]
-    side = 0.45 * tips[:, None] * np.stack([-into[:, 1], into[:, 0]], axis=1)  # [E, 2]
-    return paths, np.stack([tip, base + side, base - side], axis=1)  # [E, 3, 2]
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-
+    paths, points = arrows(start, control, end, radii[senders], 1.05 * radii[receivers], tips)
+    return paths, points
 
 def _draw_rows(axis, network: HeadNetwork, layout: Layout) -> None:
     for row, block in enumerate(network.blocks):
@@ -178,9 +155,9 @@ def _draw_edges(axis, network: HeadNetwork, layout: Layout, edges: np.ndarray, c
     widths = (0.4 + 2.6 * share) * min(1.0, layout.radius / 0.1)
     sites = np.array([network.site[e] for e in edges])
     for site in dict.fromkeys(network.site):
-        own = sites == site
-        style = STYLES.get(site, (0, (2, 2)))
-        axis.add_collection(LineCollection(paths[own], colors=colour[own], linewidths=widths[own], linestyles=[style]))
+        chosen = sites == site
+        style = {"colors": colour[chosen], "linewidths": widths[chosen], "linestyles": [STYLES.get(site, (0, (2, 2)))]}
+        axis.add_collection(LineCollection(paths[chosen], **style))
     axis.add_collection(PolyCollection(points, facecolors=colour, edgecolors="none", zorder=2.1))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gohgraph.attention.head_load import load_cv
 from gohgraph.common.checks import check_int
 from gohgraph.common.files import checked_path
-from gohgraph.drawing.figures import INK, WIDTH, new_figure, save_figure
+from gohgraph.drawing.figures import INK, WIDTH, finish, frame_axis, new_figure
 
 # Of Okabe and Ito's palette: told apart with any colour vision, and in grey.
 ROUTED, SHARED, BALANCED = "#0072B2", "#E69F00", "#000000"
@@ -31,16 +31,11 @@ def draw_load(
 
     Args:
         loads: `[L, H]` in [0, 1], such as the `load` of every `Routing` of a model's output, or `head_loads`.
-        path: where to save; a name that ends in .png, .svg or .pdf. `None` saves nothing.
         num_shared: h_s, the first heads, which are always active.
-        title: a line above the charts.
-
-    Returns:
-        The `matplotlib.figure.Figure`.
+        path, title, and what is returned: as in `draw`.
 
     Raises:
         TypeError, ValueError: loads of another shape or out of range, `num_shared` out of 0..H, another suffix.
-        OSError: the folder of `path` is missing or cannot be written. An older file at `path` is kept then.
 
     Example:
         >>> figure = draw_load([[1.0, 0.75, 0.25], [1.0, 0.5, 0.5]], num_shared=1)
@@ -62,10 +57,7 @@ def draw_load(
         figure.delaxes(axis)
     figure.supylabel("share of tokens", fontsize=10, color=INK)
     _legend(figure, num_shared, loads.shape[1])
-    if title:
-        figure.suptitle(title, fontsize=12, color=INK)
-    save_figure(figure, path)
-    return figure
+    return finish(figure, title, path)
 
 
 def _checked(loads: Tensor | Sequence[Sequence[float]], num_shared: int) -> Tensor:
@@ -99,11 +91,7 @@ def _draw_layer(axis, load: Tensor, num_shared: int) -> None:
     axis.set(xlim=(-0.5 - room, heads - 0.5 + room), ylim=(0, 1.04), yticks=[0, 0.5, 1])
     step = next(step for step in (1, 2, 4, 8, 16, heads) if heads / step <= 8 or step == heads)
     axis.set_xticks(range(0, heads, step))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color("#999999")
-    axis.tick_params(labelsize=8, color="#999999", labelcolor=INK)
-    axis.grid(axis="y", color="#eeeeee", linewidth=0.8)
-    axis.set_axisbelow(True)
+    frame_axis(axis)
 
 
 def _legend(figure, num_shared: int, heads: int) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.colours import colour_bar, colour_scale
-from gohgraph.drawing.figures import INK, new_figure, save_figure
-from gohgraph.drawing.panels import Panel, grid_of, panels_of, strongest_weight
+from gohgraph.drawing.figures import INK, finish, new_figure
+from gohgraph.drawing.panels import Panel, draw_panels, grid_of, panels_of, strongest_weight
 
 LABEL = "mean edge weight   (row: receiver,  column: sender,  white: no edge)"
 
@@ -30,18 +30,7 @@ def draw_matrices(
     edge the matrix is white. Senders of earlier layers (`cross_layer`) are further columns to the right.
 
     Args:
-        heads: as in `draw`.
-        path: where to save; a name that ends in .png, .svg or .pdf. `None` saves nothing.
-        title: a line above the matrices.
-        limit: end of the colour range; `None` for the next round number above the strongest edge.
-        label: of the colour bar.
-
-    Returns:
-        The `matplotlib.figure.Figure`.
-
-    Raises:
-        ValueError: as `draw`.
-        OSError: the folder of `path` is missing or cannot be written. An older file at `path` is kept then.
+        heads, path, title, limit, label, and what is returned and raised: as in `draw`.
 
     Example:
         >>> import torch
@@ -61,17 +50,10 @@ def draw_matrices(
     figure = new_figure(min(size, 2.6) * columns + 0.3, (0.9 * height + 0.4) * len(rows) + 0.7)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     colours = colour_scale(strongest_weight(panels), limit)
-    for row, row_axes in zip(rows, axes, strict=True):
-        for axis in row_axes[len(row) :]:
-            axis.set_axis_off()
-        for panel, axis in zip(row, row_axes, strict=False):
-            _draw_matrix(axis, panel, colours)
-    more = "\nto the right of a line: heads of the layers before" if rings else ""
-    colour_bar(figure, axes, colours, label + more)
-    if title:
-        figure.suptitle(title, fontsize=12, color=INK)
-    save_figure(figure, path)
-    return figure
+    draw_panels(axes, rows, lambda axis, panel: _draw_matrix(axis, panel, colours))
+    note = "\nto the right of a line: heads of the layers before" if rings else ""
+    colour_bar(figure, axes, colours, label + note)
+    return finish(figure, title, path)
 
 
 def adjacency(panel: Panel) -> np.ndarray:

@@ -13,17 +13,11 @@ from torch import Tensor
 from gohgraph.analysis.network import HeadNetwork, head_graph_of
 from gohgraph.analysis.record import Recordings
 from gohgraph.common.files import checked_path, write_whole
+from gohgraph.common.packages import needs
 from gohgraph.drawing.circles import check_threshold
 from gohgraph.drawing.colours import DIVERGING, round_limit
 from gohgraph.drawing.layered import layout_of
-from gohgraph.drawing.page_data import (
-    as_bytes,
-    edge_columns,
-    head_columns,
-    self_loops,
-    strongest_edges,
-    token_weights,
-)
+from gohgraph.drawing.page_data import as_bytes, edge_columns, head_columns, self_loops, strongest_edges, token_weights
 from gohgraph.drawing.page_figures import Themed, network_figure, strip_figure
 from gohgraph.drawing.page_script import PREFERENCE, STYLE, THEME, UPDATE
 from gohgraph.drawing.tokens import check_tokens_recorded, shades_of, token_changes
@@ -63,8 +57,7 @@ def save_page(
 
     Raises:
         ImportError: Bokeh is not installed.
-        ValueError: another suffix, a threshold out of range, as `head_graph_of`.
-        OSError: the file cannot be written; an older one is kept.
+        ValueError, OSError: another suffix, as `head_graph_of` and `draw`.
 
     Example:
         >>> import tempfile, torch, gohgraph as goh
@@ -86,18 +79,15 @@ def save_page(
 
 
 def page_document(
-    heads: Recordings,
-    network: HeadNetwork,
-    title: str = "head graphs",
-    threshold: float = 0.05,
+    heads: Recordings, network: HeadNetwork, title: str = "head graphs", threshold: float = 0.05,
     most_edges: int = MOST_EDGES,
-):
+):  # fmt: skip
     """Returns the page of `save_page` as a `bokeh.document.Document`."""
-    _check_bokeh()
-    from bokeh.document import Document
+    with needs("bokeh for an interactive page", "interactive"):
+        from bokeh.document import Document
     from bokeh.events import DocumentReady
     from bokeh.layouts import column, row
-    from bokeh.models import BooleanFilter, ColumnDataSource, CustomJS, LinearColorMapper
+    from bokeh.models import BooleanFilter, ColumnDataSource, CustomJS, Div, LinearColorMapper
 
     layout, loops = layout_of(network), self_loops(network)
     chosen = strongest_edges(network, most_edges)
@@ -113,35 +103,24 @@ def page_document(
     strongest = float(np.abs(network.mean.numpy()[chosen]).max(initial=0.0))
     slider, layers, toggle, status = _controls(network.blocks, limit, threshold * strongest)
     strip, tokens, greys = _strip(heads, values, themed)
-    update = CustomJS(
-        args={
-            **sources, "filter": shown, "threshold": slider, "layers": layers, "status": status, "toggle": toggle,
-            "tokens": tokens,
-            "values": values["edges"], "loops": values["loops"], "scale": values["scale"], "limit": limit,
-        },
-        code=UPDATE,
-    )  # fmt: skip
+    shared = {
+        "filter": shown, "threshold": slider, "layers": layers, "status": status, "toggle": toggle, "tokens": tokens,
+        "values": values["edges"], "loops": values["loops"], "scale": values["scale"], "limit": limit,
+    }  # fmt: skip
+    update = CustomJS(args={**sources, **shared}, code=UPDATE)
     theme = CustomJS(args={**vars(themed), **_theme(mapper, bar, greys), "toggle": toggle}, code=THEME)
     slider.js_on_change("value", update)
     layers.js_on_change("value", update)
     toggle.js_on_change("active", theme, update)
     if tokens is not None:
         tokens.selected.js_on_change("indices", update)
-    controls = row(slider, layers, toggle, status)
+    heading = Div(text=f"<b>{html.escape(title)}</b>", stylesheets=[WIDGETS])
     document = Document(title=title)
-    document.add_root(column(_heading(title), controls, *strip, plot, sizing_mode="stretch_width"))
+    controls = row(slider, layers, toggle, status)
+    document.add_root(column(heading, controls, *strip, plot, sizing_mode="stretch_width"))
     # The first drawing is that of the controls as they stand.
     document.js_on_event(DocumentReady, update, CustomJS(args={"toggle": toggle}, code=PREFERENCE))
     return document
-
-
-def _check_bokeh() -> None:
-    try:
-        import bokeh  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "Expected bokeh for an interactive page (got none). Do install it: pip install 'gohgraph[interactive]'."
-        ) from error
 
 
 def _controls(blocks: list[str], limit: float, threshold: float) -> tuple[Any, Any, Any, Any]:
@@ -158,22 +137,16 @@ def _controls(blocks: list[str], limit: float, threshold: float) -> tuple[Any, A
     return slider, layers, toggle, Div(text="", name="status", margin=(12, 5, 5, 15), **style)
 
 
-def _heading(title: str):
-    from bokeh.models import Div
-
-    return Div(text=f"<b>{html.escape(title)}</b>", stylesheets=[WIDGETS])
-
-
 def _token_values(heads: Recordings, chosen: np.ndarray, loops: np.ndarray) -> dict[str, Any]:
     """The weights of every token: sources of the chosen edges and of the heads' loops, and what a byte stands for."""
     from bokeh.models import ColumnDataSource
 
-    if getattr(heads, "token_strings", None) is None or any(one.every is None for one in heads.values()):
+    if getattr(heads, "token_strings", None) is None or any(part.every is None for part in heads.values()):
         return {"edges": None, "loops": None, "scale": 1.0, "largest": 0.0}
     weights = token_weights(heads, min(MOST_TOKENS, len(check_tokens_recorded(heads))))  # [N, E]
     weights = np.concatenate([weights, np.zeros_like(weights[:, :1])], axis=1)
-    own = np.where(loops < 0, weights.shape[1] - 1, loops)
-    numbers, scale = as_bytes(np.concatenate([weights[:, chosen], weights[:, own]], axis=1))
+    at_loops = np.where(loops < 0, weights.shape[1] - 1, loops)
+    numbers, scale = as_bytes(np.concatenate([weights[:, chosen], weights[:, at_loops]], axis=1))
     parts = numbers[:, : len(chosen)], numbers[:, len(chosen) :]
     edges, at_heads = (ColumnDataSource({"weight": np.ascontiguousarray(part).ravel()}) for part in parts)
     return {"edges": edges, "loops": at_heads, "scale": scale, "largest": scale * int(np.abs(numbers).max(initial=0))}

@@ -27,8 +27,8 @@ def self_loops(network: HeadNetwork) -> np.ndarray:
     """Returns the number of every head's self-loop, `[N]`, of its first site; -1 where it has none."""
     senders, receivers = network.edge_index.numpy()
     loops = np.full(network.num_nodes, -1)
-    found = np.flatnonzero(senders == receivers)[::-1]
-    loops[receivers[found]] = found
+    with_loop = np.flatnonzero(senders == receivers)[::-1]
+    loops[receivers[with_loop]] = with_loop
     return loops
 
 

@@ -31,11 +31,7 @@ def network_figure(
 ) -> tuple[Any, Any]:
     """Returns the figure of the network, rows of heads with curves between them, and its colour bar.
 
-    Args:
-        edges, heads: their `ColumnDataSource`s, see `page_data`.
-        shown: the filter of edges.
-        mapper: colours of weights.
-        themed: takes the parts that have a theme.
+    Edges and heads are the `ColumnDataSource`s of `page_data`, `shown` filters edges, `mapper` colours weights.
     """
     from bokeh.models import CDSView, ColorBar, HoverTool, Range1d
     from bokeh.plotting import figure
@@ -55,9 +51,8 @@ def network_figure(
         "xs", "ys", source=edges, view=view, line_color=colour, line_width="width", name="curves",
         hover_line_width=6, line_cap="round",
     )  # fmt: skip
-    plot.scatter(
-        "tip_x", "tip_y", source=edges, view=view, marker="triangle", angle="angle", size="tip", color=colour
-    )
+    tips = {"marker": "triangle", "angle": "angle", "size": "tip", "color": colour}
+    plot.scatter("tip_x", "tip_y", source=edges, view=view, **tips)
     discs = _draw_heads(plot, network, layout, heads, colour, themed)
     names = [name for name in ("round", "mean", "std", "share") if name in edges.data]
     numbers = [(name, f"@{name}" if name == "round" else f"@{name}{{0.000}}") for name in names]
@@ -78,14 +73,7 @@ def network_figure(
 
 
 def strip_figure(strings: list[str], shades: Any, greys: Any, themed: Themed):
-    """Returns the figure of the text and the source of its tokens; a click selects a token.
-
-    Args:
-        strings: of the tokens.
-        shades: in [0, 1], `[N]`.
-        greys: the mapper of shades to colours.
-        themed: takes the parts that have a theme.
-    """
+    """Returns the figure of the text and the source of its tokens, shaded by `shades` `[N]`; a click selects one."""
     from bokeh.core.properties import value
     from bokeh.models import ColumnDataSource, HoverTool, Range1d, TapTool
     from bokeh.plotting import figure
@@ -135,15 +123,16 @@ def _draw_heads(plot: Any, network: HeadNetwork, layout: Layout, heads: Any, col
 
     drawn = []
     for is_shared in (True, False):
-        own = [number for number, kind in enumerate(network.kind) if (kind == "shared") == is_shared]
-        if not own:
+        numbers = [number for number, kind in enumerate(network.kind) if (kind == "shared") == is_shared]
+        if not numbers:
             continue
-        style = {"source": heads, "view": CDSView(filter=IndexFilter(own)), "fill_color": colour, "line_color": INK}
+        view = CDSView(filter=IndexFilter(numbers))
+        style = {"source": heads, "view": view, "fill_color": colour, "line_color": INK}
         if is_shared:
             drawn.append(plot.rect("x", "y", "side", "side", **style))
         else:
             drawn.append(plot.circle("x", "y", radius="radius", **style))
-    themed.outlines += [one.glyph for one in drawn]
+    themed.outlines += [marks.glyph for marks in drawn]
     if layout.radius * PIXELS >= 7:
         letters = plot.text(
             "x", "y", text="number", source=heads, text_align="center", text_baseline="middle",

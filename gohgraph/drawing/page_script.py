@@ -20,13 +20,13 @@ for (let e = 0; e < count; e++) {
 edges.data = {...data, weight, width, tip}
 filter.booleans = shown
 const heads_count = heads.data.loop.length
-const own = new Float64Array(heads_count), ink = new Array(heads_count)
+const loop = new Float64Array(heads_count), ink = new Array(heads_count)
 for (let h = 0; h < heads_count; h++) {
-  own[h] = token < 0 ? heads.data.loop[h] : loops.data.weight[token * heads_count + h] * scale
-  const strong = Math.abs(own[h]) > 0.5 * limit
+  loop[h] = token < 0 ? heads.data.loop[h] : loops.data.weight[token * heads_count + h] * scale
+  const strong = Math.abs(loop[h]) > 0.5 * limit
   ink[h] = toggle.active ? (strong ? "#1b1d21" : "#dddddd") : (strong ? "#ffffff" : "#333333")
 }
-heads.data = {...heads.data, weight: own, ink}
+heads.data = {...heads.data, weight: loop, ink}
 const where = token < 0 ? "mean over tokens" : `at token ${token}`
 status.text = `${drawn} of ${count} edges, ${where}`
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +51,6 @@ def panels_of(heads: Mapping[str, Any]) -> list[Panel]:
     Args:
         heads: by module name, what has `edge_index [2, E]`, `num_heads` and `mean [R, E]`, and where known `load [H]`
             and `num_shared`, as a `Recording` has.
-
-    Raises:
-        ValueError: nothing was recorded, or a weight is not finite.
     """
     if not len(heads):
         raise ValueError(
@@ -73,9 +70,7 @@ def panels_of(heads: Mapping[str, Any]) -> list[Panel]:
         shared = getattr(recording, "num_shared", None)
         for number, weights in enumerate(means):
             label = title if len(means) == 1 else f"{title}, round {number + 1}"
-            panels.append(
-                Panel(label, site_of(name), recording.num_heads, senders, receivers, weights, loads, shared)
-            )
+            panels.append(Panel(label, site_of(name), recording.num_heads, senders, receivers, weights, loads, shared))
     return panels
 
 
@@ -97,12 +92,17 @@ def grid_of(panels: list[Panel], *, widest: int | None = None) -> tuple[list[lis
     return rows, columns, min(WIDTH / columns, 3.4 if heads <= 16 else 4.5)
 
 
-def of_layer(heads: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """Returns the part of a recording that belongs to the layers of one number.
+def draw_panels(axes, rows: list[list[Panel]], draw_panel: Callable[[Any, Panel], None]) -> None:
+    """Calls `draw_panel(axis, panel)` for the rows of `grid_of` on axes `[rows, columns]`; further axes stay empty."""
+    for row, row_axes in zip(rows, axes, strict=True):
+        for axis in row_axes[len(row) :]:
+            axis.set_axis_off()
+        for panel, axis in zip(row, row_axes, strict=False):
+            draw_panel(axis, panel)
 
-    Raises:
-        ValueError: there is none.
-    """
+
+def of_layer(heads: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """Returns the part of a recording that belongs to the layers of one number; `ValueError` where there is none."""
     chosen = {name: recording for name, recording in heads.items() if layer_of(block_of(name)) == layer}
     if not chosen:
         known = sorted({layer_of(block_of(name)) for name in heads} - {None})

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gohgraph.common.files import checked_path
-from gohgraph.drawing.figures import INK, new_figure, save_figure
+from gohgraph.drawing.figures import INK, finish, frame_axis, new_figure
 
 # Okabe and Ito's palette, without its yellow; markers and dashes tell lines apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
@@ -29,15 +29,10 @@ def draw_pruning(
         curves: name of each order and its curves, one for each seed, as `pruning_curve` returns them: (share kept,
             loss in nats). Of several seeds the line is the mean and the band the standard deviation. An order whose
             name begins with "random" is grey and dashed.
-        path: where to save; a name that ends in .png, .svg or .pdf. `None` saves nothing.
-        title: a line above the picture.
-
-    Returns:
-        The `matplotlib.figure.Figure`.
+        path, title, and what is returned: as in `draw`.
 
     Raises:
         ValueError: no curves, curves of one order with other shares, or the suffix is unknown.
-        OSError: the folder of `path` is missing or cannot be written. An older file at `path` is kept then.
 
     Example:
         >>> curves = {"by strength": [[(1.0, 1.5), (0.5, 1.6)]], "random": [[(1.0, 1.5), (0.5, 2.0)]]}
@@ -72,13 +67,6 @@ def draw_pruning(
     axis.set_xlabel("edges kept [%]", fontsize=9, color=INK)
     axis.set_ylabel("loss [nats]", fontsize=9, color=INK)
     axis.set_xlim(102, -2)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color("#999999")
-    axis.tick_params(labelsize=8, color="#999999", labelcolor=INK)
-    axis.grid(color="#eeeeee", linewidth=0.8)
-    axis.set_axisbelow(True)
+    frame_axis(axis, grid="both")
     axis.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="upper left")
-    if title:
-        figure.suptitle(title, fontsize=11, color=INK)
-    save_figure(figure, path)
-    return figure
+    return finish(figure, title, path, fontsize=11)

@@ -30,9 +30,6 @@ def log_head_graphs(writer: Any, model: nn.Module | Mapping[str, Recording], ste
         model: a recording, for its means over tokens; or a model, for its weights at a context of zero.
         step: of training.
 
-    Raises:
-        ValueError: no head graphs, or weights that are not finite.
-
     Example:
         >>> import tempfile, gohgraph as goh
         >>> from torch.utils.tensorboard import SummaryWriter
@@ -47,14 +44,14 @@ def log_head_graphs(writer: Any, model: nn.Module | Mapping[str, Recording], ste
     figure.canvas.draw()
     # add_figure would import pyplot, with its list of figures.
     writer.add_image("head_graphs", np.asarray(figure.canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
-    strengths, found = edge_strength(model), measures(heads)
+    strengths, measured = edge_strength(model), measures(heads)
     for title, name in zip(graph_titles(list(heads)), heads, strict=True):
         if not heads[name].edge_index.numel():
             continue
         # The default bins end at 1e20: a run that is about to diverge would end in their error and not in its own.
         writer.add_histogram(f"{title}/mean", heads[name].mean, step, bins="auto")
         writer.add_histogram(f"{title}/strength", strengths[name], step, bins="auto")
-        numbers = {"static share": found[name].static_share, "reciprocity": found[name].reciprocity}
+        numbers = {"static share": measured[name].static_share, "reciprocity": measured[name].reciprocity}
         for measure, value in ({} if isinstance(model, nn.Module) else numbers).items():
             if not math.isnan(value):
                 writer.add_scalar(f"{title}/{measure}", value, step)

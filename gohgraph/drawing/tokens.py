@@ -12,8 +12,8 @@ from gohgraph.analysis.record import Recording, Recordings
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import check_threshold, circle_label, draw_circle
 from gohgraph.drawing.colours import colour_bar, colour_scale
-from gohgraph.drawing.figures import INK, WIDTH, new_figure, save_figure
-from gohgraph.drawing.panels import grid_of, panels_of, strongest_weight
+from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
+from gohgraph.drawing.panels import draw_panels, grid_of, panels_of, strongest_weight
 
 # Lines of a strip, inches of each, and letters in it.
 ROWS, CELL_HEIGHT, ROOM = 6, 0.27, 92
@@ -24,12 +24,7 @@ CHOSEN = "#d62728"
 
 
 class AtToken:
-    """What a recording says of one token, in the shape of a `Recording`; static edges are the same at all.
-
-    Args:
-        recording: made with `every_token=True`.
-        token: its number.
-    """
+    """What a recording with `every_token=True` says of one token; static edges are the same at all."""
 
     def __init__(self, recording: Recording, token: int) -> None:
         weights = recording.every["weights"]  # [N, R, E]
@@ -61,17 +56,10 @@ def draw_tokens(
     Args:
         heads: recorded with `every_token=True` and `token_strings`, one sequence.
         token: number of the token, from 0; from the end where it is negative.
-        path: where to save; a name that ends in .png, .svg or .pdf. `None` saves nothing.
-        title: a line above the picture.
-        threshold: edges weaker than this share (0 to 1) of the strongest one are faint grey hairlines.
-        limit: end of the colour range; `None` for the next round number above the strongest edge of the token.
-
-    Returns:
-        The `matplotlib.figure.Figure`.
+        path, title, threshold, limit, and what is returned: as in `draw`.
 
     Raises:
         ValueError: a recording without tokens, a token out of range, or as `draw`.
-        OSError: the folder of `path` is missing or cannot be written. An older file at `path` is kept then.
 
     Example:
         >>> import gohgraph as goh
@@ -101,25 +89,15 @@ def draw_tokens(
     strongest = strongest_weight(panels)
     colours = colour_scale(strongest, limit)
     axes = np.array([[figure.add_subplot(grid[r + 1, c]) for c in range(columns)] for r in range(len(rows))])
-    for row, row_axes in zip(rows, axes, strict=True):
-        for axis in row_axes[len(row) :]:
-            axis.set_axis_off()
-        for panel, axis in zip(row, row_axes, strict=False):
-            draw_circle(axis, panel, colours, threshold * strongest, size, MOST_EDGES)
+    faint_below = threshold * strongest
+    draw_panels(axes, rows, lambda axis, panel: draw_circle(axis, panel, colours, faint_below, size, MOST_EDGES))
     label = "edge weight at the token in red   (arrow: from sender to receiver,  fill: a head's self-loop)"
     colour_bar(figure, axes, colours, circle_label(label, panels, MOST_EDGES))
-    if title:
-        figure.suptitle(title, fontsize=12, color=INK)
-    save_figure(figure, path)
-    return figure
+    return finish(figure, title, path)
 
 
 def check_tokens_recorded(heads: Recordings) -> list[str]:
-    """Returns the token strings of a recording that has all tokens.
-
-    Raises:
-        ValueError: it has not, or graphs saw other numbers of tokens.
-    """
+    """Returns the token strings of a recording of all tokens; `ValueError` where it is none."""
     if any(getattr(recording, "every", None) is None for recording in heads.values()):
         raise ValueError("Expected a recording of every token (got means alone). Do record with every_token=True.")
     strings = getattr(heads, "token_strings", None)

@@ -6,24 +6,16 @@ from typing import Any
 
 import torch
 
+from gohgraph.common.packages import needs
 from gohgraph.learning.train_config import TrainConfig
 
 
 def make_accelerator(config: TrainConfig) -> Any:
-    """Returns an `accelerate.Accelerator` for the device and precision of `config`.
-
-    Raises:
-        ImportError: accelerate is not installed.
-        ValueError: the device is not there, it cannot do the precision, or `torch.compile` does not work.
-    """
-    try:
+    """Returns an `accelerate.Accelerator` for the device and precision of `config`."""
+    with needs("the package accelerate for training", "train"):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise ImportError(
-            "Expected the package accelerate for training (got none). Do install it: pip install 'gohgraph[train]'."
-        ) from error
-    kind = _device_kind(config.device)
+    kind = device_kind(config.device)
     if config.precision == "fp16" and kind == "cpu":
         raise ValueError("Expected precision 'no' or 'bf16' on the CPU (got 'fp16'). Do choose one of them.")
     # Accelerate keeps one state per process and refuses a second run with other settings.
@@ -31,21 +23,20 @@ def make_accelerator(config: TrainConfig) -> Any:
         state = AcceleratorState()
         if (state.device.type, state.mixed_precision) != (kind, config.precision):
             AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        cpu=kind == "cpu", mixed_precision=config.precision, step_scheduler_with_optimizer=False
-    )
+    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision=config.precision, step_scheduler_with_optimizer=False)
     if config.compile:
         _check_compile(accelerator.device)
     return accelerator
 
 
-def _device_kind(wanted: str | None) -> str:
+def device_kind(wanted: str | None) -> str:
+    """Returns the kind of device that is wanted, or of the accelerator when there is one; `ValueError` without it."""
     present = torch.accelerator.current_accelerator(check_available=True)
-    found = "cpu" if present is None else present.type
-    if wanted in (None, found):
-        return found
+    kind = "cpu" if present is None else present.type
+    if wanted in (None, kind):
+        return kind
     if wanted != "cpu":
-        raise ValueError(f"Expected a machine with device {wanted!r} (got only {found!r}). Do leave the device out.")
+        raise ValueError(f"Expected a machine with device {wanted!r} (got only {kind!r}). Do leave the device out.")
     return "cpu"
 
 

@@ -17,14 +17,11 @@ WEIGHTS = "model.safetensors"
 
 
 def load_language_model(folder: str | os.PathLike[str]) -> LanguageModel:
-    """Returns the language model in a folder, in eval mode.
+    """Returns the language model in a folder, in eval mode; see `LanguageModel.from_pretrained`.
 
     Args:
         folder: written by `save_pretrained`, a training step's (`checkpoints/step-000100`), or a run folder, of which
             the model saved last is taken, one with head graphs before one without.
-
-    Raises:
-        FileNotFoundError, ValueError: as `LanguageModel.from_pretrained`.
     """
     folder = find_model(folder)
     return (_load_step(folder) if (folder / STATE).is_file() else LanguageModel.from_pretrained(folder)).eval()
@@ -35,17 +32,13 @@ def find_model(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     if (folder / WEIGHTS).is_file():
         return folder
-    found = [path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}/{WEIGHTS}")]
+    files = [path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}/{WEIGHTS}")]
     # A comparison's folder holds plain models too: nothing is to be drawn of those.
-    return max(found, key=lambda path: (_has_graph(path.parent), path.stat().st_mtime)).parent if found else folder
+    return max(files, key=lambda path: (_has_graph(path.parent), path.stat().st_mtime)).parent if files else folder
 
 
 def training_steps(folder: str | os.PathLike[str]) -> dict[int, Path]:
-    """Returns the checkpoints of a run by step, the first first.
-
-    Raises:
-        ValueError: the folder holds none, or those of several runs.
-    """
+    """Returns the checkpoints of a run by step, the first first; the folder must hold those of one run."""
     paths = {path for depth in ("", "*/") for path in Path(folder).glob(f"{depth}{CHECKPOINTS}/step-*/{STATE}")}
     if len({path.parent.parent for path in paths}) != 1:
         runs = sorted(str(path) for path in {path.parents[2] for path in paths})

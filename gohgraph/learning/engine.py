@@ -96,15 +96,7 @@ class Engine:
 
 
 class ShardedEngine(Engine):
-    """One of several processes each of which holds a part of the model.
-
-    Args:
-        config: of the training.
-        parallel: the kinds of parallelism.
-
-    Raises:
-        ValueError: one process, fp16 or `torch.compile`.
-    """
+    """One of several processes each of which holds a part of the model, in the kinds of parallelism given."""
 
     is_sharded = True
 
@@ -119,11 +111,9 @@ class ShardedEngine(Engine):
         self.data_ranks, self.data_rank = self.layout.data_ranks, self.layout.data_rank
 
     def data_group(self) -> Any:
-        """The process group of the ranks that see different data; `None` where there is one."""
         return self.layout.data_group()
 
     def prepare(self, model: nn.Module) -> tuple[nn.Module, Any, Any]:
-        """Returns the model as it is trained, its optimizer and its schedule."""
         # Takes the whole weights in the end.
         self._plain = copy.deepcopy(model).cpu() if self.accelerator.is_main_process else None
         self.model = parallelize(model.to(self.accelerator.device), self.layout)
@@ -131,43 +121,32 @@ class ShardedEngine(Engine):
         return self.model, self.optimizer, self.schedule
 
     def clip(self, largest: float) -> None:
-        """Scales the gradients down to a norm of `largest`."""
         clip_gradients(self.model.parameters(), largest)
 
     def save(self, folder: Path) -> None:
-        """Writes model, optimizer and schedule; all ranks call it."""
-        save_state(folder, self.model, self.optimizer.optimizer, self._more())
+        save_state(folder, self.model, self.optimizer.optimizer, {"schedule": self.schedule.state_dict()})
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, at any number of ranks; all ranks call it."""
-        more = load_state(folder, self.model, self.optimizer.optimizer, self._more())
-        self.schedule.load_state_dict(more["schedule"])
+        schedule = {"schedule": self.schedule.state_dict()}
+        saved = load_state(folder, self.model, self.optimizer.optimizer, schedule)
+        self.schedule.load_state_dict(saved["schedule"])
 
     def unwrapped(self) -> nn.Module:
-        """The model itself."""
         return self.model
 
     def release(self) -> None:
         """Does nothing: no wrapping is to be taken off."""
 
     def whole(self) -> nn.Module:
-        """The trained model as one process has it, on the first rank, and the sharded one on others."""
         weights: dict[str, Tensor] = whole_weights(self.model)
         if self._plain is None:
             return self.model
         self._plain.load_state_dict(weights)
         return self._plain.to(self.accelerator.device)
 
-    def _more(self) -> dict[str, Any]:
-        return {"schedule": self.schedule.state_dict()}
-
 
 def make_engine(config: TrainConfig, model: nn.Module, parallel: ParallelConfig | None) -> Engine:
-    """Returns what carries out a run of `model`.
-
-    Raises:
-        ImportError, ValueError: as `make_accelerator`; kinds of parallelism that these ranks cannot do.
-    """
+    """Returns what carries out a run of `model`; kinds of parallelism that these ranks cannot do are an error."""
     if parallel is not None and parallel.is_sharded:
         return ShardedEngine(config, parallel)
     if parallel is not None and parallel.recompute:

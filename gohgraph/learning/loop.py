@@ -12,52 +12,24 @@ from typing import Any
 from torch import nn
 
 from gohgraph.learning.interrupts import TrainingInterrupted, interrupts
-from gohgraph.learning.tracking import Tracker
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.learning.training import Loss, Row, Training
-from gohgraph.parallel.layout import ParallelConfig
 
 __all__ = ["TrainConfig", "Training", "TrainingInterrupted", "train", "train_together"]
 
 
 def train(
-    model: nn.Module,
-    batch: Callable[[int], Any],
-    loss: Loss,
-    config: TrainConfig,
-    folder: str | os.PathLike[str],
-    *,
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    resume: bool = False,
-    on_evaluate: Callable[[Row], None] | None = None,
-    tracker: Tracker | None = None,
-    settings: dict[str, Any] | None = None,
-    description: str = "",
-    parallel: ParallelConfig | None = None,
-) -> list[Row]:
+    model: nn.Module, batch: Callable[[int], Any], loss: Loss, config: TrainConfig, folder: str | os.PathLike[str],
+    **options: Any,
+) -> list[Row]:  # fmt: skip
     """Trains a model and leaves a run folder: config.json, log.csv, curves.png and checkpoints.
 
     Ctrl-C finishes the step and writes a checkpoint; the same call with `resume=True` then continues with the losses
     an uninterrupted run would have had.
 
     Args:
-        model: trained in place; ends on the device it was trained on.
-        batch: tensors of a micro-batch, a pure function of its number: the step, unless gradients are accumulated or
-            several processes train; then they count on, each process taking its own.
-        loss: of `(model, tensors)`; it calls the model it is given, which may be compiled or distributed. Returns a
-            scalar tensor, or an output with that as `.loss` and, as `.routing`, the `Routing` of every router in the
-            order of `routers(model)`, such as `ModelOutput`. Routers with a balance bias need the latter.
-        config: everything else about the training.
-        folder: the run folder, made if missing; one that already holds a run is refused unless it is resumed.
-        evaluate: measures the model in eval mode without gradients, e.g. `{"validation_loss": 1.23}`.
-        resume: continues from the last checkpoint of the folder.
-        on_evaluate: called with the row of every evaluation, in the main process.
-        tracker: called with the numbers of every row of the log and its step, in the main process: `wandb.log`,
-            `mlflow.log_metrics`, a `gohgraph.learning.tracking.TensorBoard`, or any function.
-        settings: more of what defines the run, as JSON values by section, e.g. `{"model": config.to_dict()}`: stored in
-            config.json and compared on resume.
-        description: name of the run in the progress bar and in curves.png.
-        parallel: how the processes that `torchrun` has started share the work; `None` for DDP where there are several.
+        model, batch, loss, config, folder: of `Training`.
+        **options: also of `Training`: evaluate, resume, on_evaluate, tracker, settings, description, parallel.
 
     Returns:
         The log, one row per `log_every` steps and per evaluation: step, loss (mean since the row before, in nats where
@@ -82,11 +54,7 @@ def train(
         >>> rows[-1]["step"], rows[-1]["loss"] < rows[0]["loss"]
         (50, True)
     """
-    training = Training(
-        model, batch, loss, config, folder, evaluate=evaluate, resume=resume, on_evaluate=on_evaluate,
-        tracker=tracker, settings=settings, description=description, parallel=parallel,
-    )  # fmt: skip
-    return train_together([training], block=config.steps)[0]
+    return train_together([Training(model, batch, loss, config, folder, **options)], block=config.steps)[0]
 
 
 def train_together(trainings: Sequence[Training], block: int = 25, *, may_diverge: bool = False) -> list[list[Row]]:
@@ -97,12 +65,7 @@ def train_together(trainings: Sequence[Training], block: int = 25, *, may_diverg
         block: steps of a turn.
         may_diverge: a run whose loss is no longer finite ends there, with `has_diverged` set, and the others go on.
 
-    Returns:
-        The log of each.
-
-    Raises:
-        FloatingPointError: a loss is no longer finite, unless it may be.
-        TrainingInterrupted: after Ctrl-C; all have written a checkpoint then.
+    Returns the log of each. After Ctrl-C all write a checkpoint before `TrainingInterrupted` is raised.
     """
     try:
         with interrupts() as interrupted:

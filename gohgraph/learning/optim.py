@@ -26,9 +26,6 @@ def parameter_groups(
     traits ask for it: their start at zero or one is neutral and no prior. All of them learn at `graph_lr_factor` times
     the learning rate. A parameter used twice is listed once.
 
-    Returns:
-        Groups for a torch optimizer, each with `params`, `name`, `lr` and `weight_decay`.
-
     Example:
         >>> import gohgraph as goh
         >>> transformer = goh.TransformerConfig(9, d_model=8, num_heads=2, d_ff=8, head_graph=goh.HeadGraphConfig())
@@ -47,18 +44,12 @@ def parameter_groups(
             if id(parameter) in in_graphs:
                 kind = "decayed graphs" if id(parameter) in decayed else "head graphs"
             members[kind].append(parameter)
-    rates = dict.fromkeys(("head graphs", "decayed graphs"), config.learning_rate * config.graph_lr_factor)
-    decays = dict.fromkeys(("matrices", "decayed graphs"), config.weight_decay)
-    return [
-        {
-            "params": parameters,
-            "name": name,
-            "lr": rates.get(name, config.learning_rate),
-            "weight_decay": decays.get(name, 0.0),
-        }
-        for name, parameters in members.items()
-        if parameters
-    ]
+    groups = []
+    for name, parameters in members.items():
+        rate = config.learning_rate * (config.graph_lr_factor if "graphs" in name else 1.0)
+        decay = config.weight_decay if name in ("matrices", "decayed graphs") else 0.0
+        groups.append({"params": parameters, "name": name, "lr": rate, "weight_decay": decay})
+    return [group for group in groups if group["params"]]
 
 
 def regroup_as_saved(optimizer: torch.optim.Optimizer, model: nn.Module, config: TrainConfig, file: Path) -> None:
@@ -72,15 +63,12 @@ def regroup_as_saved(optimizer: torch.optim.Optimizer, model: nn.Module, config:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """Returns AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over `parameter_groups`, fused where it can be.
-
-    Raises:
-        ValueError: the model has nothing to train.
-    """
-    groups = parameter_groups(model, config)
+    """Returns AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over `parameter_groups`, fused where it can be."""
+    groups = [part for group in parameter_groups(model, config) for part in _by_layout(group)]
     if not groups:
-        raise ValueError("Expected a model with trainable parameters (got none). Do unfreeze some.")
-    groups = [one for group in groups for one in _by_layout(group)]
+        raise ValueError(
+            f"Expected trainable parameters (got a {type(model).__name__} without). Do unfreeze some."
+        )
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=device.type in FUSED_ON)
 
 

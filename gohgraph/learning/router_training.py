@@ -23,22 +23,20 @@ class RouterTraining:
     Args:
         model: its routers are trained; not yet wrapped or compiled.
         anneal_top_k: steps over which k falls from all routed heads to each router's own budget; 0 for the budget at
-            once.
+            once. A model without routers has nothing to anneal.
         process_group: ranks whose tokens count together, `None` for this one alone.
 
     Attributes:
         pending: the values of `COLUMNS` of every step since the last row; a checkpoint keeps them.
-
-    Raises:
-        ValueError: k is to be annealed and the model has no router.
     """
 
     def __init__(self, model: nn.Module, anneal_top_k: int = 0, process_group: Any = None) -> None:
         self.model, self.anneal_top_k, self.process_group = model, anneal_top_k, process_group
         self.routers = routers(model)
         if anneal_top_k and not self.routers:
+            kind = type(model).__name__
             raise ValueError(
-                f"Expected a model with routers for anneal_top_k = {anneal_top_k} (got none). Do set it to 0."
+                f"Expected routers for anneal_top_k = {anneal_top_k} (got a {kind} without). Do set it to 0."
             )
         self.budgets = [router.top_k for router in self.routers]
         self.pending: list[list[float]] = []
@@ -59,11 +57,7 @@ class RouterTraining:
         return changed
 
     def observe(self, routing: Sequence[Routing]) -> None:
-        """Takes in the decisions of all routers for one micro-batch; none where the loss does not tell them.
-
-        Raises:
-            ValueError: there is not one of each router, or a balance bias would have to follow what is not told.
-        """
+        """Takes in the decisions of all routers for one micro-batch; none where the loss does not tell them."""
         has_bias = any(router.balance_bias is not None for router in self.routers)
         if len(routing) != len(self.routers) and (routing or has_bias):
             raise ValueError(
@@ -71,8 +65,8 @@ class RouterTraining:
                 "the model's whole output."
             )
         if routing:
-            scalars = [torch.stack((one.balance_loss.detach(), one.z_loss.detach(), one.entropy)) for one in routing]
-            self._loads.append([one.load for one in routing])
+            scalars = [torch.stack((r.balance_loss.detach(), r.z_loss.detach(), r.entropy)) for r in routing]
+            self._loads.append([decision.load for decision in routing])
             self._scalars.append(torch.stack(scalars).mean(dim=0))
 
     def end(self) -> None:

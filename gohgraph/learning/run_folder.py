@@ -37,12 +37,7 @@ class RunFolder:
         self.columns = list(COLUMNS)
 
     def open(self, *, resume: bool) -> None:
-        """Makes the folder and writes config.json, or checks the one that is there.
-
-        Raises:
-            ValueError: a run is there and is not resumed, there is none to resume, or it was configured otherwise.
-            OSError: the folder cannot be written.
-        """
+        """Makes the folder and writes config.json; a run that is there already must be the same and resumed."""
         file = self.path / CONFIG
         if resume:
             self._check_same(file)
@@ -72,7 +67,7 @@ class RunFolder:
         with open(file, newline="", encoding="utf-8") as lines:
             reader = csv.DictReader(lines)
             self.columns = list(reader.fieldnames or COLUMNS)
-            rows = [_numbers(row) for row in reader]
+            rows = [{name: _number(text) for name, text in row.items()} for row in reader]
         self.rows = [row for row in rows if row["step"] <= until]
         write_whole(self.path / LOG, self._write_log)
 
@@ -101,8 +96,7 @@ class RunFolder:
     def _check_same(self, file: Path) -> None:
         if not file.is_file():
             raise ValueError(
-                f"Expected a run to resume in {self.path} (got no {CONFIG} there). Do start without resume, "
-                "or name the folder of a run."
+                f"Expected a run to resume in {self.path} (got no {CONFIG} there). Do start one, or name its folder."
             )
         saved = upgraded(read_json(file, remedy="restore the file"))
         if isinstance(saved, dict) and isinstance(saved.get("training"), dict):
@@ -140,8 +134,8 @@ def last_folder(path: Path) -> Path:
 
 def runs_in(folder: Path) -> set[Path]:
     """Returns the run folders at and below a folder."""
-    found = {path.parent for path in folder.rglob(CONFIG) if CHECKPOINTS not in path.parts}
-    return {path for path in found if path.name != "model"}
+    runs = {path.parent for path in folder.rglob(CONFIG) if CHECKPOINTS not in path.parts}
+    return {path for path in runs if path.name != "model"}
 
 
 def step_seconds(rows: Sequence[dict[str, Any]]) -> list[float]:
@@ -152,14 +146,8 @@ def step_seconds(rows: Sequence[dict[str, Any]]) -> list[float]:
         [0.5, 0.4]
     """
     before = [{"step": 0, "seconds": 0.0}, *rows]
-    return [
-        (row["seconds"] - last["seconds"]) / (row["step"] - last["step"])
-        for last, row in zip(before, rows, strict=False)
-    ]
-
-
-def _numbers(row: dict[str, str]) -> dict[str, Any]:
-    return {name: _number(text) for name, text in row.items()}
+    pairs = zip(before, rows, strict=False)
+    return [(row["seconds"] - last["seconds"]) / (row["step"] - last["step"]) for last, row in pairs]
 
 
 def _number(text: str | None) -> float | None:

@@ -14,19 +14,17 @@ class TopologyTraining:
     Args:
         model: its `LearnedTopologyConv`s are pruned.
         anneal_in_degree: steps over which the in-degree falls from all edges to each graph's own budget, linearly,
-            rounded; 0 leaves all edges.
-
-    Raises:
-        ValueError: the in-degree is to be annealed and the model has no learned topology.
+            rounded; 0 leaves all edges. A model without learned topologies has nothing to anneal.
     """
 
     def __init__(self, model: nn.Module, anneal_in_degree: int = 0) -> None:
         self.anneal_in_degree = anneal_in_degree
         self.graphs = [module for module in model.modules() if isinstance(module, LearnedTopologyConv)]
         if anneal_in_degree and not self.graphs:
+            kind = type(model).__name__
             raise ValueError(
-                f"Expected a model with learned topologies for anneal_in_degree = {anneal_in_degree} (got none). Do "
-                "set it to 0."
+                f"Expected learned topologies for anneal_in_degree = {anneal_in_degree} (got a {kind} without). "
+                "Do set it to 0."
             )
         self._last: list[int] = [0] * len(self.graphs)
 

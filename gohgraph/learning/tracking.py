@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from gohgraph.common.packages import needs
+
 # Called with the numbers of a row of the log by name, without those that are missing, and its step.
 Tracker = Callable[[dict[str, float], int], Any]
 
@@ -31,10 +33,7 @@ class TensorBoard:
     A resumed run takes back what an interrupted one wrote after its last checkpoint.
 
     Args:
-        folder: of the event files, made with the first row.
-
-    Raises:
-        ImportError: tensorboard is not installed, with the first row.
+        folder: of the event files, made with the first row, for which tensorboard must be installed.
 
     Example:
         >>> import tempfile
@@ -56,12 +55,7 @@ class TensorBoard:
     def writer(self, step: int) -> Any:
         """Returns the `SummaryWriter`; the first call takes back everything from `step` on that is there already."""
         if self._writer is None:
-            try:
+            with needs("the package tensorboard to write to it", "tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError(
-                    "Expected the package tensorboard to write to it (got none). Do install it: "
-                    "pip install 'gohgraph[tensorboard]'."
-                ) from error
             self._writer = SummaryWriter(str(self.folder), purge_step=step)
         return self._writer

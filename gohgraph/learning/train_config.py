@@ -44,9 +44,6 @@ class TrainConfig:
         compile: runs the model under `torch.compile`.
         device: `None` for the accelerator when there is one, or `"cpu"`, `"cuda"`, `"mps"`, `"xpu"`.
 
-    Raises:
-        TypeError, ValueError: a value of the wrong type or out of range, named in the message.
-
     Example:
         >>> TrainConfig(steps=100, warmup=10).learning_rate
         0.001

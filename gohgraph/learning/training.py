@@ -35,7 +35,26 @@ Loss = Callable[[nn.Module, Any], Any]
 
 
 class Training:
-    """A run in progress. Arguments as in `gohgraph.learning.loop.train`; give several to `train_together`.
+    """A run in progress; give several to `train_together`.
+
+    Args:
+        model: trained in place; ends on the device it was trained on.
+        batch: tensors of a micro-batch, a pure function of its number: the step, unless gradients are accumulated or
+            several processes train; then they count on, each process taking its own.
+        loss: of `(model, tensors)`; it calls the model it is given, which may be compiled or distributed. Returns a
+            scalar tensor, or an output with that as `.loss` and, as `.routing`, the `Routing` of every router in the
+            order of `routers(model)`, such as `ModelOutput`. Routers with a balance bias need the latter.
+        config: everything else about the training.
+        folder: the run folder, made if missing; one that already holds a run is refused unless it is resumed.
+        evaluate: measures the model in eval mode without gradients, e.g. `{"validation_loss": 1.23}`.
+        resume: continues from the last checkpoint of the folder.
+        on_evaluate: called with the row of every evaluation, in the main process.
+        tracker: called with the numbers of every row of the log and its step, in the main process: `wandb.log`,
+            `mlflow.log_metrics`, a `gohgraph.learning.tracking.TensorBoard`, or any function.
+        settings: further values that define the run, as JSON by section, e.g. `{"model": config.to_dict()}`: stored in
+            config.json and compared on resume.
+        description: name of the run in the progress bar and in curves.png.
+        parallel: how the processes that `torchrun` has started share the work; `None` for DDP where there are several.
 
     Attributes:
         step: steps done.
@@ -45,21 +64,11 @@ class Training:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        batch: Callable[[int], Any],
-        loss: Loss,
-        config: TrainConfig,
-        folder: str | os.PathLike[str],
-        *,
-        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-        resume: bool = False,
-        on_evaluate: Callable[[Row], None] | None = None,
-        tracker: Tracker | None = None,
-        settings: dict[str, Any] | None = None,
-        description: str = "",
-        parallel: ParallelConfig | None = None,
-    ) -> None:
+        self, model: nn.Module, batch: Callable[[int], Any], loss: Loss, config: TrainConfig,
+        folder: str | os.PathLike[str], *, evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        resume: bool = False, on_evaluate: Callable[[Row], None] | None = None, tracker: Tracker | None = None,
+        settings: dict[str, Any] | None = None, description: str = "", parallel: ParallelConfig | None = None,
+    ) -> None:  # fmt: skip
         self.batch, self.loss, self.config, self.description = batch, loss, config, description
         self.evaluate, self.on_evaluate, self.tracker = evaluate, on_evaluate, tracker
         self.engine = make_engine(config, model, parallel)

@@ -36,9 +36,6 @@ class TransformerConfig(Config):
         tie_embeddings: the output projection reuses the token embedding.
         head_graph: the head graphs of every attention block; `None` is plain attention.
 
-    Raises:
-        TypeError, ValueError: a value of the wrong type or out of range, named in the message.
-
     Example:
         >>> config = TransformerConfig(vocab_size=256, d_model=64, num_heads=4, head_graph=HeadGraphConfig())
         >>> TransformerConfig.from_dict(config.to_dict()) == config
@@ -70,8 +67,7 @@ class TransformerConfig(Config):
         check_choice(self, "norm", NORMS)
         if self.d_model % self.num_heads:
             raise ValueError(
-                f"Expected d_model to be a multiple of num_heads = {self.num_heads} (got {self.d_model}). "
-                "Do change either."
+                f"Expected d_model to be a multiple of num_heads = {self.num_heads} (got {self.d_model}). Do change it."
             )
         if self.num_kv_heads is not None:
             check_int(self, "num_kv_heads", low=1)
@@ -110,9 +106,6 @@ class ClassifierConfig(Config):
         num_classes: number of classes.
         patch_size: side of the square patches of an image, in pixels; `None` for token sequences.
         channels: channels of an image.
-
-    Raises:
-        TypeError, ValueError: a value of the wrong type or out of range, named in the message.
 
     Example:
         >>> ClassifierConfig(TransformerConfig(vocab_size=256), num_classes=10).channels

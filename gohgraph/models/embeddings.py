@@ -45,9 +45,6 @@ class LearnedPositions(nn.Embedding):
         max_length: number of positions.
         d_model: M.
 
-    Raises:
-        ValueError: in `forward`, a sequence longer than `max_length`.
-
     Example:
         >>> LearnedPositions(10, 4)(torch.arange(3)).shape
         torch.Size([3, 4])
@@ -79,9 +76,6 @@ class RotaryPositions(nn.Module):
 
     Shape:
         x `[B, T, H, D]`, positions `[T]` or `[B, T]` -> `[B, T, H, D]`.
-
-    Raises:
-        ValueError: an odd head_dim.
 
     Example:
         >>> x = torch.randn(1, 3, 2, 4)

@@ -11,16 +11,13 @@ from gohgraph.common.checks import check_int, check_number
 
 
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Draws one token from each row of logits.
+    """Draws one token from each row of logits, `[B]`.
 
     Args:
         logits: `[B, V]`.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keeps the k most likely tokens.
         top_p: then keeps the fewest tokens whose probability reaches p (nucleus, arXiv 1904.09751).
-
-    Returns:
-        Tokens `[B]`.
 
     Example:
         >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0).tolist()
@@ -64,7 +61,7 @@ def beam_search(
     length_penalty: float = 0.6,
     device: torch.device | None = None,
 ) -> Tensor:
-    r"""Finds likely sequences, keeping the `num_beams` best at every length.
+    r"""Finds the likeliest sequences `[B, 1 + length]`, from `bos` on, keeping the `num_beams` best at every length.
 
     Hypotheses, ended ones among them, are ranked by log P / ((5 + length) / 6)^length_penalty (Wu et al. 2016,
     arXiv 1609.08144, equation 14, without coverage); one beam is greedy decoding.
@@ -78,12 +75,6 @@ def beam_search(
         num_beams: K.
         length_penalty: 0 ranks by probability alone, which favours short ones.
         device: where the search runs.
-
-    Returns:
-        The best sequences `[B, 1 + length]`, beginning with `bos`.
-
-    Raises:
-        TypeError, ValueError: `max_new_tokens` or `num_beams` not an int of at least 1.
     """
     check_int("max_new_tokens", max_new_tokens, low=1)
     check_int("num_beams", num_beams, low=1)

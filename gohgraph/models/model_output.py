@@ -59,8 +59,8 @@ def _auxiliary_loss(
             added.setdefault(name, []).extend(losses)
     weighted = [(weights.get(name, 1.0), losses) for name, losses in added.items()]
     if config.routing is not None:
-        weighted.append((config.routing.balance_loss, [one.balance_loss for one in routing]))
-        weighted.append((config.routing.z_loss, [one.z_loss for one in routing]))
+        weighted.append((config.routing.balance_loss, [decision.balance_loss for decision in routing]))
+        weighted.append((config.routing.z_loss, [decision.z_loss for decision in routing]))
     # Decoding gives no losses.
     known = [(weight, losses) for weight, losses in weighted if weight and losses and losses[0] is not None]
     terms = [weight * torch.stack(losses).mean() for weight, losses in known]

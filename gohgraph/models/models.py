@@ -73,9 +73,6 @@ class LanguageModel(PretrainedMixin, nn.Module):
             targets: `[B, T]` next tokens; -100 is ignored.
             keep_mask: bool `[B, S]` over cached and new tokens, False = padding, on either side.
             caches: from `decoder.new_caches()`, extended in place.
-
-        Returns:
-            `ModelOutput` of logits `[B, T, V]`, with targets the loss, and what the routers did.
         """
         check_tokens(tokens, self.config.vocab_size)
         past = len(caches[0][0]) if caches else 0
@@ -190,15 +187,9 @@ class Transformer(PretrainedMixin, nn.Module):
         check_length(self.config, past + target.shape[1])
         positions, mask, real = positions_and_masks(target, past, keep_mask)
         cross = None if memory_keep_mask is None else memory_keep_mask[:, None, None, :]  # [B, 1, 1, S]
-        return self.decoder(
-            self.embedding(target, positions),  # [B, T, M]
-            memory,
-            keep_mask=mask,
-            memory_keep_mask=cross,
-            positions=positions,
-            caches=caches,
-            token_mask=real,
-        )
+        x = self.embedding(target, positions)  # [B, T, M]
+        masks = {"keep_mask": mask, "memory_keep_mask": cross, "token_mask": real}
+        return self.decoder(x, memory, positions=positions, caches=caches, **masks)
 
     def forward(
         self,
@@ -231,10 +222,6 @@ class Transformer(PretrainedMixin, nn.Module):
 
         Returns:
             Targets `[B, 1 + new]`, from `bos`, filled with `eos` after their end.
-
-        Raises:
-            TypeError, ValueError: settings of a wrong type or out of range, with learned positions more tokens than
-                `max_length`.
         """
         check_int("max_new_tokens", max_new_tokens, low=1)
         check_int("num_beams", num_beams, low=1)
@@ -250,15 +237,9 @@ class Transformer(PretrainedMixin, nn.Module):
             return _logits(self, decoded.x[:, -1])
 
         return beam_search(
-            step,
-            source.shape[0],
-            bos=bos,
-            eos=eos,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            length_penalty=length_penalty,
-            device=source.device,
-        )
+            step, source.shape[0], bos=bos, eos=eos, max_new_tokens=max_new_tokens, num_beams=num_beams,
+            length_penalty=length_penalty, device=source.device,
+        )  # fmt: skip
 
 
 class Classifier(PretrainedMixin, nn.Module):
@@ -298,9 +279,7 @@ class Classifier(PretrainedMixin, nn.Module):
         """Classifies each input; `keep_mask` `[B, T]` marks real tokens, `targets` `[B]` are class indices."""
         if self.config.patch_size is None:
             check_tokens(inputs, self.config.transformer.vocab_size)
-            features = inputs  # [B, T]
-        else:
-            features = self._patches(inputs)  # [B, T, C*P*P]
+        features = inputs if self.config.patch_size is None else self._patches(inputs)  # [B, T] or [B, T, C*P*P]
         positions, mask, real = positions_and_masks(features, 0, keep_mask)
         x = self.embedding(features, positions)  # [B, T, M]
         encoded = self.encoder(x, keep_mask=mask, positions=positions, token_mask=real)

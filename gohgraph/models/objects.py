@@ -26,9 +26,6 @@ class FeedForward(nn.Module):
     Shape:
         x `[*, M]` -> `[*, M]`.
 
-    Raises:
-        ValueError: unknown activation.
-
     Example:
         >>> import torch
         >>> FeedForward(8, 21, "swiglu")(torch.randn(2, 3, 8)).shape

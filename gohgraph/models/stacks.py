@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,27 +49,10 @@ class EncoderLayer(nn.Module):
         self.feed_forward = _residual(_feed_forward(config), config)
 
     def forward(
-        self,
-        x: Tensor,
-        *,
-        keep_mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        caches: tuple[KeyValueCache, ...] = (),
-        earlier: Sequence[Tensor] = (),
-        token_mask: Tensor | None = None,
-        losses: Losses | None = None,
+        self, x: Tensor, *, caches: tuple[KeyValueCache, ...] = (), **context: Any
     ) -> tuple[Tensor, tuple[Heads, ...]]:
-        """Returns the layer's output and what its heads did; arguments as in `MultiHeadAttention`."""
-        cache = caches[0] if caches else None
-        x, heads = self.attention(
-            x,
-            keep_mask=keep_mask,
-            positions=positions,
-            cache=cache,
-            earlier=earlier,
-            token_mask=token_mask,
-            losses=losses,
-        )
+        """Returns the layer's output and what its heads did; the context is that of `MultiHeadAttention`."""
+        x, heads = self.attention(x, cache=caches[0] if caches else None, **context)
         return self.feed_forward(x), (heads,)
 
 
@@ -105,28 +87,15 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         memory: Tensor,
         *,
-        keep_mask: Tensor | None = None,
         memory_keep_mask: Tensor | None = None,
-        positions: Tensor | None = None,
         caches: tuple[KeyValueCache, ...] = (),
-        earlier: Sequence[Tensor] = (),
-        token_mask: Tensor | None = None,
-        losses: Losses | None = None,
+        **context: Any,
     ) -> tuple[Tensor, tuple[Heads, ...]]:
         """Returns the output and what the heads did; masks broadcast to `[B, H, T, T]` and `[B, H, T, S]`."""
-        cache, cross_cache = caches if caches else (None, None)
-        x, heads = self.attention(
-            x,
-            keep_mask=keep_mask,
-            positions=positions,
-            cache=cache,
-            earlier=earlier,
-            token_mask=token_mask,
-            losses=losses,
-        )
-        x, cross_heads = self.cross_attention(
-            x, memory, keep_mask=memory_keep_mask, cache=cross_cache, token_mask=token_mask, losses=losses
-        )
+        cache, cross_cache = caches or (None, None)
+        x, heads = self.attention(x, cache=cache, **context)
+        shared = {name: context[name] for name in ("token_mask", "losses") if name in context}
+        x, cross_heads = self.cross_attention(x, memory, keep_mask=memory_keep_mask, cache=cross_cache, **shared)
         return self.feed_forward(x), (heads, cross_heads)
 
 
@@ -153,9 +122,6 @@ class Stack(nn.Module):
 
     Shape:
         x `[B, T, M]` -> `StackOutput` with x `[B, T, M]`.
-
-    Raises:
-        ValueError: unknown kind.
 
     Example:
         >>> import torch
@@ -202,8 +168,8 @@ class Stack(nn.Module):
         """Takes note of what the graphs of its layers ask for: heads of earlier layers, and losses."""
         outputs = [block.output_graph for block in self.modules() if isinstance(block, MultiHeadAttention)]
         traits = [graph.traits for graph in outputs if graph is not None]
-        self.reach = max((one.reach for one in traits), default=0)
-        names = dict.fromkeys(name for one in traits for name in one.losses)
+        self.reach = max((graph_traits.reach for graph_traits in traits), default=0)
+        names = dict.fromkeys(name for graph_traits in traits for name in graph_traits.losses)
         self.losses = tuple(name for name in names if name != ALIGNMENT or graphs.alignment)
 
     def new_caches(self) -> list[tuple[KeyValueCache, ...]]:
@@ -214,9 +180,7 @@ class Stack(nn.Module):
 
 
 def _residual(object: nn.Module, config: TransformerConfig) -> Residual:
-    return Residual(
-        object, config.d_model, norm_first=config.norm_first, norm=config.norm, dropout=config.dropout
-    )
+    return Residual(object, config.d_model, norm_first=config.norm_first, norm=config.norm, dropout=config.dropout)
 
 
 def _feed_forward(config: TransformerConfig) -> FeedForward:
@@ -241,10 +205,7 @@ def _attention(
 def build_slots(config: TransformerConfig, layer: int, *, cross: bool = False) -> dict[str, Any]:
     """Builds what `config` puts into the slots of one attention block, by the names of `MultiHeadAttention`.
 
-    Args:
-        config: of the transformer.
-        layer: index in the stack.
-        cross: cross attention, which is handed no heads of earlier layers.
+    `layer` is the index in the stack; cross attention is handed no heads of earlier layers.
     """
     graphs, routing = config.head_graph or NO_GRAPHS, (config.head_graph or NO_GRAPHS).routing
     sizes = (config.num_heads, config.head_dim, config.d_model)

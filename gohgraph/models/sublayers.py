@@ -49,7 +49,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Applies the object inside its residual connection; further arguments go to the object."""
         result = self.object(self.norm(x) if self.norm_first else x, *args, **kwargs)
-        y, more = result if isinstance(result, tuple) else (result, None)
+        y, extra = result if isinstance(result, tuple) else (result, None)
         x = x + self.dropout(y)
         x = x if self.norm_first else self.norm(x)
-        return x if more is None else (x, more)
+        return x if extra is None else (x, extra)

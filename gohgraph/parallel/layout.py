@@ -26,9 +26,6 @@ class ParallelConfig:
         sequence_parallel: with `"tp"`, tokens are sharded between blocks.
         recompute: activations inside a layer are computed again in backward instead of kept.
 
-    Raises:
-        ValueError: unknown or repeated modes, none, or options of a mode that is not there.
-
     Example:
         >>> ParallelConfig(("tp", "fsdp")).sizes(8)
         (1, 4, 2)
@@ -47,10 +44,8 @@ class ParallelConfig:
         if ranks is not None:
             check_int("tensor_ranks", ranks, low=1)
         if "tp" not in self.modes and (ranks is not None or self.sequence_parallel):
-            raise ValueError(
-                f"Expected tp among the modes for tensor_ranks={ranks!r}, sequence_parallel={self.sequence_parallel!r} "
-                f"(got {list(self.modes)}). Do add it."
-            )
+            option = "sequence_parallel" if ranks is None else f"tensor_ranks = {ranks}"
+            raise ValueError(f"Expected tp in the modes for {option} (got {list(self.modes)}). Do add it.")
 
     @property
     def is_sharded(self) -> bool:
@@ -60,8 +55,7 @@ class ParallelConfig:
     def sizes(self, world: int, machines: int = 1) -> tuple[int, int, int]:
         """Returns the ranks that replicate, that shard data parallel, and that share heads; their product is `world`.
 
-        Raises:
-            ValueError: the ranks do not divide like this.
+        Ranks that do not divide like this are a `ValueError`.
         """
         alone = self.modes == ("tp",)
         tensor = 1 if "tp" not in self.modes else self.tensor_ranks or (world if alone else 2)
@@ -117,5 +111,5 @@ class Layout:
         """The process group of the ranks that see different data; `None` where all see the same."""
         if self.data_ranks == 1:
             return None
-        one = [name for name in (REPLICATE, SHARD) if self.mesh[name].size() == self.data_ranks]
-        return self.mesh[one[0]].get_group() if one else self.mesh[REPLICATE, SHARD]._flatten().get_group()
+        whole = [name for name in (REPLICATE, SHARD) if self.mesh[name].size() == self.data_ranks]
+        return self.mesh[whole[0]].get_group() if whole else self.mesh[REPLICATE, SHARD]._flatten().get_group()

@@ -53,10 +53,7 @@ def place_heads(graph: Any, ranks: int, weights: Tensor | None = None, *, seed: 
         seed: of the random starts.
 
     Returns:
-        The old index of each new head, for `reorder_heads`.
-
-    Raises:
-        ValueError: the ranks do not divide the heads.
+        The old index of each new head, for `reorder_heads`; ranks that do not divide the heads are a `ValueError`.
 
     Example:
         >>> from gohgraph.graphs.graph import head_graph
@@ -115,9 +112,6 @@ def reorder_heads(model: LanguageModel, order: list[int]) -> LanguageModel:
     Args:
         model: with heads that have keys of their own; changed in place.
         order: the old index of each new head; with routers the shared heads must stay the first.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: no such permutation, or graphs other than plain `HeadGraphConv`s at outputs and scores.
@@ -184,8 +178,10 @@ def _site(site: SiteConfig | None, order: list[int], heads: int) -> SiteConfig |
 def _check(block: MultiHeadAttention, order: list[int]) -> None:
     sites = (block.output_graph, block.score_graph)
     if len(block.inner_graphs) or not all(graph is None or type(graph) is HeadGraphConv for graph in sites):
-        names = [type(graph).__name__ for graph in (*sites, *block.inner_graphs.values()) if graph is not None]
-        raise ValueError(f"Expected HeadGraphConvs at outputs and scores alone (got {names}). Do keep the order.")
+        kinds = sorted({type(graph).__name__ for graph in (*sites, *block.inner_graphs.values()) if graph is not None})
+        raise ValueError(
+            f"Expected HeadGraphConvs at outputs and scores only (got {kinds}). Do leave the order as it is."
+        )
     shared = 0 if block.router is None else block.router.num_shared
     if set(order[:shared]) != set(range(shared)):
         raise ValueError(

@@ -42,10 +42,12 @@ def process_group(device: str | None = None) -> Iterator[None]:
     if not under_torchrun() or distributed.is_initialized():
         yield
         return
-    best = torch.accelerator.current_accelerator(check_available=True) if device is None else torch.device(device)
-    if best is not None and best.type != "cpu":
-        torch.get_device_module(best).set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group(None if best is not None and best.type != "cpu" else "gloo")
+    current = torch.accelerator.current_accelerator(check_available=True)
+    chosen = current if device is None else torch.device(device)
+    on_cpu = chosen is None or chosen.type == "cpu"
+    if not on_cpu:
+        torch.get_device_module(chosen).set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group("gloo" if on_cpu else None)
     try:
         yield
     finally:
@@ -61,14 +63,14 @@ def on_first_rank(decide: Callable[[], Value]) -> Value:
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return decide()
-    decision: list[tuple[Value | None, Exception | None]] = [(None, None)]
+    outcome: list[tuple[Value | None, Exception | None]] = [(None, None)]
     if distributed.get_rank() == 0:
         try:
-            decision = [(decide(), None)]
+            outcome = [(decide(), None)]
         except Exception as error:
-            decision = [(None, error)]
-    distributed.broadcast_object_list(decision, src=0)
-    value, error = decision[0]
+            outcome = [(None, error)]
+    distributed.broadcast_object_list(outcome, src=0)
+    value, error = outcome[0]
     if error is not None:
         raise error
     return value
@@ -83,12 +85,7 @@ def lost_ranks(remedy: str) -> Iterator[None]:
     """Makes it an error of one sentence, with what to do, that another process of the job has ended.
 
     The others see a lost connection, or SIGTERM from `torchrun`, whichever is first. Does nothing for a process alone.
-
-    Args:
-        remedy: completes "Do ...".
-
-    Raises:
-        ValueError: inside, a rank was lost.
+    The remedy completes "Do ...".
     """
     if not under_torchrun():
         yield

@@ -21,15 +21,9 @@ def parallelize(model: Module, layout: Layout) -> Module:
     """Spreads a model over the ranks of a layout; without `"tp"` and `"fsdp"`, wrap it in DDP instead.
 
     Args:
-        model: on the device of this rank; changed in place.
+        model: on the device of this rank; changed in place and returned.
         layout: of the job.
 
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: as `tensor_parallel`; learned topologies whose layers are computed again, which would be counted
-            twice.
     """
     if layout.config.recompute:
         recompute(model)
@@ -41,11 +35,12 @@ def parallelize(model: Module, layout: Layout) -> Module:
 def recompute(model: Module) -> Module:
     """Lets backward compute the inside of every layer again (arXiv 1604.06174), which saves its memory.
 
-    Raises:
-        ValueError: a learned topology, which counts what it sees.
+    A learned topology, which counts what it sees, is a `ValueError`.
     """
     if any(isinstance(part, LearnedTopologyConv) for part in model.modules()):
-        raise ValueError("Expected no learned topology where layers are recomputed (got one). Do keep activations.")
+        raise ValueError(
+            "Expected no learned topology where layers are recomputed (got a LearnedTopologyConv). Do keep activations."
+        )
     for stack in (part for part in model.modules() if isinstance(part, Stack)):
         stack.recompute = True
     return model
@@ -55,12 +50,9 @@ def shard_data(model: Module, mesh: DeviceMesh) -> Module:
     """Shards parameters, gradients and optimizer state over data-parallel ranks with FSDP2, layer by layer.
 
     Args:
-        model: changed in place; it may be tensor parallel over another dimension of the same mesh.
+        model: changed in place and returned; it may be tensor parallel over another dimension of the same mesh.
         mesh: one dimension; or (replicate, shard), of which the first holds copies: with a shard of one it is plain
             data parallelism.
-
-    Returns:
-        The model.
     """
     size = mesh.size(mesh.ndim - 1)
 

@@ -20,35 +20,29 @@ from torch.optim import Optimizer
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def save_state(folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, more: dict[str, Any]) -> None:
-    """Writes model, optimizer and `more` to a folder, each rank its own part; all ranks call it.
+def save_state(folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, values: dict[str, Any]) -> None:
+    """Writes model, optimizer and values to a folder, each rank its own part; all ranks call it.
 
     Args:
         folder: which all ranks see; best an empty one that is moved to its place when it is whole.
         model, optimizer: sharded or not.
-        more: small values that are the same on all ranks.
+        values: small ones that are the same on all ranks.
     """
     weights, state = get_state_dict(model, optimizer, options=OPTIONS)
-    dcp.save({"model": weights, "optimizer": state, "more": more}, checkpoint_id=os.fspath(folder))
+    dcp.save({"model": weights, "optimizer": state, "more": values}, checkpoint_id=os.fspath(folder))
 
 
 def load_state(
-    folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, more: dict[str, Any]
+    folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, values: dict[str, Any]
 ) -> dict[str, Any]:
     """Reads what `save_state` wrote, at this or another number of ranks, into model and optimizer.
 
-    Args:
-        more: of the same keys as what was saved.
-
-    Returns:
-        The values of `more` that were saved.
+    Returns the values that were saved, under the keys of the values given.
     """
     weights, state = get_state_dict(model, optimizer, options=OPTIONS)
-    saved = {"model": weights, "optimizer": state, "more": dict(more)}
+    saved = {"model": weights, "optimizer": state, "more": dict(values)}
     dcp.load(saved, checkpoint_id=os.fspath(folder))
-    set_state_dict(
-        model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=OPTIONS
-    )
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=OPTIONS)
     return saved["more"]
 
 

@@ -28,8 +28,7 @@ def server(tmp_path, monkeypatch):
     """Serve TEXT as the download, from a `file:` address that urllib opens like any other."""
     served = tmp_path / "served.txt"
     served.write_bytes(TEXT)
-    download = module._Download(served.as_uri(), hashlib.sha256(TEXT).hexdigest())
-    monkeypatch.setitem(module._DOWNLOADS, NAME, download)
+    monkeypatch.setitem(module._DOWNLOADS, NAME, (served.as_uri(), hashlib.sha256(TEXT).hexdigest()))
     return served
 
 

@@ -50,9 +50,8 @@ class Comparison(ContestScript):
     def parser(cls) -> ArgumentParser:
         """Returns the parser of all flags."""
         parser = super().parser()
-        parser.add_argument(
-            "--compare", action="store_true", help="also train plain attention of as many parameters, in turns"
-        )
+        about = "also train plain attention of as many parameters, in turns"
+        parser.add_argument("--compare", action="store_true", help=about)
         add_graph_flags(parser)
         return parser
 
@@ -77,15 +76,10 @@ class Comparison(ContestScript):
         # The plain side has no heads to leave out.
         anneal = (self.flags.anneal_top_k or 0) if config.head_graph is not None else 0
         return self.training(
-            model,
-            self.batches(seed),
-            self.loss,
-            self.config(seed, rate, anneal_top_k=anneal, **self.schedule()),
-            leaf,
-            evaluate=self.evaluate,
-            settings={"model": model.config.to_dict(), "data": self.data_settings},
+            model, self.batches(seed), self.loss, self.config(seed, rate, anneal_top_k=anneal, **self.schedule()), leaf,
+            evaluate=self.evaluate, settings={"model": model.config.to_dict(), "data": self.data_settings},
             **self.tracking(model, leaf),
-        )
+        )  # fmt: skip
 
     def finish(self, training: Training, leaf: Path) -> Result:
         """Saves the model, and measures and draws it as it was saved."""

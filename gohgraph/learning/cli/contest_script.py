@@ -47,7 +47,7 @@ class ContestScript(Script):
         contest = Contest(self.models(), self.flags.seeds, self.flags.learning_rates, self.folder)
         results = contest.run(self._start, self._finish, resume=self.flags.resume)
         if len(results) > 1:
-            draw_curves({one["leaf"]: one["log"] for one in results.values()}, self.folder / "curves.png")
+            draw_curves({result["leaf"]: result["log"] for result in results.values()}, self.folder / "curves.png")
         if results:
             self.report(results)
 

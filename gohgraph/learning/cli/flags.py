@@ -64,11 +64,7 @@ def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parallel_config(flags: argparse.Namespace) -> ParallelConfig | None:
-    """Returns how the processes share the work; `None` without flags about it.
-
-    Raises:
-        ValueError: flags that do not fit each other or the number of processes.
-    """
+    """Returns how the processes share the work; `None` without flags about it, an error for flags that do not fit."""
     modes = flags.parallel or (("ddp",) if flags.recompute else ())
     if not modes:
         if flags.tensor_ranks is not None or flags.sequence_parallel:
@@ -86,11 +82,7 @@ def parallel_config(flags: argparse.Namespace) -> ParallelConfig | None:
 
 
 def fill_sizes(flags: argparse.Namespace, full: Mapping[str, Any], smoke: Mapping[str, Any]) -> None:
-    """Gives sizes that no flag gives their values, checks seeds and threads, and sets the number of threads.
-
-    Raises:
-        ValueError: no thread, or seeds that are negative or repeated.
-    """
+    """Gives sizes that no flag gives their values, checks seeds and threads, and sets the number of threads."""
     for name, value in (smoke if flags.smoke else full).items():
         if getattr(flags, name) is None:
             setattr(flags, name, value)
@@ -100,18 +92,17 @@ def fill_sizes(flags: argparse.Namespace, full: Mapping[str, Any], smoke: Mappin
     torch.set_num_threads(flags.threads)
 
 
-def train_config(flags: argparse.Namespace, seed: int, learning_rate: float, **more: Any) -> TrainConfig:
-    """Returns the training that flags of `add_training_flags` describe; `more` goes over them."""
-    same = "weight_decay graph_lr_factor patience precision compile device".split()
-    steps = more["steps"] if "steps" in more else flags.steps
+def train_config(flags: argparse.Namespace, seed: int, learning_rate: float, **overrides: Any) -> TrainConfig:
+    """Returns the training that flags of `add_training_flags` describe; `overrides` go over them."""
+    same = "weight_decay graph_lr_factor patience precision compile device keep_checkpoints".split()
+    steps = overrides.get("steps", flags.steps)
     values = {name: getattr(flags, name) for name in same} | {
         "steps": steps,
         "warmup": min(100, steps // 10) if flags.warmup is None else flags.warmup,
         "eval_every": max(1, steps // 10) if flags.eval_every is None else flags.eval_every,
         "checkpoint_every": max(1, steps // 5) if flags.checkpoint_every is None else flags.checkpoint_every,
-        "keep_checkpoints": flags.keep_checkpoints,
         "log_every": 1 if flags.smoke else 10,
         "seed": seed,
         "learning_rate": learning_rate,
     }
-    return TrainConfig(**(values | more))
+    return TrainConfig(**(values | overrides))

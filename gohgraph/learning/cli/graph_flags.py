@@ -50,9 +50,6 @@ def graph_from_flags(flags: argparse.Namespace, num_heads: int) -> HeadGraphConf
 
     By default a quarter of the heads are shared, and three quarters work for a token.
 
-    Raises:
-        ValueError: flags that do not fit each other, or values out of range.
-
     Example:
         >>> parser = argparse.ArgumentParser()
         >>> add_graph_flags(parser)
@@ -62,15 +59,15 @@ def graph_from_flags(flags: argparse.Namespace, num_heads: int) -> HeadGraphConf
     _check(flags)
     edges = {"edges": flags.edges, "rank": flags.rank, "top_edges": flags.top_edges}
     edges["activation"] = None if flags.edge_activation == "none" else flags.edge_activation
-    own = {**edges, "cross_layer": flags.cross_layer or 0, "norm": flags.edge_norm}
+    at_outputs = {**edges, "cross_layer": flags.cross_layer or 0, "norm": flags.edge_norm}
     rounds = flags.rounds if flags.rounds is not None else 2 if flags.experts else 1
     num_shared = round(num_heads / 4) if flags.num_shared is None else flags.num_shared
     outputs = scores = None
     if flags.experts:
-        outputs = HeadGraphConfig.graph_experts(num_shared, rounds, **own).outputs
+        outputs = HeadGraphConfig.graph_experts(num_shared, rounds, **at_outputs).outputs
     elif flags.sites in ("outputs", "both"):
         place = _topology(flags.topology or "complete", flags.in_degree, "--in-degree")
-        outputs = SiteConfig(**place, **own, rounds=rounds)
+        outputs = SiteConfig(**place, **at_outputs, rounds=rounds)
     if flags.sites in ("scores", "both"):
         place = _topology(flags.score_topology or "ring", flags.score_in_degree, "--score-in-degree")
         scores = SiteConfig(**place, **edges, rounds=rounds)

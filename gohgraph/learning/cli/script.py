@@ -94,18 +94,18 @@ class Script:
         """Returns the values of flags by name; by default those that give a transformer its shape."""
         return {name: getattr(self.flags, name) for name in names or ("d_model", "num_heads", "num_layers", "d_ff")}
 
-    def config(self, seed: int, learning_rate: float, **more: Any) -> TrainConfig:
-        """Returns the training that the flags describe; `more` goes over them."""
-        return train_config(self.flags, seed, learning_rate, **more)
+    def config(self, seed: int, learning_rate: float, **overrides: Any) -> TrainConfig:
+        """Returns the training that the flags describe; `overrides` go over them."""
+        return train_config(self.flags, seed, learning_rate, **overrides)
 
-    def training(self, *arguments: Any, settings: dict[str, Any], **more: Any) -> Training:
-        """Returns a `Training` that `--resume` goes on with; arguments, settings and the rest are those of `Training`.
+    def training(self, *arguments: Any, settings: dict[str, Any], **options: Any) -> Training:
+        """Returns a `Training` that `--resume` goes on with; arguments, settings and options are those of `Training`.
 
         The flags join its settings, and it is described by the name of its folder, the last argument.
         """
         leaf = arguments[-1]
-        more = {"description": leaf.name, **more, "settings": {**settings, "flags": vars(self.flags)}}
-        return Training(*arguments, resume=can_resume(leaf, self.flags), **more)
+        options = {"description": leaf.name, **options, "settings": {**settings, "flags": vars(self.flags)}}
+        return Training(*arguments, resume=can_resume(leaf, self.flags), **options)
 
     def write_table(self, table: str) -> None:
         """Prints a table, and writes it to table.md."""
@@ -122,11 +122,7 @@ class Script:
 
 
 def open_folder(flags: argparse.Namespace, name: str) -> Path:
-    """Returns the run folder: `--run`, or a new `runs/name` or, to resume, the last one.
-
-    Raises:
-        ValueError: there is no run to resume, or something is in the folder of a new one.
-    """
+    """Returns the run folder: `--run`, or a new `runs/name` or, to resume, the last one, which must hold a run."""
     return on_first_rank(lambda: _open_folder(flags, Path("runs", name)))
 
 

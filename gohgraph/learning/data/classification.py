@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.common.packages import needs
 from gohgraph.learning.data.corpus import Corpus, evaluation_batches, load_corpus
 from gohgraph.learning.data.domains import DOMAINS, load_domain
 from gohgraph.models.model_output import ModelOutput
@@ -41,24 +42,14 @@ class LabelledData:
 
 
 def load_digits() -> LabelledData:
-    """Loads the handwritten digits that scikit-learn ships: 1,797 images of 8 x 8 pixels, a fifth of them held out.
-
-    Returns:
-        Images `[N, 1, 8, 8]` in [0, 1] and digits `[N]`, with the same split every time.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
+    """Loads the handwritten digits that scikit-learn ships: 1,797 images of 8 x 8 pixels, a fixed fifth held out.
 
     Example:
         >>> load_digits().validation[0].shape
         torch.Size([359, 1, 8, 8])
     """
-    try:
+    with needs("scikit-learn for its digits", "classification"):
         from sklearn import datasets
-    except ImportError as error:
-        raise ImportError(
-            "Expected scikit-learn for its digits (got none). Do pip install 'gohgraph[classification]'."
-        ) from error
     data = datasets.load_digits()
     images = torch.from_numpy(data.images).float().unsqueeze(1) / 16  # [N, 1, 8, 8]
     digits = torch.from_numpy(data.target).long()  # [N]
@@ -80,9 +71,6 @@ def load_text_classes(
 
     Returns:
         Token ids `[N, length]` and classes `[N]`; windows do not overlap.
-
-    Raises:
-        ValueError: fewer than two texts, or one that is too short.
     """
     if folder is None:
         texts = {name: load_domain(name) for name in DOMAINS}
@@ -103,7 +91,7 @@ def _windows(corpus: Corpus, side: str, length: int, count: int) -> Tensor:
 
 
 def _labelled(classes: list[Tensor]) -> tuple[Tensor, Tensor]:
-    targets = torch.cat([torch.full((len(one),), number) for number, one in enumerate(classes)])  # [N]
+    targets = torch.cat([torch.full((len(inputs),), number) for number, inputs in enumerate(classes)])  # [N]
     return torch.cat(classes), targets
 
 
@@ -127,20 +115,20 @@ def classify(model: nn.Module, inputs: Tensor, targets: Tensor, *, batch_size: i
         Cross entropy of every example in nats, float64 `[N]`, and the most likely class `[N]`, on the CPU.
     """
     device = next(model.parameters()).device
-    losses, found = [], []
+    losses, predicted = [], []
     for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
         logits = model(x.to(device)).logits.float().cpu()  # [B, C]
         losses.append(F.cross_entropy(logits, y, reduction="none").double())
-        found.append(logits.argmax(dim=-1))
-    return torch.cat(losses), torch.cat(found)
+        predicted.append(logits.argmax(dim=-1))
+    return torch.cat(losses), torch.cat(predicted)
 
 
-def confusion_matrix(targets: Tensor, found: Tensor, num_classes: int) -> Tensor:
+def confusion_matrix(targets: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     """Counts how often class i (row) was taken for class j (column), int64 `[C, C]`.
 
     Example:
         >>> confusion_matrix(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), 2).tolist()
         [[1, 1], [0, 1]]
     """
-    cells = targets * num_classes + found
+    cells = targets * num_classes + predicted
     return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)  # [C, C]

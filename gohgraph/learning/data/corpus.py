@@ -35,16 +35,11 @@ _SKIPPED_FOLDERS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class _Download:
-    url: str
-    sha256: str
-
-
+# By name: where it is, and its SHA-256.
 _DOWNLOADS = {
-    "tiny-shakespeare": _Download(
-        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    "tiny-shakespeare": (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     )
 }
 
@@ -55,11 +50,7 @@ class Corpus:
 
     Args:
         name: `"python-docs"`, `"tiny-shakespeare"`, or the path of the file.
-        train: uint8 tensor.
-        validation: uint8 tensor.
-
-    Shape:
-        `train`: `[N]`, `validation`: `[N']`, both at least 100 bytes when made by `load_corpus`.
+        train, validation: uint8 `[N]`, at least 100 bytes each when made by `load_corpus`.
     """
 
     name: str
@@ -68,34 +59,27 @@ class Corpus:
 
 
 def load_corpus(
-    source: str | os.PathLike[str] = PYTHON_DOCS,
-    *,
-    cache: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] = PYTHON_DOCS, *, cache: str | os.PathLike[str] | None = None,
     validation_fraction: float = 0.1,
-) -> Corpus:
+) -> Corpus:  # fmt: skip
     """Load a built-in, downloaded or local text as bytes, with a fixed split.
 
-    - `"python-docs"`: what ships inside every CPython, offline: the text of `pydoc_data.topics` and the
-      docstrings of the standard library's sources, each docstring once. About 2.1 MB (English and code),
-      read in about 3 s; the exact text depends on the Python version, so losses compare only within one.
-      Whole documents (a topic, or the docstrings of one source file) are held out, in the order of a fixed
-      hash of their names, until they make up `validation_fraction` of the bytes.
-    - `"tiny-shakespeare"`: 1.1 MB, downloaded once, checked by SHA-256 and cached. The last
-      `validation_fraction` is the validation part.
-    - anything else is the path of a file of any bytes; its last `validation_fraction` is the validation part.
+    - `"python-docs"`: what ships inside every CPython, offline: the text of `pydoc_data.topics` and the docstrings of
+      the standard library's sources, each docstring once. About 2.1 MB (English and code), read in about 3 s; the exact
+      text depends on the Python version, so losses compare only within one. Whole documents (a topic, or the docstrings
+      of one source file) are held out, in the order of a fixed hash of their names.
+    - `"tiny-shakespeare"`: 1.1 MB, downloaded once, checked by SHA-256 and cached; its end is held out.
+    - anything else is the path of a file of any bytes, whose end is held out.
 
     Args:
         source: a name from the list above, or a path (`./name` for a file that bears one of the names).
         cache: folder for downloads; by default `$GOHGRAPH_CACHE`, or `~/.cache/gohgraph`.
         validation_fraction: share of the bytes held out, in (0, 1).
 
-    Returns:
-        The corpus. Equal arguments give equal bytes, on one Python version.
-
     Raises:
         TypeError: `source` is not a string or path.
-        ValueError: the file cannot be read or is too short, the download fails or has another checksum, the
-            fraction is out of range, or this Python came without the documentation.
+        ValueError: the file cannot be read or is too short, the download fails or has another checksum, the fraction is
+            out of range, or this Python came without the documentation.
 
     Example:
         >>> import pathlib, tempfile
@@ -120,44 +104,33 @@ def load_corpus(
         train, validation = text[:cut], text[cut:]
     if min(len(train), len(validation)) < _MINIMUM_BYTES:
         raise ValueError(
-            f"Expected at least {_MINIMUM_BYTES} bytes for training and for validation "
-            f"(got {len(train)} and {len(validation)} from {name!r}). "
-            "Do choose a longer text, or another validation_fraction."
+            f"Expected at least {_MINIMUM_BYTES} bytes for training and for validation (got {len(train)} and "
+            f"{len(validation)} from {name!r}). Do choose a longer text, or another validation_fraction."
         )
     return Corpus(name, as_tensor(train), as_tensor(validation))
 
 
-def sample_batch(
-    data: Tensor, step: int, *, batch_size: int, length: int, seed: int
-) -> tuple[Tensor, Tensor]:
+def sample_batch(data: Tensor, step: int, *, batch_size: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw the random windows of one training step, and the bytes that follow.
 
-    A pure function of `(seed, step)`, with a generator of its own: a resumed run, and every model compared
-    with it, sees the same data in the same order whatever else drew random numbers.
+    A pure function of `(seed, step)`, with a generator of its own: a resumed run, and every model compared with it,
+    sees the same data in the same order whatever else drew random numbers.
 
     Args:
-        data: bytes.
+        data: bytes `[N]`, N > T.
         step: number of the training step.
         batch_size: windows, B, at least 1.
         length: bytes a window, T, at least 1.
         seed: names the order of the data.
 
-    Shape:
-        `data`: `[N]` with N > T; returns two `[B, T]`.
-
     Returns:
-        `(inputs, targets)`, int64, on the device of `data`; `targets[:, t]` follows `inputs[:, t]`.
-
-    Raises:
-        ValueError: `batch_size` or `length` is below 1, or the text is not longer than a window.
+        `(inputs, targets)`, int64 `[B, T]`, on the device of `data`; `targets[:, t]` follows `inputs[:, t]`.
 
     Example:
         >>> data = torch.arange(100, dtype=torch.uint8)
         >>> inputs, targets = sample_batch(data, step=3, batch_size=2, length=5, seed=0)
         >>> inputs.shape, torch.equal(targets, inputs + 1)
         (torch.Size([2, 5]), True)
-        >>> torch.equal(inputs, sample_batch(data, step=3, batch_size=2, length=5, seed=0)[0])
-        True
     """
     _check_windows(data, batch_size, length)
     # Hashed, since a generator takes one number: a sum would give seed 2 the data of seed 1, a step later.
@@ -173,19 +146,13 @@ def evaluation_batches(
     """Cut the text into fixed windows that do not overlap and are spread evenly over it.
 
     Args:
-        data: bytes.
+        data: bytes `[N]`, N > T.
         batch_size: windows a batch, B, at least 1; the last batch holds what is left.
         length: bytes a window, T, at least 1.
         limit: the most windows (not batches) in all; None: as many as fit.
 
-    Shape:
-        `data`: `[N]` with N > T; yields two `[B, T]`.
-
     Returns:
-        An iterator over `(inputs, targets)`, int64, on the device of `data`. No byte is a target twice.
-
-    Raises:
-        ValueError: `batch_size`, `length` or `limit` is below 1, or the text is not longer than a window.
+        An iterator over `(inputs, targets)`, int64 `[B, T]`, on the device of `data`. No byte is a target twice.
 
     Example:
         >>> data = torch.arange(100, dtype=torch.uint8)
@@ -234,8 +201,7 @@ def _read_file(name: str) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"Expected {_names()}, or a text file that can be read (got {name!r}: {reason}). "
-            "Do check the path."
+            f"Expected {_names()}, or a text file that can be read (got {name!r}: {reason}). Do check the path."
         ) from error
 
 
@@ -295,19 +261,19 @@ def split_documents(documents: dict[str, str], validation_fraction: float) -> tu
 
 def _download(name: str, cache: str | os.PathLike[str] | None) -> bytes:
     """The checked bytes of a named corpus, from the cache or, once, from the network."""
-    download = _DOWNLOADS[name]
+    url, sha256 = _DOWNLOADS[name]
     folder = Path(cache or os.environ.get("GOHGRAPH_CACHE") or Path.home() / ".cache" / "gohgraph")
     path = folder / f"{name}.txt"
     if os.path.exists(path):
-        return _checked(_read_file(str(path)), download, str(path), "delete that file and start again")
+        return _checked(_read_file(str(path)), sha256, str(path), "delete that file and start again")
     try:
-        text = _fetch(name, download.url)
+        text = _fetch(name, url)
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(
-            f"Expected to download {name!r} from {download.url} (got {error}). "
+            f"Expected to download {name!r} from {url} (got {error}). "
             "Do check the network, or train on a text of your own with --data FILE."
         ) from error
-    _checked(text, download, download.url, "try again, or train on a text of your own with --data FILE")
+    _checked(text, sha256, url, "try again, or train on a text of your own with --data FILE")
     # Several processes may download the same corpus at once.
     pending = path.with_name(f".{name}.{uuid.uuid4().hex}.new")
     try:
@@ -332,8 +298,8 @@ def _fetch(name: str, url: str) -> bytes:
     return b"".join(pieces)
 
 
-def _checked(text: bytes, download: _Download, origin: str, remedy: str) -> bytes:
-    found = hashlib.sha256(text).hexdigest()
-    if found != download.sha256:
-        raise ValueError(f"Expected SHA-256 {download.sha256} of {origin} (got {found}). Do {remedy}.")
+def _checked(text: bytes, sha256: str, origin: str, remedy: str) -> bytes:
+    digest = hashlib.sha256(text).hexdigest()
+    if digest != sha256:
+        raise ValueError(f"Expected SHA-256 {sha256} of {origin} (got {digest}). Do {remedy}.")
     return text

@@ -34,9 +34,6 @@ def load_domain(name: str, *, limit: int = 500_000, validation_fraction: float =
         limit: characters to read; the first files in order of their names.
         validation_fraction: share of the bytes held out, in (0, 1).
 
-    Raises:
-        ValueError: an unknown name, or the text is not in this installation.
-
     Example:
         >>> corpus = load_domain("names", limit=20_000)
         >>> corpus.name, len(corpus.validation) > 1000

@@ -40,9 +40,6 @@ class EpisodeSampler:
         queries: further examples of each class to be measured on.
         seed: names the order.
 
-    Raises:
-        ValueError: a number below 1, fewer classes than ways, or a class with too few examples.
-
     Example:
         >>> sampler = EpisodeSampler([torch.rand(9, 1, 8, 8) for _ in range(5)], tasks=2, ways=3, shots=1, queries=4)
         >>> sampler(0).support.shape, sampler(0).query_targets.shape
@@ -99,9 +96,6 @@ def few_shot_classes(data: LabelledData, *, held_out: int) -> tuple[list[Tensor]
         data: images `[N, channels, side, side]`, of which training and validation part are joined.
         held_out: classes never learned from, the last ones.
 
-    Returns:
-        Images of each class to learn from, and of each class held out.
-
     Example:
         >>> from gohgraph.learning.data.classification import load_digits
         >>> [len(classes) for classes in few_shot_classes(load_digits(), held_out=4)]
@@ -111,4 +105,4 @@ def few_shot_classes(data: LabelledData, *, held_out: int) -> tuple[list[Tensor]
     targets = torch.cat((data.train[1], data.validation[1]))  # [N]
     classes = [images[targets == number] for number in range(len(data.classes))]
     known, new = classes[:-held_out], classes[-held_out:]
-    return [one.rot90(turns, dims=(-2, -1)) for one in known for turns in range(4)], new
+    return [images.rot90(turns, dims=(-2, -1)) for images in known for turns in range(4)], new

@@ -43,9 +43,6 @@ def numeral_sentences(generator: random.Random) -> tuple[str, str]:
 def english_numeral(number: int) -> str:
     """Returns a number of 0..999,999 in English words.
 
-    Raises:
-        ValueError: the number is out of range.
-
     Example:
         >>> english_numeral(123_042)
         'one hundred twenty-three thousand forty-two'
@@ -58,9 +55,6 @@ def english_numeral(number: int) -> str:
 
 def german_numeral(number: int) -> str:
     """Returns a number of 0..999,999 in German words, as one word.
-
-    Raises:
-        ValueError: the number is out of range.
 
     Example:
         >>> german_numeral(123_042), german_numeral(1_101)

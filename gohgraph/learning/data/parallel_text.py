@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gohgraph.common.checks import check_int
+from gohgraph.common.packages import needs
 from gohgraph.learning.data.numerals import numeral_sentences
 from gohgraph.models.boundary import IGNORED_TARGET
 
@@ -51,9 +52,6 @@ def load_parallel_text(
     Args:
         data: the name above, or a folder.
         source, target: the languages, suffixes of the files.
-
-    Returns:
-        The pairs, in a fixed order.
 
     Raises:
         ValueError: a file is missing, damaged or empty, the files of a pair have different lengths, or numerals in
@@ -116,18 +114,9 @@ class Subwords:
 
     @classmethod
     def train(cls, sentences: Sequence[str], vocab_size: int) -> Subwords:
-        """Learns at most `vocab_size` subwords, bytes and special tokens (259) among them.
-
-        Raises:
-            ImportError: tokenizers is not installed.
-            ValueError: `vocab_size` is too small for bytes and special tokens.
-        """
-        try:
+        """Learns at most `vocab_size` subwords, bytes and special tokens (259) among them."""
+        with needs("the package tokenizers for subwords", "translation"):
             from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-        except ImportError as error:
-            raise ImportError(
-                "Expected the package tokenizers for subwords (got none). Do pip install 'gohgraph[translation]'."
-            ) from error
         smallest = len(SPECIAL) + 256
         if vocab_size < smallest:
             raise ValueError(f"Expected a vocab_size of at least {smallest} (got {vocab_size}). Do raise it.")
@@ -146,7 +135,7 @@ class Subwords:
 
     def encode(self, sentences: Sequence[str]) -> list[Tensor]:
         """Returns the ids of each sentence, int64 `[T]`, without special tokens."""
-        return [torch.tensor(one.ids, dtype=torch.long) for one in self.tokenizer.encode_batch(list(sentences))]
+        return [torch.tensor(code.ids, dtype=torch.long) for code in self.tokenizer.encode_batch(list(sentences))]
 
     def decode(self, tokens: Tensor) -> str:
         """Returns the text of ids `[T]`; special tokens are left out."""
@@ -167,9 +156,6 @@ class PairBatches:
         batch_size: pairs in a batch, B, at least 1.
         seed: names the order.
         longest: subwords of a sentence, what is longer is cut.
-
-    Raises:
-        ValueError: `batch_size` below 1.
 
     Example:
         >>> sentences = [torch.full((length,), 9) for length in (2, 3, 5, 7)]
@@ -205,8 +191,8 @@ class PairBatches:
         special = torch.tensor([BOS]), torch.tensor([EOS])
         sources = [torch.cat((self.source[row][: self.longest], special[1])) for row in rows]
         targets = [torch.cat((special[0], self.target[row][: self.longest], special[1])) for row in rows]
-        after = pad_sequence([one[1:] for one in targets], batch_first=True, padding_value=IGNORED_TARGET)  # [B, T]
-        return _padded(sources), _padded([one[:-1] for one in targets]), after
+        after = pad_sequence([ids[1:] for ids in targets], batch_first=True, padding_value=IGNORED_TARGET)  # [B, T]
+        return _padded(sources), _padded([ids[:-1] for ids in targets]), after
 
     @cached_property
     def _epoch(self) -> Callable[[int], list[Tensor]]:

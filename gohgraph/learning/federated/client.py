@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gohgraph.common.files import write_whole
+from gohgraph.learning.accelerator import device_kind
 from gohgraph.learning.federated.sharing import Sharing, load_state
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.learning.train_config import TrainConfig
@@ -43,10 +44,6 @@ class Client:
         num_examples: n_k, the weight of this client in averages.
         evaluate: measures the model in eval mode without gradients, e.g. `{"validation_loss": 1.23}`.
         folder: where personal weights are kept between rounds; needed where there are some.
-
-    Raises:
-        ValueError: steps that do not divide into rounds, settings that clients do not have, no examples, or personal
-            weights and no folder.
 
     Example:
         >>> model, data = nn.Linear(3, 1), torch.randn(20, 8, 3)
@@ -86,25 +83,16 @@ class Client:
         self.model, self.sharing, self.batch, self.loss, self.config = model, sharing, batch, loss, config
         self.local_steps, self.num_examples, self.evaluate = config.steps // rounds, num_examples, evaluate
         self.folder = None if folder is None else Path(folder)
-        present = torch.accelerator.current_accelerator(check_available=True)
-        self.device = torch.device(config.device or ("cpu" if present is None else present.type))
+        self.device = torch.device(device_kind(config.device))
         model.to(self.device)
         # What every round without personal weights of an earlier one begins with.
         self._start = {name: tensor.clone() for name, tensor in sharing.personal_state(model).items()}
 
     def fit(self, shared: Mapping[str, Tensor], round: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Trains one round.
+        """Trains one round, counted from 1, on the weights of all by name.
 
-        Args:
-            shared: the weights of all, by name.
-            round: its number, from 1.
-
-        Returns:
-            What became of the shared weights, on the CPU, and the mean loss.
-
-        Raises:
-            ValueError: weights of another model.
-            FloatingPointError: the loss is not finite; personal weights are left as they were.
+        Returns what became of them, on the CPU, and the mean loss. Weights of another model are a `ValueError`; with a
+        `FloatingPointError`, for a loss that is not finite, personal weights are left as they were.
         """
         self._load(shared, before=round)
         total, first = 0.0, (round - 1) * self.local_steps
@@ -135,7 +123,8 @@ class Client:
         digest = hashlib.blake2b(f"{self.config.seed}:{step}".encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
         tensors = self.batch(step)
-        tensors = tensors.to(self.device) if isinstance(tensors, Tensor) else [one.to(self.device) for one in tensors]
+        is_single = isinstance(tensors, Tensor)
+        tensors = tensors.to(self.device) if is_single else [tensor.to(self.device) for tensor in tensors]
         output = self.loss(self.model, tensors)
         loss = output if isinstance(output, Tensor) else output.loss
         optimizer.zero_grad()

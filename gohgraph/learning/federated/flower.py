@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-try:
-    from flwr.app import (
+from gohgraph.common.packages import needs
+
+with needs("the package flwr, on Python 3.11 or newer,", "federated"):
+    from flwr.app import (  # noqa: F401
         Array,
         ArrayRecord,
         ConfigRecord,
@@ -15,29 +17,6 @@ try:
         RecordDict,
         UserConfig,
     )
-    from flwr.clientapp import ClientApp
-    from flwr.serverapp import Grid, ServerApp
-    from flwr.serverapp.strategy import FedAvg, Strategy
-except ImportError as error:
-    raise ImportError(
-        "Expected the package flwr for federated learning (got none). Do install it, on Python 3.11 or newer: "
-        "pip install 'gohgraph[federated]'."
-    ) from error
-
-__all__ = [
-    "Array",
-    "ArrayRecord",
-    "ClientApp",
-    "ConfigRecord",
-    "Context",
-    "Error",
-    "FedAvg",
-    "Grid",
-    "Message",
-    "MessageType",
-    "MetricRecord",
-    "RecordDict",
-    "ServerApp",
-    "Strategy",
-    "UserConfig",
-]
+    from flwr.clientapp import ClientApp  # noqa: F401
+    from flwr.serverapp import Grid, ServerApp  # noqa: F401
+    from flwr.serverapp.strategy import FedAvg, Strategy  # noqa: F401

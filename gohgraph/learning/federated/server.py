@@ -98,11 +98,7 @@ def federate(
 
 
 def last_weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Returns the shared weights after the last round in a run folder.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Returns the shared weights after the last round in a run folder, which must hold one."""
     checkpoints = RunFolder(folder, {}).checkpoints()
     if not checkpoints:
         raise ValueError(f"Expected the run folder of a federated run (got {folder} without checkpoints). Do name one.")

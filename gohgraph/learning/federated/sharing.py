@@ -27,9 +27,6 @@ class Sharing:
         shared: trained by all clients and averaged.
         personal: trained by each client for itself.
 
-    Raises:
-        ValueError: an unknown kind, one in both places, or none at all.
-
     Example:
         >>> import gohgraph as goh
         >>> config = goh.TransformerConfig(7, d_model=6, num_heads=3, d_ff=5, head_graph=goh.HeadGraphConfig())
@@ -52,11 +49,7 @@ class Sharing:
             )
 
     def prepare(self, model: nn.Module) -> None:
-        """Freezes what is neither shared nor personal, and only that.
-
-        Raises:
-            ValueError: the model has no weights of a kind that is named.
-        """
+        """Freezes what is neither shared nor personal, and only that; each kind that is named must be there."""
         kinds = _kinds(model)
         missing = {*self.shared, *self.personal} - set(kinds.values())
         # All kinds are the whole model, whatever it has.
@@ -90,14 +83,12 @@ SHARINGS: dict[str, Sharing] = {
 
 
 @torch.no_grad()
-def load_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Copies given tensors into a model's own, of `shared_state` or `personal_state`.
-
-    Raises:
-        ValueError: other names or shapes.
-    """
-    shapes, given_shapes = ({name: list(tensor.shape) for name, tensor in one.items()} for one in (own, given))
-    odd = sorted(name for name in own.keys() | given.keys() if shapes.get(name) != given_shapes.get(name))
+def load_state(state: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Copies given tensors into a model's own, those of `shared_state` or `personal_state`, of the same names."""
+    shapes, given_shapes = (
+        {name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (state, given)
+    )
+    odd = sorted(name for name in state.keys() | given.keys() if shapes.get(name) != given_shapes.get(name))
     if odd:
         differences = [f"{name} {given_shapes.get(name)} for {shapes.get(name)}" for name in odd[:3]]
         raise ValueError(
@@ -105,17 +96,17 @@ def load_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
             "Do give server and clients the same model and sharing."
         )
     for name, tensor in given.items():
-        own[name].copy_(tensor)
+        state[name].copy_(tensor)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers that can be averaged; tied ones once."""
-    found: dict[int, str] = {}
+    names: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         if tensor.is_floating_point():
-            found.setdefault(id(tensor), name)
-    return {name: state[name] for name in found.values()}
+            names.setdefault(id(tensor), name)
+    return {name: state[name] for name in names.values()}
 
 
 def _kinds(model: nn.Module) -> dict[str, str]:

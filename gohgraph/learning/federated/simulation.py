@@ -41,12 +41,7 @@ def simulate(
         backend: one of the above.
         cpus: clients that run at the same time on Ray; `None` for one on every core.
 
-    Returns:
-        What `serve` returns.
-
-    Raises:
-        ValueError: an unknown backend or no client.
-        Whatever `serve` raises. What a client raises is a reply with an error.
+    Returns what `serve` returns and raises what it raises; what a client raises is a reply with an error.
     """
     check_choice("backend", backend, BACKENDS)
     check_int("num_clients", num_clients, low=1)
@@ -82,16 +77,11 @@ class InlineGrid(Grid):
         # Messages carry who made them; outside of Flower's own processes nobody has said so yet.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
         self.client = client
-        self.contexts = {
-            number + 1: Context(
-                run_id=1,
-                node_id=number + 1,
-                node_config=UserConfig({"partition-id": number, "num-partitions": num_clients}),
-                state=RecordDict(),
-                run_config=UserConfig({}),
-            )
-            for number in range(num_clients)
-        }
+        self.contexts: dict[int, Context] = {}
+        for number in range(num_clients):
+            config = UserConfig({"partition-id": number, "num-partitions": num_clients})
+            context = Context(1, number + 1, config, state=RecordDict(), run_config=UserConfig({}))
+            self.contexts[number + 1] = context
         self._replies: dict[str, Message] = {}
 
     def set_run(self, run: Any) -> None:

@@ -34,9 +34,6 @@ def dirichlet_split(
     Returns:
         The text of each client, and how many bytes of each kind it trains on `[C, K]`.
 
-    Raises:
-        TypeError, ValueError: a number out of range, or no shares that give every client enough.
-
     Example:
         >>> texts = [Corpus(name, *torch.randint(256, (2, 900), dtype=torch.uint8)) for name in ("a", "b")]
         >>> clients, shares = dirichlet_split(texts, 3, alpha=1.0, minimum=100)
@@ -53,8 +50,8 @@ def dirichlet_split(
             [_deal(getattr(text, part), share) for text, share in zip(texts, shares, strict=True)]
             for part in ("train", "validation")
         )
-        own = [[torch.cat([pieces[number] for pieces in part]) for part in (train, validation)] for number in every]
-        clients = [Corpus(f"client {number}", *parts) for number, parts in zip(every, own, strict=True)]
+        texts_of = [[torch.cat([pieces[c] for pieces in part]) for part in (train, validation)] for c in every]
+        clients = [Corpus(f"client {number}", *parts) for number, parts in zip(every, texts_of, strict=True)]
         if min(len(client.validation) for client in clients) >= minimum:
             return clients, torch.tensor([[len(piece) for piece in pieces] for pieces in train]).T  # [C, K]
     raise ValueError(

@@ -157,12 +157,7 @@ class Guarded(Strategy):
 
 
 def refusal(reply: Message, reference: Mapping[str, np.ndarray] | None) -> str | None:
-    """Returns why a reply cannot be averaged, or `None`.
-
-    Args:
-        reply: of a client.
-        reference: the weights it was sent; `None` for an evaluation, which brings none back.
-    """
+    """Returns why a client's reply to the weights `reference` (`None`: to be evaluated) is no use, or `None`."""
     if reply.has_error():
         return f"error on the client: {' '.join(reply.error.reason.split())[-300:]}"
     metrics = reply.content.metric_records

@@ -34,10 +34,6 @@ class TaskAdapters(nn.Module):
         names: further modules that every task owns, by their name in the model, e.g. a read-out `"head"`.
         frozen: does not train what is shared.
 
-    Raises:
-        TypeError, ValueError: the model has none of these modules, no task, or parameters are to be owned under two
-            names.
-
     Example:
         >>> import gohgraph as goh
         >>> config = goh.TransformerConfig(7, d_model=6, num_heads=3, d_ff=5, head_graph=goh.HeadGraphConfig())
@@ -77,16 +73,12 @@ class TaskAdapters(nn.Module):
         for parameter in pattern:
             parameter.requires_grad_(False)
 
-    def forward(self, *inputs: Any, task: int, **more: Any) -> Any:
+    def forward(self, *inputs: Any, task: int, **options: Any) -> Any:
         """Runs the shared model with the adapter of a task."""
-        return functional_call(self.model, self.parameters_of(task), inputs, more)
+        return functional_call(self.model, self.parameters_of(task), inputs, options)
 
     def parameters_of(self, task: int) -> dict[str, nn.Parameter]:
-        """Returns what a task owns, under the names of the shared model.
-
-        Raises:
-            ValueError: there is no such task.
-        """
+        """Returns what a task owns, under the names of the shared model."""
         if not 0 <= task < self.num_tasks:
             raise ValueError(f"Expected a task of 0..{self.num_tasks - 1} (got {task}). Do pass its number.")
         return {
@@ -119,8 +111,8 @@ class _ForTask(nn.Module):
         self.adapters, self.task = adapters, task
         self.training = adapters.training
 
-    def forward(self, *inputs: Any, **more: Any) -> Any:
-        return self.adapters(*inputs, task=self.task, **more)
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.adapters(*inputs, task=self.task, **options)
 
 
 def _sequence_losses(adapters: TaskAdapters, tokens: Tensor, task: int) -> Tensor:
@@ -131,10 +123,7 @@ def _sequence_losses(adapters: TaskAdapters, tokens: Tensor, task: int) -> Tenso
 def _check_not_shared(model: nn.Module, owned: list[str], pattern: list[nn.Parameter]) -> None:
     """A parameter under another name too, such as a tied embedding, would be replaced under one name only."""
     inside = tuple(f"{name}." for name in owned)
-    outside = {
-        id(parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not name.startswith(inside)
-    }
+    parameters = model.named_parameters(remove_duplicate=False)
+    outside = {id(parameter) for name, parameter in parameters if not name.startswith(inside)}
     if any(id(parameter) in outside for parameter in pattern):
         raise ValueError("Expected modules with parameters of their own (got tied ones). Do untie them.")

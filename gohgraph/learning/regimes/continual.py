@@ -108,10 +108,10 @@ class Replay(Learner):
             return new
         size = self.windows.batch_size
         count = min(size - 1, max(1, round(size * self.share)))
-        kept = self.tasks[index % task].train[: self.memory]
+        memory = self.tasks[index % task].train[: self.memory]
         # Of another seed: a text that is kept whole would else repeat the windows of its own training.
         seed = self.windows.seed + 1_000_003
-        old = sample_batch(kept, index, batch_size=count, length=self.windows.length, seed=seed)
+        old = sample_batch(memory, index, batch_size=count, length=self.windows.length, seed=seed)
         return tuple(torch.cat((a[: size - count], b)) for a, b in zip(new, old, strict=True))
 
 
@@ -197,35 +197,25 @@ class PerTask(Learner):
     def measure_inferred(self, task: int, *, prefix: int) -> tuple[Tensor, float]:
         """Measures a task whose number is not told, but inferred from the first bytes of every window.
 
-        Args:
-            task: the text that is read.
-            prefix: bytes at the beginning of a window that the adapter is chosen by, at least 2.
-
-        Returns:
-            The loss of every window `[windows]` under the adapter chosen, and the share of windows for which it was the
-            task's own.
+        The adapter is chosen by the first `prefix` bytes of a window, at least 2. Returns the loss of every window
+        `[windows]` under it, and the share of windows for which it was the task's own.
         """
         windows = self.windows
         self.model.eval()
         data = self.tasks[task].validation
         batches = evaluation_batches(data, batch_size=16, length=windows.length, limit=windows.limit)
         device = next(self.model.parameters()).device
-        found = torch.cat([self.model.infer_task(inputs[:, :prefix].to(device)).cpu() for inputs, _ in batches])
+        chosen = torch.cat([self.model.infer_task(inputs[:, :prefix].to(device)).cpu() for inputs, _ in batches])
         each = [self._measure(self.model.for_task(number), data) for number in range(len(self.tasks))]
-        losses = torch.stack(each).gather(0, found.unsqueeze(0)).squeeze(0)  # [windows]
+        losses = torch.stack(each).gather(0, chosen.unsqueeze(0)).squeeze(0)  # [windows]
         self.model.train()
-        return losses, (found == task).double().mean().item()
+        return losses, (chosen == task).double().mean().item()
 
 
 def learn_in_sequence(
-    learner: Learner,
-    config: TrainConfig,
-    folder: str | os.PathLike[str],
-    *,
-    resume: bool = False,
-    settings: dict[str, Any] | None = None,
-    on_task: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
+    learner: Learner, config: TrainConfig, folder: str | os.PathLike[str], *, resume: bool = False,
+    settings: dict[str, Any] | None = None, on_task: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:  # fmt: skip
     """Learns all tasks one after another and measures all of them after each.
 
     Args:
@@ -238,24 +228,16 @@ def learn_in_sequence(
 
     Returns:
         Validation losses `[K, K]` in nats per byte: after task i (row), on task j (column).
-
-    Raises:
-        The errors of `train`; `TrainingInterrupted` after Ctrl-C.
     """
     rows = []
     for task, text in enumerate(learner.tasks):
         path = Path(folder) / f"task-{task}"
         train(
-            learner.model,
-            lambda index, task=task: learner.batch(task, index),
-            learner.loss,
-            config,
-            path,
+            learner.model, lambda index, task=task: learner.batch(task, index), learner.loss, config, path,
             evaluate=lambda model, task=task: {"validation_loss": learner.measure(task).mean().item()},
-            resume=resume and (path / "config.json").exists(),
-            settings={**(settings or {}), "task": text.name},
+            resume=resume and (path / "config.json").exists(), settings={**(settings or {}), "task": text.name},
             description=f"{Path(folder).name}: {text.name}",
-        )
+        )  # fmt: skip
         learner.end(task)
         rows.append(torch.stack([learner.measure(other).mean() for other in range(len(learner.tasks))]))
         if on_task is not None:

@@ -56,9 +56,7 @@ def next_token_output(model: nn.Module, batch: tuple[Tensor, Tensor]) -> ModelOu
 
 
 @torch.no_grad()
-def window_losses(
-    model: nn.Module, data: Tensor, *, batch_size: int, length: int, limit: int | None = None
-) -> Tensor:
+def window_losses(model: nn.Module, data: Tensor, *, batch_size: int, length: int, limit: int | None = None) -> Tensor:
     """Measures a language model on the fixed windows of `evaluation_batches`, one number each.
 
     Window by window, two models are compared far more precisely than by their means: hard windows are hard for both.
@@ -91,15 +89,10 @@ def head_loads(model: nn.Module, data: Tensor, *, batch_size: int, length: int, 
     """Measures which heads a routed language model uses on the fixed windows of `evaluation_batches`.
 
     Args:
-        model: used as it is; call `model.eval()` first.
-        data: bytes `[N]`.
-        batch_size, length, limit: as in `evaluation_batches`.
+        model, data, batch_size, length, limit: as in `window_losses`; a model without routers is refused.
 
     Returns:
         Share of tokens each head is active for, float64 `[L, H]`, one row for each router, on the CPU.
-
-    Raises:
-        ValueError: the model has no routers.
 
     Example:
         >>> import gohgraph as goh
@@ -114,9 +107,11 @@ def head_loads(model: nn.Module, data: Tensor, *, batch_size: int, length: int, 
     for inputs, _ in evaluation_batches(data, batch_size=batch_size, length=length, limit=limit):
         routing = model(inputs.to(device)).routing
         if not routing:
-            raise ValueError("Expected a model with routers (got none). Do build it with HeadGraphConfig.moh(...).")
+            kind = type(model).__name__
+            raise ValueError(f"Expected routers (got a {kind} without). Do build it with HeadGraphConfig.moh(...).")
         # The last batch may hold fewer windows than the others.
-        total = total + len(inputs) * torch.stack([one.load for one in routing]).double().cpu()  # [L, H]
+        loads = torch.stack([decision.load for decision in routing])  # [L, H]
+        total = total + len(inputs) * loads.double().cpu()
         windows += len(inputs)
     return total / windows
 
@@ -130,11 +125,8 @@ def sample_text(model: nn.Module, data: Tensor, *, length: int, samples: int = 4
         model: a `LanguageModel` of bytes.
         data: bytes `[N]`, of which `samples` windows begin the samples.
         length: bytes of one sample.
-        samples: how many.
+        samples: how many; an empty line stands between them.
         seed: of the sampling; the global random state is left as it was.
-
-    Returns:
-        The samples, with an empty line between them.
     """
     known, device = max(1, length // 4), next(model.parameters()).device
     prompts, _ = next(evaluation_batches(data, batch_size=samples, length=known, limit=samples))

@@ -32,9 +32,6 @@ class LowRankUpdate(nn.Module):
     Shape:
         weight `[out, in]` -> `[out, in]`.
 
-    Raises:
-        TypeError, ValueError: rank is no int of at least 1.
-
     Example:
         >>> weight = torch.randn(5, 3)
         >>> torch.equal(LowRankUpdate(5, 3, rank=2)(weight), weight)
@@ -65,11 +62,7 @@ def add_low_rank(
         targets: last names of the layers, `ATTENTION` or `ALL_LINEAR` (of blocks, not the output head, as PEFT's
             "all-linear").
 
-    Returns:
-        The names of the layers.
-
-    Raises:
-        ValueError: no layer has such a name, or one has an update already.
+    Returns the names of the layers. A layer that has an update already is refused, and names that no layer has.
 
     Example:
         >>> import gohgraph as goh
@@ -77,13 +70,13 @@ def add_low_rank(
         >>> [name.split(".")[-1] for name in add_low_rank(model, rank=2, targets=ATTENTION)]
         ['query', 'key', 'value', 'output']
     """
-    found = _layers(model, targets)
-    if updated := [name for name, layer in found.items() if parametrize.is_parametrized(layer, "weight")]:
+    layers = _layers(model, targets)
+    if updated := [name for name, layer in layers.items() if parametrize.is_parametrized(layer, "weight")]:
         raise ValueError(f"Expected linear layers without an update (got {updated[:4]}). Do build the model anew.")
-    for layer in found.values():
+    for layer in layers.values():
         update = LowRankUpdate(*layer.weight.shape, rank, alpha).to(layer.weight.device, layer.weight.dtype)
         parametrize.register_parametrization(layer, "weight", update)
-    return list(found)
+    return list(layers)
 
 
 def matching_rank(model: nn.Module, parameters: int, targets: Collection[str] = ALL_LINEAR) -> int:
@@ -97,11 +90,9 @@ def matching_rank(model: nn.Module, parameters: int, targets: Collection[str] = 
 
 
 def _layers(model: nn.Module, targets: Collection[str]) -> dict[str, nn.Linear]:
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.split(".")[-1] in targets
-    }
-    if not found:
-        raise ValueError(f"Expected linear layers named {list(targets)} (got none). Do pass other targets.")
-    return found
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: layer for name, layer in linear.items() if name.split(".")[-1] in targets}
+    if not layers:
+        names = sorted({name.split(".")[-1] for name in linear})
+        raise ValueError(f"Expected linear layers named {list(targets)} (got {names}). Do pass other targets.")
+    return layers

@@ -45,9 +45,6 @@ class MetaLearner(nn.Module):
     Shape:
         `Episodes` of N tasks -> losses `[N]`.
 
-    Raises:
-        TypeError, ValueError: unknown or no names, steps or a rate out of range.
-
     Example:
         >>> import gohgraph as goh
         >>> encoder = goh.TransformerConfig(11, d_model=8, num_heads=2, num_layers=1, d_ff=8)
@@ -93,7 +90,7 @@ class MetaLearner(nn.Module):
             for support, targets, query in tasks:
                 fast.append(self.adapt(support, targets))
                 logits.append(functional_call(self.model, fast[-1], (query,)).logits)
-        return torch.stack(logits), {name: torch.stack([one[name] for one in fast]) for name in self.adapted}
+        return torch.stack(logits), {name: torch.stack([task[name] for task in fast]) for name in self.adapted}
 
     def adapt(self, support: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Returns the parameters phi_S of one task, by name, after S steps on its support `[B, ...]`, `[B]`."""
@@ -101,8 +98,8 @@ class MetaLearner(nn.Module):
         def loss(fast: Mapping[str, Tensor]) -> Tensor:
             return functional_call(self.model, dict(fast), (support,), {"targets": targets}).loss
 
-        own = dict(self.model.named_parameters())
-        fast = {name: own[name] for name in self.adapted}
+        parameters = dict(self.model.named_parameters())
+        fast = {name: parameters[name] for name in self.adapted}
         rates = dict(zip(self.adapted, self.log_rate.exp(), strict=True))
         with sdpa_kernel(SDPBackend.MATH):
             for _ in range(self.steps):
@@ -114,8 +111,8 @@ class MetaLearner(nn.Module):
 
     def bytes_adapted(self) -> int:
         """Returns the bytes a task owns after adapting."""
-        own = dict(self.model.named_parameters())
-        return sum(own[name].numel() * own[name].element_size() for name in self.adapted)
+        parameters = dict(self.model.named_parameters())
+        return sum(parameters[name].numel() * parameters[name].element_size() for name in self.adapted)
 
 
 def maml_loss(learner: MetaLearner, episodes: Episodes) -> Tensor:
@@ -137,8 +134,8 @@ def reptile_loss(learner: MetaLearner, episodes: Episodes) -> Tensor:
     """
     logits, fast = learner.predict(episodes)
     value = F.cross_entropy(widened(logits).flatten(0, 1), episodes.query_targets.flatten())
-    own = dict(learner.model.named_parameters())
-    steps = [(own[name] * (own[name] - adapted.mean(dim=0)).detach()).sum() for name, adapted in fast.items()]
+    now = dict(learner.model.named_parameters())
+    steps = [(now[name] * (now[name] - adapted.mean(dim=0)).detach()).sum() for name, adapted in fast.items()]
     towards = torch.stack(steps).sum()
     return value.detach() + towards - towards.detach()
 
@@ -159,10 +156,7 @@ def few_shot_accuracy(learner: MetaLearner, episodes: Episodes) -> tuple[Tensor,
 def parameters_of(
     model: nn.Module, *, types: tuple[type[nn.Module], ...] = (), names: Collection[str] = ()
 ) -> list[str]:
-    """Returns the names of the parameters inside modules of these types or names; of all without either.
-
-    Raises:
-        ValueError: there are none.
+    """Returns the names of the parameters, at least one, inside modules of these types or names; of all without either.
 
     Example:
         >>> parameters_of(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), types=(nn.Linear,))
@@ -172,8 +166,8 @@ def parameters_of(
     if not types and not names:
         return everything
     inside = [name for name, module in model.named_modules() if isinstance(module, types) or name in names]
-    found = [name for name in everything if any(name.startswith(f"{one}.") for one in inside)]
-    if not found:
-        wanted = [*(one.__name__ for one in types), *names]
-        raise ValueError(f"Expected parameters in modules of {wanted} (got none). Do choose others.")
-    return found
+    chosen = [name for name in everything if any(name.startswith(f"{module}.") for module in inside)]
+    if not chosen:
+        wanted = [*(kind.__name__ for kind in types), *names]
+        raise ValueError(f"Expected parameters in modules of {wanted} (got those of {inside}). Do choose others.")
+    return chosen

@@ -26,9 +26,6 @@ class TaskSampler:
         temperature: tau > 0, or `None`.
         seed: names the order of tasks.
 
-    Raises:
-        ValueError: no source, sizes that are not positive or as many, a temperature out of range.
-
     Example:
         >>> sampler = TaskSampler([lambda index: (f"a{index}",), lambda index: (f"b{index}",)], seed=1)
         >>> sampler(0), sampler(1)
@@ -73,5 +70,5 @@ def task_output(model: nn.Module, batch: tuple[Any, ...]) -> ModelOutput:
     inputs, targets, task = batch
     # A wrapped or compiled model is told by what is inside it.
     inner = getattr(model, "module", getattr(model, "_orig_mod", model))
-    own = {"task": task} if isinstance(inner, TaskAdapters) else {}
-    return model(inputs, targets=targets, **own)
+    options = {"task": task} if isinstance(inner, TaskAdapters) else {}
+    return model(inputs, targets=targets, **options)

@@ -43,9 +43,6 @@ def load_text_model(folder: str | os.PathLike[str]) -> TextModel:
     Args:
         folder: as for `load_language_model`, or written by `goh.save_converted`; a converted model's tokenizer is
             looked for beside its backbone, then where the backbone came from.
-
-    Raises:
-        FileNotFoundError, ValueError: nothing there that loads, or no tokenizer.
     """
     if not is_converted(folder):
         return of_bytes(load_language_model(folder))
@@ -54,10 +51,7 @@ def load_text_model(folder: str | os.PathLike[str]) -> TextModel:
 
 
 def of_bytes(model: LanguageModel) -> TextModel:
-    """Returns one of gohgraph's own models, which reads bytes.
-
-    Raises:
-        ValueError: its vocabulary cannot hold them.
+    """Returns one of gohgraph's own models, which reads bytes, of a vocabulary that holds them.
 
     Example:
         >>> from gohgraph.models.config import TransformerConfig

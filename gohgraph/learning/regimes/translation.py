@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.common.packages import needs
 from gohgraph.learning.data.parallel_text import BOS, EOS, PAD, PairBatches, Subwords
 from gohgraph.models.boundary import IGNORED_TARGET, widened
 from gohgraph.models.model_output import ModelOutput
@@ -69,29 +70,22 @@ def translate(
     device = next(model.parameters()).device
     for source, _, _ in pairs.in_order():
         longest, source = source.shape[1] * 3 // 2 + 10, source.to(device)
-        found = model.generate(
+        tokens = model.generate(
             source, bos=BOS, eos=EOS, max_new_tokens=longest, num_beams=num_beams, length_penalty=length_penalty,
             source_keep_mask=source != PAD,
         ).cpu()  # fmt: skip
-        yield from map(subwords.decode, found)
+        yield from map(subwords.decode, tokens)
 
 
 def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
     """Returns corpus BLEU in 0..100 and the signature that says how it was computed, by `sacrebleu`.
 
-    Raises:
-        ImportError: sacrebleu is not installed.
-
     Example:
         >>> bleu(["the house is small today"], ["the house is small today"])[0]
         100.0...
     """
-    try:
+    with needs("the package sacrebleu for BLEU", "translation"):
         from sacrebleu.metrics import BLEU
-    except ImportError as error:
-        raise ImportError(
-            "Expected the package sacrebleu for BLEU (got none). Do pip install 'gohgraph[translation]'."
-        ) from error
     metric = BLEU()
     score = metric.corpus_score(list(translations), [list(references)]).score
     return score, str(metric.get_signature())

@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, optim_state_to_sharding_state
 from torch import nn
 
+from gohgraph.common.packages import needs
 from gohgraph.parallel.megatron.cpu import cpu_trial
 
 
@@ -28,12 +29,10 @@ def save_checkpoint(
         model: of Megatron-Core, with `sharded_state_dict`.
         optimizer: of torch, over all parameters of `model`, or `None`.
         **common: small values, equal on all ranks.
-
-    Raises:
-        ValueError: the folder is missing or not empty.
-        ImportError: no psutil, without which Megatron-Core would wait for ever.
     """
-    _check_psutil()
+    # Without it Megatron-Core would wait for ever.
+    with needs("the package psutil", "megatron"):
+        import psutil  # noqa: F401
     if not Path(folder).is_dir() or any(Path(folder).iterdir()):
         raise ValueError(f"Expected an empty folder to save to (got {os.fspath(folder)}). Do make one.")
     # No rank may write before all have looked.
@@ -45,17 +44,14 @@ def save_checkpoint(
 def load_checkpoint(
     folder: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:
-    """Reads a checkpoint of `save_checkpoint`, of any number of tensor-parallel ranks; called by all ranks.
-
-    Returns:
-        The common values.
+    """Reads a checkpoint of any number of tensor-parallel ranks; returns its common values.
 
     Raises:
         ValueError: the folder holds no whole checkpoint.
         RuntimeError: the checkpoint is of another model, or of another head graph.
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(os.fspath(folder)):
-        raise ValueError(f"Expected a checkpoint in {os.fspath(folder)} (got none that is whole). Do name another.")
+        raise ValueError(f"Expected a whole checkpoint (got {os.fspath(folder)}, not whole). Do name another.")
     with cpu_trial():
         loaded = dist_checkpointing.load({**_state(model, optimizer)}, os.fspath(folder))
     model.load_state_dict(loaded["model"])
@@ -85,13 +81,13 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if all(parameter in optimizer.state for parameter in parameters):
         return
-    kept = [parameter.detach().clone() for parameter in parameters]
+    values = [parameter.detach().clone() for parameter in parameters]
     gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     with torch.no_grad():
-        for parameter, old, gradient in zip(parameters, kept, gradients, strict=True):
+        for parameter, old, gradient in zip(parameters, values, gradients, strict=True):
             parameter.copy_(old)
             parameter.grad = gradient
             optimizer.state[parameter]["step"].zero_()
@@ -107,10 +103,3 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _check_psutil() -> None:
-    try:
-        import psutil  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Expected psutil (got none). Do pip install 'gohgraph[megatron]'.") from error

@@ -44,9 +44,6 @@ def attach_losses(
         weights: `balance_loss` and `z_loss` of it.
         config: of the transformer.
         layer_number: from 1 on.
-
-    Raises:
-        ValueError: no scale has been set, which would leave the losses at an arbitrary weight.
     """
     # Under full recomputation the first pass has no gradients: the second one counts.
     if not torch.is_grad_enabled():

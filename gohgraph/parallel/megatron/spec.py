@@ -32,9 +32,6 @@ def head_graph_layer_spec(
         layer_spec: a layer of Megatron-Core, left unchanged; `None` for `get_gpt_layer_local_spec()` with torch's
             attention (`TorchCoreAttention`), which runs on any device.
 
-    Returns:
-        The spec of the layer.
-
     Raises:
         TypeError: `head_graph` is no `HeadGraphConfig`.
         ValueError: a head graph that does not shard over heads, a layer without `SelfAttention` or with its

@@ -32,9 +32,6 @@ class RecallTask:
         num_items: N >= 3.
         batch_size: episodes per batch B, at least 1.
 
-    Raises:
-        TypeError: a size that is not an int.
-        ValueError: a size out of range.
 
     Example:
         >>> RecallTask(num_cues=32).side
@@ -79,11 +76,6 @@ class RecallTask:
 def recall_batch(task: RecallTask, step: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draws the episodes of one training step; equal arguments give equal episodes.
 
-    Args:
-        task: the sizes.
-        step: index of the batch.
-        seed: of the whole sequence of batches.
-
     Returns:
         cues `[B, T, 2]` (cue a, cue b), values `[B, T]` and answers `[B]`, all int64. The last position is the query,
         its value `task.unknown`.
@@ -92,8 +84,8 @@ def recall_batch(task: RecallTask, step: int, seed: int) -> tuple[Tensor, Tensor
         >>> cues, values, answers = recall_batch(RecallTask(num_cues=7, num_items=5, batch_size=3), step=0, seed=0)
         >>> cues.shape, values.shape, answers.shape
         (torch.Size([3, 6, 2]), torch.Size([3, 6]), torch.Size([3]))
-        >>> found = (cues[:, :-1] == cues[:, -1:]).all(dim=-1)
-        >>> bool((values[:, :-1][found] == answers).all())
+        >>> asked = (cues[:, :-1] == cues[:, -1:]).all(dim=-1)
+        >>> bool((values[:, :-1][asked] == answers).all())
         True
     """
     # torch's CPU generator keeps 32 bits of a seed, so (seed, step) is hashed and not packed.
@@ -125,9 +117,6 @@ class RecallModel(nn.Module):
 
     Shape:
         cues `[B, T, 2]`, values `[B, T]` -> logits over the values `[B, num_values]`.
-
-    Raises:
-        ValueError: a `vocab_size` that is not the task's, or encoded positions.
 
     Example:
         >>> task = RecallTask(num_cues=7, num_values=5, num_items=11, batch_size=3)
