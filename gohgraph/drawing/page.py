@@ -84,7 +84,8 @@ def page_document(
 ):  # fmt: skip
     """Returns the page of `save_page` as a `bokeh.document.Document`."""
     with needs("bokeh for an interactive page", "interactive"):
-        from bokeh.document import Document
+        import bokeh  # noqa: F401
+    from bokeh.document import Document
     from bokeh.events import DocumentReady
     from bokeh.layouts import column, row
     from bokeh.models import BooleanFilter, ColumnDataSource, CustomJS, Div, LinearColorMapper
