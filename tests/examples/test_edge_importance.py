@@ -16,12 +16,14 @@ def keep_threads():
 
 
 @pytest.mark.slow
-def test_two_seeds_give_tables_and_curves(tmp_path, capsys):
+def test_two_seeds_give_tables_and_curves(tmp_path, monkeypatch, no_curves, capsys):
     (tmp_path / "text.txt").write_text("heads talk to heads, and some of them listen. " * 200)
     train = load_script("examples", "train_language_model")
     run = tmp_path / "run"
     flags = ["--data", str(tmp_path / "text.txt"), "--smoke", "--device", "cpu", "--seeds", "0", "1"]
-    assert train.main([*flags, "--steps", "8", "--run", str(run)]) == 0
+    flags += "--d-model 14 --num-heads 7 --num-layers 2 --d-ff 13 --length 17 --batch-size 3 --steps 8".split()
+    monkeypatch.setattr(train, "log_head_graphs", lambda writer, model, step: None)
+    assert train.main([*flags, "--run", str(run)]) == 0
     script = load_script("examples", "edge_importance")
     arguments = [str(run), "--windows", "1", "--length", "16"]
     capsys.readouterr()
