@@ -81,6 +81,9 @@ def test_compare_trains_both_on_the_same_data_with_equal_parameters(main, tmp_pa
     # A new head graph is plain attention, but for the width of the feed-forward: equal data shows in the first losses.
     configs = [json.loads((tmp_path / "out" / name / "config.json").read_text()) for name in results]
     assert configs[0]["data"] == configs[1]["data"] and configs[0]["training"] == configs[1]["training"]
+    # The plain side alone.
+    assert main("--match-parameters", "--run", "matched") == 0
+    assert log(tmp_path / "matched") == log(tmp_path / "out" / "plain")
 
 
 def test_a_router_shows_its_load(main, tmp_path, capsys):
@@ -125,12 +128,6 @@ def test_graph_experts(main, tmp_path):
     assert (graph.outputs.topology, graph.outputs.num_shared, graph.outputs.rounds) == ("bipartite", 2, 3)
     assert graph.outputs.top_edges == 2 and graph.alignment == 0.1 and graph.routing.num_shared == 2
     assert (tmp_path / "out" / "heads.png").exists() and (tmp_path / "out" / "load.png").exists()
-
-
-def test_match_parameters_trains_the_plain_side_of_a_comparison(main, tmp_path):
-    assert main("--compare", "--run", "both") == 0
-    assert main("--match-parameters", "--run", "plain") == 0
-    assert log(tmp_path / "plain") == log(tmp_path / "both" / "plain")
 
 
 def test_seeds_have_folders_of_their_own(main, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import multiprocessing
 import os
 import signal
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_equal_to
+from ranks import CONTEXT
 from torch import nn
 
 from gohgraph import HeadGraphConfig, HeadRouter, LanguageModel, RoutingConfig, TransformerConfig
@@ -313,8 +313,8 @@ def _process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """The folder where two processes that train together left what they computed."""
-    folder, context = tmp_path_factory.mktemp("processes"), multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_process, args=(rank, str(folder))) for rank in range(2)]
+    folder = tmp_path_factory.mktemp("processes")
+    processes = [CONTEXT.Process(target=_process, args=(rank, str(folder))) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
