@@ -180,6 +180,15 @@ class FusedAttention(nn.Module):
         return self.proj_drop(self.proj(x))
 
 
+def traced(module: nn.Module) -> nn.Module:
+    """The module as `torch.compile` sees it: one graph forward and one back, run without building machine code.
+
+    What could break here is the tracing; kernels are built from its graphs where `tests/graphs/test_conv.py` and
+    `tests/learning/test_routed_training.py` compile in full.
+    """
+    return torch.compile(module, fullgraph=True, backend="aot_eager")
+
+
 def load_script(folder: str, name: str) -> ModuleType:
     """Imports a script of `examples` or `tools`, which are no packages."""
     path = Path(__file__).parents[1] / folder / f"{name}.py"

@@ -64,7 +64,7 @@ def assert_equals_maps(tensors, keep_mask=None, is_causal=False, tolerance=1e-5)
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "mask"),
-    [(3, 3, "none"), (5, 5, "none"), (5, 1, "causal"), (6, 2, "some"), (3, 1, "of each head"), (5, 5, "of each head")],
+    [(5, 5, "none"), (5, 1, "causal"), (6, 2, "some"), (3, 1, "of each head"), (5, 5, "of each head")],
 )
 def test_kernels_equal_whole_maps(heads, kv_heads, mask):
     keep = {"some": some_mask(S), "of each head": some_mask(S, heads)}.get(mask)
@@ -151,8 +151,9 @@ def on_cuda(monkeypatch):
 GRAPHS = {"ring 2": ("ring", {"hops": 1}), "ring 4": ("ring", {"hops": 3}), "complete": ("complete", {})}
 
 
-@pytest.mark.parametrize("edges", ["token", "static"])
-@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize(
+    ("graph", "edges"), [("ring 2", "token"), ("ring 4", "token"), ("complete", "token"), ("complete", "static")]
+)
 def test_an_attention_block_by_kernels_equals_its_whole_maps(on_cuda, graph, edges):
     """Gradients of every parameter, those behind the edge weights among them; two rounds, routed heads, padding."""
     heads, d_model = 5, 35

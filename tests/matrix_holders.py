@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gohgraph import HeadGraphConfig, LanguageModel, TransformerConfig, convert, unconvert
 from gohgraph.attention.block import INNER_SITES
-from gohgraph.convert.blocks import head_sites
+from gohgraph.convert.blocks import head_slots
 from gohgraph.convert.conversion import find_blocks
 from gohgraph.convert.own_models import attentions
 from gohgraph.graphs.protocol import SiteGraph
@@ -98,7 +98,7 @@ class Holder:
 
     def holders(self) -> list[Any]:
         """What has the slots of every block, and its `form`."""
-        return list(head_sites(self.model).values())
+        return list(head_slots(self.model).values())
 
     def reads_heads(self, block: nn.Module) -> nn.Module:
         """The projection that reads the heads."""

@@ -30,7 +30,7 @@ from gohgraph.parallel.megatron.checkpoint import load_checkpoint, save_checkpoi
 from gohgraph.parallel.megatron.cpu import cpu_trial
 
 LAYERS, HEADS, GROUPS, HEAD_DIM, WIDTH, VOCABULARY, TOKENS, BATCH = 2, 8, 4, 6, 20, 44, 12, 3
-STEPS, MORE, SAVED = 20, 3, "saved"
+STEPS, MORE, SAVED = 8, 3, "saved"
 ROUTING = RoutingConfig(num_shared=2, top_k=(5, 3), balance_loss=0.3, z_loss=0.2)
 GRAPHS = {
     "complete": HeadGraphConfig(),

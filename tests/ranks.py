@@ -17,7 +17,7 @@ CONTEXT.set_forkserver_preload(["gohgraph.learning.cli.comparison", "accelerate"
 
 
 def run_ranks(
-    world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, dies: bool = False
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 1000, dies: bool = False
 ) -> list[Any]:
     """Calls `function(rank, *args)` in `world` processes of one group; returns what each gave, in order of ranks.
 

@@ -267,8 +267,8 @@ def test_memory_does_not_grow_with_tokens():
     model = LanguageModel(small_config("moh-outputs"))
     sizes = []
     with record(model) as heads:
-        for _ in range(196):
+        for _ in range(19):
             model(torch.randint(0, 13, (32, 16)))
             sizes.append(numbers_held(heads))
-    assert {recording.tokens for recording in heads.values()} == {100_352}
+    assert {recording.tokens for recording in heads.values()} == {9_728}
     assert len(set(sizes)) == 1 and sizes[0] < 5000

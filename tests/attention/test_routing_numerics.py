@@ -13,15 +13,15 @@ from gohgraph import HeadRouter
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_zero_weights_and_all_heads_give_gates_of_one(dtype):
+    """Shared and routed heads have a softmax each: every number of either, beside every fifth of the other."""
     x = random_x(3, dtype=dtype)
-    for h_s in range(68):
-        for h_r in range(0 if h_s else 1, 68):
-            router = HeadRouter(M, h_s + h_r, h_s, h_r).to(dtype)
-            for weight in router.parameters():
-                weight.data.zero_()
-            gates = router(x).gates
-            assert gates.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-            assert (gates == 1).all(), (h_s, h_r)
+    for h_s, h_r in sorted({(a, (a + b) % 68) for a in range(68) for b in range(0, 68, 5)} - {(0, 0)}):
+        router = HeadRouter(M, h_s + h_r, h_s, h_r).to(dtype)
+        for weight in router.parameters():
+            weight.data.zero_()
+        gates = router(x).gates
+        assert gates.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert (gates == 1).all(), (h_s, h_r)
 
 
 @sizes

@@ -3,11 +3,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
+from ranks import CONTEXT
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -191,28 +191,27 @@ def test_a_crash_in_the_first_save_is_a_missing_file_or_the_whole_model(model, t
             Tiny.from_pretrained(tmp_path)
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from test_checkpoint import Tiny, TinyConfig
-replace = os.replace
-def kill(source, target):
-    if os.path.basename(target) == {target!r}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace = kill
-Tiny(TinyConfig(d_model=11)).save_pretrained({folder!r})
-"""
+def die_at(target, folder):
+    """Saves a model, in a process that ends as by SIGKILL where the file would be replaced."""
+    replace = os.replace
+
+    def kill(source, path):
+        if os.path.basename(path) == target:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, path)
+
+    os.replace = kill
+    Tiny(TinyConfig(d_model=11)).save_pretrained(folder)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 @pytest.mark.parametrize("target, width", [("model.safetensors", 5), ("config.json", 11)])
 def test_a_killed_process_leaves_a_whole_checkpoint(model, tmp_path, target, width):
     model.save_pretrained(tmp_path)
-    here = os.path.dirname(__file__)
-    script = KILLED.format(tests=here, target=target, folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", script], cwd=os.path.dirname(here), capture_output=True)
-    assert done.returncode == -9, done.stderr.decode()
+    process = CONTEXT.Process(target=die_at, args=(target, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert Tiny.from_pretrained(tmp_path).config.d_model == width
     model.save_pretrained(tmp_path)
     assert_same(model, Tiny.from_pretrained(tmp_path))

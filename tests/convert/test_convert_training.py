@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from helpers import moved
+from helpers import moved, traced
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers_models import BOTH, OUTPUTS, build, far, inputs_of, tokens
 
@@ -192,7 +192,7 @@ def test_a_folded_model_is_saved_as_any_other(tmp_path):
 @pytest.mark.slow
 def test_compiling_in_one_graph():
     model, ids = far("llama"), tokens()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = traced(model)
     torch.testing.assert_close(logits(compiled, input_ids=ids), logits(model, input_ids=ids), rtol=1e-4, atol=1e-5)
     ids = tokens(3)
     torch.testing.assert_close(logits(compiled, input_ids=ids), logits(model, input_ids=ids), rtol=1e-4, atol=1e-5)

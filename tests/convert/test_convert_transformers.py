@@ -185,7 +185,7 @@ def test_cached_generation_equals_uncached(name, config):
     model = far(name, CONFIGS[config])
     inputs = inputs_of(model)
     inputs.pop("decoder_input_ids", None)
-    settings = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     settings |= {"output_logits": True, "return_dict_in_generate": True}
     cached, whole = (model.generate(**inputs, **settings, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached.sequences, whole.sequences)
@@ -199,7 +199,7 @@ def test_beam_search_and_a_static_cache(name):
     model = far(name)
     inputs = inputs_of(model)
     inputs.pop("decoder_input_ids", None)
-    settings = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(**inputs, **settings), model.generate(**inputs, **settings, use_cache=False))
     if name == "llama":
         greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "disable_compile": True}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -280,11 +279,8 @@ def test_films_need_ffmpeg_for_mp4(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("view", [draw, draw_matrices, network_of])
-def test_64_heads_by_32_layers_take_less_than_20_seconds(view, tmp_path):
-    heads = synthetic(64, 32)
-    began = time.process_time()
-    view(heads, tmp_path / "heads.png")
-    assert time.process_time() - began < 20
+def test_64_heads_by_32_layers_fit_on_a_page(view, tmp_path):
+    view(synthetic(64, 32), tmp_path / "heads.png")
     width, height = Image.open(tmp_path / "heads.png").size
     assert width == pytest.approx(1820, abs=60) and height < 4500
 

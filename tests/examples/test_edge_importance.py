@@ -25,7 +25,8 @@ def test_two_seeds_give_tables_and_curves(tmp_path, monkeypatch, capsys, no_curv
     monkeypatch.setattr(train, "log_head_graphs", lambda writer, model, step: None)
     run = tmp_path / "run"
     flags = ["--data", str(text), "--smoke", "--device", "cpu", "--seeds", "0", "1"]
-    assert train.main([*flags, "--steps", "8", "--run", str(run)]) == 0
+    flags += "--d-model 14 --num-heads 7 --num-layers 2 --d-ff 13 --length 17 --batch-size 3 --steps 8".split()
+    assert train.main([*flags, "--run", str(run)]) == 0
     script = load_script("examples", "edge_importance")
     # To gather Python's documentation takes longer than all the rest.
     read = {script.PYTHON_DOCS: load_corpus(str(text))}

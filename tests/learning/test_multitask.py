@@ -70,7 +70,7 @@ def main(tmp_path, monkeypatch, no_curves):
 
 
 def test_the_example_compares_models_of_equal_size(main, tmp_path, capsys):
-    assert main("--run", "out", "--temperature", "5") == 0
+    assert main("--run", "out", "--temperature", "5", "--steps", "5") == 0
     shown, folder = capsys.readouterr().out, tmp_path / "out"
     results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/losses.json")}
     assert len(results) == 10 and (folder / "table.md").read_text() in shown and (folder / "curves.png").exists()

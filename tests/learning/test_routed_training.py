@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +21,8 @@ from helpers import (
     trained_like,
     with_graphs,
 )
+from ranks import run_ranks
+from shared_statistics import statistics_of_all_ranks
 from torch.utils.checkpoint import checkpoint
 
 from gohgraph import HeadGraphConfig, LanguageModel, RoutingConfig, SiteConfig, TransformerConfig
@@ -137,63 +135,6 @@ def test_a_routed_attention_compiles_to_one_graph():
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
-RANKS = """
-import copy, sys
-import torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-torch.set_num_threads(1)
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-from helpers import small_config, trained_like
-from gohgraph import LanguageModel
-from gohgraph.attention.routing import routers, share_statistics
-
-torch.manual_seed(5)
-model = trained_like(LanguageModel(small_config("moh-outputs")))
-tokens = torch.randint(13, (6, 7))
-# One rank has four rows and many real tokens, the other two rows and few.
-keep = torch.arange(7) < torch.tensor([7, 7, 6, 7, 3, 2])[:, None]
-own = slice(0, 4) if rank == 0 else slice(4, 6)
-
-def losses(output):
-    return sum(r.balance_loss for r in output.routing) + sum(r.z_loss for r in output.routing)
-
-whole = model(tokens, keep_mask=keep)
-expected = torch.autograd.grad(losses(whole), list(model.parameters()), allow_unused=True)
-parallel = DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)
-share_statistics(parallel, dist.group.WORLD)
-output = parallel(tokens[own], keep_mask=keep[own])
-losses(output).backward()
-for one, all_of_them in zip(output.routing, whole.routing, strict=True):
-    for name in ("balance_loss", "z_loss", "load", "entropy"):
-        torch.testing.assert_close(getattr(one, name), getattr(all_of_them, name), rtol=0, atol=1e-10)
-for parameter, gradient in zip(parallel.parameters(), expected, strict=True):
-    if gradient is not None:
-        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-10)
-# In eval mode a rank is on its own, and so is a copy; None undoes it.
-alone = [r.load for r in model.eval()(tokens[own], keep_mask=keep[own]).routing]
-again = [r.load for r in parallel.module.eval()(tokens[own], keep_mask=keep[own]).routing]
-assert all(map(torch.equal, again, alone))
-assert all(router.process_group is None for router in routers(copy.deepcopy(parallel.module)))
-share_statistics(parallel, None)
-if rank == 0:
-    undone = [r.load for r in parallel.module.train()(tokens[own], keep_mask=keep[own]).routing]
-    assert all(map(torch.equal, undone, alone))
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
 @pytest.mark.slow
-def test_statistics_are_those_of_all_ranks(tmp_path):
-    here = Path(__file__).parent
-    path = ":".join((str(here), str(here.parent)))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(rank), str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+def test_statistics_are_those_of_all_ranks():
+    run_ranks(2, statistics_of_all_ranks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import multiprocessing
 import os
 import signal
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_equal_to
+from ranks import CONTEXT
 from torch import nn
 
 from gohgraph import HeadGraphConfig, HeadRouter, LanguageModel, RoutingConfig, TransformerConfig
@@ -241,7 +241,15 @@ def test_annealing_needs_routers_and_fewer_steps_than_there_are(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_routers_anneal_and_train_as_eager_ones(tmp_path):
+def test_compiled_routers_anneal_and_train_as_eager_ones(tmp_path, monkeypatch):
+    calls, compile_model = [], torch.compile
+
+    def traced(module):
+        """Each k makes a graph of its own: machine code for all of them would take a minute."""
+        calls.append(module)
+        return compile_model(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
     eager, compiled = (
         train(
             model(layers=1, top_k=3, bias_rate=0.01), batch, next_token_output,
@@ -249,6 +257,7 @@ def test_compiled_routers_anneal_and_train_as_eager_ones(tmp_path):
         )
         for compile in (False, True)
     )  # fmt: skip
+    assert len(calls) == 2, "Expected a trial of the compiler and the model"
     for one, other in zip(learned(eager), learned(compiled), strict=True):
         assert one == pytest.approx(other, abs=1e-4, nan_ok=True)
 
@@ -304,12 +313,12 @@ def _process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """The folder where two processes that train together left what they computed."""
-    folder, context = tmp_path_factory.mktemp("processes"), multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_process, args=(rank, str(folder))) for rank in range(2)]
+    folder = tmp_path_factory.mktemp("processes")
+    processes = [CONTEXT.Process(target=_process, args=(rank, str(folder))) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(180)
+        process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     return folder
 

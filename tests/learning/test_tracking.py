@@ -62,7 +62,7 @@ def test_tensorboard_holds_the_log_after_a_crash_and_resume(tmp_path):
 
 def test_tensorboard_is_imported_when_used(tmp_path, monkeypatch):
     code = "import sys, gohgraph.learning.tracking; assert not {'tensorboard', 'wandb', 'mlflow'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     real = builtins.__import__
 
     def without(name, *rest, **more):
