@@ -181,7 +181,9 @@ def record(
         >>> recording.tokens, recording.mean.shape, recording.every["weights"].shape, recording.output_mean.shape
         (3, torch.Size([1, 4]), torch.Size([3, 1, 4]), torch.Size([2, 4]))
     """
-    graphs, left_out = _recordable(model)
+    graphs, left_out = recordable(model)
+    if not graphs:
+        head_graphs(model)
     routers = {name: module for name, module in model.named_modules() if isinstance(module, HeadRouter)}
     heads = Recordings({}, token_strings)
     heads.left_out = left_out
@@ -207,8 +209,8 @@ def head_graphs(model: nn.Module) -> dict[str, HeadGraphConv]:
     return graphs
 
 
-def _recordable(model: nn.Module) -> tuple[dict[str, SiteGraph], dict[str, str]]:
-    """The graphs of a model that can be recorded, and why the others cannot, by module name in model order."""
+def recordable(model: nn.Module) -> tuple[dict[str, SiteGraph], dict[str, str]]:
+    """Returns the graphs of a model that can be recorded, and why the others cannot, by module name in model order."""
     graphs: dict[str, SiteGraph] = {}
     left_out: dict[str, str] = {}
     convs = {name for name, module in model.named_modules() if isinstance(module, HeadGraphConv)}
@@ -225,8 +227,6 @@ def _recordable(model: nn.Module) -> tuple[dict[str, SiteGraph], dict[str, str]]
         else:
             reason = "no matrix over heads" if not module.traits.linear else "messages between maps"
             left_out[name] = f"{type(module).__name__}: {reason}"
-    if not graphs:
-        head_graphs(model)
     return graphs, left_out
 
 

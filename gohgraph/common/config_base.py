@@ -1,11 +1,9 @@
-"""What every configuration shares: a plain dictionary form, and checks that name the value they refuse."""
+"""What every configuration shares: a plain dictionary form, and defaults by field."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
-
-from gohgraph.common import checks
 
 
 class Config:
@@ -58,24 +56,3 @@ def default_of(definition: dataclasses.Field) -> Any:
     """Returns the default value of a dataclass field that has one."""
     made = definition.default_factory
     return definition.default if made is dataclasses.MISSING else made()
-
-
-def check_int(config: Any, name: str, *, low: int) -> None:
-    """Refuses a field that is not an int of at least `low`; see `checks.check_int`."""
-    checks.check_int(name, getattr(config, name), low=low)
-
-
-def check_bool(config: Any, *names: str) -> None:
-    """Refuses a field that is neither True nor False; see `checks.check_bool`."""
-    for name in names:
-        checks.check_bool(name, getattr(config, name))
-
-
-def check_choice(config: Any, name: str, choices: tuple) -> None:
-    """Refuses a field that is none of the choices; see `checks.check_choice`."""
-    checks.check_choice(name, getattr(config, name), choices)
-
-
-def check_weight(config: Any, name: str) -> None:
-    """Refuses a field that is not a finite number of at least 0; see `checks.check_weight`."""
-    checks.check_weight(name, getattr(config, name))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from gohgraph.common.config_base import Config, check_bool, check_int, check_weight
+from gohgraph.common.checks import check_bool, check_int, check_weight
+from gohgraph.common.config_base import Config
 from gohgraph.graphs.site_config import BaselineConfig, Site, SiteConfig, parts_of, site_from_dict
 
 SITES = ("outputs", "scores", "queries", "keys", "values", "weights")
@@ -42,10 +43,10 @@ class RoutingConfig(Config):
     bias_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        check_int(self, "num_shared", low=0)
-        check_bool(self, "straight_through")
+        check_int("num_shared", self.num_shared, low=0)
+        check_bool("straight_through", self.straight_through)
         for name in ("balance_loss", "z_loss", "bias_rate"):
-            check_weight(self, name)
+            check_weight(name, getattr(self, name))
         if isinstance(self.top_k, list):
             object.__setattr__(self, "top_k", tuple(self.top_k))
         budgets = self.top_k if isinstance(self.top_k, tuple) else (self.top_k,)
@@ -109,7 +110,7 @@ class HeadGraphConfig(Config):
                 f"Expected routing to be a RoutingConfig or None (got {self.routing!r}). Do pass e.g. "
                 "RoutingConfig(num_shared=2, top_k=4)."
             )
-        check_weight(self, "alignment")
+        check_weight("alignment", self.alignment)
         kinds = [part.kind for part in parts_of(self.outputs)]
         if self.alignment and "experts" not in kinds:
             raise ValueError(

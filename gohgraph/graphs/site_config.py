@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from gohgraph.common.config_base import Config, check_bool, check_choice, check_int, default_of
+from gohgraph.common.checks import check_bool, check_choice, check_int
+from gohgraph.common.config_base import Config, default_of
 
 KINDS = ("plain", "experts", "learned", "keyed")
 
@@ -53,16 +54,17 @@ class SiteConfig(Config):
             object.__setattr__(self, "topology", _pairs(self.topology))
         check_options(self.options)
         object.__setattr__(self, "options", dict(self.options))
-        check_bool(self, "self_loops", "norm")
-        check_choice(self, "kind", KINDS)
-        check_int(self, "rounds", low=1)
-        check_int(self, "cross_layer", low=0)
-        check_choice(self, "edges", ("token", "static", "frozen"))
-        check_choice(self, "activation", ("tanh", None))
-        check_choice(self, "backend", ("dense", "pyg"))
+        for name in ("self_loops", "norm"):
+            check_bool(name, getattr(self, name))
+        check_choice("kind", self.kind, KINDS)
+        check_int("rounds", self.rounds, low=1)
+        check_int("cross_layer", self.cross_layer, low=0)
+        check_choice("edges", self.edges, ("token", "static", "frozen"))
+        check_choice("activation", self.activation, ("tanh", None))
+        check_choice("backend", self.backend, ("dense", "pyg"))
         for name in ("rank", "top_edges", "num_shared", "keep_in_degree"):
             if getattr(self, name) is not None:
-                check_int(self, name, low=1)
+                check_int(name, getattr(self, name), low=1)
         for name, kind in (("num_shared", "experts"), ("keep_in_degree", "learned")):
             value = getattr(self, name)
             if (value is not None) != (self.kind == kind):

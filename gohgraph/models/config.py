@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gohgraph.common.checks import check_number
-from gohgraph.common.config_base import Config, check_bool, check_choice, check_int
+from gohgraph.common.checks import check_bool, check_choice, check_int, check_number
+from gohgraph.common.config_base import Config
 from gohgraph.graphs.config import HeadGraphConfig
 
 FEED_FORWARD_ACTIVATIONS = ("relu", "gelu", "swiglu")
@@ -60,17 +60,18 @@ class TransformerConfig(Config):
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "max_length"):
-            check_int(self, name, low=1)
-        check_bool(self, "norm_first", "bias", "tie_embeddings")
-        check_choice(self, "activation", FEED_FORWARD_ACTIVATIONS)
-        check_choice(self, "positions", POSITIONS)
-        check_choice(self, "norm", NORMS)
+            check_int(name, getattr(self, name), low=1)
+        for name in ("norm_first", "bias", "tie_embeddings"):
+            check_bool(name, getattr(self, name))
+        check_choice("activation", self.activation, FEED_FORWARD_ACTIVATIONS)
+        check_choice("positions", self.positions, POSITIONS)
+        check_choice("norm", self.norm, NORMS)
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"Expected d_model to be a multiple of num_heads = {self.num_heads} (got {self.d_model}). Do change it."
             )
         if self.num_kv_heads is not None:
-            check_int(self, "num_kv_heads", low=1)
+            check_int("num_kv_heads", self.num_kv_heads, low=1)
             if self.num_heads % self.num_kv_heads:
                 raise ValueError(
                     f"Expected num_kv_heads to divide num_heads = {self.num_heads} (got {self.num_kv_heads}). "
@@ -121,7 +122,7 @@ class ClassifierConfig(Config):
         if not isinstance(self.transformer, TransformerConfig):
             raise TypeError(f"Expected a TransformerConfig (got {self.transformer!r}). Do pass one first.")
         for name in ("num_classes", "channels") + (() if self.patch_size is None else ("patch_size",)):
-            check_int(self, name, low=1)
+            check_int(name, getattr(self, name), low=1)
 
     @classmethod
     def _nested(cls, values: dict[str, Any]) -> dict[str, Any]:

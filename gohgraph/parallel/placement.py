@@ -177,7 +177,7 @@ def _site(site: SiteConfig | None, order: list[int], heads: int) -> SiteConfig |
 
 def _check(block: MultiHeadAttention, order: list[int]) -> None:
     sites = (block.output_graph, block.score_graph)
-    if len(block.inner_graphs) or not all(graph is None or type(graph) is HeadGraphConv for graph in sites):
+    if len(block.inner_graphs) or not all(graph is None or graph.traits.sharded for graph in sites):
         kinds = sorted({type(graph).__name__ for graph in (*sites, *block.inner_graphs.values()) if graph is not None})
         raise ValueError(
             f"Expected HeadGraphConvs at outputs and scores only (got {kinds}). Do leave the order as it is."

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from gohgraph.analysis.record import record
+from gohgraph.analysis.record import record, recordable
 from gohgraph.common.command_line import ArgumentParser
 from gohgraph.drawing import draw
-from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.learning.cli.contest_script import ContestScript
 from gohgraph.learning.cli.graph_flags import add_graph_flags
 from gohgraph.learning.contests.contest import Result, results_table, verdict
@@ -114,4 +113,4 @@ class Comparison(ContestScript):
 
 def has_head_graphs(model: nn.Module) -> bool:
     """Returns whether heads of the model send messages."""
-    return any(isinstance(part, HeadGraphConv) for part in model.modules())
+    return bool(recordable(model)[0])

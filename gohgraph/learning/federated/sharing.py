@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.attention.routing import HeadRouter
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.learning.regimes.low_rank import LowRankUpdate
 
 KINDS = ("base", "graph", "lora")
-_OWNERS = {"graph": (HeadGraphConv, HeadRouter), "lora": (LowRankUpdate,)}
+_OWNERS = {"graph": (SiteGraph, HeadRouter), "lora": (LowRankUpdate,)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gohgraph.common.checks import check_int
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.learning.regimes.low_rank import LowRankUpdate
 
 # What a task may own: its head graphs, its low-rank updates, or both.
-ADAPTERS = (HeadGraphConv, LowRankUpdate)
+ADAPTERS = (SiteGraph, LowRankUpdate)
 
 
 class TaskAdapters(nn.Module):
@@ -55,7 +55,11 @@ class TaskAdapters(nn.Module):
         check_int("num_tasks", num_tasks, low=1)
         modules = dict(model.named_modules())
         unknown = sorted(set(names) - set(modules))
-        owned = [name for name, module in modules.items() if isinstance(module, types) or name in names]
+        owned: list[str] = []
+        for name, module in modules.items():
+            # What is inside a module that tasks own is theirs already, such as the graphs of a chain.
+            if (isinstance(module, types) or name in names) and not name.startswith(tuple(f"{one}." for one in owned)):
+                owned.append(name)
         if unknown or not owned:
             raise ValueError(
                 f"Expected modules that tasks can own (got none of {unknown or [one.__name__ for one in types]}). "
