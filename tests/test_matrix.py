@@ -114,7 +114,7 @@ FEATURES = set(KINDS) - KEYED
 OWN = {"outputs": FEATURES, "scores": ANYWHERE | KEYED, "weights": ANYWHERE | {"baseline composition"}}
 OWN |= dict.fromkeys(INNER, FEATURES - {"cross layer"})
 FOREIGN = {"outputs": FEATURES - {"cross layer"}, "scores": ANYWHERE}
-MEGATRON = {"outputs": {*CONVS, "norm"}, "scores": set(CONVS) - {"rounds"}}
+MEGATRON = {"outputs": {*CONVS, "norm", "pyg"}, "scores": {*CONVS, "pyg"}}
 SHARDED = {*CONVS, "pyg", "norm"}
 TAKES = {
     OwnModel: OWN,

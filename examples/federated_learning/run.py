@@ -99,7 +99,8 @@ class FederatedLearning(Script):
                 f"Expected an even --in-degree of 2..{flags.num_heads} (got {flags.in_degree}). Do change it."
             )
         if (flags.dp_noise is None) != (flags.dp_clip is None):
-            raise ValueError("Expected --dp-noise and --dp-clip together (got one). Do pass both.")
+            got = "--dp-clip" if flags.dp_noise is None else "--dp-noise"
+            raise ValueError(f"Expected --dp-noise and --dp-clip together (got {got} alone). Do pass both.")
         if flags.dp_noise is not None and not (flags.dp_noise >= 0 and flags.dp_clip > 0):
             raise ValueError(
                 f"Expected noise >= 0 and a clip > 0 (got {flags.dp_noise}, {flags.dp_clip}). Do change it."

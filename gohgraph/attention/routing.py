@@ -217,13 +217,7 @@ class HeadRouter(nn.Module):
     def _of_one_token(self, logits: Tensor) -> Routing:
         """The same without gradients for one token, in Python floats: forty calls of torch are what takes time there.
 
-        With 512 features and 8 to 32 heads the router takes 0.13 to 0.17 ms in place of 0.25 to 0.37 on one thread, and
-        the block around it, of 64 or 512 cached tokens, 1.12 to 1.18 times less. Measured by the first of
-
-            python -m timeit -s "import torch, gohgraph as goh; torch.set_num_threads(1); torch.set_grad_enabled(False)
-            router, x = goh.HeadRouter(512, 16, 4, 4), torch.randn(1, 512)" "router(x, statistics=False)"
-
-        and the same for `torch.randn(2, 512)`, two tokens, which take the way of many.
+        The router takes about half the time then: `tools/benchmark.py routing`, the router alone.
         """
         numbers, split = logits.flatten().tolist(), self.num_routed
         routed, shared, group_gate = numbers[:split], numbers[split:-2], numbers[-2:]

@@ -46,8 +46,8 @@ def fold(module: Module) -> Module:
             this projection.
 
     Example:
-        >>> from gohgraph.graphs.graph import head_graph
-        >>> graph = HeadGraphConv(head_graph(4, "ring"), head_dim=2, context_dim=8, edges="static")
+        >>> import gohgraph as goh
+        >>> graph = goh.HeadGraphConv(goh.head_graph(4, "ring"), head_dim=2, context_dim=8, edges="static")
         >>> fold(MultiHeadAttention(8, 4, output_graph=graph)).output_graph is None
         True
     """

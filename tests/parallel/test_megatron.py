@@ -261,7 +261,7 @@ def test_state_dicts_go_round_and_refuse_another_graph(one_rank, tmp_path):
         load_checkpoint(tmp_path / "saved", strange)
     with pytest.raises(ValueError, match="Expected an empty folder"):
         save_checkpoint(tmp_path / "saved", model)
-    with pytest.raises(ValueError, match="Expected a checkpoint"):
+    with pytest.raises(ValueError, match="Expected a whole checkpoint"):
         load_checkpoint(tmp_path, model)
 
 

@@ -167,7 +167,7 @@ def test_a_rank_that_torchrun_ends_says_how_to_go_on(monkeypatch):
         ((), {}, 2, "one or more"),
         (("tp", "tp"), {}, 2, "one or more"),
         (("ddp",), {"tensor_ranks": 2}, 2, "Expected tp"),
-        (("tp",), {"tensor_ranks": 0}, 2, "tensor_ranks >= 1"),
+        (("tp",), {"tensor_ranks": 0}, 2, "tensor_ranks to be an int >= 1"),
         (("tp",), {"tensor_ranks": 2}, 4, "Expected 2 ranks"),
         (("tp", "fsdp"), {}, 3, "Expected 2 ranks"),
     ],

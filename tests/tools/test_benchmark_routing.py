@@ -142,7 +142,13 @@ def fake_row(variant, active, skipping, seconds, speed_up, mebibytes):
 def test_table_from_made_up_numbers():
     plain = fake_row("plain", 8, None, [2e-3, 3e-3, 9e-3], [1.0, 1.0, 1.0], 32)
     routed = fake_row("MoH 25 %", 2, "on", [1e-3, 0.5e-3, 1.5e-3], [1.75, 2.0, 2.254], 8)
-    (table,) = routing.tables([plain, routed])
+    alone = {"size": plain["size"], "router": "1 token, in Python floats", "seconds": [2e-4], "speed_up": [1.5, 2.0, 2.5]}
+    table, routers = routing.tables([plain, routed, alone])
+    assert routers.splitlines()[2:] == [
+        "|                           | time per call | speed-up (quartiles) |",
+        "| ------------------------- | ------------: | -------------------: |",
+        "| 1 token, in Python floats |      0.200 ms |     2.00 (1.50-2.50) |",
+    ]
     assert table.splitlines() == [
         "**decoding one token**, d_model 512, num_heads 8, context 8192, batch 1",
         "",
@@ -162,10 +168,14 @@ def test_smoke_measures_every_row_and_writes_what_it_prints(tool, tmp_path, caps
     assert torch.get_num_threads() == threads and gc.isenabled()
     saved, printed = json.loads(files[0].read_text()), capsys.readouterr().out
     contexts = routing.SMOKE_CONTEXTS
-    assert len(saved["rows"]) == len(contexts) * len(routing.VARIANTS) and torch.__version__ in saved["machine"]
+    rows = [row for row in saved["rows"] if "router" not in row]
+    assert len(rows) == len(contexts) * len(routing.VARIANTS) and torch.__version__ in saved["machine"]
+    assert [row["router"] for row in saved["rows"] if "router" in row][:2] == [
+        "1 token, in Python floats", "2 tokens, by torch"
+    ]  # fmt: skip
     tables = [block for block in files[1].read_text().split("\n\n") if block.startswith("|")]
-    assert len(tables) == len(contexts) and all(table in printed for table in tables)
-    for row in saved["rows"]:
+    assert len(tables) == 2 * len(contexts) and all(table in printed for table in tables)
+    for row in rows:
         assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0 and row["size"]["batch"] == batch
         if row["skipping"] is None:
             assert row["speed_up"] == [1.0, 1.0, 1.0]

@@ -14,6 +14,8 @@ auto is the default and chooses. The cache a row reads is found by trial, not ta
 read where NaN in its cached keys and values makes the output NaN. Rows that differ in skipping alone must give equal
 outputs, or nothing is timed. Times and bytes are per token and sublayer.
 
+A second table times the router alone: one token is routed in Python floats, two go the way of many, by torch.
+
 Where other programs keep a core busy, use fewer threads than cores: a thread that waits for its turn adds a scheduler's
 time slice, milliseconds, to every step of a call.
 """
@@ -25,6 +27,7 @@ import statistics
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.decoding import (
@@ -39,7 +42,8 @@ from benchmarks.decoding import (
     heads_read,
 )
 from benchmarks.flags import DTYPES, add_shared_flags, check_shared_flags, numbers_of, place
-from benchmarks.timing import WARM_UP, interleaved, ratios
+from benchmarks.timing import WARM_UP, Call, interleaved, ratios
+from gohgraph.attention.routing import HeadRouter
 from gohgraph.common.checks import check_int
 from gohgraph.common.tables import markdown_table
 
@@ -49,6 +53,7 @@ REPEATS = 100
 CHECKED_TOKENS = 4
 LAYERS = 4
 FORMS = [(100, False), (75, False), (50, False), (25, False), (50, True)]
+ROUTED_TOKENS = {1: "in Python floats", 2: "by torch"}
 VARIANTS = [None, *(Variant(percent, skipping, graph) for percent, graph in FORMS for skipping in SKIPPING)]
 
 
@@ -79,7 +84,7 @@ def cases(flags: argparse.Namespace) -> list[Case]:
 
 def calls(case: Case, flags: argparse.Namespace) -> int:
     """Returns how many calls `measure` times."""
-    return len(VARIANTS) * (flags.repeats + WARM_UP)
+    return (len(VARIANTS) + len(ROUTED_TOKENS)) * (flags.repeats + WARM_UP)
 
 
 def measure(case: Case, flags: argparse.Namespace, progress: tqdm) -> list[dict[str, Any]]:
@@ -100,7 +105,7 @@ def measure(case: Case, flags: argparse.Namespace, progress: tqdm) -> list[dict[
     steps = {variant: Decode(stack, caches, tokens) for variant, stack in stacks.items()}
     seconds = interleaved(steps, flags.repeats, progress)
     itemsize = DTYPES[flags.dtype].itemsize
-    return [
+    rows = [
         {
             "size": case._asdict(),
             "variant": "plain" if variant is None else variant.name,
@@ -112,6 +117,38 @@ def measure(case: Case, flags: argparse.Namespace, progress: tqdm) -> list[dict[
         }
         for variant in VARIANTS
     ]
+    return rows + _router_rows(case, flags, progress)
+
+
+class Route(Call):
+    """Routes tokens `[N, M]`."""
+
+    def __init__(self, router: HeadRouter, x: Tensor) -> None:
+        super().__init__(x.device)
+        self.router, self.x = router, x
+
+    @torch.no_grad()
+    def work(self) -> None:
+        """Runs the router as decoding does."""
+        self.router(self.x, statistics=False)
+
+
+def _router_rows(case: Case, flags: argparse.Namespace, progress: tqdm) -> list[dict[str, Any]]:
+    """The router alone: the way of one token, and that of many."""
+    quarter = case.num_heads // 4
+    router = HeadRouter(case.d_model, case.num_heads, quarter, quarter).to(**place(flags)).eval()
+    inputs = {tokens: torch.randn(tokens, case.d_model, **place(flags)) for tokens in ROUTED_TOKENS}
+    steps = {tokens: Route(router, x) for tokens, x in inputs.items()}
+    seconds = interleaved(steps, flags.repeats, progress)
+    return [
+        {
+            "size": case._asdict(),
+            "router": f"{tokens} token{'s' * (tokens > 1)}, {how}",
+            "seconds": seconds[tokens],
+            "speed_up": ratios(seconds[2], seconds[tokens]),
+        }
+        for tokens, how in ROUTED_TOKENS.items()
+    ]
 
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
@@ -120,11 +157,22 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
     lines = [["", "active heads", "skipping", "time per token", "speed-up (quartiles)", "cache read", "to plain"]]
     for row in rows:
         low, median, high = row["speed_up"]
+        if "router" in row:
+            continue
         cells = [row["variant"], f"{row['active_heads']} of {row['size']['num_heads']}", row["skipping"] or "-"]
         cells += [f"{statistics.median(row['seconds']) * 1e3:.3f} ms", f"{median:.2f} ({low:.2f}-{high:.2f})"]
         share = row["cache_bytes"] / rows[0]["cache_bytes"]
         lines.append([*cells, f"{row['cache_bytes'] / 2**20:.2f} MiB", f"{share:.0%}"])
-    return [markdown_table(lines, f"**decoding one token**, {size}")]
+    routers = [["", "time per call", "speed-up (quartiles)"]]
+    for row in rows:
+        if "router" in row:
+            low, median, high = row["speed_up"]
+            milliseconds = f"{statistics.median(row['seconds']) * 1e3:.3f} ms"
+            routers.append([row["router"], milliseconds, f"{median:.2f} ({low:.2f}-{high:.2f})"])
+    return [
+        markdown_table(lines, f"**decoding one token**, {size}"),
+        markdown_table(routers, f"**the router alone**, {size}"),
+    ]
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -95,7 +95,7 @@ def fill_sizes(flags: argparse.Namespace, full: Mapping[str, Any], smoke: Mappin
 def train_config(flags: argparse.Namespace, seed: int, learning_rate: float, **overrides: Any) -> TrainConfig:
     """Returns the training that flags of `add_training_flags` describe; `overrides` go over them."""
     same = "weight_decay graph_lr_factor patience precision compile device keep_checkpoints".split()
-    steps = overrides.get("steps", flags.steps)
+    steps = overrides["steps"] if "steps" in overrides else flags.steps
     values = {name: getattr(flags, name) for name in same} | {
         "steps": steps,
         "warmup": min(100, steps // 10) if flags.warmup is None else flags.warmup,
