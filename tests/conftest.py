@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from gohgraph.learning.data import corpus
+
 # Tiny models run far faster on one thread.
 torch.set_num_threads(1)
+# To gather Python's documentation takes seconds, and many tests train on it.
+corpus._python_documents = cache(corpus._python_documents)
 
 
 @pytest.fixture(autouse=True)
