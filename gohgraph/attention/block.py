@@ -82,10 +82,6 @@ class MultiHeadAttention(nn.Module):
     Shape:
         x `[B, T, M]` -> (y `[B, T, M]`, `Heads` with outputs `[B, T, H, D]`).
 
-    Raises:
-        ValueError: M not a multiple of H, G not a divisor of H, a graph or router that cannot stand where it is to, an
-            unknown site.
-
     Example:
         >>> import gohgraph as goh
         >>> graph = goh.HeadGraphConv(goh.head_graph(4), head_dim=8, context_dim=32)
@@ -157,10 +153,9 @@ class MultiHeadAttention(nn.Module):
         token_mask: Tensor | None = None,
         losses: Losses | None = None,
     ) -> tuple[Tensor, Heads]:
-        """Attends from `x` to itself, or to `memory` (cross attention).
+        """Attends from `x [B, T, M]` to itself, or to `memory` (cross attention).
 
         Args:
-            x: `[B, T, M]`.
             memory: `[B, S, M]`, or `None` for self attention.
             keep_mask: bool, four dimensions that broadcast to `[B, H, T, S]`, True = may attend. A row without any
                 gives zeros.
@@ -170,12 +165,6 @@ class MultiHeadAttention(nn.Module):
             token_mask: bool `[B, T]`, True = a real token of `x`; losses leave out the others.
             losses: asks for what graphs add to the training loss: takes in a scalar under each name it has, the mean
                 over active heads of real tokens.
-
-        Returns:
-            The output `[B, T, M]` and the `Heads`.
-
-        Raises:
-            ValueError: a mask that is not bool or has not four dimensions.
         """
         _check_mask(keep_mask)
         past = 0 if cache is None else len(cache)

@@ -58,17 +58,7 @@ class KeyValueCache:
     def truncate(self, length: int) -> None:
         """Forgets all tokens after the first `length`, as when drafted tokens are refused; their memory stays reserved.
 
-        Later tokens overwrite them, also in the views `read` and `update` have returned.
-
-        Raises:
-            ValueError: more tokens than there are, or fewer than none.
-
-        Example:
-            >>> cache = KeyValueCache()
-            >>> _ = cache.update(torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4))
-            >>> cache.truncate(2)
-            >>> len(cache)
-            2
+        `length` is at most all there are. Later tokens overwrite them, also in views that `read` and `update` returned.
         """
         if not 0 <= length <= self._length:
             raise ValueError(f"Expected a length in 0..{self._length} (got {length}). Do keep at most all tokens.")

@@ -55,11 +55,7 @@ class Form(NamedTuple):
 
 
 def attend(call: Call, form: str | None = None) -> Result:
-    """Attends in the first form that takes the call and pays.
-
-    Args:
-        call: what is to be computed.
-        form: asks for one by name; `None` chooses.
+    """Attends in the first form that takes the call and pays, or in the one asked for by name.
 
     Returns:
         Head outputs `[B, T, H, D]`, and the weights where they were asked for or the core tells them, else `None`.
@@ -125,12 +121,7 @@ def _with_senders(call: Call) -> Call:
 
 
 def why_all_heads(block: Any, x: Tensor, keys: int) -> str:
-    """Returns why an attention block projects all heads of `x [B, T, M]`; empty where it leaves out those that are off.
-
-    Args:
-        block: a `MultiHeadAttention` with a router.
-        keys: the number of keys of every token.
-    """
+    """Returns why a routed block projects all heads of `x [B, T, M]` over `keys` keys; empty if it does not."""
     if x.shape[1] != 1 or not len(x):
         return "more than one token"
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or (block.training and block.dropout):

@@ -63,17 +63,13 @@ def may_pay(q: Tensor, keys: int, causal: bool) -> bool:
 def grouped_attention(
     q: Tensor, k: Tensor, v: Tensor, groups: TokenGroups, keep_mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """Attention of active heads; zeros for the others.
+    """Attention of active heads, `[B, T, H, D]`; zeros for the others, and where there are no keys.
 
     Args:
-        q: queries `[B, T, H, D]`.
-        k, v: keys and values `[B, S, G, D]`, G dividing H.
+        q, k, v: `[B, T, H, D]` and twice `[B, S, G, D]`, G dividing H.
         groups: of the T tokens.
         keep_mask: bool, four dimensions that broadcast to `[B, H, T, S]`, True = may attend.
         causal: token t attends to keys up to S - T + t.
-
-    Returns:
-        Head outputs `[B, T, H, D]`; zeros where there are no keys.
     """
     if not q.numel() or not k.shape[1]:
         # Without queries or keys there is nothing to group, and the gradients are zeros.

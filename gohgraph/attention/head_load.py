@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def load_cv(load: Tensor, num_shared: int) -> Tensor:
-    r"""Returns the coefficient of variation of the load over routed heads, 0 when it is balanced.
+    r"""Returns the coefficient of variation of the load over routed heads, `[*]`, 0 when it is balanced.
 
     .. math:: \mathrm{CV} = \sqrt{\mathrm{mean}_i (\mathrm{load}_i - \overline{\mathrm{load}})^2}
         \,/\, \overline{\mathrm{load}}
@@ -17,9 +17,6 @@ def load_cv(load: Tensor, num_shared: int) -> Tensor:
     Args:
         load: share of tokens each head is active for, `[*, H]` (`Routing.load`).
         num_shared: h_s, the first heads, which are left out.
-
-    Returns:
-        `[*]`.
 
     Example:
         >>> load_cv(torch.tensor([[1.0, 0.5, 0.5], [1.0, 0.75, 0.25]]), num_shared=1)
@@ -38,13 +35,7 @@ def load_entropy(load: Tensor, num_shared: int) -> Tensor:
     .. math:: - \sum_i q_i \log q_i \,/\, \log h_r, \qquad q_i = \mathrm{load}_i / \sum_j \mathrm{load}_j
 
     1 when it is balanced, or there is but one routed head or none; log k / log h_r when all tokens use the same k.
-
-    Args:
-        load: share of tokens each head is active for, `[*, H]` (`Routing.load`).
-        num_shared: h_s, the first heads, which are left out.
-
-    Returns:
-        `[*]`, in [0, 1].
+    Arguments and shape as in `load_cv`.
 
     Example:
         >>> load_entropy(torch.tensor([[1.0, 0.5, 0.5], [1.0, 1.0, 0.0]]), num_shared=1)

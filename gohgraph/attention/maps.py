@@ -45,7 +45,7 @@ def mixed_attention(
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    r"""Attention with messages between scores, between the weights they become, or both, on materialised maps.
+    r"""Attention with messages between scores, between the weights they become, or both, on whole maps: `[B, T, H, D]`.
 
     .. math:: z_i(t) = \sum_s f_\text{weights}\big(\mathrm{softmax}_s f_\text{scores}(a(t, s))\big)_i\, v_i(s), \qquad
         a_i(t, s) = q_i(t) \cdot k_i(s) / \sqrt{D}
@@ -62,9 +62,6 @@ def mixed_attention(
             added to the mixed scores, as torch's masks are.
         dropout: probability of dropping an attention weight.
         scale: of the scores, `None` for 1/sqrt(D).
-
-    Returns:
-        Head outputs `[B, T, H, D]`.
     """
     # Query heads of one group follow one another: they read their keys and values as more queries of one head.
     batch, tokens, heads, _ = q.shape

@@ -73,9 +73,6 @@ class HeadRouter(nn.Module):
     Shape:
         x `[*, M]`, keep_mask bool `[*]` (True = a real token) -> `Routing` of gates `[*, H]`.
 
-    Raises:
-        ValueError: sizes or bias_rate out of range.
-
     Example:
         >>> router = HeadRouter(d_model=16, num_heads=8, num_shared=2, top_k=3)
         >>> routing = router(torch.randn(2, 5, 16))
@@ -110,12 +107,7 @@ class HeadRouter(nn.Module):
 
     @classmethod
     def from_config(cls, config: RoutingConfig, d_model: int, num_heads: int, *, layer: int = 0) -> HeadRouter:
-        """Builds the router a `RoutingConfig` names, for the layer of that index.
-
-        Example:
-            >>> HeadRouter.from_config(RoutingConfig(num_shared=1, top_k=(3, 2)), 16, 8, layer=1).top_k
-            2
-        """
+        """Builds the router a `RoutingConfig` names, for the layer of that index."""
         return cls(
             d_model,
             num_heads,
@@ -151,7 +143,6 @@ class HeadRouter(nn.Module):
         """Chooses and weighs the heads of each token of `x [*, M]`.
 
         Args:
-            x: `[*, M]`.
             keep_mask: bool `[*]`, True = a real token: padding is left out of the means.
             statistics: False leaves out all means.
         """
@@ -182,13 +173,10 @@ class HeadRouter(nn.Module):
 
         .. math:: b_i \leftarrow b_i + u\, \mathrm{sign}(\overline{\text{load}} - \text{load}_i)
 
-        u is `bias_rate`; 0.001 in arXiv 2408.15664 (section 4.2).
+        u is `bias_rate`, above 0; 0.001 in arXiv 2408.15664 (section 4.2).
 
         Args:
             load: `[H]`, of all tokens of the step (`Routing.load`, averaged over micro-batches).
-
-        Raises:
-            ValueError: a router without balance bias.
         """
         if self.balance_bias is None:
             raise ValueError("Expected a router with a balance bias (got none). Do build it with bias_rate=0.001.")
@@ -215,10 +203,7 @@ class HeadRouter(nn.Module):
         return routed if self.balance_bias is None else routed.softmax(dim=-1) + self.balance_bias
 
     def _of_one_token(self, logits: Tensor) -> Routing:
-        """The same without gradients for one token, in Python floats: forty calls of torch are what takes time there.
-
-        The router takes about half the time then: `tools/benchmark.py routing`, the router alone.
-        """
+        """The same without gradients for one token, in Python floats: torch's forty calls take twice the time."""
         numbers, split = logits.flatten().tolist(), self.num_routed
         routed, shared, group_gate = numbers[:split], numbers[split:-2], numbers[-2:]
         # Rounded as for many tokens: in float64 heads of equal bias and tiny p would not be ties.

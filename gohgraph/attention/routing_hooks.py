@@ -15,17 +15,12 @@ from gohgraph.attention.routing import HeadRouter, Routing
 def collect_routing(model: nn.Module, token_mask: Tensor | None = None) -> Iterator[list[Routing]]:
     """Collects what the routers of a converted model decide while the block runs, whose outputs do not tell it.
 
-    The losses in it can be trained on: see `gohgraph.models.model_output.model_output`.
+    The list holds the decision of every call of a router, in order. Its losses can be trained on: see
+    `gohgraph.models.model_output.model_output`.
 
     Args:
-        model: with routers; gohgraph's own models return their routing, too.
+        model: with at least one router; gohgraph's own models return their routing, too.
         token_mask: bool `[B, T]`, True = a real token, for calls with so many tokens; others count all.
-
-    Yields:
-        A list that holds the decisions of every call of a router, in the order of the calls.
-
-    Raises:
-        ValueError: the model has no router.
 
     Example:
         >>> import torch

@@ -34,10 +34,6 @@ class HeadSlots(nn.Module):
     Attributes:
         form: as in `MultiHeadAttention`.
 
-    Raises:
-        ValueError: a slot over another number of heads, a graph that cannot stand where it is to, an order that is no
-            permutation.
-
     Example:
         >>> from gohgraph import HeadGraphConv, head_graph
         >>> sites = HeadSlots(5, output_graph=HeadGraphConv(head_graph(5), head_dim=4, context_dim=20))
@@ -104,7 +100,7 @@ class HeadSlots(nn.Module):
         core: Core | None = None,
         scale: float | None = None,
     ) -> tuple[Tensor, Any]:
-        """Attends under the messages between scores.
+        """Attends under the messages between scores: `[B, T, H, D]`, and the weights `[B, T, H, S]` or `None`.
 
         Args:
             q, k, v: `[B, T, H, D]`, `[B, S, G, D]` twice.
@@ -112,9 +108,6 @@ class HeadSlots(nn.Module):
             mask, dropout, core, scale: as in `Call`.
             routing: of `route`.
             need_weights: returns the attention weights too, after dropout.
-
-        Returns:
-            Head outputs `[B, T, H, D]`, and weights `[B, T, H, S]` or `None`.
         """
         active = None if routing is None else routing.active
         scores = None if self.score_graph is None else Messages(self.score_graph, x, active)

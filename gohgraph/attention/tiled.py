@@ -56,17 +56,10 @@ def tiled_attention(
     Args:
         q: queries `[B, T, H, D]`.
         k: keys `[B, S, G, D]`, G dividing H.
-        v: values `[B, S, G', D]`, G' dividing the heads that receive, R.
+        v: values `[B, S, G', D]`, G' dividing the heads that receive, R; outputs are `[B, T, R, D]`, zeros if S = 0.
         mix_scores, mix_weights: w and u, `[B, T, R, H]` or `[R, H]`, rows receive; `None` for the identity.
         keep_mask: bool, broadcastable to `[B, H, T, S]`, True = may attend; a row without any gives zeros.
         is_causal: query t sees keys up to t; T = S. Not beside a mask.
-
-    Returns:
-        Head outputs `[B, T, R, D]`; zeros where there are no keys.
-
-    Raises:
-        RuntimeError: second gradients, when they are asked for.
-        ValueError: a mask beside `is_causal`.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 7, 5, 4)
@@ -224,10 +217,7 @@ class _Gradients:
         self.dmix_scores, self.dmix_weights = (w if w is None else w.new_empty(w.shape) for w in mixes)
 
     def add(self, tile: Tile) -> None:
-        """Computes the maps of a tile again and adds what they contribute.
-
-        At most three maps are in memory, four with messages between weights.
-        """
+        """Computes the maps of a tile again, at most three at once (four if weights mix), and adds their part."""
         b, rows, n = tile
         q, k, mix_scores = self.inputs.q, self.inputs.k, self.inputs.mix_scores
         scores, weights = self.inputs.maps(self.keys, tile)

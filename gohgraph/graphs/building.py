@@ -21,18 +21,12 @@ GRAPHS: dict[str, type[HeadGraphConv]] = {
 
 
 def build_graph(site: Site | None, sizes: tuple[int, int, int], *, layer: int | None = None) -> SiteGraph | None:
-    """Builds what stands at one site of attention.
+    """Builds what stands at one site of attention; `None` where it is empty.
 
     Args:
         site: its configuration.
         sizes: H, D and M: nodes, their features, and the context.
         layer: index in the stack; graphs with `cross_layer` reach back at most so far. `None`: as far as they are to.
-
-    Returns:
-        The module, `None` where the site is empty.
-
-    Raises:
-        ValueError: an unknown baseline, or options it refuses.
 
     Example:
         >>> build_graph(SiteConfig.ring(2), (5, 3, 7)).edge_index.shape

@@ -15,10 +15,7 @@ class Chain(nn.ModuleList, SiteGraph):
     Its `traits` are what all of them have in common: it may stand where each of them may, and is linear if all are.
 
     Args:
-        graphs: at least one, over equally many heads.
-
-    Raises:
-        ValueError: graphs over different numbers of heads, or several that read the keys' tokens.
+        graphs: at least one, over equally many heads; at most one may read the keys' tokens.
 
     Example:
         >>> import torch

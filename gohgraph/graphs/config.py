@@ -27,9 +27,6 @@ class RoutingConfig(Config):
         bias_rate: how fast the balance bias moves, per step; 0 for no bias (arXiv 2408.15664 takes 0.001, and no
             `balance_loss`).
 
-    Raises:
-        TypeError, ValueError: a value of the wrong type or out of range, named in the message.
-
     Example:
         >>> RoutingConfig(num_shared=2, top_k=(4, 2)).top_k
         (4, 2)
@@ -81,13 +78,11 @@ class HeadGraphConfig(Config):
         queries, keys, values: messages between heads before attention, among key/value heads for the last two.
         weights: messages between attention weights after the softmax.
 
-    Raises:
-        TypeError: a site or a routing of another type.
-        ValueError: an alignment without graph experts. What cannot stand at its site is refused when it is built.
-
     Example:
         >>> HeadGraphConfig(scores=SiteConfig.ring(2)).outputs
         SiteConfig()
+        >>> HeadGraphConfig.graph_experts(num_shared=2).outputs.topology, HeadGraphConfig.moh(2, top_k=4).outputs
+        ('bipartite', None)
     """
 
     outputs: Site | None = field(default_factory=SiteConfig)
@@ -119,15 +114,7 @@ class HeadGraphConfig(Config):
 
     @classmethod
     def moh(cls, num_shared: int, top_k: int | tuple[int, ...], **settings: Any) -> HeadGraphConfig:
-        """Returns Mixture-of-Head attention (arXiv 2410.11842): routed heads, no messages.
-
-        Args:
-            num_shared, top_k, **settings: of `RoutingConfig`.
-
-        Example:
-            >>> HeadGraphConfig.moh(num_shared=2, top_k=4).outputs is None
-            True
-        """
+        """Returns Mixture-of-Head attention (arXiv 2410.11842): routed heads, no messages; see `RoutingConfig`."""
         return cls(outputs=None, routing=RoutingConfig(num_shared, top_k, **settings))
 
     @classmethod
@@ -150,10 +137,6 @@ class HeadGraphConfig(Config):
             top_k: routed heads a token uses; `None` leaves all heads active, without a router.
             alignment: weight of the alignment loss.
             **settings: of `SiteConfig`.
-
-        Example:
-            >>> HeadGraphConfig.graph_experts(num_shared=2, rounds=3).outputs.topology
-            'bipartite'
         """
         options = {"num_shared": num_shared}
         site = SiteConfig("bipartite", options, rounds=rounds, kind="experts", num_shared=num_shared, **settings)

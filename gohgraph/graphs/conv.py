@@ -59,10 +59,6 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         z `[*, H, D]`, context `[*, M]`, earlier: w tensors `[*, H, D]` (nearest layer first), active: bool `[*, H]`, or
         `None` for all -> `[*, H, D]`.
 
-    Raises:
-        TypeError: `graph` is not a PyG `Data`.
-        ValueError: an impossible option, or nodes of another number of heads.
-
     Example:
         >>> conv = HeadGraphConv(head_graph(8), head_dim=4, context_dim=32)
         >>> z, x = torch.randn(2, 5, 8, 4), torch.randn(2, 5, 32)
@@ -118,10 +114,6 @@ class HeadGraphConv(MessagePassing, SiteGraph):
 
         A layer has only `layer` layers before it: `cross_layer` is cut to that, unless it is `None`.
         `more` goes to the constructor of a subclass.
-
-        Example:
-            >>> HeadGraphConv.from_config(SiteConfig(topology="star"), 5, 3, 7).edge_index.shape
-            torch.Size([2, 13])
         """
         graph = head_graph(num_heads, config.topology, self_loops=config.self_loops, **config.options)
         options = {name: getattr(config, name) for name in OPTIONS}
@@ -242,11 +234,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         return self._dense(self.edge_weight(context, index, active))
 
     def matrix(self, context: Tensor | None = None, active: Tensor | None = None) -> Tensor:
-        """Returns the linear map `[*, H, H]` of all rounds, z' = matrix z, for a context `[*, M]`.
-
-        Raises:
-            ValueError: a graph with `norm`, `cross_layer` or embeddings, which is not such a map.
-        """
+        """Returns the linear map `[*, H, H]` of all rounds, z' = matrix z; `ValueError` unless `traits.linear`."""
         if not self.traits.linear:
             return super().matrix(context, active)
         dtype = self.edges.bias.dtype if context is None else context.dtype
@@ -283,12 +271,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         return self.fusion
 
     def select(self, alpha: Tensor, active: Tensor | None = None) -> Tensor:
-        """Returns the weights `[*, R, E]` with zeros where the induced subgraph or `top_edges` leaves an edge out.
-
-        Args:
-            alpha: weights of all edges, `[*, R, E]` or `[R, E]`.
-            active: bool `[*, H]`, heads that work for the token; `None` for all.
-        """
+        """Returns the weights `[*, R, E]` with zeros where the induced subgraph or `top_edges` leaves an edge out."""""
         if active is not None:
             alpha = alpha * self._linked(active).unsqueeze(-2)  # [*, R, E]
         return alpha if self.top_edges is None else self._strongest(alpha)

@@ -35,9 +35,6 @@ class EdgeWeights(nn.Module):
     Shape:
         context `[*, M]` -> `[*, R, E]`; static and frozen edges ignore the context and give `[R, E]`.
 
-    Raises:
-        ValueError: unknown kind or activation, rank or rounds below 1, a rank for edges without a W.
-
     Example:
         >>> EdgeWeights(num_edges=6, context_dim=5)(torch.randn(2, 3, 5)).shape
         torch.Size([2, 3, 1, 6])

@@ -38,15 +38,11 @@ class GraphExperts(HeadGraphConv):
     round of a head by their cosine, not between texts and graph embeddings.
 
     Args:
-        graph, head_dim, context_dim, **options: as in `HeadGraphConv`.
-        num_shared: the first h_s heads are of one kind, the others of another.
-        rounds: R.
+        graph, head_dim, context_dim, rounds, **options: as in `HeadGraphConv`.
+        num_shared: h_s in 0..H; the first h_s heads are of one kind, the others of another.
 
     Shape:
         as `HeadGraphConv`; asked for the loss `"alignment"`, it gives 1 - cos of every node, `[*, H]`.
-
-    Raises:
-        ValueError: num_shared out of 0..H; further as `HeadGraphConv`.
 
     Example:
         >>> from gohgraph.graphs.graph import head_graph

@@ -17,13 +17,13 @@ __all__ = ["head_graph"]
 
 
 def head_graph(num_heads: int, topology: Any = "complete", *, self_loops: bool = True, **options: Any) -> Data:
-    """Builds the graph over `num_heads` attention heads.
+    """Builds the graph over `num_heads` attention heads: a PyG `Data` with `edge_index` int64 `[2, E]`.
 
     An edge points from sender j to receiver i: `edge_index[0] = j`, `edge_index[1] = i`. Edges are sorted by
     receiver, then sender, so equal graphs have equal tensors.
 
     Args:
-        num_heads: number of nodes H, at least 1.
+        num_heads: H >= 1.
         topology: a name, or the edges themselves.
 
             - `"complete"`: every head sends to every other head.
@@ -42,18 +42,12 @@ def head_graph(num_heads: int, topology: Any = "complete", *, self_loops: bool =
             none; loops that a given graph already has are kept.
         **options: the options of a named topology, as listed above.
 
-    Returns:
-        `torch_geometric.data.Data` with `num_nodes = H` and `edge_index` int64 `[2, E]`.
-
     Raises:
-        TypeError: a wrong type of `num_heads`, `topology` or edge dtype.
         ValueError: unknown topology or option, a head index out of range, a duplicate edge.
 
     Example:
         >>> head_graph(4, "ring").edge_index.tolist()
         [[0, 3, 0, 1, 1, 2, 2, 3], [0, 0, 1, 1, 2, 2, 3, 3]]
-        >>> head_graph(8).num_edges
-        64
     """
     check_int("num_heads", num_heads, low=1)
     edges = _named(num_heads, topology, options) if isinstance(topology, str) else _given(num_heads, topology, options)

@@ -28,13 +28,11 @@ class KeyedGraphConv(HeadGraphConv):
     here it is a product, as wide heads need it, on the edges of a graph.
 
     Args:
-        graph, head_dim, context_dim, **options: as in `HeadGraphConv`, of one round, without `cross_layer` and `norm`.
+        graph, head_dim, context_dim, **options: as in `HeadGraphConv`, of one round, without `cross_layer`, `norm`
+            and `top_edges`.
 
     Shape:
         scores `[B, T, H, S]`, context `[B, T, M]`, keys `[B, S, E]` -> `[B, T, H, S]`.
-
-    Raises:
-        ValueError: several rounds, `cross_layer`, `norm` or `top_edges`.
 
     Example:
         >>> import torch

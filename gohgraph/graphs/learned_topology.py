@@ -34,12 +34,6 @@ class LearnedTopologyConv(HeadGraphConv):
     Attributes:
         kept: bool `[E]`, the edges that are left; saved with the weights, as their strength `[E]` is.
 
-    Shape:
-        as `HeadGraphConv`.
-
-    Raises:
-        ValueError: in_degree below 1.
-
     Example:
         >>> from gohgraph.graphs.graph import head_graph
         >>> conv = LearnedTopologyConv(head_graph(5), head_dim=4, context_dim=20, in_degree=2)
@@ -68,11 +62,7 @@ class LearnedTopologyConv(HeadGraphConv):
 
     @torch.no_grad()
     def prune(self, in_degree: int) -> None:
-        """Leaves every head its `in_degree` strongest incoming edges, of those it still has; ties to the lower sender.
-
-        Args:
-            in_degree: at least 1; no edge comes back where it is raised again.
-        """
+        """Leaves every head its `in_degree` strongest incoming edges, of those left; ties go to the lower sender."""
         size = torch.where(self.kept, self.strength.float(), -1.0)
         order = self._dense(size + 2)  # [H, S], 0 where there is no edge, below 2 where it is gone
         best = order.argsort(dim=-1, descending=True, stable=True)[:, :in_degree]  # [H, k]

@@ -108,19 +108,15 @@ class SiteGraph(nn.Module, ABC):
         keys: Tensor | None = None,
         losses: Losses | None = None,
     ) -> Tensor:
-        """Passes messages between the nodes.
+        """Passes messages between the nodes, `[*, H, F] -> [*, H, F]`.
 
         Args:
-            nodes: `[*, H, F]`.
             context: `[*, M]`, the attention block's own input.
             earlier: with `reach`, `[*, H, F]` of the layers before, nearest first.
             active: bool `[*, H]`, the heads that work for a token; `None` for all.
             keys: of a keyed graph, what `key_state` made of the keys' tokens, `[B, S, U]`.
             losses: takes in what the graph adds to the training loss: under those of its names that are asked for, a
                 number for every node, `[*, H]`.
-
-        Returns:
-            The nodes `[*, H, F]`.
         """
 
     def key_state(self, source: Tensor) -> Tensor | None:
@@ -128,11 +124,7 @@ class SiteGraph(nn.Module, ABC):
         return None
 
     def matrix(self, context: Tensor | None = None, active: Tensor | None = None) -> Tensor:
-        """Returns W of a linear graph, nodes' = W nodes: `[*, H, H]`, or `[H, H]` where all tokens have one.
-
-        Raises:
-            ValueError: the graph is not linear.
-        """
+        """Returns W of a linear graph, nodes' = W nodes: `[*, H, H]`, or `[H, H]` for all tokens; else `ValueError`."""
         raise ValueError(
             f"Expected a graph that is linear in the nodes (got {type(self).__name__}). Do check traits.linear."
         )
@@ -149,17 +141,13 @@ class SiteGraph(nn.Module, ABC):
 
 
 def check_site(site: str, graph: SiteGraph, num_heads: int, allowed: Collection[str] = ("whole",)) -> None:
-    """Refuses a graph that cannot stand at a site.
+    """Raises `ValueError` for a graph that cannot stand at a site, naming what does not fit.
 
     Args:
         site: of `FEATURES` and `MAPS`.
-        graph: what is to stand there.
-        num_heads: nodes at this site.
+        graph, num_heads: what is to stand there, and the nodes there.
         allowed: what whoever holds the site can give: `"reach"`, heads of earlier layers; `"keyed"`, the keys' tokens;
             `"nonlinear"`, whole maps for graphs over them that are no matrix; `"whole"`, all heads on one rank.
-
-    Raises:
-        ValueError: naming what does not fit.
     """
     traits, name = graph.traits, type(graph).__name__
     if traits.num_heads != num_heads:

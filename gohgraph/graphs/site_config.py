@@ -26,9 +26,6 @@ class SiteConfig(Config):
         num_shared: of experts, the first heads, nodes of one kind; the others are of another.
         keep_in_degree: of a learned topology, how many incoming edges every head is to keep.
 
-    Raises:
-        ValueError: a value of the wrong kind; the graph itself is checked when it is built.
-
     Example:
         >>> SiteConfig.ring(4)
         SiteConfig(topology='ring', options={'hops': 3})
@@ -98,11 +95,8 @@ class BaselineConfig(Config):
         kind: a name of `gohgraph.graphs.baselines.BASELINES`.
         options: keyword options of that module, e.g. `{"rank": 16}`.
 
-    Raises:
-        TypeError: options that are not numbers or words by name.
-
     Example:
-        >>> BaselineConfig("element-gate", {"rank": 16}).options
+        >>> BaselineConfig("gate", {"rank": 16}).options
         {'rank': 16}
     """
 
@@ -128,12 +122,7 @@ def site_from_dict(values: Any) -> Any:
 
 
 def parts_of(site: Site | None) -> tuple[SiteConfig | BaselineConfig, ...]:
-    """Returns the modules of a site in order.
-
-    Example:
-        >>> len(parts_of(None)), len(parts_of(SiteConfig()))
-        (0, 1)
-    """
+    """Returns the modules of a site in order, none for `None`."""
     return () if site is None else site if isinstance(site, tuple) else (site,)
 
 

@@ -46,11 +46,7 @@ class WrappedModule(SiteGraph):
 
 
 def as_site_graph(module: nn.Module, num_heads: int) -> SiteGraph:
-    """Returns the module where it is a `SiteGraph`, and a wrapper of it where it is a plain one.
-
-    Raises:
-        TypeError: no module at all.
-    """
+    """Returns the module where it is a `SiteGraph`, and a wrapper of it where it is a plain one."""
     if isinstance(module, SiteGraph):
         return module
     if not isinstance(module, nn.Module):

@@ -9,15 +9,12 @@ from torch import Tensor
 
 
 def fold(size: int, in_dims: Sequence[int | None], inputs: Sequence[Any]) -> list[Any]:
-    """Makes a mapped dimension part of the batch, the first dimension of every tensor.
+    """Makes a mapped dimension part of the batch, the first dimension of every tensor: `[N * B, *]` each.
 
     Args:
         size: N, of the mapped dimension.
         in_dims: where each input has it; `None` for one that is the same for all.
-        inputs: tensors `[B, *]` beside the mapped dimension, and what is no tensor.
-
-    Returns:
-        Tensors `[N * B, *]`, and the others as they were.
+        inputs: tensors `[B, *]` beside the mapped dimension, and what is no tensor, which stays as it is.
 
     Example:
         >>> import torch

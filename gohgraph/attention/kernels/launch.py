@@ -70,8 +70,6 @@ def sizes(heads: int, head_dim: int, itemsize: int) -> dict[str, int]:
     """Returns the sizes of tiles: all heads (H), those a program writes (BLOCK), features (D), those at once (CHUNK).
 
     Example:
-        >>> sizes(12, 64, itemsize=2)
-        {'H': 16, 'BLOCK': 16, 'D': 64, 'CHUNK': 64, 'M': 16, 'N': 16}
         >>> sizes(32, 128, itemsize=2)
         {'H': 32, 'BLOCK': 8, 'D': 128, 'CHUNK': 32, 'M': 16, 'N': 16}
     """

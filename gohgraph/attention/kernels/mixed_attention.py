@@ -40,12 +40,9 @@ def flash_mixed_attention(
     of q and of w) and one over queries (of k and v), without atomics, so that gradients are the same in every run.
 
     All heads of a tile at once cost 2 H products forward and 7 H backward, as flash attention does but for two
-    recomputed, whatever the graph: a complete one costs what a ring does. A program for each receiving head would
-    compute its k senders' scores again, k + 1 products on larger and faster tiles, which pays where k is 2 or 3 (as
-    wide heads do) and not in backward, where a sender needs all the senders of each of its receivers. The price are
-    small tiles, of 16 x 16, and heads padded to 16 or 32. Where the outputs of all heads do not fit
-    (H * D above 1024, 512 in float32) a program writes a block of heads and computes the scores of all: once more for
-    each further block.
+    recomputed, whatever the graph: a complete one costs what a ring does. The price are small tiles, of 16 x 16, and
+    heads padded to 16 or 32. Where the outputs of all heads do not fit (H * D above 1024, 512 in float32) a program
+    writes a block of heads and computes the scores of all: once more for each further block.
 
     Equal to `mixed_attention` on a float32 copy but for the rounding of tensor cores: products are of the inputs' type,
     added in float32; scores are mixed in TF32, in float32 in three such products, unless
@@ -60,13 +57,9 @@ def flash_mixed_attention(
         keep_mask: bool, broadcastable to `[B, H, T, S]`, True = may attend; a row without any gives zeros.
         is_causal: query t sees keys up to t; T = S. Not beside a mask.
 
-    Returns:
-        Head outputs `[B, T, H, D]`.
-
     Raises:
         ImportError: triton is not installed.
-        ValueError: a mask beside `is_causal`, or unequal lengths; a type, heads, head_dim or length the kernels do not
-            take.
+        ValueError: a type, heads, head_dim or length that the kernels do not take.
     """
     _check(q, k, v, keep_mask, is_causal)
     batch, tokens, heads, _ = q.shape

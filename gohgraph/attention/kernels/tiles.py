@@ -77,10 +77,7 @@ def products_of_heads(a, b, rows, columns, num_rows, num_columns, first_head, BL
 
 @triton.jit
 def may_attend(mask, rows, columns, num_rows, num_columns, heads, C: tl.constexpr):
-    """Returns where queries may attend, broadcastable to `[rows, heads, columns]`.
-
-    The mask is its pointer, and the strides of heads, rows and columns.
-    """
+    """Returns where queries may attend, broadcastable to `[rows, heads, columns]`."""
     pointer, stride_head, stride_row, stride_column = mask
     keep = (rows < num_rows)[:, None, None] & (columns < num_columns)[None, None, :]
     if C.CAUSAL:

@@ -29,16 +29,11 @@ class Composition(SiteGraph):
     neutral at the start.
 
     Args:
-        num_heads: H.
-        head_dim: D, not used.
-        context_dim: M.
-        rank: R.
+        num_heads, head_dim, context_dim: H, D (not used) and M.
+        rank: R >= 1.
 
     Shape:
         maps `[B, T, H, S]`, context `[B, T, M]`, keys `[B, S, U]` -> `[B, T, H, S]`.
-
-    Raises:
-        ValueError: a rank below 1.
 
     Example:
         >>> compose = Composition(num_heads=5, head_dim=4, context_dim=20)

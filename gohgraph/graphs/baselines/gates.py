@@ -26,17 +26,12 @@ class SigmoidGate(SiteGraph):
     elementwise gate. Differs: a low rank is not in the paper.
 
     Args:
-        num_heads: H.
-        head_dim: D.
-        context_dim: M.
+        num_heads, head_dim, context_dim: H, D and M.
         grain: `"head"`, one gate a head, or `"element"`, one for each of its features.
         rank: r >= 1 for a low-rank W, `None` for full rank.
 
     Shape:
         z `[*, H, D]`, context `[*, M]` -> `[*, H, D]`.
-
-    Raises:
-        ValueError: an unknown grain, a rank below 1.
 
     Example:
         >>> gate = SigmoidGate(num_heads=5, head_dim=4, context_dim=20, grain="head")

@@ -26,16 +26,8 @@ class KnockingHeads(SiteGraph):
     Source: KHA (arXiv 2510.23052, equations 5 to 7 and 9, section 3.3); `"mlp"` on values is its recommended form.
 
     Args:
-        num_heads: H, or key/value heads at keys and values.
-        head_dim: D.
-        context_dim: M, not used.
+        num_heads, head_dim, context_dim: H (key/value heads at keys and values), D and M (not used); nodes `[*, H, D]`.
         form: `"mlp"` or `"linear"`.
-
-    Shape:
-        z `[*, H, D]` -> `[*, H, D]`.
-
-    Raises:
-        ValueError: an unknown form.
 
     Example:
         >>> z = torch.randn(2, 3, 5, 4)

@@ -24,9 +24,7 @@ class SoftmaxMessages(SiteGraph):
     from pairs of nodes, which makes the normalisation the one difference to `HeadGraphConv`.
 
     Args:
-        num_heads: H.
-        head_dim: D, not used: heads are weighted as a whole.
-        context_dim: M.
+        num_heads, head_dim, context_dim: H, D (not used: heads are weighted as a whole) and M.
 
     Shape:
         z `[*, H, D]`, context `[*, M]` -> `[*, H, D]`.
@@ -75,15 +73,10 @@ class SoftmaxMessages(SiteGraph):
 class OwnContext(SiteGraph):
     """A head graph over a complete graph whose edges read the heads themselves, in place of the block's input.
 
-    Formula and neutral start are those of `HeadGraphConv` with the context c(t) = concat_i z_i(t).
+    Formula, shapes and neutral start are those of `HeadGraphConv` with the context c(t) = concat_i z_i(t).
 
     Args:
-        num_heads: H.
-        head_dim: D.
-        context_dim: M, not used: the context has H * D numbers.
-
-    Shape:
-        z `[*, H, D]`, context `[*, M]` -> `[*, H, D]`.
+        num_heads, head_dim, context_dim: H, D and M (not used: the context has H * D numbers).
 
     Example:
         >>> z, x = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 20)

@@ -22,13 +22,8 @@ class HeadNorm(SiteGraph):
     (arXiv 2410.05258, section 2.1). Differs: gains are not shared between heads.
 
     Args:
-        num_heads: H.
-        head_dim: D.
-        context_dim: M, not used.
+        num_heads, head_dim, context_dim: H, D and M (not used); nodes are `[*, H, D]`.
         eps: epsilon.
-
-    Shape:
-        z `[*, H, D]` -> `[*, H, D]`.
 
     Example:
         >>> z = HeadNorm(num_heads=5, head_dim=4, context_dim=20)(torch.randn(2, 3, 5, 4))

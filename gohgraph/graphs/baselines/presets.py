@@ -86,9 +86,6 @@ PRESETS = {**OPPONENTS, **HEAD_GRAPHS}
 def preset(name: str, num_heads: int) -> HeadGraphConfig | None:
     """Returns the configuration of a name for so many heads; `None` is plain attention.
 
-    Raises:
-        ValueError: an unknown name.
-
     Example:
         >>> preset("talking-heads", num_heads=8).scores
         SiteConfig(edges='static', activation=None)
