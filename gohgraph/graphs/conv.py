@@ -271,7 +271,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         return self.fusion
 
     def select(self, alpha: Tensor, active: Tensor | None = None) -> Tensor:
-        """Returns the weights `[*, R, E]` with zeros where the induced subgraph or `top_edges` leaves an edge out."""""
+        """Returns the weights `[*, R, E]` with zeros where the induced subgraph or `top_edges` leaves an edge out."""
         if active is not None:
             alpha = alpha * self._linked(active).unsqueeze(-2)  # [*, R, E]
         return alpha if self.top_edges is None else self._strongest(alpha)
