@@ -24,9 +24,8 @@ $(INSTALLED): setup.cfg constraints.txt
 demo: venv  ## train a language model with head graphs beside a plain one (3 minutes on two cores)
 	$(TRAIN)
 
-# Three workers on two cores: some tests wait for processes of their own.
 test: venv  ## run the tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: venv  ## check the style
 	$(BIN)/python -m ruff check .

@@ -13,6 +13,12 @@ NAME = "tiny-shakespeare"
 TEXT = bytes(range(256)) * 13
 
 
+@pytest.fixture(autouse=True)
+def gathered_anew(monkeypatch):
+    """What all other tests share is gathered anew by each of these."""
+    monkeypatch.setattr(module, "_python_documents", module._python_documents.__wrapped__)
+
+
 @pytest.fixture(scope="module")
 def documents() -> dict[str, str]:
     return module._python_documents()
