@@ -207,7 +207,7 @@ def build_slots(config: TransformerConfig, layer: int, *, cross: bool = False) -
 
     `layer` is the index in the stack; cross attention is handed no heads of earlier layers.
     """
-    graphs, routing = config.head_graph or NO_GRAPHS, (config.head_graph or NO_GRAPHS).routing
+    graphs = (config.head_graph or NO_GRAPHS).at_layer(layer, config.num_layers)
     sizes = (config.num_heads, config.head_dim, config.d_model)
     key_sizes = (config.num_kv_heads or config.num_heads, config.head_dim, config.d_model)
     inner = {
@@ -219,6 +219,7 @@ def build_slots(config: TransformerConfig, layer: int, *, cross: bool = False) -
     return {
         "output_graph": build_graph(graphs.outputs, sizes, layer=0 if cross else layer),
         "score_graph": build_graph(graphs.scores, sizes),
-        "router": routing and HeadRouter.from_config(routing, config.d_model, config.num_heads, layer=layer),
+        "router": graphs.routing
+        and HeadRouter.from_config(graphs.routing, config.d_model, config.num_heads, layer=layer),
         "inner_graphs": {site: graph for site, graph in inner.items() if graph is not None},
     }
