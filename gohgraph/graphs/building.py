@@ -20,19 +20,25 @@ GRAPHS: dict[str, type[HeadGraphConv]] = {
 }
 
 
-def build_graph(site: Site | None, sizes: tuple[int, int, int], *, layer: int | None = None) -> SiteGraph | None:
+def build_graph(
+    site: Site | None, sizes: tuple[int, int, int], *, layer: int | None = None, cross: bool = False
+) -> SiteGraph | None:
     """Builds what stands at one site of attention; `None` where it is empty.
 
     Args:
         site: its configuration.
         sizes: H, D and M: nodes, their features, and the context.
         layer: index in the stack; graphs with `cross_layer` reach back at most so far. `None`: as far as they are to.
+        cross: of cross attention, whose tokens have no values of their own: graphs that read these are left out.
 
     Example:
         >>> build_graph(SiteConfig.ring(2), (5, 3, 7)).edge_index.shape
         torch.Size([2, 10])
     """
     parts = [_build(part, sizes, layer) for part in parts_of(site)]
+    for graph, part in zip(parts, parts_of(site), strict=True):
+        graph.traits = graph.traits._replace(learning_rate_factor=float(part.learning_rate_factor))
+    parts = [graph for graph in parts if not (cross and graph.traits.reads_values)]
     return None if not parts else parts[0] if len(parts) == 1 else Chain(parts)
 
 

@@ -97,6 +97,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         self.gain = nn.Parameter(torch.ones(self.num_senders, head_dim)) if norm else None
         # Saved with the weights, so that they never meet another graph of equally many edges.
         self.register_buffer("edge_index", edge_index)
+        self.traits = Traits(self.num_heads)
         self.edges_changed()
 
     @classmethod
@@ -177,7 +178,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         tables = edge_tables(edges, self.num_heads, self.num_senders)
         for name, table in tables._asdict().items():
             self.register_buffer(name, table.to(self.edge_index.device), persistent=False)
-        self.traits = self._traits(tables)
+        self.traits = self._traits(tables)._replace(learning_rate_factor=self.traits.learning_rate_factor)
 
     def _traits(self, tables: EdgeTables) -> Traits:
         is_linear = self.gain is None and not self.cross_layer

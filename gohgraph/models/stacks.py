@@ -205,7 +205,8 @@ def _attention(
 def build_slots(config: TransformerConfig, layer: int, *, cross: bool = False) -> dict[str, Any]:
     """Builds what `config` puts into the slots of one attention block, by the names of `MultiHeadAttention`.
 
-    `layer` is the index in the stack; cross attention is handed no heads of earlier layers.
+    `layer` is the index in the stack; cross attention is handed no heads of earlier layers, and its tokens have no
+    values of their own.
     """
     graphs = (config.head_graph or NO_GRAPHS).at_layer(layer, config.num_layers)
     sizes = (config.num_heads, config.head_dim, config.d_model)
@@ -217,7 +218,7 @@ def build_slots(config: TransformerConfig, layer: int, *, cross: bool = False) -
         "weight": build_graph(graphs.weights, sizes),
     }
     return {
-        "output_graph": build_graph(graphs.outputs, sizes, layer=0 if cross else layer),
+        "output_graph": build_graph(graphs.outputs, sizes, layer=0 if cross else layer, cross=cross),
         "score_graph": build_graph(graphs.scores, sizes),
         "router": graphs.routing
         and HeadRouter.from_config(graphs.routing, config.d_model, config.num_heads, layer=layer),

@@ -10,18 +10,21 @@ from gohgraph.graphs.site_config import BaselineConfig, Site, SiteConfig
 
 Preset = Callable[[int], HeadGraphConfig | None]
 
-# Talking heads and MEA are linear, without the tanh of a head graph.
+# Talking heads, interleaved heads and MEA are linear, without the tanh of a head graph.
 MIXING = SiteConfig(edges="static", activation=None)
 ELEMENT_GATE, HEAD_NORM = BaselineConfig("gate"), BaselineConfig("norm")
 HEAD_GATE, LOW_RANK_GATE = BaselineConfig("gate", {"grain": "head"}), BaselineConfig("gate", {"rank": 16})
 COMPOSED, KNOCKED = BaselineConfig("composition"), BaselineConfig("knocking", {"form": "linear"})
+POST_COMPOSED = BaselineConfig("composition", {"gates": False})
+# Published with a rate of 0.02 beside Muon (slowrun, April 2026), which is this many times a rate of 0.003.
+INTERLEAVED = SiteConfig(edges="static", activation=None, learning_rate_factor=7.0)
 
 
 def _outputs(*parts: SiteConfig | BaselineConfig, **sites: Site) -> Preset:
     return lambda heads: HeadGraphConfig(parts[0] if len(parts) == 1 else parts, **sites)
 
 
-def _inner(**sites: Site) -> Preset:
+def _inner(**sites: Site | tuple[int, ...]) -> Preset:
     return lambda heads: HeadGraphConfig(None, **sites)
 
 
@@ -40,8 +43,14 @@ OPPONENTS: dict[str, Preset] = {
     "norm-element-gate": _outputs(HEAD_NORM, ELEMENT_GATE),
     "talking-heads": _inner(scores=MIXING, weights=MIXING),
     "dcmha": _inner(scores=COMPOSED, weights=COMPOSED),
+    "dcmha-last": _inner(weights=POST_COMPOSED, layers=(-1,)),
     "knocking-heads": _inner(values=BaselineConfig("knocking")),
     "knocking-linear": _inner(queries=KNOCKED, keys=KNOCKED, values=KNOCKED),
+    "interleaved-heads": _inner(queries=INTERLEAVED, keys=INTERLEAVED, values=INTERLEAVED),
+    "xsa": _outputs(BaselineConfig("exclusive")),
+    "xsa-gated": _outputs(BaselineConfig("exclusive", {"gate": True})),
+    "diff-v2": _inner(weights=BaselineConfig("differential")),
+    "paired-heads": _inner(scores=BaselineConfig("paired")),
     "mea": _outputs(HEAD_NORM, keys=MIXING, values=MIXING),
     "moh-75": lambda heads: HeadGraphConfig.moh(heads // 4, heads // 2),
     "moh-50": lambda heads: HeadGraphConfig.moh(heads // 4, heads // 4),
