@@ -28,7 +28,7 @@ class Traits(NamedTuple):
         sites: where it can stand: of `FEATURES` and `MAPS`.
         reach: the earlier layers whose heads it reads.
         linear: nodes' = W nodes with one matrix W `[H, H]` a token, the same for every feature: it has `matrix`.
-        static: of a linear graph, W is the same for all tokens: it can be folded into a projection.
+        static: it is the same linear map of all heads' features for every token: it can be folded into a projection.
         keyed: it reads a state of the keys' tokens, which `key_state` makes of them.
         losses: names of what it adds to the training loss.
         in_degree: the most senders of a receiver, itself included, where `sparse` knows fewer than all; else 0.
