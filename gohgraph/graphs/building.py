@@ -23,6 +23,8 @@ GRAPHS: dict[str, type[HeadGraphConv]] = {
 def build_graph(site: Site | None, sizes: tuple[int, int, int], *, layer: int | None = None) -> SiteGraph | None:
     """Builds what stands at one site of attention; `None` where it is empty.
 
+    A graph whose edges all come from earlier layers is left out where there are none before.
+
     Args:
         site: its configuration.
         sizes: H, D and M: nodes, their features, and the context.
@@ -32,14 +34,16 @@ def build_graph(site: Site | None, sizes: tuple[int, int, int], *, layer: int | 
         >>> build_graph(SiteConfig.ring(2), (5, 3, 7)).edge_index.shape
         torch.Size([2, 10])
     """
-    parts = [_build(part, sizes, layer) for part in parts_of(site)]
+    built = [_build(part, sizes, layer) for part in parts_of(site)]
+    parts = [part for part in built if part is not None]
     return None if not parts else parts[0] if len(parts) == 1 else Chain(parts)
 
 
-def _build(part: SiteConfig | BaselineConfig, sizes: tuple[int, int, int], layer: int) -> SiteGraph:
+def _build(part: SiteConfig | BaselineConfig, sizes: tuple[int, int, int], layer: int | None) -> SiteGraph | None:
     if isinstance(part, BaselineConfig):
         return _baseline(part, sizes)
-    return GRAPHS[part.kind].from_config(part, *sizes, layer=layer)
+    graph = GRAPHS[part.kind].from_config(part, *sizes, layer=layer)
+    return None if part.cross_layer and not graph.edges.num_edges else graph
 
 
 def _baseline(part: BaselineConfig, sizes: tuple[int, int, int]) -> SiteGraph:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from gohgraph.graphs.cross_layer import joined, reached
 from gohgraph.graphs.protocol import Losses, SiteGraph, Traits
 
 
@@ -42,7 +43,9 @@ class Chain(nn.ModuleList, SiteGraph):
         """Passes the nodes `[*, H, F]` through all graphs."""
         for graph in self:
             state = keys if graph.traits.keyed else None
-            nodes = graph(nodes, context, earlier[: graph.traits.reach], active, keys=state, losses=losses)
+            nodes = graph(
+                nodes, context, reached(earlier, graph.traits.reach), active, keys=state, losses=losses
+            )
         return nodes
 
     def key_state(self, source: Tensor) -> Tensor | None:
@@ -67,7 +70,7 @@ def _common_traits(all_traits: Sequence[Traits]) -> Traits:
     return Traits(
         heads[0],
         frozenset.intersection(*(traits.sites for traits in all_traits)),
-        reach=max(traits.reach for traits in all_traits),
+        reach=joined([traits.reach for traits in all_traits]),
         linear=all(traits.linear for traits in all_traits),
         static=all(traits.static for traits in all_traits),
         keyed=any(traits.keyed for traits in all_traits),
