@@ -23,7 +23,6 @@ from gohgraph.attention.routing import Routing
 from gohgraph.graphs.protocol import MAPS, check_site
 from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import Stack, StackOutput
-from gohgraph.models.sublayers import NORMS
 from gohgraph.parallel.collectives import gather_parts, local, own_part
 from gohgraph.parallel.sharded_graph import ShardedHeadGraphConv
 
@@ -168,7 +167,7 @@ def _split_tokens(stack: Stack, mesh: DeviceMesh) -> None:
         return output._replace(x=gather_parts(output.x, group, 1))
 
     for name, module in list(stack.named_modules()):
-        if isinstance(module, tuple(NORMS.values())):
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             parallelize_module(stack, mesh, {name: SequenceParallel(use_local_output=True)})
     stack.register_forward_pre_hook(enter)
     stack.register_forward_hook(leave)
