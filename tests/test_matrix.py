@@ -31,6 +31,7 @@ from gohgraph import BaselineConfig, SiteConfig
 from gohgraph.attention.forms import FORMS, attend, explain
 from gohgraph.graphs.baselines import BASELINES
 from gohgraph.graphs.config import SITES
+from gohgraph.graphs.cross_layer import CrossLayer, reached
 from gohgraph.graphs.protocol import SiteGraph, Traits
 from gohgraph.graphs.site_config import KINDS as SITE_KINDS
 from gohgraph.parallel.collectives import local
@@ -91,6 +92,7 @@ KINDS = CONVS | {
     "pyg": SiteConfig.ring(2, backend="pyg"),
     "norm": SiteConfig(norm=True),
     "cross layer": SiteConfig.ring(2, cross_layer=1),
+    "cross layer, all pairs": SiteConfig(cross_layer=CrossLayer("first", "all-pairs", scale=0.1)),
     "experts": SiteConfig("bipartite", {"num_shared": 1}, rounds=2, kind="experts", num_shared=1),
     "learned": SiteConfig(kind="learned", keep_in_degree=2),
     "keyed": SiteConfig.ring(2, kind="keyed"),
@@ -105,6 +107,7 @@ KINDS = CONVS | {
     "a linear graph": Mean,
 }
 # What only some sites can have, wherever it is.
+CROSS = {"cross layer", "cross layer, all pairs"}
 KEYED = {"keyed", "baseline composition"}
 AT_ONE_SITE = {"baseline exclusive", "baseline differential", "baseline paired"}
 LINEAR = {*CONVS, "pyg", "learned", "baseline softmax", "baseline gate of heads", "chain", "a linear graph"}
@@ -114,8 +117,8 @@ FEATURES = set(KINDS) - KEYED - AT_ONE_SITE
 # Whom a holder takes at each of its sites; at all others it takes nobody.
 OWN = {"outputs": FEATURES | {"baseline exclusive"}, "scores": ANYWHERE | KEYED | {"baseline paired"}}
 OWN["weights"] = ANYWHERE | {"baseline composition", "baseline differential"}
-OWN |= dict.fromkeys(INNER, FEATURES - {"cross layer"})
-FOREIGN = {"outputs": FEATURES - {"cross layer"}, "scores": ANYWHERE}
+OWN |= dict.fromkeys(INNER, FEATURES)
+FOREIGN = {"outputs": FEATURES - CROSS, "scores": ANYWHERE}
 MEGATRON = {"outputs": {*CONVS, "norm", "pyg"}, "scores": {*CONVS, "pyg"}}
 SHARDED = {*CONVS, "pyg", "norm"}
 TAKES = {
@@ -125,7 +128,7 @@ TAKES = {
     Llama: {**FOREIGN, "scores": LINEAR},
     EagerLlama: {**FOREIGN, "scores": LINEAR},
     **dict.fromkeys((Megatron, MegatronCore), MEGATRON),
-    TensorParallel: {site: OWN[site] & (SHARDED | {"cross layer"}) for site in SITES if site != "weights"},
+    TensorParallel: {site: OWN[site] & (SHARDED | CROSS) for site in SITES if site != "weights"},
 }
 # Distinct primes, or twice one, and numbers that coincide; with and without grouped keys.
 HOLDERS = {
@@ -242,7 +245,7 @@ def check_runs(holder, site, graph, calls):
 
 def check_heads(holder, site, blocks, calls):
     """Head outputs are those of the definition, in the form that was taken and in every other one that takes them."""
-    earlier = []
+    earlier, inner = [], []
     for (x, z, graphs, block), (call, form) in zip(blocks, calls, strict=True):
         # Layers that have none before them hold none for `cross_layer`.
         assert set(graphs) == {site}
@@ -255,10 +258,10 @@ def check_heads(holder, site, blocks, calls):
         if "outputs" in graphs:
             graph, groups = graphs["outputs"], call.q.shape[2] // call.v.shape[2]
             own = {"values": call.v.repeat_interleave(groups, dim=2)} if graph.traits.reads_values else {}
-            expected = graph(expected, x, earlier[: graph.traits.reach], None, **own)
+            expected = graph(expected, x, reached(earlier, graph.traits.reach), None, **own)
         assert_close(z, expected, holder.exact, site)
         earlier.insert(0, z)
-        check_inner(holder, site, call, x, graphs, block)
+        check_inner(holder, site, call, x, graphs, block, inner)
 
 
 def attention_by_definition(call, x, graphs, causal):
@@ -292,13 +295,14 @@ def joined_by_definition(q, k, v, causal):
     return torch.stack(z, dim=2)
 
 
-def check_inner(holder, site, call, x, graphs, block):
+def check_inner(holder, site, call, x, graphs, block, earlier):
     """Queries, keys and values are those of the projections after messages, then turned by their positions."""
     if site not in INNER:
         return
     projection = {"queries": "query", "keys": "key", "values": "value"}[site]
     nodes = local(getattr(block, projection)(x)).unflatten(-1, (-1, holder.sizes.features))  # [B, T, H or G, D]
-    nodes = graphs[site](nodes, x)
+    nodes = graphs[site](nodes, x, reached(earlier, graphs[site].traits.reach))
+    earlier.insert(0, nodes)
     if site != "values":
         nodes = block.rotary(nodes, torch.arange(x.shape[1]))
     assert_close({"queries": call.q, "keys": call.k, "values": call.v}[site], nodes, holder.exact, site)

@@ -122,7 +122,7 @@ def draw_circle(axis, panel: Panel, colours, faint_below: float, size: float, mo
     for ring in range(1, panel.rings + 1):
         axis.add_patch(_ring_line(1.0 + RING_GAP * ring))
         style = {"fontsize": 8, "color": "#777777", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
-        _write(axis, _on_ring(panel, ring, np.array(panel.num_heads)), f"\u2212{ring}", **style)
+        _write(axis, _on_ring(panel, ring, np.array(panel.num_heads)), panel.ring_name(ring), **style)
 
 
 def _on_ring(panel: Panel, ring: int, heads: np.ndarray) -> np.ndarray:

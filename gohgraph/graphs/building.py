@@ -25,6 +25,8 @@ def build_graph(
 ) -> SiteGraph | None:
     """Builds what stands at one site of attention; `None` where it is empty.
 
+    A graph whose edges all come from earlier layers is left out where there are none before.
+
     Args:
         site: its configuration.
         sizes: H, D and M: nodes, their features, and the context.
@@ -35,17 +37,20 @@ def build_graph(
         >>> build_graph(SiteConfig.ring(2), (5, 3, 7)).edge_index.shape
         torch.Size([2, 10])
     """
-    parts = [_build(part, sizes, layer) for part in parts_of(site)]
-    for graph, part in zip(parts, parts_of(site), strict=True):
-        graph.traits = graph.traits._replace(learning_rate_factor=float(part.learning_rate_factor))
-    parts = [graph for graph in parts if not (cross and graph.traits.reads_values)]
+    built = [_build(part, sizes, layer) for part in parts_of(site)]
+    parts = [part for part in built if part is not None and not (cross and part.traits.reads_values)]
     return None if not parts else parts[0] if len(parts) == 1 else Chain(parts)
 
 
-def _build(part: SiteConfig | BaselineConfig, sizes: tuple[int, int, int], layer: int) -> SiteGraph:
+def _build(part: SiteConfig | BaselineConfig, sizes: tuple[int, int, int], layer: int | None) -> SiteGraph | None:
     if isinstance(part, BaselineConfig):
-        return _baseline(part, sizes)
-    return GRAPHS[part.kind].from_config(part, *sizes, layer=layer)
+        graph = _baseline(part, sizes)
+    else:
+        graph = GRAPHS[part.kind].from_config(part, *sizes, layer=layer)
+        if part.cross_layer and not graph.edges.num_edges:
+            return None
+    graph.traits = graph.traits._replace(learning_rate_factor=float(part.learning_rate_factor))
+    return graph
 
 
 def _baseline(part: BaselineConfig, sizes: tuple[int, int, int]) -> SiteGraph:

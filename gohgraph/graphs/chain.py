@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from gohgraph.graphs.cross_layer import joined, reached
 from gohgraph.graphs.protocol import Losses, SiteGraph, Traits
 
 
@@ -45,7 +46,8 @@ class Chain(nn.ModuleList, SiteGraph):
         for graph in self:
             state = keys if graph.traits.keyed else None
             own = {"values": values} if graph.traits.reads_values else {}
-            nodes = graph(nodes, context, earlier[: graph.traits.reach], active, keys=state, losses=losses, **own)
+            before = reached(earlier, graph.traits.reach)
+            nodes = graph(nodes, context, before, active, keys=state, losses=losses, **own)
         return nodes
 
     def key_state(self, source: Tensor) -> Tensor | None:
@@ -72,7 +74,7 @@ def _common_traits(all_traits: Sequence[Traits]) -> Traits:
     return Traits(
         heads[0],
         frozenset.intersection(*(traits.sites for traits in all_traits)),
-        reach=max(traits.reach for traits in all_traits),
+        reach=joined([traits.reach for traits in all_traits]),
         linear=all(traits.linear for traits in all_traits),
         static=all(traits.static for traits in all_traits),
         keyed=any(traits.keyed for traits in all_traits),

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.graphs.cross_layer import Reach
+
 FEATURES = frozenset({"outputs", "queries", "keys", "values"})
 MAPS = frozenset({"scores", "weights"})
 # What is asked for of a training loss, by name, and what graphs have put there.
@@ -26,7 +28,7 @@ class Traits(NamedTuple):
     Args:
         num_heads: H, the nodes.
         sites: where it can stand: of `FEATURES` and `MAPS`.
-        reach: the earlier layers whose heads it reads.
+        reach: the earlier layers whose nodes at its site it reads: w for the w before, `"first"`, `"all"`.
         linear: nodes' = W nodes with one matrix W `[H, H]` a token, the same for every feature: it has `matrix`.
         static: it is the same linear map of all heads' features for every token: it can be folded into a projection.
         keyed: it reads a state of the keys' tokens, which `key_state` makes of them.
@@ -43,7 +45,7 @@ class Traits(NamedTuple):
 
     num_heads: int
     sites: frozenset[str] = FEATURES | MAPS
-    reach: int = 0
+    reach: Reach = 0
     linear: bool = False
     static: bool = False
     keyed: bool = False
@@ -121,7 +123,9 @@ class SiteGraph(nn.Module, ABC):
 
         Args:
             context: `[*, M]`, the attention block's own input.
-            earlier: with `reach`, `[*, H, F]` of the layers before, nearest first.
+            earlier: with `reach`, the nodes `[*, H, F]` of the earlier layers it names, nearest first: those of the
+                same tokens at the same site, after messages and before rotary positions, zero for heads that were off.
+                Where fewer layers are before, there are fewer.
             active: bool `[*, H]`, the heads that work for a token; `None` for all.
             keys: of a keyed graph, what `key_state` made of the keys' tokens, `[B, S, U]`.
             losses: takes in what the graph adds to the training loss: under those of its names that are asked for, a
@@ -179,8 +183,8 @@ def check_site(site: str, graph: SiteGraph, num_heads: int, allowed: Collection[
         )
     if traits.reach and "reach" not in allowed:
         raise ValueError(
-            f"Expected no heads of earlier layers at {site} here (got cross_layer={traits.reach}). Do set "
-            "cross_layer=0; gohgraph's own models have them at outputs."
+            f"Expected no heads of earlier layers at {site} here (got cross_layer={traits.reach!r}). Do "
+            "set cross_layer=0; gohgraph's own models have them at outputs, queries, keys and values."
         )
     if traits.keyed and "keyed" not in allowed:
         raise ValueError(

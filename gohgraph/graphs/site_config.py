@@ -8,6 +8,7 @@ from typing import Any
 
 from gohgraph.common.checks import check_bool, check_choice, check_int, check_number
 from gohgraph.common.config_base import Config, default_of
+from gohgraph.graphs.cross_layer import CrossLayer
 
 KINDS = ("plain", "experts", "learned", "keyed")
 
@@ -20,7 +21,9 @@ class SiteConfig(Config):
         topology: a name of `head_graph`, or the edges as (sender, receiver) pairs.
         options: keyword options of a named topology, e.g. `{"hops": 3}`.
         self_loops: adds i -> i to every head.
-        edges, rank, activation, rounds, cross_layer, norm, backend, top_edges: as in `HeadGraphConv`.
+        edges, rank, activation, rounds, norm, backend, top_edges: as in `HeadGraphConv`.
+        cross_layer: which earlier layers' heads send too: the w nearest, `"first"`, `"all"`, or a `CrossLayer` that
+            says over which edges and how loud. For outputs, queries, keys and values.
         kind: `"plain"`; `"experts"`, see `GraphExperts`; `"learned"`, a learned topology, see `LearnedTopologyConv`; or
             `"keyed"`, edges between scores that have a weight of the key's token too, see `KeyedGraphConv`.
         num_shared: of experts, the first heads, nodes of one kind; the others are of another.
@@ -39,7 +42,7 @@ class SiteConfig(Config):
     rank: int | None = None
     activation: str | None = "tanh"
     rounds: int = 1
-    cross_layer: int = 0
+    cross_layer: int | str | CrossLayer = 0
     norm: bool = False
     backend: str = "dense"
     top_edges: int | None = None
@@ -57,7 +60,7 @@ class SiteConfig(Config):
             check_bool(name, getattr(self, name))
         check_choice("kind", self.kind, KINDS)
         check_int("rounds", self.rounds, low=1)
-        check_int("cross_layer", self.cross_layer, low=0)
+        CrossLayer.of(self.cross_layer)
         check_choice("edges", self.edges, ("token", "static", "frozen"))
         check_choice("activation", self.activation, ("tanh", None))
         check_choice("backend", self.backend, ("dense", "pyg"))
@@ -82,6 +85,11 @@ class SiteConfig(Config):
     def from_dict(cls, values: dict[str, Any]) -> SiteConfig:
         """Builds the configuration from `to_dict`'s form, also that of versions without `kind`."""
         return super().from_dict(_with_kind(values) if isinstance(values, dict) else values)
+
+    @classmethod
+    def _nested(cls, values: dict[str, Any]) -> dict[str, Any]:
+        cross_layer = values.get("cross_layer")
+        return {**values, "cross_layer": CrossLayer.from_dict(cross_layer)} if isinstance(cross_layer, dict) else values
 
     def __repr__(self) -> str:
         changed = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))

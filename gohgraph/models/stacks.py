@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gohgraph.attention.block import Heads, MultiHeadAttention
 from gohgraph.attention.cache import KeyValueCache
+from gohgraph.attention.history import Readers
 from gohgraph.attention.routing import HeadRouter, Routing
 from gohgraph.graphs.building import build_graph
 from gohgraph.graphs.config import HeadGraphConfig
@@ -149,7 +150,7 @@ class Stack(nn.Module):
         self, x: Tensor, *memory: Tensor, caches: list[tuple[KeyValueCache, ...]] | None = None, **masks: Tensor | None
     ) -> StackOutput:
         """Passes `x` through all layers; further arguments go to each layer."""
-        earlier: tuple[Tensor, ...] = ()
+        earlier = self.readers.nothing()
         routings: list[Routing] = []
         losses: Losses = {name: [] for name in self.losses}
         for index, layer in enumerate(self.layers):
@@ -158,17 +159,17 @@ class Stack(nn.Module):
             # Backward may run the layer again: what counts is what its first run gave.
             of_layer: Losses = {name: [] for name in losses}
             x, blocks = run(x, *memory, caches=layer_caches, earlier=earlier, losses=of_layer, **masks)
-            earlier = (blocks[0].outputs, *earlier)[: self.reach]
+            earlier = self.readers.after(index, earlier, blocks[0].nodes)
             routings += [heads.routing for heads in blocks if heads.routing is not None]
             for name, values in of_layer.items():
                 losses[name] += values
         return StackOutput(self.norm(x), tuple(routings), losses)
 
     def graphs_changed(self, graphs: HeadGraphConfig) -> None:
-        """Takes note of what the graphs of its layers ask for: heads of earlier layers, and losses."""
+        """Takes note of what the graphs of its layers ask for: nodes of earlier layers, and losses."""
+        self.readers = Readers([layer.attention.object.graphs for layer in self.layers])
         outputs = [block.output_graph for block in self.modules() if isinstance(block, MultiHeadAttention)]
         traits = [graph.traits for graph in outputs if graph is not None]
-        self.reach = max((graph_traits.reach for graph_traits in traits), default=0)
         names = dict.fromkeys(name for graph_traits in traits for name in graph_traits.losses)
         self.losses = tuple(name for name in names if name != ALIGNMENT or graphs.alignment)
 
@@ -205,20 +206,21 @@ def _attention(
 def build_slots(config: TransformerConfig, layer: int, *, cross: bool = False) -> dict[str, Any]:
     """Builds what `config` puts into the slots of one attention block, by the names of `MultiHeadAttention`.
 
-    `layer` is the index in the stack; cross attention is handed no heads of earlier layers, and its tokens have no
-    values of their own.
+    `layer` is the index in the stack; cross attention is handed no nodes of earlier layers, its graphs have none, and
+    its tokens have no values of their own.
     """
+    before = 0 if cross else layer
     graphs = (config.head_graph or NO_GRAPHS).at_layer(layer, config.num_layers)
     sizes = (config.num_heads, config.head_dim, config.d_model)
     key_sizes = (config.num_kv_heads or config.num_heads, config.head_dim, config.d_model)
     inner = {
-        "query": build_graph(graphs.queries, sizes),
-        "key": build_graph(graphs.keys, key_sizes),
-        "value": build_graph(graphs.values, key_sizes),
+        "query": build_graph(graphs.queries, sizes, layer=before),
+        "key": build_graph(graphs.keys, key_sizes, layer=before),
+        "value": build_graph(graphs.values, key_sizes, layer=before),
         "weight": build_graph(graphs.weights, sizes),
     }
     return {
-        "output_graph": build_graph(graphs.outputs, sizes, layer=0 if cross else layer, cross=cross),
+        "output_graph": build_graph(graphs.outputs, sizes, layer=before, cross=cross),
         "score_graph": build_graph(graphs.scores, sizes),
         "router": graphs.routing
         and HeadRouter.from_config(graphs.routing, config.d_model, config.num_heads, layer=layer),

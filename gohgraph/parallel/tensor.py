@@ -18,9 +18,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from gohgraph.attention.block import INNER_SITES, MultiHeadAttention
+from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.routing import Routing
-from gohgraph.graphs.protocol import check_site
+from gohgraph.graphs.protocol import MAPS, check_site
 from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import Stack, StackOutput
 from gohgraph.parallel.collectives import gather_parts, local, own_part
@@ -186,7 +186,5 @@ def _check(block: MultiHeadAttention | FeedForward, ranks: int) -> None:
         name = type(block.inner_graphs["weight"]).__name__
         raise ValueError(f"Expected no graph at weights under tensor parallelism (got {name}). Do move it to scores.")
     nodes = {"keys": block.num_kv_heads, "values": block.num_kv_heads}
-    inner = {INNER_SITES[name]: graph for name, graph in block.inner_graphs.items()}
-    for site, graph in {"outputs": block.output_graph, "scores": block.score_graph, **inner}.items():
-        if graph is not None:
-            check_site(site, graph, nodes.get(site, block.num_heads), ("reach",) if site == "outputs" else ())
+    for site, graph in block.graphs.items():
+        check_site(site, graph, nodes.get(site, block.num_heads), () if site in MAPS else ("reach",))
