@@ -22,6 +22,10 @@ INTERLEAVED = SiteConfig(edges="static", activation=None, learning_rate_factor=7
 
 # Two numbers a head: v_l becomes a v_l + b v_1 (arXiv 2410.17897, its learnable form, there two numbers a layer).
 VALUE_RESIDUAL = SiteConfig("empty", edges="static", activation=None, cross_layer="first")
+# MUDD's value stream in the last two layers (arXiv 2502.12170, section 2; reduced to them in modded-nanogpt, April 2026):
+# all values before, weighed by the token. Differs: one weight a head, linear in the token, between projected values.
+# Its residual stream is `TransformerConfig(residual="dense")`.
+MUDD_VALUES = SiteConfig("empty", self_loops=False, activation=None, cross_layer=CrossLayer("all", "same-head", 0.1))
 
 
 def _outputs(*parts: SiteConfig | BaselineConfig, **sites: Site) -> Preset:
@@ -61,6 +65,7 @@ OPPONENTS: dict[str, Preset] = {
     "diff-v2": _inner(weights=BaselineConfig("differential")),
     "paired-heads": _inner(scores=BaselineConfig("paired")),
     "value-residual": _inner(values=VALUE_RESIDUAL),
+    "mudd-values": _inner(values=MUDD_VALUES, layers=(-2, -1)),
     "mea": _outputs(HEAD_NORM, keys=MIXING, values=MIXING),
     "moh-75": lambda heads: HeadGraphConfig.moh(heads // 4, heads // 2),
     "moh-50": lambda heads: HeadGraphConfig.moh(heads // 4, heads // 4),
