@@ -106,9 +106,11 @@ class HyperConnection(Residual):
 
 
 class DenseConnection(nn.Module):
-    r"""What a layer reads beside the residual stream: the inputs of all layers before it, weighed by the token.
+    r"""What a layer gets beside the residual stream: the inputs of all layers before it, weighed by the token.
 
-    .. math:: x_l' = x_l + s \sum_{j < l} \alpha_j\, x_j, \qquad \alpha = a + W_2\, \mathrm{gelu}(W_1\, \mathrm{norm}(x_l))
+    .. math::
+        x_l' = x_l + s \sum_{j < l} \alpha_j\, x_j, \qquad
+        \alpha = a + W_2\, \mathrm{gelu}\big(W_1\, \mathrm{norm}(x_l)\big)
 
     x_0 is the embedding. W_2 and a start at zero and s at 0.1: a new one changes nothing.
 
@@ -147,3 +149,39 @@ class DenseConnection(nn.Module):
         hidden = F.gelu(F.linear(F.rms_norm(x, x.shape[-1:]), self.inner))  # [B, T, K]
         weights = self.scale * F.linear(hidden, self.outer, self.bias)  # [B, T, l]
         return x + torch.einsum("btl,btlm->btm", weights, torch.stack(tuple(earlier), dim=2))
+
+
+class ResidualPath(nn.Module):
+    """How a stack carries tokens from layer to layer: what `TransformerConfig.residual` names.
+
+    Args:
+        residual: `"plain"`, `"hyper"`, `"dynamic-hyper"` or `"dense"`.
+        d_model, num_layers: of the stack.
+    """
+
+    def __init__(self, residual: str, d_model: int, num_layers: int) -> None:
+        super().__init__()
+        self.residual = residual
+        dense = range(max(1, num_layers - 2), num_layers) if residual == "dense" else ()
+        self.connections = nn.ModuleDict({str(layer): DenseConnection(d_model, layer) for layer in dense})
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether n streams stand for one."""
+        return self.residual in ("hyper", "dynamic-hyper")
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Returns what the first layer gets of the embedding `[B, T, M]`: itself, or n times, `[B, T, n, M]`."""
+        return x.unsqueeze(2).expand(-1, -1, STREAMS, -1) if self.has_streams else x
+
+    def before(self, layer: int, x: Tensor, inputs: list[Tensor]) -> Tensor:
+        """Returns what the layer of that index gets; `inputs` are those of the layers before, and takes in its own."""
+        if not self.connections:
+            return x
+        earlier = tuple(inputs)
+        inputs.append(x)
+        return self.connections[str(layer)](x, earlier) if str(layer) in self.connections else x
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Returns what the last norm gets, `[B, T, M]`."""
+        return x.mean(dim=2) if self.has_streams else x

@@ -22,7 +22,7 @@ INTERLEAVED = SiteConfig(edges="static", activation=None, learning_rate_factor=7
 
 # Two numbers a head: v_l becomes a v_l + b v_1 (arXiv 2410.17897, its learnable form, there two numbers a layer).
 VALUE_RESIDUAL = SiteConfig("empty", edges="static", activation=None, cross_layer="first")
-# MUDD's value stream in the last two layers (arXiv 2502.12170, section 2; reduced to them in modded-nanogpt, April 2026):
+# MUDD's value stream in the last two layers (arXiv 2502.12170, section 2; so reduced in modded-nanogpt, April 2026):
 # all values before, weighed by the token. Differs: one weight a head, linear in the token, between projected values.
 # Its residual stream is `TransformerConfig(residual="dense")`.
 MUDD_VALUES = SiteConfig("empty", self_loops=False, activation=None, cross_layer=CrossLayer("all", "same-head", 0.1))
