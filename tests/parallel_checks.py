@@ -26,6 +26,7 @@ from gohgraph import (
     TransformerConfig,
 )
 from gohgraph.attention.routing import share_statistics
+from gohgraph.graphs.cross_layer import CrossLayer
 from gohgraph.graphs.topologies import TOPOLOGIES
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.learning.train_config import TrainConfig
@@ -58,6 +59,10 @@ def special_cases() -> dict[str, HeadGraphConfig | None]:
             SiteConfig(edges="static"), SiteConfig("star", edges="frozen"), queries=SiteConfig(), keys=SiteConfig()
         ),
         "pyg": HeadGraphConfig(SiteConfig(backend="pyg"), SiteConfig(backend="pyg")),
+        "across-layers": HeadGraphConfig(
+            SiteConfig.ring(3, cross_layer="first"), None, ROUTING, queries=SiteConfig("empty", cross_layer=1),
+            keys=SiteConfig(cross_layer="all"), values=SiteConfig(cross_layer=CrossLayer("first", "all-pairs", 0.1)),
+        ),
         "rounds-within": HeadGraphConfig(None, SiteConfig("groups", {"ranks": 4}, rounds=2)),
     }
 

@@ -117,11 +117,10 @@ def _why_not(graph: SiteGraph) -> str:
 def _own_places(blocks: list[MultiHeadAttention]) -> list[Place]:
     places = []
     for block in blocks:
-        if block.output_graph is not None:
-            places.append(Place("outputs", block, block.output_graph, block.output))
-        for site, name in BEFORE_ATTENTION.items():
-            if name in block.inner_graphs:
-                places.append(Place(site, block, block.inner_graphs[name], getattr(block, name)))
+        for site, name in {"outputs": "output", **BEFORE_ATTENTION}.items():
+            if site in block.graphs:
+                _check_linear(getattr(block, name))
+                places.append(Place(site, block, block.graphs[site], getattr(block, name)))
     return places
 
 
@@ -134,11 +133,7 @@ def _converted_places(module: nn.Module, slots: list[HeadSlots]) -> list[Place]:
     places = []
     for part in slots:
         projection = model.get_submodule(names[id(part)]) if id(part) in names else None
-        if type(projection).__name__ not in PROJECTIONS:
-            raise ValueError(
-                f"Expected a linear output projection to fold into (got {type(projection).__name__}). Do merge "
-                "adapters first, or keep the graphs."
-            )
+        _check_linear(projection)
         if part.score_graph is not None:
             raise ValueError(
                 f"Expected a converted model without score graphs (got one before {names[id(part)]!r}). Do keep the "
@@ -147,6 +142,14 @@ def _converted_places(module: nn.Module, slots: list[HeadSlots]) -> list[Place]:
         if part.output_graph is not None:
             places.append(Place("outputs", part, part.output_graph, projection))
     return places
+
+
+def _check_linear(projection: nn.Module | None) -> None:
+    if type(projection).__name__ not in PROJECTIONS:
+        raise ValueError(
+            f"Expected a linear projection to fold into (got {type(projection).__name__}). Do merge adapters first, or "
+            "keep the graphs."
+        )
 
 
 def _fold(place: Place) -> None:

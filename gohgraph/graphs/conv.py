@@ -12,7 +12,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 
 from gohgraph.common.checks import check_choice, check_int
-from gohgraph.graphs.cross_layer import CrossLayer, reached
+from gohgraph.graphs.cross_layer import CrossLayer, edge_kinds, reached
 from gohgraph.graphs.edge_tables import EdgeTables, edge_tables
 from gohgraph.graphs.edges import EdgeWeights
 from gohgraph.graphs.graph import head_graph
@@ -70,6 +70,9 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         (torch.Size([2, 5, 64]), torch.Size([2, 5, 8, 8]))
     """
 
+    # Whether senders are nodes as they are, so that messages can be added layer by layer, without joining the layers.
+    by_layer = True
+
     def __init__(
         self,
         graph: Data,
@@ -91,7 +94,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         self.num_heads, self.head_dim, self.backend, self.cross_layer = graph.num_nodes, head_dim, backend, cross.count
         self.reach, self.num_senders = cross.layers, self.num_heads * (1 + self.cross_layer)
         self.top_edges = top_edges
-        edge_index = _with_earlier_layers(head_graph(self.num_heads, graph, self_loops=False), cross)
+        edge_index = cross.joined(head_graph(self.num_heads, graph, self_loops=False).edge_index, self.num_heads)
         num_edges, more = edge_index.shape[1], {}
         if cross.scale is not None and self.cross_layer:
             more = {"scaled": edge_index[0] >= self.num_heads, "scale_start": cross.scale}
@@ -180,6 +183,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         """Makes anew what follows from the edges: the tables of where they lie, and the traits."""
         self._edge_list = self.edge_index.t().tolist()
         edges = [(j, i) for j, i in self.local_edges.t().tolist()]
+        self._edge_kinds = edge_kinds(edges, self.num_heads, 1 + self.cross_layer)
         tables = edge_tables(edges, self.num_heads, self.num_senders)
         for name, table in tables._asdict().items():
             self.register_buffer(name, table.to(self.edge_index.device), persistent=False)
@@ -214,7 +218,10 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         """Passes messages between the nodes `z [*, H, D]` under the context `[*, M]`; see `SiteGraph.forward`."""
         if self.fusion is None:
             self._check_nodes(z, earlier)
-            return self._add_messages(z, self._senders(z, earlier), self.edge_weight(context, 0, active).to(z.dtype))
+            alpha = self.edge_weight(context, 0, active).to(z.dtype)
+            if self.cross_layer and self.by_layer and self.gain is None and self.backend == "dense":
+                return self._add_layers((z, *reached(earlier, self.reach)), alpha)
+            return self._add_messages(z, self._senders(z, earlier), alpha)
         return self._fuse(z, self.messages(z, context, earlier, active))
 
     def messages(
@@ -313,15 +320,20 @@ class HeadGraphConv(MessagePassing, SiteGraph):
             size = (self.num_senders, self.num_heads)
             received = self.propagate(self.local_edges, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
             return received if z is None else z + received
-        adjacency = self._dense(alpha)  # [*, H, S]
-        if z is None or z.dim() == 2 or adjacency.shape[:-2] != z.shape[:-2]:
-            received = adjacency @ senders  # [*, H, D]
-            return received if z is None else z + received
-        nodes = z.reshape(-1, *z.shape[-2:])  # [N, H, D]
-        sending = nodes if senders is z else senders.reshape(-1, *senders.shape[-2:])  # [N, S, D]
-        # One call adds and multiplies: no pass over memory beyond the product itself.
-        added = torch.baddbmm(nodes, adjacency.reshape(-1, *adjacency.shape[-2:]), sending)  # [N, H, D]
-        return added.view(z.shape)  # [*, H, D]
+        return _product(z, self._dense(alpha), senders)
+
+    def _add_layers(self, layers: Sequence[Tensor], alpha: Tensor) -> Tensor:
+        """Adds to the nodes of the first of the layers the messages of all, `[*, H, D]` each."""
+        padded, received = F.pad(alpha, (0, 1)), layers[0]  # [*, E+1], [*, H, D]
+        cells = self.edge_of_cell.view(self.num_heads, -1, self.num_heads)  # [H, 1+w, H]
+        for layer, (kind, nodes) in enumerate(zip(self._edge_kinds, layers, strict=True)):
+            if kind == "same head":
+                weights = padded.index_select(-1, cells[:, layer].diagonal()).unsqueeze(-1)  # [*, H, 1]
+                received = torch.addcmul(received, weights, nodes)
+            elif kind == "pairs":
+                adjacency = padded.index_select(-1, cells[:, layer].flatten())  # [*, H*H]
+                received = _product(received, adjacency.unflatten(-1, (self.num_heads, -1)), nodes)
+        return received
 
     def _dense(self, alpha: Tensor) -> Tensor:
         if not self.is_complete:
@@ -363,13 +375,16 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         )
 
 
-def _with_earlier_layers(graph: Data, cross: CrossLayer) -> Tensor:
-    own, num_heads = [(j, i) for j, i in graph.edge_index.t().tolist()], graph.num_nodes
-    pairs = cross.pairs(own, num_heads)
-    edges = own + [(j + layer * num_heads, i) for layer in range(1, cross.count + 1) for j, i in pairs]
-    edges.sort(key=lambda edge: (edge[1], edge[0]))
-    # On the CPU whatever the default device is, as `head_graph` does.
-    return torch.tensor(edges, dtype=torch.long, device="cpu").reshape(-1, 2).t().contiguous()  # [2, E]
+def _product(z: Tensor | None, adjacency: Tensor, senders: Tensor) -> Tensor:
+    """z + adjacency @ senders, of z `[*, H, D]` (or `None`), adjacency `[*, H, S]` and senders `[*, S, D]`."""
+    if z is None or z.dim() == 2 or adjacency.shape[:-2] != z.shape[:-2]:
+        received = adjacency @ senders  # [*, H, D]
+        return received if z is None else z + received
+    nodes = z.reshape(-1, *z.shape[-2:])  # [N, H, D]
+    sending = nodes if senders is z else senders.reshape(-1, *senders.shape[-2:])  # [N, S, D]
+    # One call adds and multiplies: no pass over memory beyond the product itself.
+    added = torch.baddbmm(nodes, adjacency.reshape(-1, *adjacency.shape[-2:]), sending)  # [N, H, D]
+    return added.view(z.shape)  # [*, H, D]
 
 
 def _check_conv(graph: Data, head_dim: int, context_dim: int, backend: str, top_edges: int | None) -> None:

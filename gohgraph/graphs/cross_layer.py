@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from gohgraph.common.checks import check_choice, check_int, check_number
 from gohgraph.common.config_base import Config
 
@@ -80,6 +83,30 @@ class CrossLayer(Config):
         if self.edges == "topology":
             return list(edges)
         return [(j, i) for i in heads for j in (heads if self.edges == "all-pairs" else (i,))]
+
+    def joined(self, edge_index: Tensor, num_heads: int) -> Tensor:
+        """Returns a graph's edges `[2, E]` with those from earlier layers, `[2, E']`: sender j + l*H, by receiver."""
+        own = [(j, i) for j, i in edge_index.t().tolist()]
+        pairs = self.pairs(own, num_heads)
+        edges = own + [(j + layer * num_heads, i) for layer in range(1, self.count + 1) for j, i in pairs]
+        edges.sort(key=lambda edge: (edge[1], edge[0]))
+        # On the CPU whatever the default device is, as `head_graph` does.
+        return torch.tensor(edges, dtype=torch.long, device="cpu").reshape(-1, 2).t().contiguous()  # [2, E']
+
+
+def edge_kinds(edges: Sequence[tuple[int, int]], num_heads: int, layers: int) -> list[str]:
+    """Returns of every layer that sends, this one first, its kind of edges: `""` (none), `"same head"` or `"pairs"`.
+
+    Example:
+        >>> edge_kinds([(3, 0), (0, 1), (4, 1)], num_heads=3, layers=3)
+        ['pairs', 'same head', '']
+    """
+    kinds = [""] * layers
+    for sender, receiver in edges:
+        layer, head = divmod(sender, num_heads)
+        if layer < layers and kinds[layer] != "pairs":
+            kinds[layer] = "same head" if head == receiver else "pairs"
+    return kinds
 
 
 def reached(earlier: Sequence[Of], reach: Reach) -> Sequence[Of]:

@@ -71,7 +71,7 @@ class EdgeWeights(nn.Module):
         width = context_dim if rank is None else rank
         self.weight = nn.Parameter(torch.empty(rounds, num_edges, width)) if token else None
         self.down = nn.Parameter(torch.empty(rounds, rank, context_dim)) if token and rank is not None else None
-        self.learned_scale = None if scaled is None else nn.Parameter(torch.empty(()))
+        self.learned_scale = None if scaled is None else nn.Parameter(torch.empty(1))
         self.register_buffer("scaled", scaled, persistent=False)
         self.reset_parameters()
 

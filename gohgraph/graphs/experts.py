@@ -53,6 +53,8 @@ class GraphExperts(HeadGraphConv):
         True
     """
 
+    by_layer = False
+
     def __init__(
         self,
         graph: Data,

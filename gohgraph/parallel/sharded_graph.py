@@ -92,6 +92,8 @@ class ShardedHeadGraphConv(HeadGraphConv):
         ValueError: H is not a multiple of the ranks; several rounds of messages between scores across ranks.
     """
 
+    by_layer = False
+
     def __init__(self, conv: HeadGraphConv, ranks: DeviceMesh | ProcessGroup, *, over_maps: bool = False) -> None:
         # What the parent's constructor makes is taken over from `conv`.
         super(HeadGraphConv, self).__init__(aggr="add", node_dim=-2)

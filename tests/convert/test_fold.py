@@ -216,6 +216,38 @@ def test_static_opponents_fold_away(name):
     assert model.config.head_graph == (left and goh.HeadGraphConfig(left, layers=(0, -1)))
 
 
+@pytest.mark.parametrize("kv_heads", [None, 1], ids=["own-keys", "grouped"])
+@pytest.mark.parametrize("outputs", [None, goh.SiteConfig(edges="static")], ids=["none", "outputs"])
+@torch.no_grad()
+def test_graphs_before_attention_fold_into_what_makes_their_nodes(kv_heads, outputs, tmp_path):
+    static = goh.SiteConfig(edges="static", rounds=2)
+    kept = goh.SiteConfig.ring(2)
+    graphs = goh.HeadGraphConfig(outputs, kept, queries=static, keys=static, values=(static, static))
+    shape = {**SHAPE, "num_kv_heads": kv_heads, "qk_norm": True}
+    model = trained_like(goh.LanguageModel(goh.TransformerConfig(11, **shape, head_graph=graphs)))
+    tokens = torch.randint(11, (2, 7))
+    expected = model(tokens).logits
+    fold(model)
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-10, atol=1e-10)
+    assert model.config.head_graph == goh.HeadGraphConfig(None, kept)
+    assert all(not len(layer.attention.object.inner_graphs) for layer in model.decoder.layers)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(goh.LanguageModel.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
+
+
+@torch.no_grad()
+def test_a_value_residual_stays_where_the_output_graph_folds():
+    residual = preset("value-residual", H).values
+    graphs = goh.HeadGraphConfig(goh.SiteConfig(edges="static"), values=residual)
+    model = trained_like(goh.LanguageModel(goh.TransformerConfig(11, **SHAPE, head_graph=graphs)))
+    tokens = torch.randint(11, (2, 7))
+    expected = model(tokens).logits
+    torch.testing.assert_close(fold(model)(tokens).logits, expected, rtol=1e-10, atol=1e-10)
+    assert model.config.head_graph == goh.HeadGraphConfig(None, values=residual)
+    with pytest.raises(ValueError, match=r"^Expected a static linear graph at values .got senders from other layers.*Do "):
+        fold(model)
+
+
 def test_a_folded_classifier_names_no_graph():
     config = goh.TransformerConfig(11, **SHAPE, head_graph=goh.HeadGraphConfig(goh.SiteConfig(edges="static")))
     assert fold(goh.Classifier(goh.ClassifierConfig(config, 3))).config.transformer.head_graph is None
