@@ -74,6 +74,7 @@ class ContinualLearning(Script):
     """The base, what every method makes of it task by task, and how much each forgets."""
 
     name, runs = "continual_learning", "continual"
+    recipe = "old"
     full = dict(
         d_model=64, num_heads=8, num_layers=3, d_ff=256, length=64, batch_size=8, steps=150, base_steps=600, windows=64
     )  # fmt: skip
