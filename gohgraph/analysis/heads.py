@@ -1,7 +1,5 @@
 """How much heads matter to a model's loss."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any

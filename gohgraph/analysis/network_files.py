@@ -1,7 +1,5 @@
 """Files of a head network: GraphML, GEXF (Gephi), JSON and CSV, written whole and read back."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -5,8 +5,6 @@ Every form computes the same numbers, those of `mixed_attention` on whole maps. 
 a `Call`: our own block, the drop-in, timm's and transformers' attention, Megatron and tensor parallelism.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

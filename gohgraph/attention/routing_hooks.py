@@ -1,7 +1,5 @@
 """Collecting what routers decide in a forward pass, so that their losses can be trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -11,8 +11,6 @@ A reader that comes between 2 and 3, or after a crash there, finds the configura
 `.config.json.new`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

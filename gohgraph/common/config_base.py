@@ -1,7 +1,5 @@
 """What every configuration shares: a plain dictionary form, and defaults by field."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Files written whole or not at all, JSON read with a clear error, and paths checked before the work."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Figure of head graphs as circles: one for each layer, site and round."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping

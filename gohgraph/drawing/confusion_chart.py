@@ -1,7 +1,5 @@
 """Figure of a confusion matrix."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 

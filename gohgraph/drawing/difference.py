@@ -1,7 +1,5 @@
 """Figure of what changed between two recordings of one graph."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A film of head graphs that learn, from recordings of the checkpoints of a run."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping, Sequence

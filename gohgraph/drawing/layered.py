@@ -1,7 +1,5 @@
 """Figure of a whole model's head network: a row of heads for each layer."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

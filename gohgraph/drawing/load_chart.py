@@ -1,7 +1,5 @@
 """Figure of the load of attention heads under Mixture-of-Head routing."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 

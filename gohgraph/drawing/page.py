@@ -1,7 +1,5 @@
 """The head network as an interactive page: one HTML file that opens without a network."""
 
-from __future__ import annotations
-
 import html
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What the panels of a figure show, and how they are laid out on a page."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

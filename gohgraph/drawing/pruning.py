@@ -1,7 +1,5 @@
 """Figure of the loss of a model that loses edges."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Head graphs in TensorBoard, while they are trained."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

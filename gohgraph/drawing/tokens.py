@@ -1,7 +1,5 @@
 """Figure of a text as a strip of tokens, with the head graphs of one of them."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

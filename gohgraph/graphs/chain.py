@@ -1,7 +1,5 @@
 """Several graphs at one site, one after another."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """The explicit graph over attention heads: nodes are heads, edges say who may send to whom."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any

@@ -1,7 +1,5 @@
 """Score graphs whose edges weigh the key's token too."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ A site is a place in attention where heads can hear of each other. At `outputs`,
 nodes are heads with features; at `scores` and `weights` they are the heads' attention maps over keys.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from typing import NamedTuple

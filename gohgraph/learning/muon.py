@@ -1,7 +1,5 @@
 """Muon for matrices beside AdamW for everything else, as one optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

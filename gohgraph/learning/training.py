@@ -4,8 +4,6 @@ Everything random in a step, data and dropout, is a function of (seed, step): a 
 one, and runs that take turns do not disturb each other.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

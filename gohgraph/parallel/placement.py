@@ -1,7 +1,5 @@
 """Which heads share a rank: placed so that as little edge weight as possible joins two ranks."""
 
-from __future__ import annotations
-
 import dataclasses
 from itertools import combinations
 from typing import Any

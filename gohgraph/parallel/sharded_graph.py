@@ -1,7 +1,5 @@
 """The part of a head graph that one tensor-parallel rank computes, under gohgraph's own engine and Megatron-Core's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

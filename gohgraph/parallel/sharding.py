@@ -1,7 +1,5 @@
 """Data parallelism of sharded models: who holds which part of a parameter, and what is computed again."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Tensor parallelism: every rank holds some of the heads, and the head graphs' messages travel between ranks."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """Attention with messages between scores, in one pass over tiles of all heads: the Triton kernels as one function."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version

@@ -1,7 +1,5 @@
 """The runs of a contest in turns: all models of a seed side by side in one process, each in its run folder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby

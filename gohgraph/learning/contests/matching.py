@@ -1,7 +1,5 @@
 """Equal parameter counts for fair comparisons: the feed-forward of the lighter model is widened."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Learning rates: the grid, the best of it for every model, and the table of what all of it led to."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

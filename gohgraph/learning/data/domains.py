@@ -1,7 +1,5 @@
 """Real text of several kinds that every installation holds: the tasks of continual and multi-task learning."""
 
-from __future__ import annotations
-
 import sysconfig
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """What keeps a round alive: replies that would stop or poison it are refused, whatever averages the others."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

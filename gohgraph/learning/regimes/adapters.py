@@ -1,7 +1,5 @@
 """Small adapters over shared heads: every task owns copies of some modules of a model."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection
 from typing import Any

@@ -4,8 +4,6 @@ A `Learner` says what is trained on a task, on which batches and with which loss
 all tasks with the one training loop and returns the loss on every task after every task.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ An inner loop runs on `torch.func`, over any part of the parameters: all (MAML),
 (ANIL). The outer loop is the training loop of the library.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 

@@ -1,7 +1,5 @@
 """Multi-task learning: several sources of data in one training, and adapters that belong to one of them."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Megatron-Core's self-attention with head graphs and a router."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Losses of head routers under Megatron-Core, which scales and logs those of experts the same way."""
 
-from __future__ import annotations
-
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig

@@ -1,7 +1,5 @@
 """Megatron-Core's core attention by torch's kernels, on any device."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 
