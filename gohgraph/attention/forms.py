@@ -111,7 +111,7 @@ def _named(name: str, call: Call) -> Form:
 def _with_senders(call: Call) -> Call:
     if call.scores is None:
         return call
-    q, k = call.scores.senders(call.q, call.k)
+    q, k = call.scores.graph.gather_senders(call.q, call.k)
     return call if q is call.q else call._replace(q=q, k=k)
 
 

@@ -32,7 +32,8 @@ def collect_routing(model: nn.Module, token_mask: Tensor | None = None) -> Itera
     """
     routers = [module for module in model.modules() if isinstance(module, HeadRouter)]
     if not routers:
-        raise ValueError("Expected a model with routers (got none). Do convert it with HeadGraphConfig.moh(...).")
+        kind = type(model).__name__
+        raise ValueError(f"Expected routers (got a {kind} without). Do convert it with HeadGraphConfig.moh(...).")
     collected: list[Routing] = []
 
     def collect(router: nn.Module, inputs: Any, routing: Routing) -> None:

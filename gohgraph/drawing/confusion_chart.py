@@ -24,9 +24,6 @@ def draw_confusion(
         classes: the names of the C classes.
         path, title, and what is returned: as in `draw`.
 
-    Raises:
-        ValueError: a matrix of another shape or with negative counts, or the suffix is unknown.
-
     Example:
         >>> figure = draw_confusion([[5, 1], [0, 4]], ["cat", "dog"])
         >>> figure.axes[0].get_title()

@@ -29,9 +29,6 @@ def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str,
     Args:
         first, second: recordings of two texts, two checkpoints, before and after training, whole and pruned.
 
-    Raises:
-        ValueError: other graphs, heads or rounds in one than in the other.
-
     Example:
         >>> from types import SimpleNamespace
         >>> one = SimpleNamespace(edge_index=torch.tensor([[0], [1]]), num_heads=2, mean=torch.tensor([[0.25]]))
@@ -63,9 +60,6 @@ def draw_difference(
         first, second: as in `difference`; what is drawn is second minus first.
         view: `"circle"`, or `"matrix"` where every number matters.
         path, title, threshold, limit, and what is returned: as in `draw`.
-
-    Raises:
-        ValueError: as `difference` and `draw`; another view.
 
     Example:
         >>> from types import SimpleNamespace

@@ -32,9 +32,6 @@ def draw_load(
         num_shared: h_s, the first heads, which are always active.
         path, title, and what is returned: as in `draw`.
 
-    Raises:
-        TypeError, ValueError: loads of another shape or out of range, `num_shared` out of 0..H, another suffix.
-
     Example:
         >>> figure = draw_load([[1.0, 0.75, 0.25], [1.0, 0.5, 0.5]], num_shared=1)
         >>> [axis.get_title() for axis in figure.axes]

@@ -52,7 +52,7 @@ def panels_of(heads: Mapping[str, Any]) -> list[Panel]:
     """
     if not len(heads):
         raise ValueError(
-            "Expected a recording with at least one head graph (got none). "
+            f"Expected a recording with at least one head graph (got {heads!r}). "
             "Do record a forward pass of a model that has head_graph set."
         )
     panels = []

@@ -29,9 +29,6 @@ def draw_pruning(
             name begins with "random" is grey and dashed.
         path, title, and what is returned: as in `draw`.
 
-    Raises:
-        ValueError: no curves, curves of one order with other shares, or the suffix is unknown.
-
     Example:
         >>> curves = {"by strength": [[(1.0, 1.5), (0.5, 1.6)]], "random": [[(1.0, 1.5), (0.5, 2.0)]]}
         >>> figure = draw_pruning(curves)

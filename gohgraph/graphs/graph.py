@@ -11,8 +11,6 @@ from torch_geometric.data import Data
 from gohgraph.common.checks import check_int
 from gohgraph.graphs.topologies import TOPOLOGIES
 
-__all__ = ["head_graph"]
-
 
 def head_graph(num_heads: int, topology: Any = "complete", *, self_loops: bool = True, **options: Any) -> Data:
     """Builds the graph over `num_heads` attention heads: a PyG `Data` with `edge_index` int64 `[2, E]`.

@@ -204,10 +204,6 @@ class Messages(NamedTuple):
         """Returns the same as a matrix over heads for every query, `[B, T, H, H]` or `[H, H]`."""
         return self.graph.matrix(self.context, self.active)
 
-    def senders(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the queries and keys of all senders, those of other ranks behind the own ones."""
-        return self.graph.gather_senders(q, k)
-
     def widen(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""Returns Q', K' and V, whose plain attention of scale 1/sqrt(D) is attention under the messages.
 

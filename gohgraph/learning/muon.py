@@ -51,9 +51,6 @@ class Muon(Optimizer):
         weight_decay: lambda.
         momentum: mu, in [0, 1).
 
-    Raises:
-        ValueError: a parameter is no matrix.
-
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2, 3))
         >>> weight.sum().backward()

@@ -111,9 +111,6 @@ def reorder_heads(model: LanguageModel, order: list[int]) -> LanguageModel:
         model: with heads that have keys of their own; changed in place.
         order: the old index of each new head; with routers the shared heads must stay the first.
 
-    Raises:
-        ValueError: no such permutation, or graphs other than plain `HeadGraphConv`s at outputs and scores.
-
     Example:
         >>> import gohgraph as goh
         >>> shape = dict(d_model=8, num_heads=4, num_layers=1, d_ff=8)

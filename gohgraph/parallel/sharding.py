@@ -21,7 +21,6 @@ def parallelize(model: Module, layout: Layout) -> Module:
     Args:
         model: on the device of this rank; changed in place and returned.
         layout: of the job.
-
     """
     if layout.config.recompute:
         recompute(model)

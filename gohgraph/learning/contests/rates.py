@@ -20,9 +20,6 @@ def best_rates(losses: Mapping[tuple[str, float], float]) -> dict[str, float]:
     Args:
         losses: by name and rate.
 
-    Raises:
-        ValueError: a model has no finite loss.
-
     Example:
         >>> best_rates({("goh", 0.1): 2.0, ("goh", 0.2): float("nan"), ("plain", 0.1): 3.0, ("plain", 0.2): 2.5})
         {'goh': 0.1, 'plain': 0.2}

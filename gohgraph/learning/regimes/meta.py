@@ -80,7 +80,6 @@ class MetaLearner(nn.Module):
 
     def predict(self, episodes: Episodes) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the logits of all queries `[N, Q, C]`, and what each task adapted, `[N, ...]` each."""
-
         tasks = zip(episodes.support, episodes.support_targets, episodes.query, strict=True)
         fast, logits = [], []
         with sdpa_kernel(SDPBackend.MATH):

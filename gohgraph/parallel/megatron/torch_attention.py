@@ -30,9 +30,6 @@ class TorchCoreAttention(MegatronModule):
     Shape:
         query `[s, b, H, D]`, key `[t, b, G, D]`, value `[t, b, G, D]`; mask bool, broadcastable to `[b, H, s, t]`, True
         = may **not** attend (Megatron's polarity) -> `[s, b, H*D]`.
-
-    Raises:
-        ValueError: a config with windows or another softmax.
     """
 
     def __init__(
