@@ -113,7 +113,7 @@ def head_graph_of(
     """
     heads = at_rest(source) if isinstance(source, nn.Module) else source
     if not heads:
-        raise ValueError(f"Expected a recording of at least one head graph (got {heads!r}). Do record a forward pass.")
+        raise ValueError(f"Expected a recording with at least one head graph (got {heads!r}). Do record a pass.")
     places = {name: _place(name, recording, heads) for name, recording in heads.items()}
     numbers, nodes = _nodes(heads, places, importance or {})
     columns: dict[str, list] = {name: [] for name in EDGE_ATTRIBUTES}
