@@ -1,7 +1,5 @@
 """The modules at the sites of attention, made of their configurations."""
 
-from __future__ import annotations
-
 from gohgraph.graphs.baselines import BASELINES
 from gohgraph.graphs.chain import Chain
 from gohgraph.graphs.conv import HeadGraphConv
@@ -32,14 +30,13 @@ def build_graph(site: Site | None, sizes: tuple[int, int, int], *, layer: int | 
         >>> build_graph(SiteConfig.ring(2), (5, 3, 7)).edge_index.shape
         torch.Size([2, 10])
     """
-    parts = [_build(part, sizes, layer) for part in parts_of(site)]
+    parts = [
+        GRAPHS[part.kind].from_config(part, *sizes, layer=layer)
+        if isinstance(part, SiteConfig)
+        else _baseline(part, sizes)
+        for part in parts_of(site)
+    ]
     return None if not parts else parts[0] if len(parts) == 1 else Chain(parts)
-
-
-def _build(part: SiteConfig | BaselineConfig, sizes: tuple[int, int, int], layer: int) -> SiteGraph:
-    if isinstance(part, BaselineConfig):
-        return _baseline(part, sizes)
-    return GRAPHS[part.kind].from_config(part, *sizes, layer=layer)
 
 
 def _baseline(part: BaselineConfig, sizes: tuple[int, int, int]) -> SiteGraph:

@@ -1,7 +1,5 @@
 """Ctrl-C that lets the running step finish."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator

@@ -255,7 +255,7 @@ def test_compiled_routers_anneal_and_train_as_eager_ones(tmp_path, monkeypatch):
     eager, compiled = (
         train(
             model(layers=1, top_k=3, bias_rate=0.01), batch, next_token_output,
-            changed(steps=6, anneal_top_k=2, log_every=1, compile=compile), tmp_path / str(compile),
+            changed(steps=4, anneal_top_k=1, log_every=1, compile=compile), tmp_path / str(compile),
         )
         for compile in (False, True)
     )  # fmt: skip

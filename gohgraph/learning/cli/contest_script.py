@@ -1,7 +1,5 @@
 """A training script that holds a contest: models at the best rates of one grid, over several seeds."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Flags that training scripts share, and the training they describe."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from typing import Any

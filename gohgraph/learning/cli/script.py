@@ -1,7 +1,5 @@
 """A training script: its flags, its run folder, Ctrl-C and `--resume`."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """A contest of models: each at the best learning rate of one grid, over several seeds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

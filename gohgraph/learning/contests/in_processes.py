@@ -1,7 +1,5 @@
 """The runs of a contest in processes: each independent of the others, its result in a file."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from operator import attrgetter

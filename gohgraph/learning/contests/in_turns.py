@@ -1,7 +1,5 @@
 """The runs of a contest in turns: all models of a seed side by side in one process, each in its run folder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -57,6 +55,6 @@ class InTurns:
         if not losses:
             raise ValueError(
                 f"Expected {self._chosen_by} in the log of {training.folder.path} to choose its learning rate by "
-                "(got none). Do return one from evaluate, or pass one rate."
+                f"(got {training.folder.columns}). Do return one from evaluate, or pass one rate."
             )
         return losses[-1]

@@ -1,7 +1,5 @@
 """Learning rates: the grid, the best of it for every model, and the table of what all of it led to."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 
@@ -21,9 +19,6 @@ def best_rates(losses: Mapping[tuple[str, float], float]) -> dict[str, float]:
 
     Args:
         losses: by name and rate.
-
-    Raises:
-        ValueError: a model has no finite loss.
 
     Example:
         >>> best_rates({("goh", 0.1): 2.0, ("goh", 0.2): float("nan"), ("plain", 0.1): 3.0, ("plain", 0.2): 2.5})

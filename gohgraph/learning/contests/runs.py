@@ -1,7 +1,5 @@
 """The runs of a contest, and what it needs of whoever trains them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 

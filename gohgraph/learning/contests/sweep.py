@@ -1,7 +1,5 @@
 """Many independent runs: side by side in processes, each remembered on disk once it is done."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Byte-level text corpora and the batches drawn from them."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import http.client
