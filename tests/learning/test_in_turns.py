@@ -85,7 +85,8 @@ def test_a_model_that_no_rate_trains_is_an_error(tmp_path, monkeypatch, lost):
         monkeypatch.setitem(LOSSES, run, float("inf"))
     rates = [rate for _, rate in lost]
     with pytest.raises((ValueError, FloatingPointError), match="finite loss"):
-        Contest({"goh": "goh", "plain": "plain"}, [0], Grid.of_rates(rates), tmp_path).run(lambda *run: _start([], *run), _finish)
+        contest = Contest({"goh": "goh", "plain": "plain"}, [0], Grid.of_rates(rates), tmp_path)
+        contest.run(lambda *run: _start([], *run), _finish)
 
 
 def test_one_rate_one_seed_and_one_model_lie_in_the_folder_itself(tmp_path):
@@ -97,7 +98,8 @@ def test_one_rate_one_seed_and_one_model_lie_in_the_folder_itself(tmp_path):
 def test_runs_of_another_contest_are_not_resumed(tmp_path):
     Contest({"goh": "goh"}, [0], Grid.of_rates([0.1, 0.2]), tmp_path).run(lambda *run: _start([], *run), _finish)
     with pytest.raises(ValueError, match="--learning-rates of the run"):
-        Contest({"goh": "goh"}, [0], Grid.of_rates([0.1]), tmp_path).run(lambda *run: _start([], *run), _finish, resume=True)
+        other = Contest({"goh": "goh"}, [0], Grid.of_rates([0.1]), tmp_path)
+        other.run(lambda *run: _start([], *run), _finish, resume=True)
 
 
 def test_rates_may_be_chosen_by_another_column_than_what_is_reported(tmp_path):

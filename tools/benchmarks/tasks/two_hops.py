@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.tasks.base import HELD_OUT_EPISODES, HELD_OUT_SEED, Task, distinct, generator_of
+from benchmarks.tasks.base import HELD_OUT_EPISODES, HELD_OUT_SEEDS, Task, distinct, generator_of
 from gohgraph.models.config import TransformerConfig
 from gohgraph.models.stacks import Stack
 
@@ -67,13 +67,13 @@ class TwoHops(Task):
         pairs, answers = batch
         return F.cross_entropy(model(pairs)[:, -answers.shape[1] :].flatten(0, 1), answers.flatten())
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def measures(self, model: nn.Module, part: str) -> dict[str, float]:
         """Returns loss and error on held-out episodes."""
-        pairs, answers = self.draw(HELD_OUT_EPISODES, generator_of(HELD_OUT_SEED, 0))
+        pairs, answers = self.draw(HELD_OUT_EPISODES, generator_of(HELD_OUT_SEEDS[part], 0))
         with torch.no_grad():
             logits = model(pairs)[:, -answers.shape[1] :]  # [B, N, V+1]
         wrong = (logits.argmax(dim=-1) != answers).double().mean().item()
-        return {"validation_loss": F.cross_entropy(logits.flatten(0, 1), answers.flatten()).item(), "error": wrong}
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), answers.flatten()).item(), "error": wrong}
 
 
 class HopModel(nn.Module):
