@@ -72,6 +72,9 @@ def alone(graph: HeadGraphConfig | None, site: str) -> HeadGraphConfig | None:
     return graph if own is None else dataclasses.replace(graph, **{site: dataclasses.replace(own, cross_layer=0)})
 
 
+MODERN = {"qk_norm": True, "activation": "relu2", "norm": "unweighted-rms", "embedding_norm": True, "logit_cap": 5.0}
+
+
 def build(graph: HeadGraphConfig | None, *, layers: int = 1, **settings) -> LanguageModel:
     """A model of M = 48, H = 8, D = 6 in float64."""
     torch.manual_seed(3)
@@ -174,10 +177,10 @@ def others_apart(rank: int, config: ParallelConfig) -> dict[str, float]:
     return found
 
 
-def losses_apart(rank: int, config: ParallelConfig, names: list[str], steps: int) -> dict[str, float]:
+def losses_apart(rank: int, config: ParallelConfig, names: list[str], steps: int, optimizer: str) -> dict[str, float]:
     """Of each case the largest difference of a loss in float32 training to that of one process."""
     known, found = cases() | special_cases(), {}
-    training = TrainConfig(steps=steps, learning_rate=3e-3)
+    training = TrainConfig(steps=steps, learning_rate=3e-3, optimizer=optimizer)
     for name in names:
         model, alone = build(known[name]).float(), build(known[name]).float()
         ranks = Ranks(model, config)

@@ -66,7 +66,7 @@ class MultiHeadAttention(nn.Module):
         bias: biases in the four projections.
         dropout: probability of dropping an attention weight in training.
         causal: token t attends to s <= t only.
-        rotary: `RotaryPositions` for queries and keys, or `None`.
+        rotary: what queries and keys of every head go through, `RotaryPositions`, `QueryKeyNorm` or `None`.
         output_graph: messages between head outputs, e.g. a `HeadGraphConv`, or `None`.
         score_graph: messages between attention scores before the softmax, or `None`.
         router: a `HeadRouter`, which chooses and weighs the heads of every token, or `None`: all work, g = 1. Messages

@@ -11,6 +11,7 @@ from torch import nn
 from gohgraph.attention.routing import HeadRouter
 from gohgraph.graphs.building import GRAPHS
 from gohgraph.graphs.protocol import SiteGraph
+from gohgraph.learning.muon import MUON_GROUP, MuonWithAdamW
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.parallel.gradients import layout_of
 
@@ -24,7 +25,8 @@ def parameter_groups(
 
     What stands at a site of attention, be it a head graph or an opponent, and routers are not decayed unless their
     traits ask for it: their start at zero or one is neutral and no prior. All of them learn at `graph_lr_factor` times
-    the learning rate. A parameter used twice is listed once.
+    the learning rate. A parameter used twice is listed once. For Muon, matrices are those inside layers, at its own
+    rate; embeddings and the output's projection, which are tables rather than maps, are a group that AdamW trains.
 
     Example:
         >>> import gohgraph as goh
@@ -37,19 +39,36 @@ def parameter_groups(
     asking = [graph for graph in graphs if isinstance(graph, SiteGraph) and graph.traits.weight_decay]
     decayed = {id(p) for graph in asking for p in graph.parameters() if p.dim() > 1}
     in_graphs = {id(p) for graph in graphs for p in graph.parameters()}
-    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "head graphs": [], "decayed graphs": []}
+    tables = _tables(model) if config.optimizer == "muon" else set()
+    names = (MUON_GROUP, "embeddings", "vectors", "head graphs", "decayed graphs")
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            kind = "matrices" if parameter.dim() > 1 else "vectors"
+            kind = MUON_GROUP if parameter.dim() > 1 else "vectors"
+            if kind == MUON_GROUP and (id(parameter) in tables or config.optimizer == "muon" and parameter.dim() > 2):
+                kind = "embeddings"
             if id(parameter) in in_graphs:
                 kind = "decayed graphs" if id(parameter) in decayed else "head graphs"
             members[kind].append(parameter)
-    groups = []
-    for name, parameters in members.items():
-        rate = config.learning_rate * (config.graph_lr_factor if "graphs" in name else 1.0)
-        decay = config.weight_decay if name in ("matrices", "decayed graphs") else 0.0
-        groups.append({"params": parameters, "name": name, "lr": rate, "weight_decay": decay})
-    return [group for group in groups if group["params"]]
+    rates = dict.fromkeys(names, config.learning_rate)
+    rates |= dict.fromkeys(("head graphs", "decayed graphs"), config.learning_rate * config.graph_lr_factor)
+    if config.optimizer == "muon":
+        rates[MUON_GROUP] = config.matrix_learning_rate
+    decays = dict.fromkeys(names, config.weight_decay) | {"vectors": 0.0, "head graphs": 0.0}
+    return [
+        {"params": parameters, "name": name, "lr": rates[name], "weight_decay": decays[name]}
+        for name, parameters in members.items()
+        if parameters
+    ]
+
+
+def _tables(model: nn.Module) -> set[int]:
+    """The ids of parameters that are looked up, and of those between the model and its input and output."""
+    ends = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    ends += [getattr(model, name, None) for name in ("embedding", "head")]
+    # Transformers' models say which is theirs.
+    ends += [model.get_output_embeddings()] if hasattr(model, "get_output_embeddings") else []
+    return {id(parameter) for end in ends if isinstance(end, nn.Module) for parameter in end.parameters()}
 
 
 def regroup_as_saved(optimizer: torch.optim.Optimizer, model: nn.Module, config: TrainConfig, file: Path) -> None:
@@ -62,14 +81,17 @@ def regroup_as_saved(optimizer: torch.optim.Optimizer, model: nn.Module, config:
         optimizer.param_groups[:] = [{**defaults, **group} for group in former]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """Returns AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over `parameter_groups`, fused where it can be."""
+def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Returns AdamW (arXiv 1711.05101), fused where it can be, or `MuonWithAdamW`, over `parameter_groups`."""
     groups = [part for group in parameter_groups(model, config) for part in _by_layout(group)]
     if not groups:
         raise ValueError(
             f"Expected trainable parameters (got a {type(model).__name__} without). Do unfreeze some."
         )
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=device.type in FUSED_ON)
+    fused = device.type in FUSED_ON
+    if config.optimizer == "muon":
+        return MuonWithAdamW(groups, betas=config.betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
 
 
 def _by_layout(group: dict[str, Any]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 from gohgraph.common.files import make_folder, read_json, write_whole
 from gohgraph.common.files import write_text_whole as write_text
 from gohgraph.graphs.site_config import upgraded
-from gohgraph.learning.train_config import FREE_ON_RESUME, TrainConfig
+from gohgraph.learning.train_config import BEFORE, FREE_ON_RESUME, TrainConfig
 
 CONFIG, LOG, CURVES, CHECKPOINTS, STATE = "config.json", "log.csv", "curves.png", "checkpoints", "trainer.json"
 COLUMNS = ("step", "loss", "validation_loss", "lr", "tokens_per_second", "seconds")
@@ -100,8 +100,8 @@ class RunFolder:
             )
         saved = upgraded(read_json(file, remedy="restore the file"))
         if isinstance(saved, dict) and isinstance(saved.get("training"), dict):
-            # A setting that is younger than the run had the value that is now its default.
-            saved["training"] = {**TrainConfig(steps=1).to_dict(), **saved["training"]}
+            # A setting that is younger than the run had the value that it was given afterwards, or its default.
+            saved["training"] = {**TrainConfig(steps=1).to_dict(), **BEFORE, **saved["training"]}
         differing = sorted(_differences(saved, json.loads(json.dumps(self.settings))))
         if differing:
             raise ValueError(

@@ -10,22 +10,30 @@ from typing import Any
 from gohgraph.common.checks import check_choice, check_int, check_number, check_probability, check_weight
 
 PRECISIONS = ("no", "bf16", "fp16")
-SCHEDULES = ("cosine", "inverse-sqrt")
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "inverse-sqrt", "warmdown")
 DEVICES = (None, "cpu", "cuda", "mps", "xpu")
 # They change when something is written or where it is computed, not what is learned: a resumed run may change them.
+# What a run trained with that was started before these settings were.
+BEFORE = {"optimizer": "adamw", "schedule": "cosine", "min_lr_ratio": 0.1}
 FREE_ON_RESUME = ("device", "compile", "eval_every", "log_every", "checkpoint_every", "keep_checkpoints")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of the training loop: AdamW under a warm-up and a decay.
+    """Settings of the training loop: an optimizer under a warm-up and a decay.
 
     Args:
         steps: optimizer steps.
-        learning_rate: its highest value, after the warm-up.
+        learning_rate: of AdamW, its highest value, after the warm-up.
+        optimizer: `"adamw"`, or `"muon"`: Muon for the matrices inside layers and AdamW for everything else, see
+            `gohgraph.learning.optim`.
+        matrix_learning_rate: of Muon, its highest value.
         warmup: steps of linear rise, fewer than `steps`.
-        schedule: what follows the warm-up: `"cosine"`, or `"inverse-sqrt"` of Vaswani et al. 2017, which needs one.
-        min_lr_ratio: share of `learning_rate` at which the cosine ends, in [0, 1].
+        schedule: what follows the warm-up: `"cosine"`, `"warmdown"` (constant, then linear), or `"inverse-sqrt"` of
+            Vaswani et al. 2017, which needs a warm-up.
+        warmdown: share of the steps after the warm-up in which `"warmdown"` falls, in (0, 1].
+        min_lr_ratio: share of the learning rate at which cosine and warmdown end, in [0, 1].
         weight_decay: of matrices; vectors and head graphs have none.
         betas: of AdamW, each in [0, 1).
         grad_clip: largest gradient norm, `None` for no limit.
@@ -51,8 +59,11 @@ class TrainConfig:
 
     steps: int
     learning_rate: float = 1e-3
+    optimizer: str = "adamw"
+    matrix_learning_rate: float = 0.02
     warmup: int = 0
     schedule: str = "cosine"
+    warmdown: float = 0.65
     min_lr_ratio: float = 0.1
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
@@ -78,8 +89,10 @@ class TrainConfig:
             check_int(name, getattr(self, name), low=0)
         if self.patience is not None:
             check_int("patience", self.patience, low=1)
-        check_number("learning_rate", self.learning_rate, above=0)
-        check_probability("min_lr_ratio", self.min_lr_ratio)
+        for name in ("learning_rate", "matrix_learning_rate", "warmdown"):
+            check_number(name, getattr(self, name), above=0)
+        for name in ("min_lr_ratio", "warmdown"):
+            check_probability(name, getattr(self, name))
         check_weight("weight_decay", self.weight_decay)
         check_weight("graph_lr_factor", self.graph_lr_factor)
         if self.grad_clip is not None:
@@ -96,6 +109,7 @@ class TrainConfig:
         if self.schedule == "inverse-sqrt" and not self.warmup:
             raise ValueError("Expected a warmup for schedule 'inverse-sqrt' (got 0). Do pass its steps.")
         choices_of = {"precision": PRECISIONS, "device": DEVICES, "compile": (True, False), "schedule": SCHEDULES}
+        choices_of["optimizer"] = OPTIMIZERS
         for name, choices in choices_of.items():
             check_choice(name, getattr(self, name), choices)
 
@@ -104,12 +118,14 @@ class TrainConfig:
         return {**dataclasses.asdict(self), "betas": list(self.betas)}
 
     def learning_rate_factor(self, step: int) -> float:
-        r"""The schedule: linear warm-up, then a cosine down to `min_lr_ratio`, or the inverse square root.
+        r"""The schedule: linear warm-up, then a cosine or a line down to `min_lr_ratio`, or the inverse square root.
 
-        .. math:: f(s) = (s + 1) / W \quad (s < W), \qquad f(s) = m + (1 - m) (1 + \cos(\pi (s - W) / (S - W))) / 2
+        .. math:: f(s) = (s + 1) / W \quad (s < W), \qquad f(s) = m + (1 - m) (1 + \cos(\pi p)) / 2, \quad
+            p = (s - W) / (S - W)
 
-        or f(s) = sqrt(W / (s + 1)), equation 3 of Vaswani et al. 2017 (arXiv 1706.03762), whose highest value there
-        is (d_model W)^-0.5; here `learning_rate` says it.
+        or, with a warmdown over the share d, f(s) = m + (1 - m) min(1, (1 - p) / d), or f(s) = sqrt(W / (s + 1)),
+        equation 3 of Vaswani et al. 2017 (arXiv 1706.03762), whose highest value there is (d_model W)^-0.5; here
+        `learning_rate` says it.
 
         Args:
             step: number of steps done, 0 at the first one.
@@ -121,10 +137,16 @@ class TrainConfig:
             >>> config = TrainConfig(steps=110, warmup=10, schedule="inverse-sqrt")
             >>> [round(config.learning_rate_factor(step), 2) for step in (0, 9, 39, 109)]
             [0.1, 1.0, 0.5, 0.3]
+            >>> config = TrainConfig(steps=110, warmup=10, schedule="warmdown", warmdown=0.5, min_lr_ratio=0.0)
+            >>> [round(config.learning_rate_factor(step), 2) for step in (0, 9, 60, 85, 110)]
+            [0.1, 1.0, 1.0, 0.5, 0.0]
         """
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.schedule == "inverse-sqrt":
             return math.sqrt(self.warmup / (step + 1))
         progress = min(1.0, (step - self.warmup) / (self.steps - self.warmup))
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+        left = (1 + math.cos(math.pi * progress)) / 2
+        if self.schedule == "warmdown":
+            left = min(1.0, (1 - progress) / self.warmdown)
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * left

@@ -9,9 +9,12 @@ from gohgraph.common.checks import check_bool, check_choice, check_int, check_nu
 from gohgraph.common.config_base import Config
 from gohgraph.graphs.config import HeadGraphConfig
 
-FEED_FORWARD_ACTIVATIONS = ("relu", "gelu", "swiglu")
+FEED_FORWARD_ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu")
 POSITIONS = ("sinusoidal", "learned", "rotary", "none")
-NORMS = ("layer", "rms")
+NORMS = ("layer", "rms", "unweighted-rms")
+INITS = ("normal", "fan-in", "fan-in-zero")
+# What a dictionary means that was written before these fields were.
+BEFORE = {"qk_norm": False, "embedding_norm": False, "logit_cap": None, "init": "normal"}
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,15 @@ class TransformerConfig(Config):
         num_layers: layers per stack (6 in Vaswani et al. 2017).
         d_ff: inner width of the feed-forward.
         max_length: longest sequence, in tokens (learned positions only; the others have no limit).
-        activation: `"relu"`, `"gelu"` or `"swiglu"`.
+        activation: `"relu"`, `"relu2"`, `"gelu"` or `"swiglu"`, as in `FeedForward`.
         positions: `"sinusoidal"`, `"learned"`, `"rotary"` or `"none"` (inputs that are a set, or NoPE, arXiv
             2305.19466).
         norm_first: pre-norm (True) or post-norm as in the original.
-        norm: `"layer"` or `"rms"`.
+        norm: `"layer"`, `"rms"`, or `"unweighted-rms"` without a gain.
+        qk_norm: queries and keys of every head have an RMS of 1 before rotary positions, see `QueryKeyNorm`.
+        embedding_norm: the embedding is normalised before the first layer.
+        logit_cap: c, logits become c tanh(logits / c) (Gemma 2, arXiv 2408.00118, section 2); `None` for no cap.
+        init: how matrices start, `"normal"`, `"fan-in"` or `"fan-in-zero"`, see `gohgraph.models.init`.
         dropout: probability in [0, 1).
         bias: biases in the linear layers.
         tie_embeddings: the output projection reuses the token embedding.
@@ -53,6 +60,10 @@ class TransformerConfig(Config):
     positions: str = "rotary"
     norm_first: bool = True
     norm: str = "layer"
+    qk_norm: bool = False
+    embedding_norm: bool = False
+    logit_cap: float | None = None
+    init: str = "normal"
     dropout: float = 0.0
     bias: bool = True
     tie_embeddings: bool = True
@@ -61,11 +72,14 @@ class TransformerConfig(Config):
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "max_length"):
             check_int(name, getattr(self, name), low=1)
-        for name in ("norm_first", "bias", "tie_embeddings"):
+        for name in ("norm_first", "qk_norm", "embedding_norm", "bias", "tie_embeddings"):
             check_bool(name, getattr(self, name))
         check_choice("activation", self.activation, FEED_FORWARD_ACTIVATIONS)
         check_choice("positions", self.positions, POSITIONS)
         check_choice("norm", self.norm, NORMS)
+        check_choice("init", self.init, INITS)
+        if self.logit_cap is not None:
+            check_number("logit_cap", self.logit_cap, above=0)
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"Expected d_model to be a multiple of num_heads = {self.num_heads} (got {self.d_model}). Do change it."
@@ -94,7 +108,7 @@ class TransformerConfig(Config):
 
     @classmethod
     def _nested(cls, values: dict[str, Any]) -> dict[str, Any]:
-        graph = values.get("head_graph")
+        values, graph = {**BEFORE, **values}, values.get("head_graph")
         return values if graph is None else {**values, "head_graph": HeadGraphConfig.from_dict(graph)}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.models.config import TransformerConfig
+from gohgraph.models.sublayers import NORMS
 
 
 class SinusoidalPositions(nn.Module):
@@ -100,13 +101,45 @@ class RotaryPositions(nn.Module):
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # [B, T, H, D]
 
 
+class QueryKeyNorm(nn.Module):
+    r"""Normalised queries and keys of every head, before rotary positions, so that scores stay bounded.
+
+    .. math:: \mathrm{norm}(x) = \gamma \odot x / \sqrt{\tfrac{1}{D} \textstyle\sum_d x_d^2 + \epsilon}
+
+    One gain serves queries and keys of all heads of a layer: scores know only the product of both.
+
+    Sources: Henry et al. 2020 (arXiv 2010.04245); Dehghani et al. 2023 (arXiv 2302.05442), section 2.
+
+    Args:
+        head_dim: D.
+        rotary: `RotaryPositions`, or `None`.
+
+    Shape:
+        x `[B, T, H, D]`, positions `[T]` or `[B, T]` -> `[B, T, H, D]`.
+
+    Example:
+        >>> QueryKeyNorm(4)(3 * torch.ones(1, 2, 1, 4)).flatten().tolist()
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+
+    def __init__(self, head_dim: int, rotary: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm, self.rotary = nn.RMSNorm(head_dim), rotary
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Normalises the features of every head and rotates them by their token's position."""
+        x = self.norm(x)
+        return x if self.rotary is None else self.rotary(x, positions)
+
+
 class TokenEmbedding(nn.Module):
     r"""Token embedding with added positions: e(t) = E[token] sqrt(M)^s + p(t), s = 1 for sinusoidal positions.
 
-    The factor sqrt(M) is that of Vaswani et al. 2017 (section 3.4); with other positions there is none.
+    The factor sqrt(M) is that of Vaswani et al. 2017 (section 3.4); with other positions there is none. With
+    `embedding_norm` e(t) is normalised by the layers' own kind of norm.
 
     Args:
-        config: `vocab_size`, `d_model`, `positions`, `max_length` and `dropout` are used.
+        config: `vocab_size`, `d_model`, `positions`, `max_length`, `norm`, `embedding_norm` and `dropout` are used.
 
     Shape:
         tokens `[B, T]`, positions `[T]` or `[B, T]` -> `[B, T, M]`.
@@ -124,6 +157,7 @@ class TokenEmbedding(nn.Module):
         self.scale = math.sqrt(config.d_model) if config.positions == "sinusoidal" else 1.0
         # Scaled back, so that the scaled embedding has unit variance beside the positions' and tied logits stay small.
         nn.init.normal_(self.tokens.weight, std=0.02 if self.scale == 1.0 else config.d_model**-0.5)
+        self.norm = NORMS[config.norm](config.d_model, eps=1e-5) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -131,7 +165,13 @@ class TokenEmbedding(nn.Module):
         x = self.tokens(tokens) * self.scale
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)
-        return self.dropout(x)
+        return self.dropout(self.norm(x))
+
+
+def positions_of_heads(config: TransformerConfig, *, cross: bool = False) -> nn.Module | None:
+    """Returns what queries and keys of every head go through; cross attention has no rotary positions."""
+    rotary = RotaryPositions(config.head_dim) if config.positions == "rotary" and not cross else None
+    return QueryKeyNorm(config.head_dim, rotary) if config.qk_norm else rotary
 
 
 def positions_added(config: TransformerConfig) -> nn.Module | None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.cache import KeyValueCache, padded, reorder_all
 from gohgraph.common.checkpoint import PretrainedMixin
 from gohgraph.common.checks import check_int
@@ -23,8 +20,8 @@ from gohgraph.models.boundary import (
 from gohgraph.models.config import ClassifierConfig, TransformerConfig
 from gohgraph.models.embeddings import TokenEmbedding
 from gohgraph.models.generation import beam_search, check_sampling, sample
+from gohgraph.models.init import initialize
 from gohgraph.models.model_output import ModelOutput, model_output
-from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import Stack, StackOutput
 
 
@@ -56,7 +53,7 @@ class LanguageModel(PretrainedMixin, nn.Module):
         self.embedding = TokenEmbedding(config)
         self.decoder = Stack(config, "causal")
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        initialize(self, config.num_layers)
+        initialize(self, config)
 
     def forward(
         self,
@@ -163,7 +160,7 @@ class Transformer(PretrainedMixin, nn.Module):
         self.encoder = Stack(config, "encoder")
         self.decoder = Stack(config, "decoder")
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        initialize(self, config.num_layers)
+        initialize(self, config)
 
     def encode(self, source: Tensor, keep_mask: Tensor | None = None) -> StackOutput:
         """Returns the encoder's output, x `[B, S, M]`, for source tokens `[B, S]` under a token mask `[B, S]`."""
@@ -271,7 +268,7 @@ class Classifier(PretrainedMixin, nn.Module):
             self.embedding.tokens = nn.Linear(config.channels * side**2, encoder.d_model)
         self.encoder = Stack(encoder, "encoder")
         self.head = nn.Linear(encoder.d_model, config.num_classes)
-        initialize(self, encoder.num_layers)
+        initialize(self, encoder)
 
     def forward(
         self, inputs: Tensor, targets: Tensor | None = None, *, keep_mask: Tensor | None = None
@@ -303,21 +300,6 @@ class Classifier(PretrainedMixin, nn.Module):
 
 
 def _logits(model: LanguageModel | Transformer, x: Tensor) -> Tensor:
-    return F.linear(x, model.embedding.tokens.weight) if model.head is None else model.head(x)  # [B, T, V]
-
-
-def initialize(model: nn.Module, num_layers: int) -> None:
-    """Draws linear weights from N(0, 0.02²), biases zero; projections into the residual stream are scaled down.
-
-    The scale of those is 1 / sqrt(2 num_layers), as in GPT-2 (Radford et al. 2019, section 2.3). Head graphs keep
-    their neutral start.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for module in model.modules():
-        if isinstance(module, (MultiHeadAttention, FeedForward)):
-            last = module.output if isinstance(module, MultiHeadAttention) else module.outer
-            nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * num_layers))
+    logits = F.linear(x, model.embedding.tokens.weight) if model.head is None else model.head(x)  # [B, T, V]
+    cap = model.config.logit_cap
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -14,12 +14,13 @@ __all__ = ["FeedForward", "MultiHeadAttention"]
 class FeedForward(nn.Module):
     r"""Position-wise feed-forward, FF(x) = W_2 f(W_1 x), or W_2 (silu(W_1 x) * W_3 x) for SwiGLU.
 
-    Sources: Vaswani et al. 2017, equation 2; SwiGLU: Shazeer 2020 (arXiv 2002.05202).
+    Sources: Vaswani et al. 2017, equation 2; SwiGLU: Shazeer 2020 (arXiv 2002.05202); squared ReLU: So et al. 2021
+    (arXiv 2109.08668).
 
     Args:
         d_model: M.
         d_ff: inner width F. SwiGLU has three matrices: two thirds of a ReLU's width give equal parameters.
-        activation: `"relu"`, `"gelu"` (exact) or `"swiglu"`.
+        activation: `"relu"`, `"relu2"` (its square), `"gelu"` (exact) or `"swiglu"`.
         bias: biases in the projections.
         dropout: probability of dropping an inner unit in training.
 
@@ -36,7 +37,7 @@ class FeedForward(nn.Module):
         self, d_model: int, d_ff: int, activation: str = "gelu", *, bias: bool = True, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        functions = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}
+        functions = {"relu": F.relu, "relu2": squared_relu, "gelu": F.gelu, "swiglu": F.silu}
         check_choice("activation", activation, functions)
         self.function = functions[activation]
         self.inner = nn.Linear(d_model, d_ff, bias=bias)
@@ -50,3 +51,8 @@ class FeedForward(nn.Module):
         if self.gate is not None:
             hidden = hidden * self.gate(x)
         return self.outer(self.dropout(hidden))
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """Returns max(x, 0)²."""
+    return F.relu(x).square()

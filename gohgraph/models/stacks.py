@@ -16,7 +16,7 @@ from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.graphs.experts import ALIGNMENT
 from gohgraph.graphs.protocol import Losses
 from gohgraph.models.config import TransformerConfig
-from gohgraph.models.embeddings import RotaryPositions
+from gohgraph.models.embeddings import positions_of_heads
 from gohgraph.models.objects import FeedForward
 from gohgraph.models.sublayers import NORMS, Residual
 
@@ -197,7 +197,7 @@ def _attention(
         bias=config.bias,
         dropout=config.dropout,
         causal=causal,
-        rotary=RotaryPositions(config.head_dim) if config.positions == "rotary" and not cross else None,
+        rotary=positions_of_heads(config, cross=cross),
         **build_slots(config, layer, cross=cross),
     )
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from gohgraph.common.checks import check_choice
 
-NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+NORMS = {
+    "layer": nn.LayerNorm,
+    "rms": nn.RMSNorm,
+    "unweighted-rms": partial(nn.RMSNorm, elementwise_affine=False),
+}
 
 
 class Residual(nn.Module):
@@ -24,7 +29,7 @@ class Residual(nn.Module):
         object: a module `x, ... -> y` or `x, ... -> (y, more)`.
         d_model: M.
         norm_first: pre-norm when True.
-        norm: `"layer"` or `"rms"`.
+        norm: `"layer"`, `"rms"` or `"unweighted-rms"`.
         dropout: probability of dropping a unit of y in training.
 
     Shape:

@@ -21,14 +21,17 @@ from torch.distributed.tensor.parallel import (
 from gohgraph.attention.block import INNER_SITES, MultiHeadAttention
 from gohgraph.attention.routing import Routing
 from gohgraph.graphs.protocol import check_site
+from gohgraph.models.embeddings import QueryKeyNorm
 from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import Stack, StackOutput
-from gohgraph.models.sublayers import NORMS
+from gohgraph.models.sublayers import Residual
 from gohgraph.parallel.collectives import gather_parts, local, own_part
 from gohgraph.parallel.sharded_graph import ShardedHeadGraphConv
 
 Module = TypeVar("Module", bound=nn.Module)
 WHOLE, TOKENS = Replicate(), Shard(1)
+# The dimension of heads in [B, T, H, D].
+HEADS = 2
 
 
 def tensor_parallel(model: Module, mesh: DeviceMesh, *, sequence_parallel: bool = False) -> Module:
@@ -87,7 +90,10 @@ def _shard_attention(attention: MultiHeadAttention, mesh: DeviceMesh, between: A
         attention.router.register_forward_hook(partial(_own_gates, group=mesh.get_group()))
     attention.num_heads //= mesh.size()
     attention.num_kv_heads //= mesh.size()
-    columns = {name: ColwiseParallel() for name in ("query", "key", "value")}
+    columns: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in ("query", "key", "value")}
+    if isinstance(attention.rotary, QueryKeyNorm):
+        # Every rank normalises its own heads: the gain's gradient is the sum over ranks.
+        columns["rotary.norm"] = SequenceParallel(sequence_dim=HEADS, use_local_output=True)
     parallelize_module(attention, mesh, {"": Block(between), **columns, "output": _rows(between)})
 
 
@@ -167,9 +173,8 @@ def _split_tokens(stack: Stack, mesh: DeviceMesh) -> None:
     def leave(stack: nn.Module, args: Any, output: StackOutput) -> StackOutput:
         return output._replace(x=gather_parts(output.x, group, 1))
 
-    for name, module in list(stack.named_modules()):
-        if isinstance(module, tuple(NORMS.values())):
-            parallelize_module(stack, mesh, {name: SequenceParallel(use_local_output=True)})
+    for part in [part for part in stack.modules() if isinstance(part, (Residual, Stack))]:
+        parallelize_module(part, mesh, {"norm": SequenceParallel(use_local_output=True)})
     stack.register_forward_pre_hook(enter)
     stack.register_forward_hook(leave)
 
