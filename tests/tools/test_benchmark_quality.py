@@ -292,6 +292,27 @@ def test_equal_time_is_a_whole_training_of_fewer_steps(tmp_path, monkeypatch):
     assert runs.entries() == entries
 
 
+@pytest.mark.parametrize("variant", ["plain", "outputs"])
+def test_the_modern_recipe_is_handed_to_model_and_training(tmp_path, monkeypatch, variant):
+    seen = {}
+
+    def train(folder, name, *, training, config, **others):
+        seen[name] = (config, training)
+        return LOG
+
+    grid = ["--grid", "learning_rate=0.004", "matrix_learning_rate=0.02", "graph_lr_factor=0.25", "--rounds", "2"]
+    runs = runs_of_two_cues(tmp_path, monkeypatch, "--recipe", "modern", "--steps", "40", *grid, train=train)
+    config, training = seen[f"two-cues_{variant}_{runs.points[variant]}_1"]
+    assert config["qk_norm"] and config["init"] == "fan-in-zero"
+    assert training["optimizer"] == "muon" and training["matrix_learning_rate"] == 0.02 and training["warmup"] == 2
+    assert training["graph_lr_factor"] == (0.25 if variant == "outputs" else 1.0)
+    log = run_trial(
+        str(tmp_path / "runs"), variant, "two-cues", {}, config, runs.configs["plain"].to_dict(), training, seed=0
+    )
+    assert len(log) == 10 and log[-1]["loss"] < log[0]["loss"]
+    assert all(seconds == seconds for seconds in runs._seconds(["outputs"])["outputs"])
+
+
 def test_models_have_the_parameters_asked_for():
     task = TASKS["two-cues"]()
     for config in equal_configs(task, ["outputs"], parameters=70_000).values():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.recipe import MODEL, TRAINING
 from gohgraph.learning.contests.grid import Grid
 
 
@@ -26,6 +27,15 @@ class Recipe:
     model: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def trained(self, steps: int) -> dict[str, Any]:
+        """Returns the changes of `TrainConfig`; a schedule of the recipe's own warms up over a twentieth of the steps.
+
+        Example:
+            >>> recipe("modern").trained(100)["warmup"], recipe("old").trained(100)
+            (5, {})
+        """
+        return {**self.training, **({"warmup": steps // 20} if "schedule" in self.training else {})}
 
     def search(self, rates: tuple[float, ...], given: Mapping[str, Any], *, has_graphs: bool) -> Grid:
         """Returns the grid of a model.
@@ -53,5 +63,19 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]()
 
 
+def modern() -> Recipe:
+    """QK norm, weights by their fan-in, read-outs of zero, Muon beside AdamW: the base of `benchmarks.recipe`.
+
+    Weight decay and betas stay the task's own.
+    """
+    training = {name: TRAINING[name] for name in ("optimizer", "schedule", "min_lr_ratio")}
+    return Recipe(MODEL, training, MODERN_GRID)
+
+
+MODERN_GRID = {
+    "learning_rate": (2e-3, 4e-3, 8e-3),
+    "matrix_learning_rate": (0.01, 0.02, 0.04),
+    "graph_lr_factor": (0.25, 1.0),
+}
 # "old": weights of standard deviation 0.02 and AdamW under a cosine, as the tasks have them themselves.
-RECIPES: dict[str, Callable[[], Recipe]] = {"old": Recipe}
+RECIPES: dict[str, Callable[[], Recipe]] = {"old": Recipe, "modern": modern}

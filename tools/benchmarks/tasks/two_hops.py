@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.tasks.base import HELD_OUT_EPISODES, HELD_OUT_SEEDS, Task, distinct, generator_of
 from gohgraph.models.config import TransformerConfig
+from gohgraph.models.init import initialize
 from gohgraph.models.stacks import Stack
 
 
@@ -96,6 +97,9 @@ class HopModel(nn.Module):
         self.embedding = nn.Embedding(2 * config.vocab_size, config.d_model)
         self.encoder = Stack(config, "encoder")
         self.head = nn.Linear(config.d_model, config.vocab_size)
+        # Under the old recipe layers start as torch has them.
+        if config.init != "normal":
+            initialize(self, config)
 
     def forward(self, pairs: Tensor) -> Tensor:
         """Returns logits at every position."""
