@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import types
 
 import pytest
@@ -89,6 +90,78 @@ def test_episodes_depend_on_seed_and_number_alone(name):
     torch.rand(7)
     assert all(map(torch.equal, first, task.batch(3, seed=0)))
     assert not torch.equal(first[0], task.batch(4, seed=0)[0]) and not torch.equal(first[0], task.batch(3, seed=1)[0])
+
+
+class Answers(torch.nn.Module):
+    """A model that answers by a function of an episode: token or value by position."""
+
+    def __init__(self, answer, vocab_size):
+        super().__init__()
+        self.answer, self.vocab_size = answer, vocab_size
+
+    def forward(self, *inputs, targets=None):
+        answers = torch.tensor([self.answer(*(part.tolist() for part in row)) for row in zip(*inputs, strict=True)])
+        logits = 50.0 * torch.nn.functional.one_hot(answers, self.vocab_size)
+        if targets is None:
+            return logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return types.SimpleNamespace(logits=logits, cross_entropy=loss)
+
+
+def look_up_values(row):
+    pairs = dict(zip(row[0:8:2], row[1:8:2], strict=True))
+    return [pairs.get(token, 0) for token in row]
+
+
+def look_up_a_block(row):
+    task, width = FindBlock(), FindBlock().block_length + 1
+    text, question = row[: task.num_blocks * width], row[task.num_blocks * width :][: task.num_asked]
+    blocks = [text[at : at + task.block_length] for at in range(0, len(text), width)]
+    (found,) = [block for block in blocks if set(question) <= set(block)]
+    return [0] * (len(row) - len(found)) + found
+
+
+def look_up_both_cues(cues, values):
+    (place,) = [place for place, pair in enumerate(cues[:-1]) if pair == cues[-1]]
+    return values[place]
+
+
+def look_up_twice(pairs):
+    listed = dict(pair for pair in pairs if pair[1])
+    return [listed.get(listed.get(first), 0) for first, _ in pairs]
+
+
+SOLVERS = {
+    "mqar": look_up_values,
+    "find-block": look_up_a_block,
+    "two-cues": look_up_both_cues,
+    "two-hops": look_up_twice,
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_one_who_looks_up_makes_no_error(name):
+    task = TASKS[name]()
+    model = Answers(SOLVERS[name], task.config().vocab_size)
+    measured = task.evaluate(model)
+    assert measured["error"] == measured["choosing_error"] == 0 and measured["validation_loss"] < 1e-3
+
+
+@pytest.mark.parametrize(("name", "chance"), [("mqar", 3 / 4), ("two-cues", 15 / 16), ("two-hops", 3 / 4)])
+def test_one_who_guesses_is_wrong_by_chance(name, chance):
+    generator = random.Random(0)
+
+    def guess(*row):
+        if name == "mqar":
+            return [generator.choice(row[0][1:8:2]) for _ in row[0]]
+        if name == "two-cues":
+            return generator.choice(range(16))
+        sent, received = {first for first, _ in row[0]}, {second for _, second in row[0]}
+        return [generator.choice(sorted(received - sent - {0})) for _ in row[0]]
+
+    task = TASKS[name]()
+    # 512 episodes of at least one answer: a standard deviation is 0.02 at most.
+    assert abs(task.evaluate(Answers(guess, task.config().vocab_size))["error"] - chance) < 0.06
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -20,7 +20,8 @@ class TwoHops(Task):
     """Pairs x -> y and pairs y -> z are listed in any order; every x asks for its z.
 
     A position holds a whole pair, the sum of its embeddings: nothing has to be learned about neighbours. No pair alone
-    tells an answer, heads have to follow one with the other.
+    tells an answer, heads have to follow one with the other. One who guesses among the N symbols that chains end in is
+    wrong in 1 - 1/N of the cases.
 
     Args:
         num_chains: N chains x -> y -> z of different symbols.
