@@ -25,6 +25,7 @@ class Entry:
         logs: of each seed, rows with `step` and what the task's `evaluate` returns.
         times: seconds of a training step as ratios to plain attention: lower quartile, median, upper quartile.
         tokens_per_second: of training.
+        tokens: trained on.
         border: the settings of the point that lie at the border of the grid.
         equal_time_logs: of runs of as much time as plain attention's, where there are such.
     """
@@ -35,6 +36,7 @@ class Entry:
     logs: list[list[dict[str, Any]]]
     times: list[float]
     tokens_per_second: float = math.nan
+    tokens: int = 0
     border: list[str] = field(default_factory=list)
     equal_time_logs: list[list[dict[str, Any]]] | None = None
 

@@ -80,6 +80,7 @@ class TaskRuns:
                 logs=[log for run, log in self.results.items() if run.name == variant],
                 times=times[variant]["ratios"],
                 tokens_per_second=times[variant]["tokens_per_second"],
+                tokens=self.task.steps * self._tokens_per_step,
                 equal_time_logs=equal_time.get(variant),
             )
         return found
@@ -133,18 +134,21 @@ class TaskRuns:
         known = [v for v, found in saved.items() if found["config"] == json.loads(json.dumps(configs.get(v)))]
         if missing := [variant for variant in self.configs if variant not in known]:
             seconds = self._seconds(missing)
-            # [B, T], or images [B, 1].
-            tokens = next(iter(self.task.batch(0, 0))).shape[:2].numel()
             for variant in missing:
                 middle = sorted(seconds[variant])[len(seconds[variant]) // 2]
                 saved[variant] = {
                     "ratios": ratios(seconds[variant], seconds[PLAIN]),
-                    "tokens_per_second": tokens / middle,
+                    "tokens_per_second": self._tokens_per_step / middle,
                     "config": configs[variant],
                 }
             make_folder(file.parent)
             write_text_whole(file, json.dumps(saved, indent=1))
         return saved
+
+    @cached_property
+    def _tokens_per_step(self) -> int:
+        # [B, T], or images [B, 1].
+        return next(iter(self.task.batch(0, 0))).shape[:2].numel()
 
     def _seconds(self, variants: list[str]) -> dict[str, list[float]]:
         threads = torch.get_num_threads()
