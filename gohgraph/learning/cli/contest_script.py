@@ -12,6 +12,7 @@ from gohgraph.drawing import draw_curves
 from gohgraph.learning.cli.flags import add_rate_flags
 from gohgraph.learning.cli.script import Script
 from gohgraph.learning.contests.contest import Contest, Result
+from gohgraph.learning.contests.grid import Grid
 from gohgraph.learning.loop import Training
 from gohgraph.learning.run_folder import write_text
 
@@ -42,7 +43,7 @@ class ContestScript(Script):
 
     def train(self) -> None:
         """Trains all models, draws their curves in one figure and reports; ranks but the first only train."""
-        contest = Contest(self.models(), self.flags.seeds, self.flags.learning_rates, self.folder)
+        contest = Contest(self.models(), self.flags.seeds, Grid.of_rates(self.flags.learning_rates), self.folder)
         results = contest.run(self._start, self._finish, resume=self.flags.resume)
         if len(results) > 1:
             draw_curves({result["leaf"]: result["log"] for result in results.values()}, self.folder / "curves.png")
