@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.recipe import MODEL, TRAINING
+from gohgraph.learning import recipes as library
 from gohgraph.learning.contests.grid import Grid
 
 
@@ -29,13 +29,8 @@ class Recipe:
     grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def trained(self, steps: int) -> dict[str, Any]:
-        """Returns the changes of `TrainConfig`; a schedule of the recipe's own warms up over a twentieth of the steps.
-
-        Example:
-            >>> recipe("modern").trained(100)["warmup"], recipe("old").trained(100)
-            (5, {})
-        """
-        return {**self.training, **({"warmup": steps // 20} if "schedule" in self.training else {})}
+        """Returns the changes of `TrainConfig`; a search of the recipe's own warms up over a twentieth of the steps."""
+        return {**self.training, **({"warmup": steps // 20} if self.grid else {})}
 
     def search(self, rates: tuple[float, ...], given: Mapping[str, Any], *, has_graphs: bool) -> Grid:
         """Returns the grid of a model.
@@ -55,21 +50,12 @@ def recipe(name: str) -> Recipe:
     """Returns a recipe by its name.
 
     Example:
-        >>> recipe("old")
-        Recipe(model={}, training={}, grid={})
+        >>> recipe("old").training["optimizer"]
+        'adamw'
     """
     if name not in RECIPES:
         raise ValueError(f"Expected a recipe of {list(RECIPES)} (got {name!r}). Do choose one of them.")
-    return RECIPES[name]()
-
-
-def modern() -> Recipe:
-    """QK norm, weights by their fan-in, read-outs of zero, Muon beside AdamW: the base of `benchmarks.recipe`.
-
-    Weight decay and betas stay the task's own.
-    """
-    training = {name: TRAINING[name] for name in ("optimizer", "schedule", "min_lr_ratio")}
-    return Recipe(MODEL, training, MODERN_GRID)
+    return RECIPES[name]
 
 
 MODERN_GRID = {
@@ -77,5 +63,8 @@ MODERN_GRID = {
     "matrix_learning_rate": (0.01, 0.02, 0.04),
     "graph_lr_factor": (0.25, 1.0),
 }
-# "old": weights of standard deviation 0.02 and AdamW under a cosine, as the tasks have them themselves.
-RECIPES: dict[str, Callable[[], Recipe]] = {"old": Recipe, "modern": modern}
+# Those of the library: "old" is what its defaults were, "modern" is what they are. Decay and betas are the task's.
+RECIPES = {
+    "old": Recipe(*library.RECIPES["old"]),
+    "modern": Recipe(*library.RECIPES["modern"], grid=MODERN_GRID),
+}
