@@ -1,7 +1,5 @@
 """The modules at the sites of attention, made of their configurations."""
 
-from __future__ import annotations
-
 from gohgraph.graphs.baselines import BASELINES
 from gohgraph.graphs.chain import Chain
 from gohgraph.graphs.conv import HeadGraphConv

@@ -1,14 +1,12 @@
 """Several graphs at one site, one after another."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from gohgraph.graphs.cross_layer import joined, reached
-from gohgraph.graphs.protocol import Losses, SiteGraph, Traits
+from gohgraph.graphs.protocol import SiteGraph, Traits
 
 
 class Chain(nn.ModuleList, SiteGraph):
@@ -32,15 +30,7 @@ class Chain(nn.ModuleList, SiteGraph):
         self.traits = _common_traits([graph.traits for graph in graphs])
 
     def forward(
-        self,
-        nodes: Tensor,
-        context: Tensor | None = None,
-        earlier: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-        *,
-        keys: Tensor | None = None,
-        losses: Losses | None = None,
-        values: Tensor | None = None,
+        self, nodes, context=None, earlier=(), active=None, *, keys=None, losses=None, values=None
     ) -> Tensor:
         """Passes the nodes `[*, H, F]` through all graphs."""
         for graph in self:

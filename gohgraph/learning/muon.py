@@ -1,7 +1,5 @@
 """Muon for matrices beside AdamW for everything else, as one optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -55,9 +53,6 @@ class Muon(Optimizer):
         lr: eta.
         weight_decay: lambda.
         momentum: mu, in [0, 1).
-
-    Raises:
-        ValueError: a parameter is no matrix.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2, 3))

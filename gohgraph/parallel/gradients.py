@@ -1,7 +1,5 @@
 """Gradients of parameters that lie on ranks in different ways: their mean, their norm, and groups of equal layout."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable
 
 import torch
