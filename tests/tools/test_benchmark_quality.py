@@ -22,6 +22,8 @@ from helpers import load_script
 from gohgraph.graphs.baselines.presets import PRESETS
 from gohgraph.learning.contests.grid import Point
 from gohgraph.learning.contests.matching import count_parameters
+from gohgraph.learning.recipes import RECIPES
+from gohgraph.learning.train_config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +234,7 @@ def test_results_on_disk_are_what_they_were(tmp_path, monkeypatch):
 
     runs = runs_of_two_cues(tmp_path, monkeypatch, "--rates", "0.1", "--steps", "7", train=train)
     saved = json.loads((tmp_path / "results" / "two-cues_outputs_0.1_1.json").read_text())
-    training = {"steps": 7, "graph_lr_factor": 1.0, "warmup": 0, "learning_rate": 0.1}
+    training = {"steps": 7, "graph_lr_factor": 1.0, "warmup": 0, "learning_rate": 0.1, **RECIPES["old"].training}
     assert saved == {
         "arguments": {
             "name": "two-cues_outputs_0.1_1", "task": "two-cues", "options": {"steps": 7, "learning_rates": [0.1]},
@@ -302,11 +304,12 @@ def test_the_modern_recipe_is_handed_to_model_and_training(tmp_path, monkeypatch
         seen[name] = (config, training)
         return LOG
 
-    grid = ["--grid", "learning_rate=0.004", "matrix_learning_rate=0.02", "graph_lr_factor=0.25", "--rounds", "2"]
+    grid = ["--rates", "0.004", "--grid", "matrix_learning_rate=0.02", "graph_lr_factor=0.25", "--rounds", "2"]
     runs = runs_of_two_cues(tmp_path, monkeypatch, "--recipe", "modern", "--steps", "40", *grid, train=train)
     config, training = seen[f"two-cues_{variant}_{runs.points[variant]}_1"]
-    assert config["qk_norm"] and config["init"] == "fan-in-zero"
-    assert training["optimizer"] == "muon" and training["matrix_learning_rate"] == 0.02 and training["warmup"] == 2
+    assert config["qk_norm"] and config["init"] == "fan-in"
+    assert TrainConfig(**training).optimizer == "muon" and training["matrix_learning_rate"] == 0.02
+    assert training["warmup"] == 2
     assert training["graph_lr_factor"] == (0.25 if variant == "outputs" else 1.0)
     log = run_trial(
         str(tmp_path / "runs"), variant, "two-cues", {}, config, runs.configs["plain"].to_dict(), training, seed=0
