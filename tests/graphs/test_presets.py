@@ -11,7 +11,7 @@ import torch
 from helpers import assert_equal_to, trained_like
 
 import gohgraph as goh
-from gohgraph.graphs.baselines.presets import OPPONENTS, PRESETS, preset
+from gohgraph.graphs.baselines.presets import BESIDE, OPPONENTS, PRESETS, fields_of, preset
 
 B, T, V = 2, 9, 13
 SHAPE = {"d_model": 32, "num_heads": 8, "num_layers": 2, "d_ff": 7}
@@ -24,7 +24,7 @@ NOT_NEUTRAL = sorted({*NOT_NEUTRAL, *OTHERS} - {"outputs-gates-only", "outputs-n
 
 
 def config(name, **settings):
-    return goh.TransformerConfig(V, **SHAPE, head_graph=preset(name, SHAPE["num_heads"]), **settings)
+    return goh.TransformerConfig(V, **SHAPE, **{**fields_of(name, SHAPE["num_heads"]), **settings})
 
 
 def model_of(name, **settings):
@@ -171,6 +171,12 @@ def test_interleaved_heads_have_a_rate_of_their_own_that_outlives_pruning():
     assert len(graphs) == 6 and {graph.traits.learning_rate_factor for graph in graphs} == {7.0}
     graphs[0].keep_edges(graphs[0].edge_index[0] != 1)
     assert graphs[0].traits.learning_rate_factor == 7.0
+
+
+def test_what_stands_beside_head_graphs_belongs_to_an_opponent():
+    assert set(BESIDE) <= set(OPPONENTS)
+    assert fields_of("mudd", 8) == {"head_graph": preset("mudd", 8), "residual": "dense"}
+    assert fields_of("xsa", 8) == {"head_graph": preset("xsa", 8)}
 
 
 def test_unknown_sites_are_refused():

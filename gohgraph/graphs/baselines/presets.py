@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from gohgraph.graphs.config import HeadGraphConfig, RoutingConfig
 from gohgraph.graphs.cross_layer import CrossLayer
@@ -24,7 +25,7 @@ INTERLEAVED = SiteConfig(edges="static", activation=None, learning_rate_factor=7
 VALUE_RESIDUAL = SiteConfig("empty", edges="static", activation=None, cross_layer="first")
 # MUDD's value stream in the last two layers (arXiv 2502.12170, section 2; so reduced in modded-nanogpt, April 2026):
 # all values before, weighed by the token. Differs: one weight a head, linear in the token, between projected values.
-# Its residual stream is `TransformerConfig(residual="dense")`.
+# Its residual stream is that of `BESIDE`.
 MUDD_VALUES = SiteConfig("empty", self_loops=False, activation=None, cross_layer=CrossLayer("all", "same-head", 0.1))
 
 
@@ -65,7 +66,9 @@ OPPONENTS: dict[str, Preset] = {
     "diff-v2": _inner(weights=BaselineConfig("differential")),
     "paired-heads": _inner(scores=BaselineConfig("paired")),
     "value-residual": _inner(values=VALUE_RESIDUAL),
-    "mudd-values": _inner(values=MUDD_VALUES, layers=(-2, -1)),
+    "mudd": _inner(values=MUDD_VALUES, layers=(-2, -1)),
+    "hyper-connections": lambda heads: None,
+    "dynamic-hyper-connections": lambda heads: None,
     "mea": _outputs(HEAD_NORM, keys=MIXING, values=MIXING),
     "moh-75": lambda heads: HeadGraphConfig.moh(heads // 4, heads // 2),
     "moh-50": lambda heads: HeadGraphConfig.moh(heads // 4, heads // 4),
@@ -112,6 +115,12 @@ HEAD_GRAPHS: dict[str, Preset] = {
 }
 
 PRESETS = {**OPPONENTS, **HEAD_GRAPHS}
+# What some change of a model beside its head graphs: further fields of its `TransformerConfig`.
+BESIDE: dict[str, dict[str, str]] = {
+    "mudd": {"residual": "dense"},
+    "hyper-connections": {"residual": "hyper"},
+    "dynamic-hyper-connections": {"residual": "dynamic-hyper"},
+}
 
 
 def preset(name: str, num_heads: int) -> HeadGraphConfig | None:
@@ -124,3 +133,13 @@ def preset(name: str, num_heads: int) -> HeadGraphConfig | None:
     if name not in PRESETS:
         raise ValueError(f"Expected one of {list(PRESETS)} (got {name!r}). Do choose one of them.")
     return PRESETS[name](num_heads)
+
+
+def fields_of(name: str, num_heads: int) -> dict[str, Any]:
+    """Returns all that a name changes of a plain model, as fields of its `TransformerConfig`.
+
+    Example:
+        >>> fields_of("hyper-connections", num_heads=8)
+        {'head_graph': None, 'residual': 'hyper'}
+    """
+    return {"head_graph": preset(name, num_heads), **BESIDE.get(name, {})}
