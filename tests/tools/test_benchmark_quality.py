@@ -34,11 +34,13 @@ def tool():
 @pytest.mark.parametrize("name", TASKS)
 def test_all_variants_have_equal_parameters(name):
     task = TASKS[name]()
-    configs = equal_configs(task, list(PRESETS))
+    # What stands in the last two layers needs two.
+    names = [variant for variant in PRESETS if task.num_layers > 1 or variant != "mudd-values"]
+    configs = equal_configs(task, names)
     counts = {variant: count_parameters(task.model(config)) for variant, config in configs.items()}
     stacks = 2 if name == "translation" else 1
     unit = stacks * task.num_layers * (2 * task.d_model + 1)
-    assert len(configs) == len(PRESETS) and max(counts.values()) - min(counts.values()) <= unit
+    assert len(configs) == len(names) and max(counts.values()) - min(counts.values()) <= unit
     assert next(iter(configs)) == "plain"
 
 
