@@ -127,6 +127,19 @@ class TransformerConfig(Config):
         return values if graph is None else {**values, "head_graph": HeadGraphConfig.from_dict(graph)}
 
 
+def with_settings_of_before(values: Any) -> Any:
+    """Returns JSON values in which dictionaries of a `TransformerConfig` have its younger fields, as they were then.
+
+    Example:
+        >>> with_settings_of_before({"model": {"d_model": 8, "positions": "none"}})["model"]["init"]
+        'normal'
+    """
+    if not isinstance(values, dict):
+        return values
+    values = {name: with_settings_of_before(value) for name, value in values.items()}
+    return {**BEFORE, **values} if {"d_model", "positions"} <= set(values) else values
+
+
 @dataclass(frozen=True)
 class ClassifierConfig(Config):
     """A classifier: the transformer's shape, what it reads and how many classes it tells apart.
