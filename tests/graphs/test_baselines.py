@@ -180,6 +180,9 @@ def test_composition_equals_its_branches(rank, gates):
     compose = randomised(Composition(H, D, M, rank=rank, gates=gates))
     maps, x, source = nodes(S), contexts(), contexts(S)
     assert_equal_to(compose(maps, x, keys=compose.key_state(source)), composed(compose, maps, x, source))
+    # Of a value that is right, the numeric gradient is the reference.
+    inputs = [each[:1, :2].requires_grad_() for each in (maps, x, source)]
+    assert torch.autograd.gradcheck(lambda z, x, y: compose(z[..., :2], x, keys=compose.key_state(y)), inputs)
 
 
 def test_composition_starts_nearly_neutral():
