@@ -22,6 +22,9 @@ from helpers import load_script
 from gohgraph.graphs.baselines.presets import PRESETS
 from gohgraph.learning.contests.grid import Point
 from gohgraph.learning.contests.matching import count_parameters
+from gohgraph.learning.recipes import RECIPES
+from gohgraph.learning.train_config import TrainConfig
+from gohgraph.models.config import TransformerConfig
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +182,7 @@ def runs_of_two_cues(tmp_path, monkeypatch, *given, train=None):
     parser = argparse.ArgumentParser()
     quality.add_flags(parser)
     monkeypatch.setattr(task_runs, "run_trial", train)
-    flags = ["--run", str(tmp_path), "--seeds", "0", "1", "--variants", "plain", "outputs", "--jobs", "1", *given]
+    flags = ["--recipe", "old", "--run", str(tmp_path), "--seeds", "0", "1", "--variants", "plain", "outputs", "--jobs", "1", *given]
     parsed = parser.parse_args(flags)
     quality._check(parsed)
     return TaskRuns("two-cues", quality._options("two-cues", parsed), parsed)
@@ -230,7 +233,7 @@ def test_results_on_disk_are_what_they_were(tmp_path, monkeypatch):
 
     runs = runs_of_two_cues(tmp_path, monkeypatch, "--rates", "0.1", "--steps", "7", train=train)
     saved = json.loads((tmp_path / "results" / "two-cues_outputs_0.1_1.json").read_text())
-    training = {"steps": 7, "graph_lr_factor": 1.0, "warmup": 0, "learning_rate": 0.1}
+    training = {"steps": 7, "graph_lr_factor": 1.0, "warmup": 0, "learning_rate": 0.1, **RECIPES["old"].training}
     assert saved == {
         "arguments": {
             "name": "two-cues_outputs_0.1_1", "task": "two-cues", "options": {"steps": 7, "learning_rates": [0.1]},
@@ -303,14 +306,22 @@ def test_the_modern_recipe_is_handed_to_model_and_training(tmp_path, monkeypatch
     grid = ["--grid", "learning_rate=0.004", "matrix_learning_rate=0.02", "graph_lr_factor=0.25", "--rounds", "2"]
     runs = runs_of_two_cues(tmp_path, monkeypatch, "--recipe", "modern", "--steps", "40", *grid, train=train)
     config, training = seen[f"two-cues_{variant}_{runs.points[variant]}_1"]
-    assert config["qk_norm"] and config["init"] == "fan-in-zero"
-    assert training["optimizer"] == "muon" and training["matrix_learning_rate"] == 0.02 and training["warmup"] == 2
+    assert config["qk_norm"] and config["init"] == TransformerConfig(9).init != "normal"
+    assert TrainConfig(**training).optimizer == "muon"
+    assert training["matrix_learning_rate"] == 0.02 and training["warmup"] == 2
     assert training["graph_lr_factor"] == (0.25 if variant == "outputs" else 1.0)
     log = run_trial(
         str(tmp_path / "runs"), variant, "two-cues", {}, config, runs.configs["plain"].to_dict(), training, seed=0
     )
     assert len(log) == 10 and log[-1]["loss"] < log[0]["loss"]
     assert all(seconds == seconds for seconds in runs._seconds(["outputs"])["outputs"])
+
+
+def test_rates_of_the_command_line_go_over_the_recipes(tmp_path, monkeypatch):
+    given = ["--recipe", "modern", "--rates", "0.1", "--grid", "matrix_learning_rate=0.3"]
+    runs = runs_of_two_cues(tmp_path, monkeypatch, *given, train=lambda *_, **__: LOG)
+    assert runs.grids["plain"].settings == {"learning_rate": (0.1,), "matrix_learning_rate": (0.3,)}
+    assert runs.grids["outputs"].settings["graph_lr_factor"] == (0.25, 1.0)
 
 
 def test_models_have_the_parameters_asked_for():

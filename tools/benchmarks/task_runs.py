@@ -61,7 +61,9 @@ class TaskRuns:
     @cached_property
     def grids(self) -> dict[str, Grid]:
         """What is searched for each variant."""
-        rates, given = self.task.learning_rates, self.flags.grid
+        rates, given = self.task.learning_rates, dict(self.flags.grid)
+        if self.flags.rates is not None:
+            given.setdefault("learning_rate", self.flags.rates)
         return {
             variant: self.recipe.search(rates, given, has_graphs=config.head_graph is not None)
             for variant, config in self.configs.items()
@@ -123,8 +125,8 @@ class TaskRuns:
         }
 
     def _training(self, point: Point, steps: int) -> dict[str, Any]:
-        own = {"steps": steps, "graph_lr_factor": self.flags.graph_lr_factor, **self.task.training(steps)}
-        return {**own, **self.recipe.trained(steps), **point.to_dict()}
+        own = {"steps": steps, "graph_lr_factor": self.flags.graph_lr_factor}
+        return {**own, **self.recipe.trained(steps, self.task.training(steps)), **point.to_dict()}
 
     def _times(self) -> dict[str, dict[str, Any]]:
         """Ratios of a training step's seconds to plain attention's (quartiles) and tokens a second, measured once."""
