@@ -182,8 +182,8 @@ def runs_of_two_cues(tmp_path, monkeypatch, *given, train=None):
     parser = argparse.ArgumentParser()
     quality.add_flags(parser)
     monkeypatch.setattr(task_runs, "run_trial", train)
-    flags = ["--recipe", "old", "--run", str(tmp_path), "--seeds", "0", "1", "--variants", "plain", "outputs", "--jobs", "1", *given]
-    parsed = parser.parse_args(flags)
+    flags = ["--recipe", "old", "--run", str(tmp_path), "--seeds", "0", "1", "--variants", "plain", "outputs"]
+    parsed = parser.parse_args([*flags, *given])
     quality._check(parsed)
     return TaskRuns("two-cues", quality._options("two-cues", parsed), parsed)
 
