@@ -28,6 +28,7 @@ from gohgraph import (
     TransformerConfig,
 )
 from gohgraph.attention.routing import share_statistics
+from gohgraph.graphs.cross_layer import CrossLayer
 from gohgraph.graphs.topologies import TOPOLOGIES
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.learning.train_config import TrainConfig
@@ -61,6 +62,10 @@ def special_cases() -> dict[str, HeadGraphConfig | None]:
             SiteConfig(edges="static"), SiteConfig("star", edges="frozen"), queries=SiteConfig(), keys=SiteConfig()
         ),
         "pyg": HeadGraphConfig(SiteConfig(backend="pyg"), SiteConfig(backend="pyg")),
+        "across-layers": HeadGraphConfig(
+            SiteConfig.ring(3, cross_layer="first"), None, ROUTING, queries=SiteConfig("empty", cross_layer=1),
+            keys=SiteConfig(cross_layer="all"), values=SiteConfig(cross_layer=CrossLayer("first", "all-pairs", 0.1)),
+        ),
         "rounds-within": HeadGraphConfig(None, SiteConfig("groups", {"ranks": 4}, rounds=2)),
     }
 
@@ -254,8 +259,10 @@ def refusals(rank: int) -> list[str]:
     found = []
     experts = HeadGraphConfig.graph_experts(2)
     rounds = HeadGraphConfig(None, SiteConfig(rounds=2))
-    for graph, heads, length in ((None, 5, 4), (experts, 4, 4), (rounds, 4, 4), (None, 4, 5)):
+    cases = ((None, 5, 4), (experts, 4, 4), (rounds, 4, 4), (None, 4, 5), (None, 4, 4, "hyper"))
+    for graph, heads, length, *residual in cases:
         shape = {"d_model": 10 * heads, "num_heads": heads, "num_layers": 1, "d_ff": 20}
+        shape |= {"residual": residual[0]} if residual else {}
         try:
             ranks = Ranks(LanguageModel(TransformerConfig(VOCAB, **shape, head_graph=graph)), SEQUENCE)
             ranks.model(torch.zeros(1, length, dtype=torch.long))

@@ -123,7 +123,7 @@ def draw_circle(axis, panel: Panel, colours, faint_below: float, size: float, mo
         line = {"facecolor": "none", "edgecolor": "#dddddd", "linewidth": 0.6, "linestyle": ":", "zorder": 0.5}
         axis.add_patch(Circle((0, 0), 1.0 + RING_GAP * ring, **line))
         style = {"fontsize": 8, "color": "#777777", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
-        _write(axis, _on_ring(panel, ring, np.array(panel.num_heads)), f"\u2212{ring}", **style)
+        _write(axis, _on_ring(panel, ring, np.array(panel.num_heads)), panel.ring_name(ring), **style)
 
 
 def _on_ring(panel: Panel, ring: int, heads: np.ndarray) -> np.ndarray:

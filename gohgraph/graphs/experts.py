@@ -50,6 +50,7 @@ class GraphExperts(HeadGraphConv):
         True
     """
 
+    by_layer = False
     options: ClassVar[dict[str, str]] = {**HeadGraphConv.options, "num_shared": "num_shared"}
 
     def __init__(
@@ -72,7 +73,7 @@ class GraphExperts(HeadGraphConv):
     def _traits(self, tables: EdgeTables) -> Traits:
         # Messages are shifted by the embeddings: no linear map, and features of a size.
         limit = 'kind="experts"'
-        return Traits(self.num_heads, FEATURES, reach=self.cross_layer, losses=(ALIGNMENT,), limited_by=limit)
+        return Traits(self.num_heads, FEATURES, reach=self.reach, losses=(ALIGNMENT,), limited_by=limit)
 
     def reset_parameters(self) -> None:
         """Returns to the neutral start."""

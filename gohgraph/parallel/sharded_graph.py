@@ -33,7 +33,7 @@ class ShardedEdgeWeights(EdgeWeights):
         self, edges: EdgeWeights, edges_of_ranks: Sequence[Sequence[int]], ranks: DeviceMesh | ProcessGroup
     ) -> None:
         nn.Module.__init__(self)
-        for name in ("context_dim", "kind", "rank", "activation", "rounds", "scale"):
+        for name in ("context_dim", "kind", "rank", "activation", "rounds", "scale", "scale_start"):
             setattr(self, name, getattr(edges, name))
         self.group = group_of(ranks)
         chosen = torch.tensor(edges_of_ranks[self.group.rank()], dtype=torch.long, device=edges.bias.device)  # [E']
@@ -43,7 +43,8 @@ class ShardedEdgeWeights(EdgeWeights):
         for name in ("bias", "weight"):
             value = getattr(edges, name)
             register(name, value if is_whole or value is None else _cut(value, 1, chosen, ranks))
-        self.down = edges.down
+        self.down, self.learned_scale = edges.down, edges.learned_scale
+        self.register_buffer("scaled", None if edges.scaled is None else edges.scaled[chosen], persistent=False)
         self.register_buffer("chosen", chosen if is_whole else None, persistent=False)
 
     def forward(self, context: Tensor | None = None) -> Tensor:
@@ -53,7 +54,8 @@ class ShardedEdgeWeights(EdgeWeights):
         if context is not None:
             # Who made a DTensor of what all ranks hold adds the gradients; of a plain tensor it is done here.
             context = local(context) if isinstance(context, DTensor) else sum_gradients(context, self.group)
-        return self._activated(context, bias, weight, down)
+        factor = None if self.learned_scale is None else sum_gradients(self.learned_scale, self.group)
+        return self._scaled(self._activated(context, bias, weight, down), factor)
 
 
 class ShardedHeadGraphConv(HeadGraphConv):
@@ -84,13 +86,14 @@ class ShardedHeadGraphConv(HeadGraphConv):
         the scores of this rank's heads and of those that `gather_senders` appended.
     """
 
+    by_layer = False
+
     def __init__(self, conv: HeadGraphConv, ranks: DeviceMesh | ProcessGroup, *, over_maps: bool = False) -> None:
         # What the parent's constructor makes is taken over from `conv`.
         super(HeadGraphConv, self).__init__(aggr="add", node_dim=-2)
         self.group, self.over_maps = group_of(ranks), over_maps
-        self.head_dim, self.backend, self.cross_layer, self.top_edges = (
-            conv.head_dim, conv.backend, conv.cross_layer, conv.top_edges
-        )  # fmt: skip
+        for name in ("head_dim", "backend", "cross_layer", "reach", "top_edges"):
+            setattr(self, name, getattr(conv, name))
         is_mesh, competes = isinstance(ranks, DeviceMesh), over_maps or conv.top_edges is not None
         edges = [(j, i) for j, i in conv.edge_index.t().tolist()]
         of_heads = [(j % conv.num_heads, i) for j, i in edges]
@@ -105,7 +108,7 @@ class ShardedHeadGraphConv(HeadGraphConv):
         edges_of_ranks = self.exchange.edges_of_ranks(edges)
         self.edges = ShardedEdgeWeights(conv.edges, edges_of_ranks, ranks)
         self.register_buffer("edge_index", conv.edge_index)
-        self.fusion, self.gain = conv.fusion, conv.gain
+        self.fusion, self.gain, self.traits = conv.fusion, conv.gain, conv.traits
         self._place([edges[index] for index in edges_of_ranks[self.group.rank()]])
         if self.gain is not None and not is_mesh:
             self.gain = _cut(self.gain, 0, self.held_senders, ranks)
@@ -192,6 +195,9 @@ class ShardedHeadGraphConv(HeadGraphConv):
 
     def _fusion(self) -> Tensor | None:
         return None if self.fusion is None else sum_gradients(self.fusion, self.group)
+
+    def _crosses_layers(self) -> Tensor:
+        return self.global_edges[0] >= self.exchange.num_heads  # [E']
 
     def _linked(self, active: Tensor) -> Tensor:
         active = local(active)

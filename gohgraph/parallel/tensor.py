@@ -14,8 +14,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from gohgraph.attention.block import INNER_SITES, MultiHeadAttention
-from gohgraph.graphs.protocol import check_site
+from gohgraph.attention.block import MultiHeadAttention
+from gohgraph.graphs.protocol import MAPS, check_site
 from gohgraph.models.embeddings import QueryKeyNorm
 from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import Stack, StackOutput
@@ -55,6 +55,12 @@ def tensor_parallel(model: Module, mesh: DeviceMesh, *, sequence_parallel: bool 
     between = TOKENS if sequence_parallel else WHOLE
     blocks = [part for part in model.modules() if isinstance(part, (MultiHeadAttention, FeedForward))]
     stacks = [part for part in model.modules() if isinstance(part, Stack)]
+    for stack in stacks:
+        if stack.path.residual != "plain":
+            raise ValueError(
+                f"Expected residual='plain' under tensor parallelism (got {stack.path.residual!r}). Do change it, or "
+                "train data parallel: ddp or fsdp."
+            )
     for block in blocks:
         _check(block, mesh.size())
     for parameter in (*model.parameters(), *model.buffers()):
@@ -170,7 +176,5 @@ def _check(block: MultiHeadAttention | FeedForward, ranks: int) -> None:
         name = type(block.inner_graphs["weight"]).__name__
         raise ValueError(f"Expected no graph at weights under tensor parallelism (got {name}). Do move it to scores.")
     nodes = {"keys": block.num_kv_heads, "values": block.num_kv_heads}
-    inner = {INNER_SITES[name]: graph for name, graph in block.inner_graphs.items()}
-    for site, graph in {"outputs": block.output_graph, "scores": block.score_graph, **inner}.items():
-        if graph is not None:
-            check_site(site, graph, nodes.get(site, block.num_heads), ("reach",) if site == "outputs" else ())
+    for site, graph in block.graphs.items():
+        check_site(site, graph, nodes.get(site, block.num_heads), () if site in MAPS else ("reach",))

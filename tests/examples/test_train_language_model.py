@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from helpers import load_script
 from gohgraph import LanguageModel
 from gohgraph.attention.head_load import load_cv
 from gohgraph.attention.routing import routers
+from gohgraph.models.config import BEFORE
 
 TINY = "--d-model 14 --num-heads 7 --num-layers 2 --d-ff 13 --length 17 --batch-size 3 --steps 11 --device cpu".split()
 
@@ -127,6 +129,24 @@ def test_graph_experts(main, tmp_path):
     assert (graph.outputs.topology, graph.outputs.num_shared, graph.outputs.rounds) == ("bipartite", 2, 3)
     assert graph.outputs.top_edges == 2 and graph.alignment == 0.1 and graph.routing.num_shared == 2
     assert (tmp_path / "out" / "heads.png").exists() and (tmp_path / "out" / "load.png").exists()
+
+
+def test_a_run_of_before_recipes_had_names_goes_on_as_it_began(main, tmp_path, capsys):
+    assert main("--run", "old", "--recipe", "old", "--checkpoint-every", "5") == 0
+    expected, file = log(tmp_path / "old"), tmp_path / "old" / "config.json"
+    shutil.rmtree(tmp_path / "old" / "checkpoints" / "step-000011")
+    saved = json.loads(file.read_text())
+    assert saved["training"]["optimizer"] == "adamw" and saved["model"]["init"] == "normal"
+    for field in BEFORE:
+        del saved["model"][field]
+    for field in ("optimizer", "matrix_learning_rate", "warmdown"):
+        del saved["training"][field]
+    del saved["flags"]["recipe"]
+    file.write_text(json.dumps(saved))
+    assert main("--run", "old", "--checkpoint-every", "5", "--resume") == 0
+    assert log(tmp_path / "old") == expected
+    capsys.readouterr()
+    assert "training.optimizer = 'muon'" in refused(main("--run", "old", "--resume", "--recipe", "modern"), capsys)
 
 
 def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatch, capsys):

@@ -25,6 +25,7 @@ EXPERTS = HeadGraphConfig.graph_experts
         ("--sites none", None),
         ("--sites scores", HeadGraphConfig(None, SiteConfig("ring"))),
         ("--sites both --topology ring --in-degree 3", HeadGraphConfig(SiteConfig.ring(3), SiteConfig("ring"))),
+        ("--cross-layer first", HeadGraphConfig(SiteConfig(cross_layer="first"))),
         ("--rounds 2 --cross-layer 1 --edge-norm", HeadGraphConfig(SiteConfig(rounds=2, cross_layer=1, norm=True))),
         ("--edges static --edge-activation none", HeadGraphConfig(SiteConfig(edges="static", activation=None))),
         ("--rank 3 --top-edges 2", HeadGraphConfig(SiteConfig(rank=3, top_edges=2))),

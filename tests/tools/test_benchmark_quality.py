@@ -24,7 +24,6 @@ from gohgraph.learning.contests.grid import Point
 from gohgraph.learning.contests.matching import count_parameters
 from gohgraph.learning.recipes import RECIPES
 from gohgraph.learning.train_config import TrainConfig
-from gohgraph.models.config import TransformerConfig
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +34,13 @@ def tool():
 @pytest.mark.parametrize("name", TASKS)
 def test_all_variants_have_equal_parameters(name):
     task = TASKS[name]()
-    configs = equal_configs(task, list(PRESETS))
+    # What stands in the last two layers needs two.
+    names = [variant for variant in PRESETS if task.num_layers > 1 or variant != "mudd-values"]
+    configs = equal_configs(task, names)
     counts = {variant: count_parameters(task.model(config)) for variant, config in configs.items()}
     stacks = 2 if name == "translation" else 1
     unit = stacks * task.num_layers * (2 * task.d_model + 1)
-    assert len(configs) == len(PRESETS) and max(counts.values()) - min(counts.values()) <= unit
+    assert len(configs) == len(names) and max(counts.values()) - min(counts.values()) <= unit
     assert next(iter(configs)) == "plain"
 
 
@@ -303,12 +304,12 @@ def test_the_modern_recipe_is_handed_to_model_and_training(tmp_path, monkeypatch
         seen[name] = (config, training)
         return LOG
 
-    grid = ["--grid", "learning_rate=0.004", "matrix_learning_rate=0.02", "graph_lr_factor=0.25", "--rounds", "2"]
+    grid = ["--rates", "0.004", "--grid", "matrix_learning_rate=0.02", "graph_lr_factor=0.25", "--rounds", "2"]
     runs = runs_of_two_cues(tmp_path, monkeypatch, "--recipe", "modern", "--steps", "40", *grid, train=train)
     config, training = seen[f"two-cues_{variant}_{runs.points[variant]}_1"]
-    assert config["qk_norm"] and config["init"] == TransformerConfig(9).init != "normal"
-    assert TrainConfig(**training).optimizer == "muon"
-    assert training["matrix_learning_rate"] == 0.02 and training["warmup"] == 2
+    assert config["qk_norm"] and config["init"] == "fan-in"
+    assert TrainConfig(**training).optimizer == "muon" and training["matrix_learning_rate"] == 0.02
+    assert training["warmup"] == 2
     assert training["graph_lr_factor"] == (0.25 if variant == "outputs" else 1.0)
     log = run_trial(
         str(tmp_path / "runs"), variant, "two-cues", {}, config, runs.configs["plain"].to_dict(), training, seed=0

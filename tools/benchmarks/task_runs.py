@@ -63,7 +63,7 @@ class TaskRuns:
         """What is searched for each variant."""
         rates, given = self.task.learning_rates, dict(self.flags.grid)
         if self.flags.rates is not None:
-            given.setdefault("learning_rate", self.flags.rates)
+            given.setdefault("learning_rate", tuple(self.flags.rates))
         return {
             variant: self.recipe.search(rates, given, has_graphs=config.head_graph is not None)
             for variant, config in self.configs.items()

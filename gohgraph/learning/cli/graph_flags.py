@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from gohgraph.graphs.config import HeadGraphConfig, RoutingConfig
+from gohgraph.graphs.cross_layer import ALL, FIRST
 from gohgraph.graphs.site_config import SiteConfig
 from gohgraph.graphs.topologies import TOPOLOGIES
 
@@ -27,7 +28,7 @@ def add_graph_flags(parser: argparse.ArgumentParser) -> None:
     graph("--rank", type=int, help="low rank of token edges (default: full)")
     graph("--edge-activation", choices=("tanh", "none"), default="tanh")
     graph("--rounds", type=int, help="rounds of message passing (default: 1, with --experts 2)")
-    graph("--cross-layer", type=int, help="earlier layers whose heads send too (outputs; default: 0)")
+    graph("--cross-layer", type=_layers, help="earlier layers whose heads send too: a number, first or all (outputs)")
     graph("--edge-norm", action="store_true", help="normalise messages per head (outputs)")
     graph("--top-edges", type=int, help="per token, each head keeps so many incoming edges (default: all)")
     graph("--experts", action="store_true", help="graph experts: messages between two kinds of heads (outputs)")
@@ -102,6 +103,10 @@ def _routing(flags: argparse.Namespace, num_heads: int, num_shared: int) -> Rout
     weights = {name: getattr(flags, name) for name in ("balance_loss", "z_loss", "bias_rate")}
     given = {name: weight for name, weight in weights.items() if weight is not None}
     return RoutingConfig(num_shared, top_k, straight_through=flags.straight_through, **given)
+
+
+def _layers(text: str) -> int | str:
+    return text if text in (FIRST, ALL) else int(text)
 
 
 def _topology(name: str, in_degree: int | None, flag: str) -> dict[str, Any]:
