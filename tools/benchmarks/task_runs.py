@@ -125,8 +125,8 @@ class TaskRuns:
         }
 
     def _training(self, point: Point, steps: int) -> dict[str, Any]:
-        own = {"steps": steps, "graph_lr_factor": self.flags.graph_lr_factor, **self.task.training(steps)}
-        return {**own, **self.recipe.trained(steps), **point.to_dict()}
+        own = {"steps": steps, "graph_lr_factor": self.flags.graph_lr_factor}
+        return {**own, **self.recipe.trained(steps, self.task.training(steps)), **point.to_dict()}
 
     def _times(self) -> dict[str, dict[str, Any]]:
         """Ratios of a training step's seconds to plain attention's (quartiles) and tokens a second, measured once."""
