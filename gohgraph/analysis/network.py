@@ -76,13 +76,6 @@ class HeadNetwork(Data):
 
     def strongest(self, count: int, by: str = "mean") -> list[dict[str, Any]]:
         """Returns the `count` edges of the largest |mean|, or of the highest other attribute, as dictionaries.
-
-        Example:
-            >>> import gohgraph as goh
-            >>> shape = dict(d_model=8, num_heads=2, num_layers=2, d_ff=8)
-            >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
-            >>> [(edge["sender"], edge["receiver"]) for edge in head_graph_of(model).strongest(2)]
-            [('0.0', '0.0'), ('0.1', '0.0')]
         """
         values = self[by].abs() if by == "mean" else self[by].nan_to_num(-torch.inf)
         names = self.attributes()[1]
@@ -121,7 +114,7 @@ def head_graph_of(
     """
     heads = at_rest(source) if isinstance(source, nn.Module) else source
     if not heads:
-        raise ValueError("Expected a recording with at least one head graph (got none). Do record a forward pass.")
+        raise ValueError(f"Expected a recording with at least one head graph (got {heads!r}). Do record a pass.")
     places = {name: _place(name, recording, heads) for name, recording in heads.items()}
     numbers, nodes = _nodes(heads, places, importance or {})
     columns: dict[str, list] = {name: [] for name in EDGE_ATTRIBUTES}

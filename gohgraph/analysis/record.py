@@ -1,7 +1,5 @@
 """Recording what head graphs do in a forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any

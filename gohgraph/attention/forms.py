@@ -5,8 +5,6 @@ Every form computes the same numbers, those of `mixed_attention` on whole maps. 
 a `Call`: our own block, the drop-in, timm's and transformers' attention, Megatron and tensor parallelism.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -113,7 +111,7 @@ def _named(name: str, call: Call) -> Form:
 def _with_senders(call: Call) -> Call:
     if call.scores is None:
         return call
-    q, k = call.scores.senders(call.q, call.k)
+    q, k = call.scores.graph.gather_senders(call.q, call.k)
     return call if q is call.q else call._replace(q=q, k=k)
 
 

@@ -1,7 +1,5 @@
 """Figure of what changed between two recordings of one graph."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,9 +30,6 @@ def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str,
 
     Args:
         first, second: recordings of two texts, two checkpoints, before and after training, whole and pruned.
-
-    Raises:
-        ValueError: other graphs, heads, rounds or first layers that send in one than in the other.
 
     Example:
         >>> from types import SimpleNamespace
@@ -67,9 +62,6 @@ def draw_difference(
         first, second: as in `difference`; what is drawn is second minus first.
         view: `"circle"`, or `"matrix"` where every number matters.
         path, title, threshold, limit, and what is returned: as in `draw`.
-
-    Raises:
-        ValueError: as `difference` and `draw`; another view.
 
     Example:
         >>> from types import SimpleNamespace

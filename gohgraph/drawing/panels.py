@@ -1,7 +1,5 @@
 """What the panels of a figure show, and how they are laid out on a page."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +59,7 @@ def panels_of(heads: Mapping[str, Any]) -> list[Panel]:
     """
     if not len(heads):
         raise ValueError(
-            "Expected a recording with at least one head graph (got none). "
+            f"Expected a recording with at least one head graph (got {heads!r}). "
             "Do record a forward pass of a model that has head_graph set."
         )
     panels = []

@@ -1,7 +1,5 @@
 """The modules at the sites of attention, made of their configurations."""
 
-from __future__ import annotations
-
 from gohgraph.graphs.baselines import BASELINES
 from gohgraph.graphs.chain import Chain
 from gohgraph.graphs.conv import HeadGraphConv
@@ -9,7 +7,7 @@ from gohgraph.graphs.experts import GraphExperts
 from gohgraph.graphs.keyed import KeyedGraphConv
 from gohgraph.graphs.learned_topology import LearnedTopologyConv
 from gohgraph.graphs.protocol import SiteGraph
-from gohgraph.graphs.site_config import BaselineConfig, Site, SiteConfig, parts_of
+from gohgraph.graphs.site_config import BaselineConfig, Site, parts_of
 from gohgraph.graphs.wrapped import as_site_graph
 
 GRAPHS: dict[str, type[HeadGraphConv]] = {
@@ -34,16 +32,15 @@ def build_graph(site: Site | None, sizes: tuple[int, int, int], *, layer: int | 
         >>> build_graph(SiteConfig.ring(2), (5, 3, 7)).edge_index.shape
         torch.Size([2, 10])
     """
-    built = [_build(part, sizes, layer) for part in parts_of(site)]
-    parts = [part for part in built if part is not None]
+    parts = []
+    for part in parts_of(site):
+        if isinstance(part, BaselineConfig):
+            parts.append(_baseline(part, sizes))
+            continue
+        graph = GRAPHS[part.kind].from_config(part, *sizes, layer=layer)
+        if graph.edges.num_edges or not part.cross_layer:
+            parts.append(graph)
     return None if not parts else parts[0] if len(parts) == 1 else Chain(parts)
-
-
-def _build(part: SiteConfig | BaselineConfig, sizes: tuple[int, int, int], layer: int | None) -> SiteGraph | None:
-    if isinstance(part, BaselineConfig):
-        return _baseline(part, sizes)
-    graph = GRAPHS[part.kind].from_config(part, *sizes, layer=layer)
-    return None if part.cross_layer and not graph.edges.num_edges else graph
 
 
 def _baseline(part: BaselineConfig, sizes: tuple[int, int, int]) -> SiteGraph:

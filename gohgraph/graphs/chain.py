@@ -1,13 +1,11 @@
 """Several graphs at one site, one after another."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from gohgraph.graphs.cross_layer import joined, reached
-from gohgraph.graphs.protocol import Losses, SiteGraph, Traits
+from gohgraph.graphs.protocol import SiteGraph, Traits
 
 
 class Chain(nn.ModuleList, SiteGraph):
@@ -30,16 +28,7 @@ class Chain(nn.ModuleList, SiteGraph):
         super().__init__(graphs)
         self.traits = _common_traits([graph.traits for graph in graphs])
 
-    def forward(
-        self,
-        nodes: Tensor,
-        context: Tensor | None = None,
-        earlier: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-        *,
-        keys: Tensor | None = None,
-        losses: Losses | None = None,
-    ) -> Tensor:
+    def forward(self, nodes, context=None, earlier=(), active=None, *, keys=None, losses=None) -> Tensor:
         """Passes the nodes `[*, H, F]` through all graphs."""
         for graph in self:
             state = keys if graph.traits.keyed else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,10 @@ from gohgraph.graphs.dense import add_layers, add_product, edge_kinds, pays_by_l
 from gohgraph.graphs.edge_tables import EdgeTables, edge_tables
 from gohgraph.graphs.edges import EdgeWeights
 from gohgraph.graphs.graph import head_graph
-from gohgraph.graphs.protocol import FEATURES, MAPS, Losses, SiteGraph, Sparse, Traits
+from gohgraph.graphs.protocol import FEATURES, MAPS, SiteGraph, Sparse, Traits
 from gohgraph.graphs.site_config import SiteConfig
 
 BACKENDS = ("dense", "pyg")
-# What a `SiteConfig` and the constructor have in common.
 OPTIONS = ("edges", "rank", "activation", "rounds", "cross_layer", "norm", "backend", "top_edges")
 
 
@@ -71,8 +70,10 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         (torch.Size([2, 5, 64]), torch.Size([2, 5, 8, 8]))
     """
 
+    # Options of the constructor, and what a `SiteConfig` calls them.
+    options: ClassVar[dict[str, str]] = {name: name for name in OPTIONS}
     # Whether senders are nodes as they are, so that messages can be added layer by layer, without joining the layers.
-    by_layer = True
+    by_layer: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -118,17 +119,15 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         context_dim: int,
         *,
         layer: int | None = None,
-        **more: Any,
     ) -> HeadGraphConv:
         """Builds the graph and convolution a `SiteConfig` names, for the layer of that index in its stack.
 
         A layer has only `layer` layers before it: `cross_layer` is cut to that, unless `layer` is `None`.
-        `more` goes to the constructor of a subclass.
         """
         graph = head_graph(num_heads, config.topology, self_loops=config.self_loops, **config.options)
-        options = {name: getattr(config, name) for name in OPTIONS}
+        options = {name: getattr(config, field) for name, field in cls.options.items()}
         options["cross_layer"] = CrossLayer.of(config.cross_layer).at(layer)
-        return cls(graph, head_dim, context_dim, **options, **more)
+        return cls(graph, head_dim, context_dim, **options)
 
     @property
     def rounds(self) -> int:
@@ -205,16 +204,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
             limited_by="" if self.gain is None else "norm=True",
         )
 
-    def forward(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        earlier: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-        *,
-        keys: Tensor | None = None,
-        losses: Losses | None = None,
-    ) -> Tensor:
+    def forward(self, z, context=None, earlier=(), active=None, *, keys=None, losses=None) -> Tensor:
         """Passes messages between the nodes `z [*, H, D]` under the context `[*, M]`; see `SiteGraph.forward`."""
         if self.fusion is None:
             self._check_nodes(z, earlier)
@@ -224,13 +214,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
             return self._add_messages(z, self._senders(z, earlier), alpha)
         return self._fuse(z, self.messages(z, context, earlier, active))
 
-    def messages(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        earlier: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-    ) -> list[Tensor]:
+    def messages(self, z: Tensor, context=None, earlier=(), active=None) -> list[Tensor]:
         """Returns m^(1), ..., m^(R), `[*, H, D]` each: what heads receive in each round; z^(r) = z^(r-1) + m^(r)."""
         self._check_nodes(z, earlier)
         weights = self._weights(context, active).to(z.dtype)  # [*, R, E] or [R, E]
@@ -311,9 +295,11 @@ class HeadGraphConv(MessagePassing, SiteGraph):
 
     def _senders(self, nodes: Tensor, earlier: Sequence[Tensor]) -> Tensor:
         senders = torch.cat((nodes, *reached(earlier, self.reach)), dim=-2) if self.cross_layer else nodes  # [*, S, D]
-        if self.gain is None:
-            return senders
-        return F.rms_norm(senders, (senders.shape[-1],)) * self.gain.to(senders.dtype)
+        gain = self._gain()
+        return senders if gain is None else F.rms_norm(senders, (senders.shape[-1],)) * gain.to(senders.dtype)
+
+    def _gain(self) -> Tensor | None:
+        return self.gain
 
     def _add_messages(self, z: Tensor | None, senders: Tensor, alpha: Tensor) -> Tensor:
         if self.backend == "pyg":
@@ -328,14 +314,11 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         return alpha.reshape(*alpha.shape[:-1], self.num_heads, self.num_senders)  # [*, H, S]
 
     def _check_nodes(self, z: Tensor, earlier: Sequence[Tensor]) -> None:
-        if z.dim() < 2 or z.shape[-2] != self.num_heads:
+        if z.dim() < 2 or z.shape[-2] != self.traits.num_heads:
             raise ValueError(
-                f"Expected nodes of shape [*, {self.num_heads}, D] (got {list(z.shape)}). "
+                f"Expected nodes of shape [*, {self.traits.num_heads}, D] (got {list(z.shape)}). "
                 "Do build the graph over as many heads as the attention has."
             )
-        self._check_earlier(earlier)
-
-    def _check_earlier(self, earlier: Sequence[Tensor]) -> None:
         if len(earlier) < self.cross_layer:
             raise ValueError(
                 f"Expected the nodes of {self.cross_layer} layers before (got {len(earlier)}). Do pass them as "

@@ -1,7 +1,5 @@
 """Learned edge weights: one signed number per edge, chosen per token."""
 
-from __future__ import annotations
-
 import math
 
 import torch

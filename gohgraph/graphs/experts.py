@@ -1,9 +1,7 @@
 """Graph-convolution experts: rounds of messages between two kinds of heads."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +11,7 @@ from torch_geometric.data import Data
 from gohgraph.common.checks import check_int
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.edge_tables import EdgeTables
-from gohgraph.graphs.protocol import FEATURES, Losses, Traits
-from gohgraph.graphs.site_config import SiteConfig
+from gohgraph.graphs.protocol import FEATURES, Traits
 
 ALIGNMENT = "alignment"
 
@@ -53,7 +50,8 @@ class GraphExperts(HeadGraphConv):
         True
     """
 
-    by_layer = False
+    options: ClassVar[dict[str, str]] = {**HeadGraphConv.options, "num_shared": "num_shared"}
+    by_layer: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -72,11 +70,6 @@ class GraphExperts(HeadGraphConv):
         self.head_embedding = nn.Parameter(torch.empty(self.num_heads, head_dim))
         self._reset_embeddings()
 
-    @classmethod
-    def from_config(cls, config: SiteConfig, *sizes: int, layer: int | None = None) -> GraphExperts:
-        """Builds the experts that a `SiteConfig` of this kind names; sizes as in `HeadGraphConv.from_config`."""
-        return super().from_config(config, *sizes, layer=layer, num_shared=config.num_shared)
-
     def _traits(self, tables: EdgeTables) -> Traits:
         # Messages are shifted by the embeddings: no linear map, and features of a size.
         limit = 'kind="experts"'
@@ -87,16 +80,7 @@ class GraphExperts(HeadGraphConv):
         super().reset_parameters()
         self._reset_embeddings()
 
-    def forward(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        earlier: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-        *,
-        keys: Tensor | None = None,
-        losses: Losses | None = None,
-    ) -> Tensor:
+    def forward(self, z, context=None, earlier=(), active=None, *, keys=None, losses=None) -> Tensor:
         """Passes messages between the nodes `z [*, H, D]`; see `SiteGraph.forward`."""
         if losses is None or ALIGNMENT not in losses:
             return super().forward(z, context, earlier, active)

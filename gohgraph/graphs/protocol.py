@@ -4,8 +4,6 @@ A site is a place in attention where heads can hear of each other. At `outputs`,
 nodes are heads with features; at `scores` and `weights` they are the heads' attention maps over keys.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -209,10 +207,6 @@ class Messages(NamedTuple):
     def matrix(self) -> Tensor:
         """Returns the same as a matrix over heads for every query, `[B, T, H, H]` or `[H, H]`."""
         return self.graph.matrix(self.context, self.active)
-
-    def senders(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the queries and keys of all senders, those of other ranks behind the own ones."""
-        return self.graph.gather_senders(q, k)
 
     def widen(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""Returns Q', K' and V, whose plain attention of scale 1/sqrt(D) is attention under the messages.

@@ -32,8 +32,12 @@ def parameter_groups(
         >>> import gohgraph as goh
         >>> transformer = goh.TransformerConfig(9, d_model=8, num_heads=2, d_ff=8, head_graph=goh.HeadGraphConfig())
         >>> groups = parameter_groups(goh.LanguageModel(transformer), TrainConfig(steps=1, graph_lr_factor=2.0))
-        >>> [(group["name"], group["lr"], group["weight_decay"]) for group in groups]
-        [('matrices', 0.001, 0.1), ('vectors', 0.001, 0.0), ('head graphs', 0.002, 0.0)]
+        >>> for group in groups:
+        ...     print(group["name"], group["lr"], group["weight_decay"])
+        matrices 0.02 0.1
+        embeddings 0.001 0.1
+        vectors 0.001 0.0
+        head graphs 0.002 0.0
     """
     graphs = [module for module in model.modules() if isinstance(module, at_sites)]
     asking = [graph for graph in graphs if isinstance(graph, SiteGraph) and graph.traits.weight_decay]

@@ -1,7 +1,5 @@
 """The folder of a run: its configuration, log and checkpoints."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -60,10 +60,10 @@ class TransformerConfig(Config):
     positions: str = "rotary"
     norm_first: bool = True
     norm: str = "layer"
-    qk_norm: bool = False
+    qk_norm: bool = True
     embedding_norm: bool = False
     logit_cap: float | None = None
-    init: str = "normal"
+    init: str = "fan-in"
     dropout: float = 0.0
     bias: bool = True
     tie_embeddings: bool = True

@@ -27,7 +27,7 @@ NO_GRAPHS = HeadGraphConfig(outputs=None)
 class EncoderLayer(nn.Module):
     """One layer of self attention and feed-forward; causal, it is the layer of a decoder-only language model.
 
-    With plain attention it equals `torch.nn.TransformerEncoderLayer` of the same weights.
+    With plain attention and no `qk_norm` it equals `torch.nn.TransformerEncoderLayer` of the same weights.
 
     Args:
         config: the transformer's configuration.
@@ -60,8 +60,8 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer of causal self attention, cross attention to the encoder's output, and feed-forward.
 
-    With plain attention it equals `torch.nn.TransformerDecoderLayer` of the same weights. Both attentions have head
-    graphs of their own.
+    With plain attention and no `qk_norm` it equals `torch.nn.TransformerDecoderLayer` of the same weights. Both
+    attentions have head graphs of their own.
 
     Args:
         config: the transformer's configuration.

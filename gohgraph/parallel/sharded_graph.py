@@ -1,7 +1,5 @@
 """The part of a head graph that one tensor-parallel rank computes, under gohgraph's own engine and Megatron-Core's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -12,10 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from gohgraph.graphs.conv import HeadGraphConv
-from gohgraph.graphs.cross_layer import reached
 from gohgraph.graphs.edge_tables import EdgeTables
 from gohgraph.graphs.edges import EdgeWeights
-from gohgraph.graphs.protocol import Losses, Traits
+from gohgraph.graphs.protocol import Traits
 from gohgraph.parallel.collectives import gather_heads, local, scatter_heads, sum_gradients
 from gohgraph.parallel.exchange import GATHER, SCATTER, plan_exchange
 
@@ -87,9 +84,6 @@ class ShardedHeadGraphConv(HeadGraphConv):
     Shape:
         z `[*, H/n, D]`, context `[*, M]` of all ranks, active bool `[*, H]` -> `[*, H/n, D]`. With `over_maps`, z holds
         the scores of this rank's heads and of those that `gather_senders` appended.
-
-    Raises:
-        ValueError: H is not a multiple of the ranks; several rounds of messages between scores across ranks.
     """
 
     by_layer = False
@@ -155,16 +149,7 @@ class ShardedHeadGraphConv(HeadGraphConv):
         """True when edges in order are the rows of the adjacency."""
         return self.in_order
 
-    def forward(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        earlier: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-        *,
-        keys: Tensor | None = None,
-        losses: Losses | None = None,
-    ) -> Tensor:
+    def forward(self, z, context=None, earlier=(), active=None, *, keys=None, losses=None) -> Tensor:
         """Passes messages to the nodes of this rank."""
         if not (self.over_maps and self.exchange.width):
             return super().forward(z, context, earlier, active)
@@ -194,11 +179,10 @@ class ShardedHeadGraphConv(HeadGraphConv):
         return tuple(torch.cat(both, dim=-2) for both in zip(nodes, needed, strict=True))
 
     def _senders(self, nodes: Tensor, earlier: Sequence[Tensor]) -> Tensor:
-        held = torch.cat((nodes, *reached(earlier, self.reach)), dim=-2) if self.cross_layer else nodes  # [*, S', D]
-        if self.gain is not None:
-            gain = rows_here(self.gain, 0, self.held_senders, self.group)  # [S', D]
-            held = F.rms_norm(held, (held.shape[-1],)) * gain.to(held.dtype)
-        return self.gather_senders(held)[0]
+        return self.gather_senders(super()._senders(nodes, earlier))[0]  # [*, S, D]
+
+    def _gain(self) -> Tensor | None:
+        return rows_here(self.gain, 0, self.held_senders, self.group)  # [S', D]
 
     def _add_messages(self, z: Tensor | None, senders: Tensor, alpha: Tensor) -> Tensor:
         if self.exchange.kind != SCATTER:
@@ -228,7 +212,7 @@ class ShardedHeadGraphConv(HeadGraphConv):
                 f"Expected nodes of shape [*, {self.exchange.per_rank}, D], this rank's heads (got {list(z.shape)}). "
                 "Do shard the projections too, with tensor_parallel."
             )
-        self._check_earlier(earlier)
+        super()._check_nodes(z, earlier)
 
 
 def group_of(ranks: DeviceMesh | ProcessGroup) -> ProcessGroup:

@@ -180,7 +180,8 @@ def test_composition_leaves_masked_weights_at_zero_and_takes_nothing_from_heads_
 def attention_of(name, **settings):
     """Attention of a preset, with weights as after training."""
     heads = presets.preset(name, H)
-    config = goh.TransformerConfig(7, H * D, H, num_layers=1, d_ff=1, positions="none", head_graph=heads, **settings)
+    shape = {"num_layers": 1, "d_ff": 1, "positions": "none", "qk_norm": False}
+    config = goh.TransformerConfig(7, H * D, H, **shape, head_graph=heads, **settings)
     return trained_like(goh.EncoderLayer(config, causal=True)).attention.object
 
 

@@ -84,7 +84,7 @@ def cases(test):
 @cases
 @pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
 def test_encoder_layer_equals_torch(activation, norm_first, is_padded, causal):
-    config = small_config(positions="learned", activation=activation, norm_first=norm_first)
+    config = small_config(positions="learned", qk_norm=False, activation=activation, norm_first=norm_first)
     theirs = trained_like(nn.TransformerEncoderLayer(M, 5, **torch_settings(config)))
     ours = EncoderLayer(config, causal=causal).double()
     copy_weights(layer_pairs(ours, theirs))
@@ -106,7 +106,7 @@ def test_encoder_layer_equals_torch(activation, norm_first, is_padded, causal):
 @cases
 @pytest.mark.parametrize("is_masked", [False, True], ids=["memory", "masked-memory"])
 def test_decoder_layer_equals_torch(activation, norm_first, is_padded, is_masked):
-    config = small_config(positions="learned", activation=activation, norm_first=norm_first)
+    config = small_config(positions="learned", qk_norm=False, activation=activation, norm_first=norm_first)
     theirs = trained_like(nn.TransformerDecoderLayer(M, 5, **torch_settings(config)))
     ours = DecoderLayer(config).double()
     copy_weights(layer_pairs(ours, theirs))
@@ -143,7 +143,7 @@ def test_decoder_layer_equals_torch(activation, norm_first, is_padded, is_masked
 @pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
 @pytest.mark.parametrize("kind", ["encoder", "causal", "decoder"])
 def test_whole_stack_equals_torch(kind, norm_first):
-    config = small_config(positions="learned", norm_first=norm_first)
+    config = small_config(positions="learned", qk_norm=False, norm_first=norm_first)
     ours = Stack(config, kind).double()
     if kind == "decoder":
         layer, stack = nn.TransformerDecoderLayer, nn.TransformerDecoder

@@ -1,7 +1,5 @@
 """Flags of a command line that describe head graphs and routing, and the configuration they make."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A training script: its flags, its run folder, Ctrl-C and `--resume`."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys
@@ -13,6 +11,7 @@ from typing import Any, ClassVar
 from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.learning.cli.flags import add_run_flags, add_size_flags, add_training_flags, fill_sizes, train_config
 from gohgraph.learning.loop import Training, TrainingInterrupted
+from gohgraph.learning.recipes import RECIPES
 from gohgraph.learning.run_folder import last_folder, new_folder, runs_in, write_text
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.parallel.ranks import lost_ranks, machines, on_first_rank, process_group, under_torchrun, world_size
@@ -31,7 +30,7 @@ class Script:
         name: of the script below `examples/`, without its suffix.
         runs: the run folder is `runs/...` unless `--run` names one.
         full, smoke: sizes of a full run and of `--smoke` by name; each becomes a flag and stands in `flags`.
-        weight_decay: where `--weight-decay` does not say otherwise.
+        recipe, weight_decay: where `--recipe` and `--weight-decay` do not say otherwise.
         folder: the run folder, once `train` is called.
 
     Example:
@@ -48,6 +47,7 @@ class Script:
     runs: ClassVar[str]
     full: ClassVar[Mapping[str, Any]]
     smoke: ClassVar[Mapping[str, Any]]
+    recipe: ClassVar[str] = "modern"
     weight_decay: ClassVar[float] = 0.1
     folder: Path
 
@@ -68,7 +68,7 @@ class Script:
         cls.add_flags(parser)
         add_run_flags(parser, cls.runs)
         add_size_flags(parser, cls.full)
-        add_training_flags(parser, weight_decay=cls.weight_decay)
+        add_training_flags(parser, recipe=cls.recipe, weight_decay=cls.weight_decay)
         return parser
 
     @classmethod
@@ -91,8 +91,10 @@ class Script:
         return self.folder / f"seed-{seed}" if len(self.flags.seeds) > 1 else self.folder
 
     def values(self, *names: str) -> dict[str, Any]:
-        """Returns the values of flags by name; by default those that give a transformer its shape."""
-        return {name: getattr(self.flags, name) for name in names or ("d_model", "num_heads", "num_layers", "d_ff")}
+        """Returns the values of flags by name; by default those that give a transformer its shape, and the recipe's."""
+        if names:
+            return {name: getattr(self.flags, name) for name in names}
+        return self.values("d_model", "num_heads", "num_layers", "d_ff") | RECIPES[self.flags.recipe].model
 
     def config(self, seed: int, learning_rate: float, **overrides: Any) -> TrainConfig:
         """Returns the training that the flags describe; `overrides` go over them."""

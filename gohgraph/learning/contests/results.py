@@ -1,7 +1,5 @@
 """What a contest led to: its table, and which of two models is better."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
