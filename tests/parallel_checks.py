@@ -259,8 +259,10 @@ def refusals(rank: int) -> list[str]:
     found = []
     experts = HeadGraphConfig.graph_experts(2)
     rounds = HeadGraphConfig(None, SiteConfig(rounds=2))
-    for graph, heads, length in ((None, 5, 4), (experts, 4, 4), (rounds, 4, 4), (None, 4, 5)):
+    cases = ((None, 5, 4), (experts, 4, 4), (rounds, 4, 4), (None, 4, 5), (None, 4, 4, "hyper"))
+    for graph, heads, length, *residual in cases:
         shape = {"d_model": 10 * heads, "num_heads": heads, "num_layers": 1, "d_ff": 20}
+        shape |= {"residual": residual[0]} if residual else {}
         try:
             ranks = Ranks(LanguageModel(TransformerConfig(VOCAB, **shape, head_graph=graph)), SEQUENCE)
             ranks.model(torch.zeros(1, length, dtype=torch.long))

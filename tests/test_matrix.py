@@ -82,7 +82,7 @@ CONVS = {
     "ring": SiteConfig.ring(2),
     "static": SiteConfig(edges="static"),
     "frozen": SiteConfig(edges="frozen"),
-    "rank": SiteConfig(rank=3),
+    "rank": SiteConfig(rank=3, learning_rate_factor=0.5),
     "no tanh": SiteConfig(activation=None, self_loops=False),
     "rounds": SiteConfig.ring(2, rounds=2),
     "top edges": SiteConfig(top_edges=2),
@@ -109,12 +109,14 @@ KINDS = CONVS | {
 # What only some sites can have, wherever it is.
 CROSS = {"cross layer", "cross layer, all pairs"}
 KEYED = {"keyed", "baseline composition"}
+AT_ONE_SITE = {"baseline exclusive", "baseline differential", "baseline paired"}
 LINEAR = {*CONVS, "pyg", "learned", "baseline softmax", "baseline gate of heads", "chain", "a linear graph"}
 ANYWHERE = LINEAR | {"a module", "a graph"}
-FEATURES = set(KINDS) - KEYED
+FEATURES = set(KINDS) - KEYED - AT_ONE_SITE
 
 # Whom a holder takes at each of its sites; at all others it takes nobody.
-OWN = {"outputs": FEATURES, "scores": ANYWHERE | KEYED, "weights": ANYWHERE | {"baseline composition"}}
+OWN = {"outputs": FEATURES | {"baseline exclusive"}, "scores": ANYWHERE | KEYED | {"baseline paired"}}
+OWN["weights"] = ANYWHERE | {"baseline composition", "baseline differential"}
 OWN |= dict.fromkeys(INNER, FEATURES)
 FOREIGN = {"outputs": FEATURES - CROSS, "scores": ANYWHERE}
 MEGATRON = {"outputs": {*CONVS, "norm", "pyg"}, "scores": {*CONVS, "pyg"}}
@@ -130,7 +132,7 @@ TAKES = {
 }
 # Distinct primes, or twice one, and numbers that coincide; with and without grouped keys.
 HOLDERS = {
-    "own": (OwnModel, Sizes(5, 5, 6, 7)),
+    "own": (OwnModel, Sizes(4, 4, 6, 7)),
     "own, H = D = T, grouped": (OwnModel, Sizes(6, 3, 6, 6)),
     "drop-in": (DropIn, Sizes(5, 5, 3, 7)),
     "drop-in, H = D = T": (DropIn, Sizes(6, 6, 6, 6)),
@@ -204,6 +206,9 @@ def test_a_graph_is_refused_when_built_or_runs_as_defined(holders, calls, name, 
     holder = holders(name)
     for site in SITES:
         takes = kind in TAKES[type(holder)].get(site, ())
+        if kind == "baseline paired":
+            # Heads that share a key/value head have no keys to join.
+            takes = takes and holder.sizes.heads == holder.sizes.groups
         if isinstance(KINDS[kind], type) and site not in holder.own_sites:
             # No door for modules.
             assert not takes
@@ -251,8 +256,9 @@ def check_heads(holder, site, blocks, calls):
             if not other.refuses(call):
                 assert_close(other.run(call)[0], expected, holder.exact, f"{site}, {other.name}")
         if "outputs" in graphs:
-            graph = graphs["outputs"]
-            expected = graph(expected, x, reached(earlier, graph.traits.reach), None)
+            graph, groups = graphs["outputs"], call.q.shape[2] // call.v.shape[2]
+            own = {"values": call.v.repeat_interleave(groups, dim=2)} if graph.traits.reads_values else {}
+            expected = graph(expected, x, reached(earlier, graph.traits.reach), None, **own)
         assert_close(z, expected, holder.exact, site)
         earlier.insert(0, z)
         check_inner(holder, site, call, x, graphs, block, inner)
@@ -262,6 +268,8 @@ def attention_by_definition(call, x, graphs, causal):
     """Softmax over whole maps, `[B, T, H, D]`, with messages before and after."""
     q, heads = call.q, call.q.shape[2]
     k, v = (each.repeat_interleave(heads // each.shape[2], dim=2) for each in (call.k, call.v))  # [B, S, H, D]
+    if "scores" in graphs and graphs["scores"].traits.joins_keys:
+        return joined_by_definition(q, k, v, causal)
     maps = torch.einsum("bthd,bshd->bths", q, k) * q.shape[-1] ** -0.5  # [B, T, H, S]
     if "scores" in graphs:
         maps = graphs["scores"](maps, x, keys=graphs["scores"].key_state(x))
@@ -272,6 +280,19 @@ def attention_by_definition(call, x, graphs, causal):
     if "weights" in graphs:
         maps = graphs["weights"](maps, x, keys=graphs["weights"].key_state(x))
     return torch.einsum("bths,bshd->bthd", maps, v)  # [B, T, H, D]
+
+
+def joined_by_definition(q, k, v, causal):
+    """Softmax over the keys of both heads of a pair, at every token those of the first before those of the second."""
+    token, z = torch.arange(q.shape[1]), []
+    for head in range(q.shape[2]):
+        pair = [head // 2 * 2, head // 2 * 2 + 1]
+        maps = torch.einsum("btd,bspd->btsp", q[:, :, head], k[:, :, pair]) * q.shape[-1] ** -0.5  # [B, T, S, 2]
+        if causal:
+            places = 2 * token.unsqueeze(1) + torch.arange(2)  # [S, 2]
+            maps = maps.masked_fill(places > (2 * token + head % 2).view(-1, 1, 1), float("-inf"))
+        z.append(maps.flatten(2).softmax(dim=-1) @ v[:, :, pair].flatten(1, 2))  # [B, T, D]
+    return torch.stack(z, dim=2)
 
 
 def check_inner(holder, site, call, x, graphs, block, earlier):

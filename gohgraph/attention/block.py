@@ -20,7 +20,7 @@ from gohgraph.graphs.wrapped import graph_at
 # The further sites by the name of their slot, and what the block can give graphs at every site.
 INNER_SITES = {"query": "queries", "key": "keys", "value": "values", "weight": "weights"}
 ALLOWED = {
-    "outputs": {"whole", "reach"},
+    "outputs": {"whole", "reach", "values"},
     **dict.fromkeys(("scores", "weights"), {"whole", "keyed", "nonlinear"}),
     **dict.fromkeys(("queries", "keys", "values"), {"whole", "reach"}),
 }
@@ -135,7 +135,10 @@ class MultiHeadAttention(nn.Module):
         if unknown := sorted(set(inner_graphs) - set(INNER_SITES)):
             raise ValueError(f"Expected inner_graphs of {list(INNER_SITES)} (got {unknown}). Do choose among them.")
         output_graph = graph_at("outputs", output_graph, self.num_heads, ALLOWED["outputs"])
-        score_graph = graph_at("scores", score_graph, self.num_heads, ALLOWED["scores"])
+        # Pairs of heads that share a key/value head have no keys to join, and routed heads no pairs.
+        joins = self.num_kv_heads == self.num_heads and router is None and "weight" not in inner_graphs
+        allowed = ALLOWED["scores"] | ({"joined keys"} if joins else set())
+        score_graph = graph_at("scores", score_graph, self.num_heads, allowed)
         inner = {}
         for name, graph in inner_graphs.items():
             site, nodes = INNER_SITES[name], self.num_kv_heads if name in ("key", "value") else self.num_heads
@@ -193,7 +196,8 @@ class MultiHeadAttention(nn.Module):
         mask, dropout = Mask(keep_mask, self.causal), self.dropout if self.training else 0.0
         z, _ = attend(Call(q, k, v, mask, dropout, scores, weights, routed), self.form)  # [B, T, H, D]
         if self.output_graph is not None:
-            z = self._pass_messages(z, x, history, active, token_mask, losses)
+            own = {"values": self._own(v, x, memory)} if self.output_graph.traits.reads_values else {}
+            z = self._pass_messages(z, x, history, active, token_mask, losses, **own)
         if routing is not None:
             z = z * routing.gates.unsqueeze(-1).to(z.dtype)
         history.hand_on("outputs", z)
@@ -271,6 +275,16 @@ class MultiHeadAttention(nn.Module):
             for graph in self._map_graphs()
         ]
 
+    def _own(self, v: Tensor, x: Tensor, memory: Tensor | None) -> Tensor:
+        """Of all values `[B, S, G, D]` those of the tokens of `x` themselves, for every head: `[B, T, H, D]`."""
+        if memory is not None:
+            raise ValueError(
+                f"Expected self attention for {type(self.output_graph).__name__}, which reads the tokens' own values "
+                "(got a memory). Do leave the graph out of cross attention."
+            )
+        own = v[:, v.shape[1] - x.shape[1] :]  # [B, T, G, D]
+        return own.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
+
     def _pass_messages(
         self,
         z: Tensor,
@@ -279,10 +293,11 @@ class MultiHeadAttention(nn.Module):
         active: Tensor | None,
         token_mask: Tensor | None,
         losses: Losses | None,
+        **own: Tensor,
     ) -> Tensor:
         asked: Losses = {} if losses is None else {name: [] for name in losses}
         earlier = history.of("outputs", self.output_graph)
-        z = self.output_graph(z, x, earlier, active, losses=asked)  # [B, T, H, D]
+        z = self.output_graph(z, x, earlier, active, losses=asked, **own)  # [B, T, H, D]
         for name, of_nodes in asked.items():
             losses[name] += [_mean_over(one, active, token_mask) for one in of_nodes]
         return z

@@ -1,13 +1,13 @@
-"""Folding static graphs into the projections beside them: what is left has no graphs, a converted model is stock."""
+"""Folding static graphs into the projections beside them: what is left has none, a converted model is stock."""
 
 from __future__ import annotations
 
 import dataclasses
 from copy import deepcopy
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.slots import HeadSlots
@@ -19,154 +19,166 @@ from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.models.config import ClassifierConfig, TransformerConfig
 
 PROJECTIONS = ("Linear", "NonDynamicallyQuantizableLinear", "Conv1D")
-# The sites whose nodes a projection makes, and its name in `MultiHeadAttention`.
-INTO = {"queries": "query", "keys": "key", "values": "value"}
+# Where a graph lies beside a projection, and by which name the block holds both.
+BEFORE_ATTENTION = {"queries": "query", "keys": "key", "values": "value"}
 Module = TypeVar("Module", bound=nn.Module)
+
+
+class Place(NamedTuple):
+    """A graph of one block, and the projection it folds into."""
+
+    site: str
+    block: nn.Module
+    graph: SiteGraph
+    projection: nn.Module
 
 
 @torch.no_grad()
 def fold(module: Module) -> Module:
-    r"""Merges static graphs into projections, exactly; the graphs are gone afterwards.
+    r"""Merges static graphs into the projections beside them, exactly; the graphs are gone afterwards.
 
     .. math::
         y = \sum_i W_O^i \sum_j M_{ij} z_j = \sum_j \Big(\sum_i M_{ij} W_O^i\Big) z_j, \qquad
-        v'_i = \sum_j M_{ij} (W_V^j x + b_j) = \Big(\sum_j M_{ij} W_V^j\Big) x + \sum_j M_{ij} b_j
+        \sum_j M_{ij} (W_V^j x + b_V^j) = \Big(\sum_j M_{ij} W_V^j\Big) x + \sum_j M_{ij} b_V^j
 
-    M is the graph's mixing matrix over all rounds; those at queries and keys fold as those at values do. The product is
-    taken in float64. A block's output y stays what it was; the head outputs it returns beside y are now those before
-    messages. A graph at queries, keys or values that does not fold stays where others do.
+    M is the graph's mixing matrix over all rounds; of a static graph that maps features too, its whole linear map takes
+    its place. Output graphs fold into W_O, those at queries, keys and values into the projections before them. The
+    product is taken in float64. A block's output y stays what it was; the head outputs it returns beside y are now
+    those before messages. Graphs at sites where they depend on the token are left.
 
     Args:
-        module: a `MultiHeadAttention` or `GraphMultiheadAttention`, a model whose blocks all have such a graph, or one
-            that `convert` gave them; changed in place, its `config` too, so that it can be saved and loaded. What does
-            not fold in one block folds in none.
+        module: a `MultiHeadAttention` or `GraphMultiheadAttention`, a model of them, or one that `convert` gave output
+            graphs; changed in place, its `config` too, so that it can be saved and loaded. A site is folded in all its
+            blocks or in none.
 
     Returns:
-        The same module without these graphs; of a converted model the stock model, its projections changed.
+        The same module without the graphs that were folded; of a converted model the stock model, its projections
+        changed.
 
     Raises:
         TypeError: no attention with slots for head graphs and none inside.
-        ValueError: an output graph that does not fold, or none and nothing else that does: token edges and routed heads
-            differ from token to token, normalised or shifted messages are not linear in the heads, and earlier layers'
-            heads are made of another input, which these projections do not see.
+        ValueError: no graph beside a projection, or none that folds: token edges and routed heads differ from token to
+            token, normalised or shifted messages are not linear in the heads, earlier layers' heads have no part in
+            this projection.
 
     Example:
+        >>> import copy
         >>> import gohgraph as goh
         >>> graph = goh.HeadGraphConv(goh.head_graph(4, "ring"), head_dim=2, context_dim=8, edges="static")
         >>> fold(MultiHeadAttention(8, 4, output_graph=graph)).output_graph is None
         True
+
+        What a reparametrisation is worth when it is gone, beside the loss with it:
+
+        >>> graphs = goh.HeadGraphConfig(None, values=goh.SiteConfig(edges="static"))
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, d_model=8, num_heads=2, d_ff=8, head_graph=graphs))
+        >>> tokens = torch.randint(9, (1, 6))
+        >>> losses = [each(tokens[:, :-1], targets=tokens[:, 1:]).loss for each in (model, fold(copy.deepcopy(model)))]
+        >>> torch.allclose(*losses)
+        True
     """
     inside = list(module.modules()) if isinstance(module, nn.Module) else []
-    sites = [part for part in inside if isinstance(part, HeadSlots)]
-    blocks = sites or [part for part in inside if isinstance(part, MultiHeadAttention)]
+    slots = [part for part in inside if isinstance(part, HeadSlots)]
+    blocks = slots or [part for part in inside if isinstance(part, MultiHeadAttention)]
     if not blocks:
         raise TypeError(f"Expected a MultiHeadAttention or a model of them (got {type(module).__name__}). Do pass one.")
-    chosen = _sites_that_fold(blocks)
-    for block in blocks:
-        if block.router is not None:
-            raise ValueError(
-                "Expected attention whose heads are the same for every token (got a router). Do keep the graph."
-            )
-    projections = _projections(module, sites) if sites else [block.output for block in blocks]
-    for block in [] if sites else blocks:
-        for name in ("output", *INTO.values()):
-            _check_linear(getattr(block, name))
-    for block, projection in zip(blocks, projections, strict=True):
-        for site in chosen:
-            _fold_into(projection if site == "outputs" else getattr(block, INTO[site]), _graphs(block)[site], site)
-            _take_out(block, site)
-    if any(not isinstance(part, GraphMultiheadAttention) or part is not module for part in sites):
+    folding = _folding(_converted_places(module, slots) if slots else _own_places(blocks))
+    if any(block.router is not None for block in blocks):
+        raise ValueError(
+            "Expected attention whose heads are the same for every token (got a router). Do keep the graph."
+        )
+    for place in folding:
+        _fold(place)
+    if any(not isinstance(part, GraphMultiheadAttention) or part is not module for part in slots):
         return unconvert(module)
     if isinstance(getattr(module, "config", None), (TransformerConfig, ClassifierConfig)):
-        module.config = _without_graphs(module.config, chosen)
+        module.config = _without(module.config, {place.site for place in folding})
     return module
 
 
-def _graphs(block: nn.Module) -> dict[str, SiteGraph]:
-    """What stands between the projections of a block, by site."""
-    if isinstance(block, MultiHeadAttention):
-        return {site: graph for site, graph in block.graphs.items() if site == "outputs" or site in INTO}
-    return {} if block.output_graph is None else {"outputs": block.output_graph}
+def _folding(places: list[Place]) -> list[Place]:
+    """Those at sites where all fold."""
+    reasons = [(place.site, reason) for place in places if (reason := _why_not(place.graph))]
+    kept = {site for site, _ in reasons}
+    if folding := [place for place in places if place.site not in kept]:
+        return folding
+    site, reason = reasons[0] if reasons else ("outputs", "no graph at outputs, queries, keys or values")
+    raise ValueError(f"Expected a static linear graph at {site} (got {reason}). Do keep this graph unfolded.")
 
 
-def _take_out(block: nn.Module, site: str) -> None:
-    if site == "outputs":
-        block.output_graph = None
-    else:
-        del block.inner_graphs[INTO[site]]
+def _why_not(graph: SiteGraph) -> str:
+    if graph.traits.reach:
+        return "senders from other layers"
+    if graph.traits.static:
+        return ""
+    return "edges that depend on the token" if graph.traits.linear else "messages that are not linear in the heads"
 
 
-def _fold_into(projection: nn.Module, graph: SiteGraph, site: str) -> None:
-    mixing, heads = deepcopy(graph).double().matrix(), graph.traits.num_heads  # [H, H]
-    # transformers' Conv1D keeps its matrix the other way round.
-    matrix = projection.weight if isinstance(projection, nn.Linear) else projection.weight.t()
-    if site == "outputs":
-        weight = matrix.double().unflatten(1, (heads, -1))  # [M, H, D]
-        matrix.copy_(torch.einsum("mid,ij->mjd", weight, mixing).flatten(1))  # [M, H*D]
-        return
-    for value in (matrix, projection.bias):
-        if value is not None:
-            parts = value.double().unflatten(0, (heads, -1))  # [H, D, M] or [H, D]
-            value.copy_(torch.einsum("ij,j...->i...", mixing, parts).flatten(0, 1))  # [H*D, M] or [H*D]
+def _own_places(blocks: list[MultiHeadAttention]) -> list[Place]:
+    places = []
+    for block in blocks:
+        for site, name in {"outputs": "output", **BEFORE_ATTENTION}.items():
+            if site in block.graphs:
+                _check_linear(getattr(block, name))
+                places.append(Place(site, block, block.graphs[site], getattr(block, name)))
+    return places
 
 
-def _projections(module: nn.Module, sites: list[HeadSlots]) -> list[nn.Module]:
-    """The output projections of converted blocks, in their order."""
+def _converted_places(module: nn.Module, slots: list[HeadSlots]) -> list[Place]:
+    """The output graphs of converted blocks, in their order."""
     if isinstance(module, GraphMultiheadAttention):
-        return [module.out_proj]
+        return [] if module.output_graph is None else [Place("outputs", module, module.output_graph, module.out_proj)]
     model, conversion = converted(module)
     names = {id(slots_at(model, name)): place for name, place in conversion.projections.items()}
-    projections = [model.get_submodule(names[id(part)]) if id(part) in names else None for part in sites]
-    for part, projection in zip(sites, projections, strict=True):
+    places = []
+    for part in slots:
+        projection = model.get_submodule(names[id(part)]) if id(part) in names else None
         _check_linear(projection)
         if part.score_graph is not None:
             raise ValueError(
                 f"Expected a converted model without score graphs (got one before {names[id(part)]!r}). Do keep the "
                 "graphs."
             )
-    return projections
+        if part.output_graph is not None:
+            places.append(Place("outputs", part, part.output_graph, projection))
+    return places
 
 
 def _check_linear(projection: nn.Module | None) -> None:
     if type(projection).__name__ not in PROJECTIONS:
         raise ValueError(
-            f"Expected a linear projection to fold into (got {type(projection).__name__}). Do merge adapters "
-            "first, or keep the graphs."
+            f"Expected a linear projection to fold into (got {type(projection).__name__}). Do merge adapters first, or "
+            "keep the graphs."
         )
 
 
-def _sites_that_fold(blocks: list[nn.Module]) -> list[str]:
-    """The sites whose graphs fold in every block; `ValueError` for an output graph that does not, and where none do."""
-    found = [_graphs(block) for block in blocks]
-    reasons = {site: _why_not(site, [graphs[site] for graphs in found if site in graphs], len(blocks))
-               for site in ("outputs", *INTO) if any(site in graphs for graphs in found)}  # fmt: skip
-    if reason := reasons.get("outputs"):
-        raise ValueError(f"Expected a static linear output graph (got {reason}). Do keep this graph unfolded.")
-    if not (chosen := [site for site, reason in reasons.items() if not reason]):
-        others = "".join(f"; at {site} {reason}" for site, reason in reasons.items())
-        raise ValueError(
-            f"Expected a graph at outputs, queries, keys or values that folds (got no graph at outputs{others}). Do "
-            "leave the model as it is."
-        )
-    return chosen
+def _fold(place: Place) -> None:
+    site, block, graph, projection = place
+    graph = deepcopy(graph).double()
+    # transformers' Conv1D keeps its matrix the other way round.
+    matrix = projection.weight if isinstance(projection, nn.Linear) else projection.weight.t()  # [M, H*D]
+    if site == "outputs":
+        matrix.copy_(_read_through(graph, matrix.double(), block.num_heads))
+        block.output_graph = None
+        return
+    for rows in (matrix.t(), projection.bias):
+        if rows is not None:
+            nodes = rows.double().unflatten(-1, (graph.traits.num_heads, -1))  # [M, H, D] or [H, D]
+            rows.copy_(graph(nodes).flatten(-2))
+    del block.inner_graphs[BEFORE_ATTENTION[site]]
 
 
-def _why_not(site: str, graphs: list[SiteGraph], blocks: int) -> str:
-    """Why the graphs of a site do not fold; empty if they do."""
-    reasons = {
-        "senders from other layers, made of another input": any(graph.traits.reach for graph in graphs),
-        "messages that are not linear in the heads": not all(graph.traits.linear for graph in graphs),
-        "edges that depend on the token": not all(graph.traits.static for graph in graphs),
-        f"no graph at {site} of some blocks": len(graphs) < blocks,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+def _read_through(graph: SiteGraph, matrix: Tensor, heads: int) -> Tensor:
+    """The projection `[M, H*D]` that reads heads before messages as `matrix` reads them after."""
+    if graph.traits.linear:
+        return torch.einsum("mid,ij->mjd", matrix.unflatten(1, (heads, -1)), graph.matrix()).flatten(1)  # [M, H*D]
+    basis = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)  # [H*D, H*D]
+    return matrix @ graph(basis.unflatten(1, (heads, -1))).flatten(1).t()  # [M, H*D]
 
 
-def _without_graphs(
-    config: TransformerConfig | ClassifierConfig, sites: list[str]
-) -> TransformerConfig | ClassifierConfig:
+def _without(config: TransformerConfig | ClassifierConfig, sites: set[str]) -> TransformerConfig | ClassifierConfig:
     if isinstance(config, ClassifierConfig):
-        return dataclasses.replace(config, transformer=_without_graphs(config.transformer, sites))
+        return dataclasses.replace(config, transformer=_without(config.transformer, sites))
     graphs = dataclasses.replace(config.head_graph, **dict.fromkeys(sites))
     is_left = any(getattr(graphs, site) is not None for site in SITES)
     return dataclasses.replace(config, head_graph=graphs if is_left else None)

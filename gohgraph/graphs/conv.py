@@ -70,10 +70,10 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         (torch.Size([2, 5, 64]), torch.Size([2, 5, 8, 8]))
     """
 
+    # Whether senders are nodes as they are, so that messages can be added layer by layer, without joining the layers.
+    by_layer = True
     # Options of the constructor, and what a `SiteConfig` calls them.
     options: ClassVar[dict[str, str]] = {name: name for name in OPTIONS}
-    # Whether senders are nodes as they are, so that messages can be added layer by layer, without joining the layers.
-    by_layer: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -108,6 +108,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         self.gain = nn.Parameter(torch.ones(self.num_senders, head_dim)) if norm else None
         # Saved with the weights, so that they never meet another graph of equally many edges.
         self.register_buffer("edge_index", edge_index)
+        self.traits = Traits(self.num_heads)
         self.edges_changed()
 
     @classmethod
@@ -188,7 +189,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
             self.register_buffer(name, table.to(self.edge_index.device), persistent=False)
         if self.edges.scaled is not None:
             self.edges.scaled = self._crosses_layers().to(self.edge_index.device)
-        self.traits = self._traits(tables)
+        self.traits = self._traits(tables)._replace(learning_rate_factor=self.traits.learning_rate_factor)
 
     def _traits(self, tables: EdgeTables) -> Traits:
         is_linear = self.gain is None and not self.cross_layer

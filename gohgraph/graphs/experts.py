@@ -50,8 +50,8 @@ class GraphExperts(HeadGraphConv):
         True
     """
 
+    by_layer = False
     options: ClassVar[dict[str, str]] = {**HeadGraphConv.options, "num_shared": "num_shared"}
-    by_layer: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from gohgraph.common.checks import check_bool, check_choice, check_int
+from gohgraph.common.checks import check_bool, check_choice, check_int, check_number
 from gohgraph.common.config_base import Config, default_of
 from gohgraph.graphs.cross_layer import CrossLayer
 
@@ -28,6 +28,7 @@ class SiteConfig(Config):
             `"keyed"`, edges between scores that have a weight of the key's token too, see `KeyedGraphConv`.
         num_shared: of experts, the first heads, nodes of one kind; the others are of another.
         keep_in_degree: of a learned topology, how many incoming edges every head is to keep.
+        learning_rate_factor: of the rate that head graphs learn at, > 0.
 
     Example:
         >>> SiteConfig.ring(4)
@@ -48,6 +49,7 @@ class SiteConfig(Config):
     kind: str = "plain"
     num_shared: int | None = None
     keep_in_degree: int | None = None
+    learning_rate_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.topology, str):
@@ -62,6 +64,7 @@ class SiteConfig(Config):
         check_choice("edges", self.edges, ("token", "static", "frozen"))
         check_choice("activation", self.activation, ("tanh", None))
         check_choice("backend", self.backend, ("dense", "pyg"))
+        check_number("learning_rate_factor", self.learning_rate_factor, above=0)
         for name in ("rank", "top_edges", "num_shared", "keep_in_degree"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), low=1)
@@ -102,6 +105,7 @@ class BaselineConfig(Config):
     Args:
         kind: a name of `gohgraph.graphs.baselines.BASELINES`.
         options: keyword options of that module, e.g. `{"rank": 16}`.
+        learning_rate_factor: of the rate that head graphs learn at, > 0.
 
     Example:
         >>> BaselineConfig("gate", {"rank": 16}).options
@@ -110,9 +114,11 @@ class BaselineConfig(Config):
 
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
+    learning_rate_factor: float = 1.0
 
     def __post_init__(self) -> None:
         check_options(self.options)
+        check_number("learning_rate_factor", self.learning_rate_factor, above=0)
         object.__setattr__(self, "options", dict(self.options))
 
 

@@ -108,7 +108,7 @@ class ShardedHeadGraphConv(HeadGraphConv):
         edges_of_ranks = self.exchange.edges_of_ranks(edges)
         self.edges = ShardedEdgeWeights(conv.edges, edges_of_ranks, ranks)
         self.register_buffer("edge_index", conv.edge_index)
-        self.fusion, self.gain = conv.fusion, conv.gain
+        self.fusion, self.gain, self.traits = conv.fusion, conv.gain, conv.traits
         self._place([edges[index] for index in edges_of_ranks[self.group.rank()]])
         if self.gain is not None and not is_mesh:
             self.gain = _cut(self.gain, 0, self.held_senders, ranks)

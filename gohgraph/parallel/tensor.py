@@ -55,6 +55,12 @@ def tensor_parallel(model: Module, mesh: DeviceMesh, *, sequence_parallel: bool 
     between = TOKENS if sequence_parallel else WHOLE
     blocks = [part for part in model.modules() if isinstance(part, (MultiHeadAttention, FeedForward))]
     stacks = [part for part in model.modules() if isinstance(part, Stack)]
+    for stack in stacks:
+        if stack.path.residual != "plain":
+            raise ValueError(
+                f"Expected residual='plain' under tensor parallelism (got {stack.path.residual!r}). Do change it, or "
+                "train data parallel: ddp or fsdp."
+            )
     for block in blocks:
         _check(block, mesh.size())
     for parameter in (*model.parameters(), *model.buffers()):

@@ -28,6 +28,7 @@ EXPERTS = HeadGraphConfig.graph_experts
         ("--cross-layer first", HeadGraphConfig(SiteConfig(cross_layer="first"))),
         ("--rounds 2 --cross-layer 1 --edge-norm", HeadGraphConfig(SiteConfig(rounds=2, cross_layer=1, norm=True))),
         ("--edges static --edge-activation none", HeadGraphConfig(SiteConfig(edges="static", activation=None))),
+        ("--graph-layers 0 -2 -1", HeadGraphConfig(layers=(0, -2, -1))),
         ("--rank 3 --top-edges 2", HeadGraphConfig(SiteConfig(rank=3, top_edges=2))),
         ("--sites none --router", HeadGraphConfig.moh(2, 4)),
         ("--router", HeadGraphConfig(routing=RoutingConfig(2, 4))),

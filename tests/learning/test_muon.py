@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
-from helpers import small_config
+from helpers import small_config, with_graphs
 from torch import nn
 
 import gohgraph as goh
 from gohgraph.learning.muon import Muon, MuonWithAdamW, orthogonalized
 from gohgraph.learning.optim import make_optimizer, parameter_groups
 from gohgraph.learning.train_config import TrainConfig
+from gohgraph.models.streams import DenseConnection, StreamWeights
 
 CONFIG = TrainConfig(steps=10, optimizer="muon", learning_rate=0.01, matrix_learning_rate=0.03, graph_lr_factor=0.5)
 SHAPES = [(5, 7), (7, 5), (7, 5), (5, 5), (1, 3)]
@@ -87,6 +88,29 @@ def test_matrices_inside_layers_are_muons(tied):
     assert {kind: group["lr"] for kind, group in groups.items()} == {
         "matrices": 0.03, "embeddings": 0.01, "vectors": 0.01, "head graphs": 0.005
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("residual", ["hyper", "dynamic-hyper", "dense"])
+def test_residual_paths_count_as_vectors(residual):
+    model = goh.LanguageModel(small_config(residual=residual))
+    groups = {group["name"]: group for group in parameter_groups(model, CONFIG)}
+    parts = (DenseConnection, StreamWeights)
+    own = {id(p) for part in model.modules() if isinstance(part, parts) for p in part.parameters()}
+    assert own and own <= {id(p) for p in groups["vectors"]["params"]} and groups["vectors"]["weight_decay"] == 0
+
+
+def test_factors_of_graphs_multiply():
+    quick, slow = goh.SiteConfig(edges="static", learning_rate_factor=7.0), goh.SiteConfig(learning_rate_factor=0.5)
+    model = goh.LanguageModel(with_graphs(goh.HeadGraphConfig((quick, goh.SiteConfig()), values=slow)))
+    rates = {}
+    for group in parameter_groups(model, CONFIG):
+        rates |= {id(parameter): group["lr"] for parameter in group["params"]}
+    for layer in model.decoder.layers:
+        attention = layer.attention.object
+        graphs = (*attention.output_graph.children(), attention.inner_graphs["value"])
+        graphs = [part for graph in graphs for part in graph.modules() if isinstance(part, goh.HeadGraphConv)]
+        found = [{rates[id(parameter)] for parameter in graph.parameters()} for graph in graphs]
+        assert found == [{0.035}, {0.005}, {0.0025}]
 
 
 def trained(model, optimizer, schedule, steps):

@@ -215,4 +215,6 @@ def test_what_cannot_be_sharded_is_refused():
         "Expected one round of messages between scores across ranks (got 2). Do set rounds=1, or keep the edges of a "
         "score graph within ranks.",
         "Expected a multiple of 2 tokens with sequence_parallel (got 5). Do pad them, or turn it off.",
+        "Expected residual='plain' under tensor parallelism (got 'hyper'). Do change it, or train data parallel: ddp "
+        "or fsdp.",
     ]]  # fmt: skip

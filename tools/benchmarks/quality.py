@@ -46,7 +46,7 @@ TIMED_ROUNDS = 20
 # Settings of `TrainConfig` that may be searched.
 SEARCHED = ("learning_rate", "matrix_learning_rate", "graph_lr_factor", "weight_decay", "warmdown")
 SMOKE = {"steps": 4, "seeds": [0, 1], "rates": [4e-3], "budgets": [2.0], "tasks": ["two-cues"], "rounds": 2}
-SMOKE |= {"variants": ["plain", "outputs"]}
+SMOKE |= {"variants": ["plain", "outputs"], "grid": {"matrix_learning_rate": [0.02], "graph_lr_factor": [1.0]}}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
     add("--variants", nargs="+", choices=PRESETS, default=BASIC, metavar="NAME", help=f"of {' '.join(PRESETS)}")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="(default: 0 1 2 3 4)")
-    add("--recipe", choices=RECIPES, default="old", help="how models are built and trained (default: %(default)s)")
+    add("--recipe", choices=RECIPES, default="modern", help="how models are built and trained (default: %(default)s)")
     add("--rates", nargs="+", type=float, help="the grid of learning rates (default: each task's own)")
     add("--grid", nargs="+", type=_setting, default=[], metavar="SETTING=V,V", help=_setting.__doc__)
     add("--graph-lr-factor", type=float, default=1.0, help="learning rate of head graphs, times the rate (%(default)s)")

@@ -18,6 +18,7 @@ class Recipe:
         model: changes of the task's `TransformerConfig`.
         training: changes of the task's `TrainConfig`.
         grid: values of further settings of `TrainConfig` to choose among, or of `learning_rate` in place of the task's.
+        keeps_schedule: whether a task's own schedule and warm-up stay.
 
     Example:
         >>> recipe("old").search((0.1, 0.2), {"graph_lr_factor": [0.25, 1.0]}, has_graphs=False).settings
@@ -27,10 +28,22 @@ class Recipe:
     model: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    keeps_schedule: bool = True
 
-    def trained(self, steps: int) -> dict[str, Any]:
-        """Returns the changes of `TrainConfig`; a search of the recipe's own warms up over a twentieth of the steps."""
-        return {**self.training, **({"warmup": steps // 20} if self.grid else {})}
+    def trained(self, steps: int, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns settings of `TrainConfig`: the recipe's, and over them the task's own.
+
+        Without its schedule a task warms up over a twentieth of the steps.
+
+        Example:
+            >>> own = {"schedule": "inverse-sqrt", "warmup": 30, "weight_decay": 0.01}
+            >>> recipe("modern").trained(100, own), recipe("old").trained(100, own)["schedule"]
+            ({'warmup': 5, 'weight_decay': 0.01}, 'inverse-sqrt')
+        """
+        if self.keeps_schedule:
+            return {**self.training, **own}
+        kept = {name: value for name, value in own.items() if name != "schedule"}
+        return {**self.training, **kept, "warmup": steps // 20}
 
     def search(self, rates: tuple[float, ...], given: Mapping[str, Any], *, has_graphs: bool) -> Grid:
         """Returns the grid of a model.
@@ -66,5 +79,5 @@ MODERN_GRID = {
 # Those of the library: "old" is what its defaults were, "modern" is what they are. Decay and betas are the task's.
 RECIPES = {
     "old": Recipe(*library.RECIPES["old"]),
-    "modern": Recipe(*library.RECIPES["modern"], grid=MODERN_GRID),
+    "modern": Recipe(*library.RECIPES["modern"], grid=MODERN_GRID, keeps_schedule=False),
 }

@@ -19,7 +19,7 @@ from benchmarks.tasks import TASKS, Task
 from benchmarks.timing import interleaved, ratios
 from benchmarks.trials import TrainingStep, Trial, first_model, run_trial
 from gohgraph.common.files import make_folder, read_json, write_text_whole
-from gohgraph.graphs.baselines.presets import preset
+from gohgraph.graphs.baselines.presets import fields_of
 from gohgraph.learning.contests.contest import Contest, Run
 from gohgraph.learning.contests.grid import Grid, Point
 from gohgraph.learning.contests.in_processes import InProcesses
@@ -125,8 +125,8 @@ class TaskRuns:
         }
 
     def _training(self, point: Point, steps: int) -> dict[str, Any]:
-        own = {"steps": steps, "graph_lr_factor": self.flags.graph_lr_factor, **self.task.training(steps)}
-        return {**own, **self.recipe.trained(steps), **point.to_dict()}
+        own = {"steps": steps, "graph_lr_factor": self.flags.graph_lr_factor}
+        return {**own, **self.recipe.trained(steps, self.task.training(steps)), **point.to_dict()}
 
     def _times(self) -> dict[str, dict[str, Any]]:
         """Ratios of a training step's seconds to plain attention's (quartiles) and tokens a second, measured once."""
@@ -201,6 +201,6 @@ def equal_configs(
     """
     names = [PLAIN, *(name for name in variants if name != PLAIN)]
     bare = dataclasses.replace(task.config(), **recipe.model)
-    configs = {name: dataclasses.replace(bare, head_graph=preset(name, task.num_heads)) for name in names}
+    configs = {name: dataclasses.replace(bare, **fields_of(name, task.num_heads)) for name in names}
     wanted = parameters or max(count_parameters(task.model(config)) for config in configs.values())
     return {name: match_parameters(task.model, config, wanted) for name, config in configs.items()}

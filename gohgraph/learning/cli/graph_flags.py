@@ -12,7 +12,7 @@ SITES = ("none", "outputs", "scores", "both")
 # None and False tell a flag that is not given; what it is by default is said in its help.
 OUTPUT_FLAGS = ("topology", "in_degree", "cross_layer", "edge_norm", "experts")
 SCORE_FLAGS = ("score_topology", "score_in_degree")
-EDGE_FLAGS = ("rank", "rounds", "top_edges")
+EDGE_FLAGS = ("rank", "rounds", "top_edges", "graph_layers")
 ROUTER_FLAGS = ("top_k", "balance_loss", "z_loss", "bias_rate", "straight_through", "anneal_top_k")
 
 
@@ -31,6 +31,7 @@ def add_graph_flags(parser: argparse.ArgumentParser) -> None:
     graph("--cross-layer", type=_layers, help="earlier layers whose heads send too: a number, first or all (outputs)")
     graph("--edge-norm", action="store_true", help="normalise messages per head (outputs)")
     graph("--top-edges", type=int, help="per token, each head keeps so many incoming edges (default: all)")
+    graph("--graph-layers", type=int, nargs="+", help="layers that have the graphs, from the end by -1 (default: all)")
     graph("--experts", action="store_true", help="graph experts: messages between two kinds of heads (outputs)")
     graph("--alignment", type=float, help="weight of the experts' alignment loss (default: 0)")
     route = parser.add_argument_group("head routing").add_argument
@@ -73,7 +74,8 @@ def graph_from_flags(flags: argparse.Namespace, num_heads: int) -> HeadGraphConf
     routing = _routing(flags, num_heads, num_shared) if flags.router else None
     if outputs is scores is routing is None:
         return None
-    return HeadGraphConfig(outputs, scores, routing, flags.alignment or 0.0)
+    layers = tuple(flags.graph_layers) if flags.graph_layers else None
+    return HeadGraphConfig(outputs, scores, routing, flags.alignment or 0.0, layers=layers)
 
 
 def _check(flags: argparse.Namespace) -> None:

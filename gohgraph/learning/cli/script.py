@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.files import read_json
 from gohgraph.learning.cli.flags import add_run_flags, add_size_flags, add_training_flags, fill_sizes, train_config
 from gohgraph.learning.loop import Training, TrainingInterrupted
 from gohgraph.learning.recipes import RECIPES
-from gohgraph.learning.run_folder import last_folder, new_folder, runs_in, write_text
+from gohgraph.learning.run_folder import CONFIG, last_folder, new_folder, runs_in, write_text
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.parallel.ranks import lost_ranks, machines, on_first_rank, process_group, under_torchrun, world_size
 
@@ -68,7 +69,7 @@ class Script:
         cls.add_flags(parser)
         add_run_flags(parser, cls.runs)
         add_size_flags(parser, cls.full)
-        add_training_flags(parser, recipe=cls.recipe, weight_decay=cls.weight_decay)
+        add_training_flags(parser, weight_decay=cls.weight_decay)
         return parser
 
     @classmethod
@@ -119,8 +120,17 @@ class Script:
         self.check()
         with process_group(self.flags.device):
             self.folder = open_folder(self.flags, self.run_name())
+            self.flags.recipe = self.flags.recipe or on_first_rank(self._own_recipe)
             with resumable(self.name, argv, self.folder):
                 self.train()
+
+
+    def _own_recipe(self) -> str:
+        for leaf in runs_in(self.folder) if self.flags.resume else ():
+            flags = read_json(leaf / CONFIG, "restore it").get("flags", {})
+            # Runs from before recipes had names are of the old one.
+            return flags.get("recipe", "old")
+        return self.recipe
 
 
 def open_folder(flags: argparse.Namespace, name: str) -> Path:

@@ -99,6 +99,7 @@ class HeadGraphCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         check_sizes(head_graph, config)
+        head_graph = head_graph.at_layer(layer_number - 1, config.num_layers)
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
         self.layer_number, self.routing_config, self.tp_group = layer_number, head_graph.routing, pg_collection.tp
