@@ -144,7 +144,7 @@ def test_saving_keeps_order_dtype_routers_and_options(tmp_path):
     sites.order_heads([5, 1, 0, 2, 3, 4])
     save_converted(model, tmp_path / "saved")
     loaded = load_converted(tmp_path / "saved", attn_implementation="eager", dtype=torch.bfloat16)
-    assert loaded.config._attn_implementation == "gohgraph_eager"
+    assert loaded.config._attn_implementation == "eager"
     again = loaded.model.layers[1].self_attn.head_graphs
     assert again.head_order == sites.head_order and again.router.top_k == 2
     assert all(parameter.dtype == torch.bfloat16 for parameter in loaded.parameters())
