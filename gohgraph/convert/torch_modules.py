@@ -26,7 +26,7 @@ def find(model: nn.Module, search: Search, example: Any) -> None:
         elif type(module) is nn.MultiheadAttention:
             sizes = (module.num_heads, module.head_dim, module.embed_dim)
             weight = module.out_proj.weight
-            attach = partial(_attach, model, module)
+            attach = partial(give, model, module)
             inputs = partial(_inputs, module)
             search.add(Block(name, *sizes, weight, module.out_proj, attach, inputs=inputs))
         elif isinstance(module, nn.MultiheadAttention):
@@ -44,7 +44,8 @@ def undo(model: nn.Module) -> None:
             module.use_nested_tensor = module.enable_nested_tensor and _is_fast(module.layers[0])
 
 
-def _attach(model: nn.Module, module: nn.MultiheadAttention, **slots: nn.Module | None) -> None:
+def give(model: nn.Module, module: nn.MultiheadAttention, **slots: nn.Module | None) -> None:
+    """Gives head graphs to one of torch's modules inside a model."""
     GraphMultiheadAttention.adopt(module, **slots)
     _rebind(module)
     # Encoders built before would still hand nested tensors on in eval mode without gradients.
