@@ -20,5 +20,7 @@ def _register() -> None:
     from transformers import AutoConfig
 
     from gohgraph.convert.converted_config import ConvertedConfig
+    from gohgraph.models.auto import CONFIGS
 
-    AutoConfig.register(ConvertedConfig.model_type, ConvertedConfig, exist_ok=True)
+    for config in (ConvertedConfig, *CONFIGS):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
