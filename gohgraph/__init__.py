@@ -1,6 +1,8 @@
 """Graphs-of-Heads: attention heads as the nodes of an explicit graph that passes messages between them."""
 
 from gohgraph.analysis import head_importance, prune
+from gohgraph.analysis.attribution_graph import attribution_graph
+from gohgraph.analysis.composition import composition_graph
 from gohgraph.analysis.network import HeadNetwork, head_graph_of
 from gohgraph.analysis.network_files import load_head_graph, save_head_graph
 from gohgraph.analysis.record import record
@@ -65,7 +67,9 @@ __all__ = [
     "Stack",
     "Transformer",
     "TransformerConfig",
+    "attribution_graph",
     "collect_routing",
+    "composition_graph",
     "convert",
     "draw",
     "draw_confusion",
