@@ -48,7 +48,7 @@ def other_trace(model: nn.Module, wiring: Wiring, inputs: Any, against: Against,
 
 
 def token_masks(inputs: Any, wiring: Wiring, seen: Trace) -> dict[str, Tensor]:
-    """Returns which tokens of every stream are real, bool `[B, T]`: all, where the inputs have no mask of that shape."""
+    """Returns which tokens of every stream are real, bool `[B, T]`: all, where the inputs have no such mask."""
     masks = {}
     for stream in wiring.streams:
         x = seen.read[stream.name, -1]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gohgraph.analysis.architectures import AttentionUnit, Wiring, wiring_of
+from gohgraph.analysis.architectures import AttentionUnit, Rows, Wiring, wiring_of
 from gohgraph.analysis.architectures.norms import Gain, gain_of
 from gohgraph.analysis.architectures.weights import Folder, Modules, linear_weight, modules_of
 from gohgraph.analysis.architectures.wiring import SITES
@@ -73,8 +72,8 @@ def composition_graph(
         for name in tqdm(units, desc="composition", unit="layer", disable=None, leave=False):
             readers = [r for r in nodes.readers if r.unit == name and r.site[0] in kinds and nodes.edges_into(r)]
             if readers:
-                for reader, scores in zip(readers, _scores(readers, units, wiring, modules, nodes, components), strict=True):
-                    values[name, reader.site] = scores, torch.zeros_like(scores)
+                found = _scores(readers, units, wiring, modules, nodes, components)
+                values |= {(name, site): (scores, torch.zeros_like(scores)) for site, scores in found.items()}
     return network_of(nodes, values)
 
 
@@ -90,8 +89,8 @@ class _Side(NamedTuple):
 def _scores(
     readers: list[Reader], units: dict[str, AttentionUnit], wiring: Wiring, modules: Modules, nodes: UnitNodes,
     components: int | None,
-) -> Iterable[Tensor]:  # fmt: skip
-    """The scores `[W, R]` of every reader of one unit."""
+) -> dict[str, Tensor]:  # fmt: skip
+    """The scores `[W, R]` of every reader of one unit, by its site."""
     unit = units[readers[0].unit]
     sides = {reader.site: _side(reader.site, unit, modules, components) for reader in readers}
     found: dict[str, list[Tensor]] = {reader.site: [] for reader in readers}
@@ -103,7 +102,7 @@ def _scores(
             if writer in nodes.edges_into(reader):
                 arriving = _arriving(written, writer, reader, wiring, modules)
                 found[reader.site].append(_compare(arriving, sides[reader.site]))
-    return [torch.cat(found[reader.site]) for reader in readers]
+    return {site: torch.cat(scores) for site, scores in found.items()}
 
 
 def _compare(written: Tensor, side: _Side) -> Tensor:
@@ -127,11 +126,8 @@ def _arriving(written: Tensor, writer: Writer, reader: Reader, wiring: Wiring, m
 def _written(unit: AttentionUnit, modules: Modules, components: int | None) -> Tensor:
     """The part of W_OV that its products need, `[H, k, M]`: |R_V O X| = |V O X| where V = U R_V."""
     value = _read(unit.values, unit.source.norm, None, modules)  # [G, D, M]
-    output = _wide(linear_weight(modules(unit.output))).t()  # [H*D, M]
-    output = output.unflatten(0, (unit.queries.heads, unit.values.size))  # [H, D, M]
-    if unit.post_norm is not None:
-        output = _gain(unit.post_norm, modules, output)(output)
-    core = _triangle(value).repeat_interleave(unit.queries.heads // unit.values.heads, dim=0) @ output  # [H, D, M]
+    triangles = _triangle(value).repeat_interleave(unit.queries.heads // unit.values.heads, dim=0)  # [H, D, D]
+    core = triangles @ _output(unit, modules)  # [H, D, M]
     return core if components is None else _leading(core, components)
 
 
@@ -139,8 +135,7 @@ def _side(site: str, unit: AttentionUnit, modules: Modules, components: int | No
     """|Y W_r| = |Y core|: what reads, times the triangular factor of what that is multiplied with."""
     if site == "values":
         reads = _read(unit.values, unit.source.norm, None, modules)  # [G, D, M]
-        output = _wide(linear_weight(modules(unit.output))).t().unflatten(0, (unit.queries.heads, -1))  # [H, D, M]
-        other = _of_groups(_triangle(output), unit.values.heads)  # [G, D, D]
+        other = _of_groups(_triangle(_output(unit, modules)), unit.values.heads)  # [G, D, D]
     else:
         queries = _read(unit.queries, unit.reads.norm, unit.query_norm, modules)  # [H, D, M]
         keys = _read(unit.keys, unit.source.norm, unit.key_norm, modules)  # [G, D, M]
@@ -157,7 +152,14 @@ def _side(site: str, unit: AttentionUnit, modules: Modules, components: int | No
     return _Side(core.flatten(0, 1).t().contiguous(), sizes, centred, len(core))
 
 
-def _read(rows, norm: str | None, own_norm: str | None, modules: Modules) -> Tensor:
+def _output(unit: AttentionUnit, modules: Modules) -> Tensor:
+    """W_O by head with the gain of a norm behind it, `[H, D, M]`."""
+    output = _wide(linear_weight(modules(unit.output))).t()  # [H*D, M]
+    output = output.unflatten(0, (unit.queries.heads, unit.values.size))  # [H, D, M]
+    return output if unit.post_norm is None else _gain(unit.post_norm, modules, output)(output)
+
+
+def _read(rows: Rows, norm: str | None, own_norm: str | None, modules: Modules) -> Tensor:
     """Weights `[heads, D, M]` with the gains of the norm before and, of queries and keys, behind."""
     weight = rows.of(_wide(linear_weight(modules(rows.module))))  # [heads, D, M]
     if norm is not None:

@@ -175,7 +175,7 @@ def _add_zero(into: dict[str, Tensor], key: str) -> Callable[[Tensor], Tensor]:
 def check_trace(seen: Trace, model: nn.Module, wiring: Wiring) -> None:
     """Raises `ValueError` where a stream is not the sum of what was written: residual connections of another kind."""
     for stream in wiring.streams:
-        events: list[tuple[int, int, Any]] = [(time, 1, x) for (name, time), x in seen.read.items() if name == stream.name]
+        events: list[tuple[int, int, Any]] = [(t, 1, x) for (name, t), x in seen.read.items() if name == stream.name]
         events += [(u.writes_at, 0, seen.wrote[u.name]) for u in wiring.units if u.reads.stream == stream.name]
         events += [(norm.time, 2, norm) for norm in wiring.norms if norm.stream == stream.name]
         x = torch.zeros(())

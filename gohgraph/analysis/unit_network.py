@@ -93,9 +93,9 @@ class UnitNodes:
         self.writers.append(Writer(unit.name, unit.reads.stream, unit.writes_at, nodes))
 
     def _add_feed_forward(self, unit: FeedForwardUnit) -> None:
-        beside = [head for head, block in zip(self.columns["head"], self.columns["block"], strict=True)
-                  if block == unit.title]  # fmt: skip
-        nodes = self._add(unit.title, f"{unit.title.replace('layer ', '')}.mlp", "mlp", first=max(beside, default=-1) + 1)
+        rows = zip(self.columns["head"], self.columns["block"], self.columns["kind"], strict=True)
+        first = 1 + max((head for head, block, kind in rows if (block, kind) == (unit.title, "head")), default=-1)
+        nodes = self._add(unit.title, f"{unit.title.replace('layer ', '')}.mlp", "mlp", first=first)
         self.readers.append(Reader(unit.name, "mlp", unit.reads, nodes))
         self.writers.append(Writer(unit.name, unit.reads.stream, unit.writes_at, nodes))
 

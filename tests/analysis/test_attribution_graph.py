@@ -38,7 +38,8 @@ def written_to(blocks, sender: ByHand, reader: ByHand, site: str, seen: Captured
     if sender.post_norm is not None:
         parts = linear_part(sender.post_norm, seen[sender.post_norm], parts)
     on_stream = [b for b in blocks if b.stream == sender.stream]
-    until = on_stream.index(reader) if reader in on_stream and (site == "queries" or reader.source_norm is False) else None
+    is_own = reader in on_stream and (site == "queries" or reader.source_norm is False)
+    until = on_stream.index(reader) if is_own else None
     for block in on_stream[on_stream.index(sender) : until]:
         for norm in block.stream_norms:
             parts = linear_part(norm, seen[norm], parts)
@@ -60,9 +61,8 @@ def expected_edges(name, model, clean, other, metric):
             before = before if cross else before[: before.index(reader)]
             if not before:
                 continue
-            change = torch.cat([
-                written_to(blocks, b, reader, site, runs[0]) - written_to(blocks, b, reader, site, runs[1]) for b in before
-            ])  # fmt: skip
+            parts = [[written_to(blocks, b, reader, site, seen) for seen in runs] for b in before]
+            change = torch.cat([first - second for first, second in parts])
             share = torch.zeros(len(rows), len(change), dtype=torch.double, requires_grad=True)
             shares[blocks.index(reader), site] = share
             watched = norm if norm is not None else module
