@@ -153,10 +153,13 @@ def _side(site: str, unit: AttentionUnit, modules: Modules, components: int | No
 
 
 def _output(unit: AttentionUnit, modules: Modules) -> Tensor:
-    """W_O by head with the gain of a norm behind it, `[H, D, M]`."""
+    """W_O by head with the gain of a norm behind it, `[H, D, M]`, without means where LayerNorms read the stream."""
     output = _wide(linear_weight(modules(unit.output))).t()  # [H*D, M]
     output = output.unflatten(0, (unit.queries.heads, unit.values.size))  # [H, D, M]
-    return output if unit.post_norm is None else _gain(unit.post_norm, modules, output)(output)
+    if unit.post_norm is not None:
+        output = _gain(unit.post_norm, modules, output)(output)
+    centred = unit.reads.norm is not None and _gain(unit.reads.norm, modules, output).centred
+    return output - output.mean(dim=-1, keepdim=True) if centred else output
 
 
 def _read(rows: Rows, norm: str | None, own_norm: str | None, modules: Modules) -> Tensor:

@@ -46,6 +46,8 @@ def written_by(block: ByHand, width):
     """W_OV `[H, M, M]`, with a norm behind the block."""
     values, heads = read_by(block, "values", width), len(block.queries[1])
     output = weight_of(block.output).t().unflatten(0, (heads, -1)) @ matrix_of(block.post_norm, width)
+    if isinstance(block.norm, nn.LayerNorm):
+        output = output - output.mean(dim=-1, keepdim=True)
     return values.repeat_interleave(heads // len(values), dim=0) @ output
 
 
