@@ -3,6 +3,7 @@
 from gohgraph.analysis import head_importance, prune
 from gohgraph.analysis.attribution_graph import attribution_graph
 from gohgraph.analysis.composition import composition_graph
+from gohgraph.analysis.faithfulness import faithfulness
 from gohgraph.analysis.network import HeadNetwork, head_graph_of
 from gohgraph.analysis.network_files import load_head_graph, save_head_graph
 from gohgraph.analysis.record import record
@@ -79,6 +80,7 @@ __all__ = [
     "draw_network",
     "draw_pruning",
     "draw_tokens",
+    "faithfulness",
     "fold",
     "head_graph",
     "head_graph_of",

@@ -115,10 +115,10 @@ def trace(
         for stream in wiring.streams:
             if starts is not None:
                 hooks.on_input(stream.first, lambda x, stream=stream: starts[stream.name].to(x.dtype))
-            hooks.on_input(stream.first, _keep(seen.read, (stream.name, -1)))
+            hooks.on_input(stream.first, keep(seen.read, (stream.name, -1)))
             _watch_end(hooks, stream, seen, zeros and stream == wiring.streams[-1])
         for norm in wiring.norms:
-            hooks.on_input(norm.module, _keep(seen.normed, norm.module))
+            hooks.on_input(norm.module, keep(seen.normed, norm.module))
         for unit in wiring.units:
             _watch(hooks, unit, seen, zeros)
         output = run(model, inputs)
@@ -129,7 +129,7 @@ def _watch(hooks: Hooks, unit: AttentionUnit | FeedForwardUnit, seen: Trace, zer
     if isinstance(unit, AttentionUnit):
         for reading in {unit.reads, unit.source}:
             _watch_reading(hooks, reading, seen)
-        hooks.on_input(unit.output, _keep(seen.heads, unit.name))
+        hooks.on_input(unit.output, keep(seen.heads, unit.name))
         if zeros:
             for module in dict.fromkeys(rows.module for rows in unit.rows):
                 hooks.on_output(module, _add_zero(seen.zeros, module))
@@ -140,28 +140,30 @@ def _watch(hooks: Hooks, unit: AttentionUnit | FeedForwardUnit, seen: Trace, zer
             hooks.on_input(unit.reads.entry, _add_zero(seen.zeros, unit.name))
         last = unit.exit
     if unit.post_norm is not None:
-        hooks.on_input(unit.post_norm, _keep(seen.normed, unit.name))
+        hooks.on_input(unit.post_norm, keep(seen.normed, unit.name))
         last = unit.post_norm
-    hooks.on_output(last, _keep(seen.wrote, unit.name))
+    hooks.on_output(last, keep(seen.wrote, unit.name))
 
 
 def _watch_reading(hooks: Hooks, reading: Reading, seen: Trace) -> None:
-    hooks.on_input(reading.norm or reading.entry, _keep(seen.read, (reading.stream, reading.time)))
+    hooks.on_input(reading.norm or reading.entry, keep(seen.read, (reading.stream, reading.time)))
 
 
 def _watch_end(hooks: Hooks, stream: Stream, seen: Trace, zeros: bool) -> None:
     place = (stream.name, stream.end.time)
     watch, module = (hooks.on_output, stream.last) if stream.end.norm is None else (hooks.on_input, stream.end.norm)
-    watch(module, _keep(seen.read, place))
+    watch(module, keep(seen.read, place))
     if zeros:
         watch(module, _add_zero(seen.zeros, stream.last))
 
 
-def _keep(into: dict[Any, Tensor], key: Any) -> Callable[[Tensor], None]:
-    def keep(value: Tensor) -> None:
+def keep(into: dict[Any, Tensor], key: Any) -> Callable[[Tensor], None]:
+    """Returns what puts a value under a key."""
+
+    def put(value: Tensor) -> None:
         into[key] = value.detach()
 
-    return keep
+    return put
 
 
 def _add_zero(into: dict[str, Tensor], key: str) -> Callable[[Tensor], Tensor]:
