@@ -4,6 +4,7 @@ from gohgraph.analysis import head_importance, prune
 from gohgraph.analysis.attribution_graph import attribution_graph
 from gohgraph.analysis.composition import composition_graph
 from gohgraph.analysis.faithfulness import faithfulness
+from gohgraph.analysis.head_labels import label_heads
 from gohgraph.analysis.network import HeadNetwork, head_graph_of
 from gohgraph.analysis.network_files import load_head_graph, save_head_graph
 from gohgraph.analysis.record import record
@@ -85,6 +86,7 @@ __all__ = [
     "head_graph",
     "head_graph_of",
     "head_importance",
+    "label_heads",
     "load_converted",
     "load_head_graph",
     "log_head_graphs",
