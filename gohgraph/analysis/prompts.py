@@ -65,7 +65,7 @@ def ioi_pairs(examples: int, *, seed: int = 0) -> list[Pair]:
     Example:
         >>> pair = ioi_pairs(1)[0]
         >>> pair.clean.count(pair.wrong.strip()), pair.clean.count(pair.right.strip()), len(pair.clean.split())
-        (2, 1, 12)
+        (2, 1, 13)
     """
     draw, pairs = random.Random(seed), []
     for _ in range(examples):

@@ -120,7 +120,7 @@ def test_leading_components_are_those_of_the_singular_value_decomposition():
     torch.testing.assert_close(whole, goh.composition_graph(model).mean, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bert", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bert", "vit", "t5"])
 def test_a_folder_is_read_layer_by_layer_and_never_loaded(name, tmp_path, monkeypatch):
     model = STOCK[name]()
     model.save_pretrained(tmp_path, max_shard_size="20KB")

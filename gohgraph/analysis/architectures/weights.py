@@ -72,7 +72,8 @@ class Folder:
         kind: Any = getattr(transformers, named, transformers.AutoModel)
         with torch.device("meta"):
             self.model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
-        self._files = _index(self.path)
+        # The key and the file of every weight, by its name in the model.
+        self._places = {_renamed(key, self.model): (key, file) for key, file in _index(self.path).items()}
 
     def __call__(self, name: str) -> nn.Module:
         """Returns a copy of a module with its weights; nothing keeps it."""
@@ -85,10 +86,12 @@ class Folder:
         from safetensors import safe_open
 
         prefix = f"{self.model.base_model_prefix}."
-        key = next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in self._files), None)
-        if key is None:
-            raise ValueError(f"Expected the weight {name} in {self.path} (got none). Do save the model again.")
-        with safe_open(self.path / self._files[key], framework="pt") as file:
+        names = (name, name.removeprefix(prefix), prefix + name)
+        found = next((self._places[own] for own in names if own in self._places), None)
+        if found is None:
+            raise ValueError(f"Expected the weight {name} in {self.path} (got none). Do load the model and pass it.")
+        key, place = found
+        with safe_open(self.path / place, framework="pt") as file:
             tensor = file.get_tensor(key)
         if tensor.shape != shape:
             raise ValueError(
@@ -96,6 +99,18 @@ class Folder:
                 "and pass it."
             )
         return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _renamed(key: str, model: Any) -> str:
+    """What a weight of an older file is called in the model today, by transformers' own table."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:
+        # It has no such table: files are as models are.
+        return key
+    known = [rule for rule in get_model_conversion_mapping(model) or () if isinstance(rule, WeightRenaming)]
+    return rename_source_key(key, known, [])[0]
 
 
 def _index(path: Path) -> dict[str, str]:
