@@ -55,7 +55,8 @@ def study(flags: argparse.Namespace) -> None:
     print(_strongest(network))
     flags.out.mkdir(parents=True, exist_ok=True)
     goh.save_head_graph(network, flags.out / "circuit.json")
-    goh.draw_network(network, flags.out / "circuit.png", title=f"{Path(flags.model).name}: repeated random tokens")
+    title = f"{Path(flags.model).resolve().name}: attribution of edges, random tokens that come twice"
+    goh.draw_network(network, flags.out / "circuit.png", title=title, threshold=0.03)
     beside = {"composition": goh.composition_graph(model)}
     measured = goh.faithfulness(model, network, **held_out._asdict(), beside=beside, random=flags.random)
     print(f"\n{_table(measured)}")
