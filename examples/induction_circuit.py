@@ -24,7 +24,6 @@ from gohgraph.analysis.prompts import repeated_tokens
 from gohgraph.common.checks import check_int
 from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.common.files import write_whole
-from gohgraph.drawing.faithfulness import draw_faithfulness
 
 SHOWN = 12
 
@@ -60,7 +59,7 @@ def study(flags: argparse.Namespace) -> None:
     beside = {"composition": goh.composition_graph(model)}
     measured = goh.faithfulness(model, network, **held_out._asdict(), beside=beside, random=flags.random)
     print(f"\n{_table(measured)}")
-    draw_faithfulness(measured, flags.out / "faithfulness.png")
+    goh.draw_faithfulness(measured, flags.out / "faithfulness.png")
     lost = _without(model, network, held_out)
     print(
         f"\nfall of the log probability ({lost['metric']:.3f} nats, {lost['all']:.3f} without any edge): without the "

@@ -18,6 +18,7 @@ from gohgraph.convert.head_order import share_important_heads
 from gohgraph.drawing import (
     draw,
     draw_difference,
+    draw_faithfulness,
     draw_matrices,
     draw_network,
     draw_pruning,
@@ -76,6 +77,7 @@ __all__ = [
     "draw",
     "draw_confusion",
     "draw_difference",
+    "draw_faithfulness",
     "draw_load",
     "draw_matrices",
     "draw_network",

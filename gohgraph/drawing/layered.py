@@ -207,6 +207,8 @@ def _label(network: HeadNetwork, shown: int, edges: int) -> str:
     notes.append("size: importance of the head" if "importance" in network else "")
     if any(kind == "routed" for kind in network.kind):
         notes.append("square: shared head;  circle: routed head" + ("" if "importance" in network else ";  size: load"))
+    if "key/value" in network.kind:
+        notes.append("right: key/value heads")
     sites = list(dict.fromkeys(network.site))
     if len(sites) > 1:
         notes.append(",  ".join(f"{STYLE_NAMES.get(site, 'broken')}: {site}" for site in sites))
