@@ -1,7 +1,5 @@
 """Collecting what routers decide in a forward pass, so that their losses can be trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +32,8 @@ def collect_routing(model: nn.Module, token_mask: Tensor | None = None) -> Itera
     """
     routers = [module for module in model.modules() if isinstance(module, HeadRouter)]
     if not routers:
-        raise ValueError("Expected a model with routers (got none). Do convert it with HeadGraphConfig.moh(...).")
+        kind = type(model).__name__
+        raise ValueError(f"Expected routers (got a {kind} without). Do convert it with HeadGraphConfig.moh(...).")
     collected: list[Routing] = []
 
     def collect(router: nn.Module, inputs: Any, routing: Routing) -> None:

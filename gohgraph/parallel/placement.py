@@ -1,7 +1,5 @@
 """Which heads share a rank: placed so that as little edge weight as possible joins two ranks."""
 
-from __future__ import annotations
-
 import dataclasses
 from itertools import combinations
 from typing import Any
@@ -112,9 +110,6 @@ def reorder_heads(model: LanguageModel, order: list[int]) -> LanguageModel:
     Args:
         model: with heads that have keys of their own; changed in place.
         order: the old index of each new head; with routers the shared heads must stay the first.
-
-    Raises:
-        ValueError: no such permutation, or graphs other than plain `HeadGraphConv`s at outputs and scores.
 
     Example:
         >>> import gohgraph as goh
