@@ -55,7 +55,8 @@ def study(flags: argparse.Namespace) -> None:
     flags.out.mkdir(parents=True, exist_ok=True)
     goh.save_head_graph(network, flags.out / "circuit.json")
     title = f"{Path(flags.model).resolve().name}: attribution of edges, random tokens that come twice"
-    goh.draw_network(network, flags.out / "circuit.png", title=title, threshold=0.03)
+    drawn = network if flags.layers is None else _of_layers(network, *flags.layers)
+    goh.draw_network(drawn, flags.out / "circuit.png", title=title, threshold=0.03, limit=flags.limit)
     beside = {"composition": goh.composition_graph(model)}
     measured = goh.faithfulness(model, network, **held_out._asdict(), beside=beside, random=flags.random)
     print(f"\n{_table(measured)}")
@@ -68,6 +69,11 @@ def study(flags: argparse.Namespace) -> None:
     )
     results = {"took": took, "faithfulness": _numbers(measured), "ablation": lost}
     write_whole(flags.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+
+
+def _of_layers(network: goh.HeadNetwork, first: int, last: int) -> goh.HeadNetwork:
+    kept = [node for node, layer in enumerate(network.layer.tolist()) if first <= layer <= last]
+    return goh.HeadNetwork.from_networkx(network.to_networkx().subgraph(kept))
 
 
 def _strongest(network: goh.HeadNetwork) -> str:
@@ -131,6 +137,8 @@ def _parser() -> ArgumentParser:
     add("--examples", type=int, default=20, help="examples to find the circuit on, as many to measure it (%(default)s)")
     add("--length", type=int, default=12, help="random tokens of an example, which come twice (%(default)s)")
     add("--random", type=int, default=1, help="random orders of edges beside (%(default)s)")
+    add("--layers", type=int, nargs=2, metavar=("FIRST", "LAST"), help="draw these layers alone")
+    add("--limit", type=float, help="end of the picture's colour range")
     add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     return parser
 
