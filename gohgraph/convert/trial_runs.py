@@ -1,0 +1,53 @@
+"""Forward passes of other people's modules that leave no trace in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+SEED = 20240411
+
+
+@contextmanager
+def quietly(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, the same random numbers every time; modes and random state then as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+            torch.manual_seed(SEED)
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Returns the device a model computes on: of offloaded weights, the one they are brought to."""
+    device = next(model.parameters(), torch.empty(0)).device
+    if device.type == "meta":
+        hooks = [hook for module in model.modules() for hook in _accelerate_hooks(module)]
+        found = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
+        return torch.device(found[0]) if found else device
+    return device
+
+
+def is_on_meta(model: nn.Module) -> bool:
+    """Whether a model has no weights to compute with: on the meta device, and not offloaded."""
+    return device_of(model).type == "meta"
+
+
+def dtype_for(weight: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of what stands beside a weight, which may be quantised."""
+    is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
+    return weight.dtype if is_plain else torch.get_default_dtype()
+
+
+def _accelerate_hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
