@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,8 @@ import gohgraph as goh
 from gohgraph.analysis.metrics import log_probability, logit_difference
 from gohgraph.learning.regimes.text_models import is_converted, load_text_model
 
+# What types of models of our own begin with.
+OWN = "gohgraph"
 SOURCES = ("graph", "weights", "attribution")
 WORDS = ("mean", "zero")
 # Of a masked model's tokens, every so many-th is masked.
@@ -35,7 +38,12 @@ def is_stock(folder: str | None) -> bool:
     path = Path(folder or ".")
     if folder is None or not (path / "config.json").is_file() or is_converted(path):
         return False
-    return '"model_type"' in (path / "config.json").read_text(encoding="utf-8")
+    try:
+        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type", OWN)
+    # What is damaged is for the loader to name.
+    except (ValueError, AttributeError):
+        return False
+    return not str(kind).startswith(OWN)
 
 
 def chosen_source(flags: argparse.Namespace) -> str:
