@@ -1,6 +1,10 @@
 """Graphs-of-Heads: attention heads as the nodes of an explicit graph that passes messages between them."""
 
 from gohgraph.analysis import head_importance, prune
+from gohgraph.analysis.attribution_graph import attribution_graph
+from gohgraph.analysis.composition import composition_graph
+from gohgraph.analysis.faithfulness import faithfulness
+from gohgraph.analysis.head_labels import label_heads
 from gohgraph.analysis.network import HeadNetwork, head_graph_of
 from gohgraph.analysis.network_files import load_head_graph, save_head_graph
 from gohgraph.analysis.record import record
@@ -15,6 +19,7 @@ from gohgraph.convert.head_order import share_important_heads
 from gohgraph.drawing import (
     draw,
     draw_difference,
+    draw_faithfulness,
     draw_matrices,
     draw_network,
     draw_pruning,
@@ -70,20 +75,25 @@ __all__ = [
     "Stack",
     "Transformer",
     "TransformerConfig",
+    "attribution_graph",
     "collect_routing",
+    "composition_graph",
     "convert",
     "draw",
     "draw_confusion",
     "draw_difference",
+    "draw_faithfulness",
     "draw_load",
     "draw_matrices",
     "draw_network",
     "draw_pruning",
     "draw_tokens",
+    "faithfulness",
     "fold",
     "head_graph",
     "head_graph_of",
     "head_importance",
+    "label_heads",
     "load_converted",
     "load_head_graph",
     "log_head_graphs",

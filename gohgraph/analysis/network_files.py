@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gohgraph.analysis.network import HeadNetwork
+from gohgraph.analysis.network import OPTIONAL, HeadNetwork
 from gohgraph.common.files import checked_path, write_whole
 
 GRAPH_SUFFIXES = (".graphml", ".gexf", ".json", ".csv")
@@ -102,7 +102,7 @@ def _read(path: Path) -> Any:
     if suffix == ".json":
         data = json.loads(path.read_text(encoding="utf-8"))
         for row in (*data["nodes"], *data["edges"]):
-            for name in ("importance", "edge_importance"):
+            for name in OPTIONAL:
                 if name in row and row[name] is None:
                     row[name] = float("nan")
         return networkx.node_link_graph(data, edges="edges")
