@@ -8,9 +8,11 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.slots import HeadSlots
+from gohgraph.common.modules import check_writable
 from gohgraph.convert import unconvert
 from gohgraph.convert.blocks import converted, slots_at
 from gohgraph.convert.dropin import GraphMultiheadAttention
@@ -18,7 +20,6 @@ from gohgraph.graphs.config import SITES
 from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.models.config import ClassifierConfig, TransformerConfig
 
-PROJECTIONS = ("Linear", "NonDynamicallyQuantizableLinear", "Conv1D")
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -43,7 +44,7 @@ def fold(module: Module) -> Module:
         TypeError: no attention with slots for head graphs and none inside.
         ValueError: no output graph, or one that does not fold: token edges and routed heads differ from token to
             token, normalised or shifted messages are not linear in the heads, earlier layers' heads have no part in
-            this projection.
+            this projection; or a projection whose weight is not its own to write into (`check_writable`).
 
     Example:
         >>> import gohgraph as goh
@@ -63,6 +64,11 @@ def fold(module: Module) -> Module:
                 "Expected attention whose heads are the same for every token (got a router). Do keep the graph."
             )
     projections = _projections(module, sites) if sites else [block.output for block in blocks]
+    for projection in projections:
+        _check_linear(projection)
+    if len({id(projection) for projection in projections}) < len(projections):
+        raise ValueError("Expected a projection for every graph (got one for several). Do keep the graphs.")
+    check_writable(module, projections)
     for block, projection in zip(blocks, projections, strict=True):
         _fold_into(projection, block)
         block.output_graph = None
@@ -88,18 +94,25 @@ def _projections(module: nn.Module, sites: list[HeadSlots]) -> list[nn.Module]:
     model, conversion = converted(module)
     names = {id(slots_at(model, name)): place for name, place in conversion.projections.items()}
     projections = [model.get_submodule(names[id(part)]) if id(part) in names else None for part in sites]
-    for part, projection in zip(sites, projections, strict=True):
-        if type(projection).__name__ not in PROJECTIONS:
-            raise ValueError(
-                f"Expected a linear output projection to fold into (got {type(projection).__name__}). Do merge "
-                "adapters first, or keep the graphs."
-            )
+    for part in sites:
         if part.score_graph is not None:
             raise ValueError(
-                f"Expected a converted model without score graphs (got one before {names[id(part)]!r}). Do keep the "
-                "graphs."
+                f"Expected a converted model without score graphs (got one before {names.get(id(part))!r}). Do keep "
+                "the graphs."
             )
     return projections
+
+
+def _check_linear(projection: nn.Module | None) -> None:
+    kind = type(projection)
+    # Of PEFT, too, a class is called Linear.
+    is_conv = (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    if kind not in (nn.Linear, NonDynamicallyQuantizableLinear) and not is_conv:
+        got = "none that was found" if projection is None else f"{kind.__module__}.{kind.__name__}"
+        raise ValueError(
+            f"Expected a linear output projection to fold into (got {got}). Do merge adapters and parametrizations "
+            "first (merge_and_unload, remove_parametrizations), or keep the graphs."
+        )
 
 
 def _check(graph: SiteGraph | None) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.routing import HeadRouter
-from gohgraph.convert.head_order import permute_heads
+from gohgraph.common.modules import check_writable
+from gohgraph.convert.head_order import check_permutable, permute_heads
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.site_config import SiteConfig
@@ -114,7 +115,8 @@ def reorder_heads(model: LanguageModel, order: list[int]) -> LanguageModel:
         order: the old index of each new head; with routers the shared heads must stay the first.
 
     Raises:
-        ValueError: no such permutation, or graphs other than plain `HeadGraphConv`s at outputs and scores.
+        ValueError: no such permutation, graphs other than plain `HeadGraphConv`s at outputs and scores, or weights that
+            are not the model's own to write into.
 
     Example:
         >>> import gohgraph as goh
@@ -130,6 +132,9 @@ def reorder_heads(model: LanguageModel, order: list[int]) -> LanguageModel:
     blocks = [layer.attention.object for layer in model.decoder.layers]
     for block in blocks:
         _check(block, order)
+    check_permutable(model, blocks)
+    inside = [graph for block in blocks for graph in (block.output_graph, block.score_graph) if graph is not None]
+    check_writable(model, [graph.edges for graph in inside], ("bias", "weight"))
     for block in blocks:
         permute_heads(block, order)
         for graph in (block.output_graph, block.score_graph):
