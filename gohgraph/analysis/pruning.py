@@ -43,6 +43,7 @@ def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None 
     """
     graphs = head_graphs(model)
     check_probability("keep", keep)
+    check_writable(model, [conv.edges for conv in graphs.values()], ("bias", "weight"))
     scores = edge_strength(model) if scores is None else scores
     numbers = [conv.edges.num_edges for conv in graphs.values()]
     if {name: len(values) for name, values in scores.items()} != dict(zip(graphs, numbers, strict=True)):
@@ -52,7 +53,6 @@ def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None 
         raise ValueError("Expected scores of all edges (got NaN at some). Do score every edge, without a sample.")
     stays = torch.zeros(len(values), dtype=torch.bool)
     stays[values.argsort(descending=True, stable=True)[: round(keep * len(values))]] = True
-    check_writable(model, [conv.edges for conv in graphs.values()], ("bias", "weight"))
     pruned = deepcopy(model)
     for conv, edges in zip(head_graphs(pruned).values(), stays.split(numbers), strict=True):
         conv.keep_edges(edges)

@@ -55,6 +55,8 @@ class Comparison:
         for name, block in self.blocks.items():
             if block.inputs is not None and is_on_meta(model.get_submodule(name)):
                 self.unchecked[name] = ON_META
+            elif block.inputs is not None and any(p.is_meta for p in model.get_submodule(name).parameters()):
+                self.unchecked[name] = "torch's own module does not run with offloaded weights"
             elif block.inputs is not None:
                 self.alone[name] = block.inputs()
         self.before, self.results = self._run(None)
@@ -162,8 +164,8 @@ def _is_neutral(graph: nn.Module, block: Block, slot: str) -> bool:
     features = block.head_dim if slot == "output_graph" else 5
     weight = next(graph.parameters(), block.weight_like)
     with torch.random.fork_rng(devices=[]):
-        nodes = torch.randn(2, 3, block.num_heads, features).to(weight.device, weight.dtype)
-        context = torch.randn(2, 3, block.d_model).to(nodes)
+        nodes = torch.randn(2, 3, block.num_heads, features, device="cpu").to(weight.device, weight.dtype)
+        context = torch.randn(2, 3, block.d_model, device="cpu").to(nodes)
     return _close(nodes, graph(nodes, context))
 
 

@@ -60,7 +60,7 @@ def _ids(config: Any, device: torch.device) -> torch.Tensor:
     known = [token for token in range(min(size, 4 * MOST)) if token not in special] or [0]
     # A walk that meets every token once, then again: equal tokens would make equal scores.
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(known), generator=generator).tolist()
+    order = torch.randperm(len(known), generator=generator, device="cpu").tolist()
     ids = [known[order[place % len(known)]] for place in range(_length(numbers))]
     return torch.tensor([ids], device=device)
 
@@ -85,7 +85,7 @@ def _numbers(config: Any) -> Iterator[tuple[str, int]]:
 
 
 def _noise(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(device, dtype)
 
 
 def _pair(size: Any) -> tuple[int, int]:

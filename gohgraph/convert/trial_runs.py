@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,13 +20,19 @@ def quietly(model: nn.Module) -> Iterator[None]:
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
     try:
-        numbers = _Ones() if is_on_meta(model) else nullcontext()
-        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)), numbers:
+        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)), _real_numbers(model):
             torch.manual_seed(SEED)
             yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _real_numbers(model: nn.Module) -> AbstractContextManager[Any]:
+    """What lets a model on meta read numbers, and one in memory make them where the default device is meta."""
+    if is_on_meta(model):
+        return _Ones()
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
 
 
 class _Ones(TorchDispatchMode):
