@@ -128,7 +128,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def _with_first(output: Any, first: Tensor) -> Any:
     if isinstance(output, Tensor):
         return first
-    return output._replace(**{output._fields[0]: first}) if hasattr(output, "_fields") else (first, *output[1:])
+    if hasattr(output, "_fields"):
+        return output._replace(**{output._fields[0]: first})
+    return type(output)((first, *output[1:]))
 
 
 def _close(before: Tensor, after: Tensor) -> bool:

@@ -97,6 +97,13 @@ def test_attention_beside_the_interface_is_left_to_the_projections():
     assert (logits(moved(model), input_ids=ids) - before).abs().max() > 1e-4
 
 
+def test_attention_that_returns_a_list():
+    shape = {"vocab_size": 97, "n_embd": 30, "n_layer": 2, "n_head": 5, "n_positions": 64}
+    model, ids = hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(**shape)).eval(), tokens()
+    before = logits(model, input_ids=ids)
+    assert len(goh.convert(model).replaced) == 2 and torch.equal(logits(model, input_ids=ids), before)
+
+
 def test_a_name_equals_its_base_and_is_looked_up_as_ours():
     name = implementation("sdpa")
     assert name == "sdpa" and name in ("eager", "sdpa") and not name != "sdpa" and name.startswith("sd")

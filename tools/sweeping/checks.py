@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import gohgraph as goh
 from sweeping.small_models import build
 
-LENGTH, KEPT, LAYERS = 15, 10, (2, 4)
+LENGTH, KEPT, LAYERS = 15, 10, (2, 4, 8)
 RING = goh.HeadGraphConfig(goh.SiteConfig(), goh.SiteConfig.ring(2))
 CONFIGS = {"outputs and scores": RING, "outputs": goh.HeadGraphConfig()}
 
@@ -145,11 +145,14 @@ def _cached(model: nn.Module, inputs: dict[str, Tensor], kind: str) -> float | N
 
 
 def _loaded(model: nn.Module, inputs: dict[str, Tensor], kind: str) -> float | None:
-    if not any(isinstance(module, goh.HeadGraphConv) for module in model.modules()):
-        return 0.0
     with tempfile.TemporaryDirectory() as folder:
-        goh.save_converted(model, folder)
-        return _off(model_logits(goh.load_converted(folder).eval(), inputs), model_logits(model, inputs))
+        if any(isinstance(module, goh.HeadGraphConv) for module in model.modules()):
+            goh.save_converted(model, folder)
+            loaded = goh.load_converted(folder)
+        else:
+            model.save_pretrained(folder)
+            loaded = type(model).from_pretrained(folder)
+        return _off(model_logits(loaded.eval(), inputs), model_logits(model, inputs))
 
 
 @torch.no_grad()
