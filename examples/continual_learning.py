@@ -32,6 +32,7 @@ from gohgraph import HeadGraphConfig, LanguageModel, SiteConfig, TransformerConf
 from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.learning.cli.script import Script
 from gohgraph.learning.contests.contest import Contest, Run
+from gohgraph.learning.contests.grid import Grid
 from gohgraph.learning.contests.in_processes import InProcesses
 from gohgraph.learning.contests.matching import count_parameters
 from gohgraph.learning.data.corpus import Corpus
@@ -74,6 +75,7 @@ class ContinualLearning(Script):
     """The base, what every method makes of it task by task, and how much each forgets."""
 
     name, runs = "continual_learning", "continual"
+    recipe = "old"
     full = dict(
         d_model=64, num_heads=8, num_layers=3, d_ff=256, length=64, batch_size=8, steps=150, base_steps=600, windows=64
     )  # fmt: skip
@@ -115,7 +117,7 @@ class ContinualLearning(Script):
         contests, flags = [], self.flags
         for group, rates in ({METHODS: flags.learning_rates} if flags.learning_rates else DEFAULT_RATES).items():
             if names := [name for name in flags.methods if name in group]:
-                contests.append(Contest(dict.fromkeys(names), flags.seeds, rates, self.folder))
+                contests.append(Contest(dict.fromkeys(names), flags.seeds, Grid.of_rates(rates), self.folder))
         return contests
 
     def train_base(self, text: Corpus, seed: int) -> LanguageModel:
@@ -185,14 +187,14 @@ class ContinualLearning(Script):
 
     def report(self, results: dict[Run, dict[str, Any]]) -> None:
         """Prints and writes the table: means over seeds, with their standard deviations."""
-        flags, rates = self.flags, {run.name: run.rate for run in results}
-        by_method = {name: [results[name, rates[name], seed] for seed in flags.seeds] for name in flags.methods}
+        flags, points = self.flags, {run.name: run.point for run in results}
+        by_method = {name: [results[name, points[name], seed] for seed in flags.seeds] for name in flags.methods}
         untrained = mean_and_deviation([mean(result["before"]) for result in by_method[flags.methods[0]]])
         rows = [["base, untouched", "", "0", untrained, *[""] * (len(COLUMNS) - 1)]]
         for name, seeds in by_method.items():
             # Whole models have no task to infer.
             values = (mean_and_deviation([one[key] for one in seeds]) if key in seeds[0] else "" for key in COLUMNS)
-            rows.append([name, f"{rates[name]:g}", f"{seeds[0]['parameters']:,}", *values])
+            rows.append([name, str(points[name]), f"{seeds[0]['parameters']:,}", *values])
         self.write_table(markdown_table([["method", "learning rate", "trained per task", *COLUMNS.values()], *rows]))
         print(f"losses in nats per byte over {', '.join(TASKS)}; written: {self.folder / 'table.md'}")
 

@@ -34,6 +34,7 @@ from gohgraph.convert.conversion import find_blocks
 from gohgraph.convert.head_order import share_important_heads
 from gohgraph.drawing import draw_curves
 from gohgraph.learning.contests.contest import Contest, Run
+from gohgraph.learning.contests.grid import Grid, Point
 from gohgraph.learning.contests.in_processes import InProcesses
 from gohgraph.learning.contests.matching import count_parameters
 from gohgraph.learning.data.corpus import load_corpus, sample_batch
@@ -78,7 +79,8 @@ def tune(flags: argparse.Namespace) -> None:
 
     train_one = partial(_train, str(folder / "runs"))
     runner = InProcesses(train_one, arguments, folder / "results", loss=_last_loss, jobs=flags.jobs)
-    results = Contest(dict.fromkeys(flags.variants), flags.seeds, flags.learning_rates, folder).hold(runner)
+    grid = Grid.of_rates(flags.learning_rates)
+    results = Contest(dict.fromkeys(flags.variants), flags.seeds, grid, folder).hold(runner)
     rates = {run.name: run.rate for run in results}
     by_variant = {name: [result for run, result in results.items() if run.name == name] for name in flags.variants}
     table = _table(by_variant, rates)
@@ -117,7 +119,8 @@ def _train(
 
     before = evaluate(start.eval())["validation_loss"]
     config = prepare(start, name, [batch(-1 - index) for index in range(IMPORTANCE_BATCHES)])
-    path, every = Path(folder) / Run(name, learning_rate, seed).file_name, max(1, steps // EVALUATIONS)
+    run = Run(name, Point.of(learning_rate=learning_rate), seed)
+    path, every = Path(folder) / run.file_name, max(1, steps // EVALUATIONS)
     rows = train(
         start,
         batch,

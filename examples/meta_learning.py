@@ -55,6 +55,7 @@ class MetaLearning(ContestScript):
     """The tasks, the inner loops, and how well each learns classes it has never seen."""
 
     name, runs = "meta_learning", "meta"
+    recipe = "old"
     full = dict(
         d_model=32, num_heads=4, num_layers=2, d_ff=64, tasks=4, ways=3, shots=5, queries=10, steps=250, test_batches=25
     )  # fmt: skip

@@ -62,6 +62,7 @@ class MultitaskLearning(ContestScript):
     """The texts, the models, and the losses on every task in the end."""
 
     name, runs = "multitask_learning", "multitask"
+    recipe = "old"
     full = dict(d_model=64, num_heads=8, num_layers=3, d_ff=256, length=64, batch_size=8, steps=1000, windows=64)
     smoke = dict(d_model=16, num_heads=4, num_layers=1, d_ff=8, length=16, batch_size=3, steps=10, windows=4)
     learning_rate = 4e-3

@@ -52,7 +52,7 @@ class LanguageModelTraining(Comparison):
     # Two models of this size, trained for this long, take about two and a half minutes on one thread.
     full = dict(d_model=128, num_heads=8, num_layers=4, d_ff=512, length=128, batch_size=8, steps=500)
     smoke = dict(d_model=32, num_heads=4, num_layers=2, d_ff=64, length=32, batch_size=4, steps=20)
-    learning_rate = 2e-3
+    learning_rate = 4e-3
     pictures = ("heads.png", "load.png")
     examples = "validation text"
 
@@ -64,7 +64,7 @@ class LanguageModelTraining(Comparison):
         size = parser.add_argument_group("model").add_argument
         size("--num-kv-heads", type=int, help="key/value heads (default: --num-heads)")
         size("--dropout", type=float, default=0.0)
-        size("--activation", choices=FEED_FORWARD_ACTIVATIONS, default="gelu")
+        size("--activation", choices=FEED_FORWARD_ACTIVATIONS, help="default: the recipe's")
         size("--positions", choices=POSITIONS, default="rotary")
         add_parallel_flags(parser)
 
@@ -97,10 +97,10 @@ class LanguageModelTraining(Comparison):
         crc32 = zlib.crc32(self.corpus.train.numpy().tobytes())
         self.data_settings = {"name": self.corpus.name, "crc32": crc32, **self.windows}
         graph = graph_from_flags(self.flags, self.flags.num_heads)
-        more = self.values("num_kv_heads", "dropout", "activation", "positions")
-        return TransformerConfig(
-            language.VOCAB_SIZE, **self.values(), **more, max_length=self.flags.length + 1, head_graph=graph
-        )
+        shape = self.values() | self.values("num_kv_heads", "dropout", "positions")
+        if self.flags.activation is not None:
+            shape["activation"] = self.flags.activation
+        return TransformerConfig(language.VOCAB_SIZE, **shape, max_length=self.flags.length + 1, head_graph=graph)
 
     def build(self, config: TransformerConfig) -> LanguageModel:
         return LanguageModel(config)

@@ -98,6 +98,8 @@ class TranslationTraining(Comparison):
         return translation_output(model, batch, label_smoothing=self.flags.label_smoothing)
 
     def schedule(self) -> dict[str, Any]:
+        if self.flags.recipe == "modern":
+            return {"betas": (0.9, 0.98)}
         warmup = max(1, self.flags.steps // 5) if self.flags.warmup is None else self.flags.warmup
         return {"schedule": "inverse-sqrt", "warmup": warmup, "betas": (0.9, 0.98)}
 

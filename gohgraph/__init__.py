@@ -26,6 +26,7 @@ from gohgraph.drawing.load_chart import draw_load
 from gohgraph.drawing.tensorboard import log_head_graphs
 from gohgraph.graphs.config import HeadGraphConfig, RoutingConfig
 from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.cross_layer import CrossLayer
 from gohgraph.graphs.experts import GraphExperts
 from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.keyed import KeyedGraphConv
@@ -43,6 +44,7 @@ __all__ = [
     "BaselineConfig",
     "Classifier",
     "ClassifierConfig",
+    "CrossLayer",
     "DecoderLayer",
     "EncoderLayer",
     "FeedForward",

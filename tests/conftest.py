@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gohgraph.learning.data import corpus
+from gohgraph.learning.data import python_text
 
 # Tiny models run far faster on one thread.
 torch.set_num_threads(1)
 # To gather Python's documentation takes seconds, and many tests train on it.
-corpus._python_documents = cache(corpus._python_documents)
+python_text.documentation = cache(python_text.documentation)
 
 
 @pytest.fixture(autouse=True)

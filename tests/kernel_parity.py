@@ -77,9 +77,9 @@ def test_half_precision():
 
 def test_blocks_of_heads_and_of_features_equal_whole_ones(monkeypatch):
     monkeypatch.setitem(launch.ROW_NUMBERS, 4, 256)
-    sizes = launch.sizes(13, 37, itemsize=4)
-    assert sizes["BLOCK"] == 4 and sizes["H"] == 16 and sizes["CHUNK"] == 16 and sizes["D"] == 64
-    assert_equals_maps(inputs(13, 13, S, head_dim=37), some_mask(S))
+    sizes = launch.sizes(13, 19, itemsize=4)
+    assert sizes["BLOCK"] == 8 and sizes["H"] == 16 and sizes["CHUNK"] == 16 and sizes["D"] == 32
+    assert_equals_maps(inputs(13, 13, S, head_dim=19), some_mask(S))
 
 
 def test_tensors_of_any_strides():

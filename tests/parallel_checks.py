@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import os
 import signal
 from functools import cache
+from unittest import mock
 
 import torch
 from helpers import load_script, trained_like
@@ -26,9 +28,11 @@ from gohgraph import (
     TransformerConfig,
 )
 from gohgraph.attention.routing import share_statistics
+from gohgraph.graphs.cross_layer import CrossLayer
 from gohgraph.graphs.topologies import TOPOLOGIES
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.learning.train_config import TrainConfig
+from gohgraph.models.model_output import ModelOutput
 from gohgraph.parallel import Layout, ParallelConfig, clip_gradients, parallelize
 
 VOCAB, BATCH, LENGTH = 13, 4, 12
@@ -58,6 +62,10 @@ def special_cases() -> dict[str, HeadGraphConfig | None]:
             SiteConfig(edges="static"), SiteConfig("star", edges="frozen"), queries=SiteConfig(), keys=SiteConfig()
         ),
         "pyg": HeadGraphConfig(SiteConfig(backend="pyg"), SiteConfig(backend="pyg")),
+        "across-layers": HeadGraphConfig(
+            SiteConfig.ring(3, cross_layer="first"), None, ROUTING, queries=SiteConfig("empty", cross_layer=1),
+            keys=SiteConfig(cross_layer="all"), values=SiteConfig(cross_layer=CrossLayer("first", "all-pairs", 0.1)),
+        ),
         "rounds-within": HeadGraphConfig(None, SiteConfig("groups", {"ranks": 4}, rounds=2)),
     }
 
@@ -70,6 +78,9 @@ def alone(graph: HeadGraphConfig | None, site: str) -> HeadGraphConfig | None:
     graph = dataclasses.replace(graph, **{other: None})
     own = getattr(graph, site)
     return graph if own is None else dataclasses.replace(graph, **{site: dataclasses.replace(own, cross_layer=0)})
+
+
+MODERN = {"qk_norm": True, "activation": "relu2", "norm": "unweighted-rms", "embedding_norm": True, "logit_cap": 5.0}
 
 
 def build(graph: HeadGraphConfig | None, *, layers: int = 1, **settings) -> LanguageModel:
@@ -111,20 +122,28 @@ class Ranks:
         return output.logits.detach(), loss / torch.distributed.get_world_size()
 
 
+@cache
+def in_one_process(name: str, **settings) -> tuple[LanguageModel, ModelOutput]:
+    """The model of a case with its gradients and output: what every kind of parallelism is held against."""
+    model = build((cases() | special_cases())[name], **settings)
+    inputs, targets = batch()
+    output = model(inputs, targets=targets)
+    output.loss.backward()
+    return model, output
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def largest_errors(rank: int, config: ParallelConfig, names: list[str], settings: dict) -> dict[str, float]:
     """Of each case the largest difference of logits, loss or a gradient to those of one process."""
-    known, found = cases() | special_cases(), {}
+    found = {}
     for name in names:
-        model = build(known[name], **settings)
-        alone = build(known[name], **settings)
+        alone, output = in_one_process(name, **settings)
+        model = copy.deepcopy(alone)
         ranks = Ranks(model, config)
         logits, loss = ranks.backward()
-        output = alone(batch()[0], targets=batch()[1])
-        output.loss.backward()
         errors = [(logits - ranks.rows(output.logits)).abs().max(), (loss - output.loss).abs()]
         own = dict(alone.named_parameters())
         assert set(model.state_dict()) == set(alone.state_dict())
@@ -174,10 +193,10 @@ def others_apart(rank: int, config: ParallelConfig) -> dict[str, float]:
     return found
 
 
-def losses_apart(rank: int, config: ParallelConfig, names: list[str], steps: int) -> dict[str, float]:
+def losses_apart(rank: int, config: ParallelConfig, names: list[str], steps: int, optimizer: str) -> dict[str, float]:
     """Of each case the largest difference of a loss in float32 training to that of one process."""
     known, found = cases() | special_cases(), {}
-    training = TrainConfig(steps=steps, learning_rate=3e-3)
+    training = TrainConfig(steps=steps, learning_rate=3e-3, optimizer=optimizer)
     for name in names:
         model, alone = build(known[name]).float(), build(known[name]).float()
         ranks = Ranks(model, config)
@@ -214,7 +233,10 @@ def train_language_model(rank: int, argv: list[str], die_at: int | None = None) 
 
     Training._train_step = dying
     errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+    # Figures take longer than such a training; the tests of the script have them drawn.
+    no_curves = mock.patch("gohgraph.learning.training.draw_curves")
+    no_heads = mock.patch("gohgraph.learning.cli.comparison.draw")
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()), no_curves, no_heads:
         code = load_script("examples", "train_language_model").main(argv)
     return code, errors.getvalue()
 
@@ -237,8 +259,10 @@ def refusals(rank: int) -> list[str]:
     found = []
     experts = HeadGraphConfig.graph_experts(2)
     rounds = HeadGraphConfig(None, SiteConfig(rounds=2))
-    for graph, heads, length in ((None, 5, 4), (experts, 4, 4), (rounds, 4, 4), (None, 4, 5)):
+    cases = ((None, 5, 4), (experts, 4, 4), (rounds, 4, 4), (None, 4, 5), (None, 4, 4, "hyper"))
+    for graph, heads, length, *residual in cases:
         shape = {"d_model": 10 * heads, "num_heads": heads, "num_layers": 1, "d_ff": 20}
+        shape |= {"residual": residual[0]} if residual else {}
         try:
             ranks = Ranks(LanguageModel(TransformerConfig(VOCAB, **shape, head_graph=graph)), SEQUENCE)
             ranks.model(torch.zeros(1, length, dtype=torch.long))

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from gohgraph import HeadGraphConv, SiteConfig
+from gohgraph.graphs.cross_layer import CrossLayer
 from gohgraph.graphs.topologies import TOPOLOGIES
 from gohgraph.parallel.sharded_graph import ShardedHeadGraphConv
 
@@ -26,6 +27,8 @@ SITES = {name: SiteConfig(name, OPTIONS.get(name, {})) for name in TOPOLOGIES} |
     "frozen": SiteConfig.ring(2, edges="frozen"),
     "top edges": SiteConfig("small-world", top_edges=2),
     "pyg": SiteConfig(backend="pyg"),
+    "across layers": SiteConfig.ring(3, rounds=2, cross_layer=CrossLayer("first", "all-pairs", scale=0.1)),
+    "same head": SiteConfig("empty", rounds=2, edges="static", cross_layer=CrossLayer(1, "same-head", scale=0)),
 }
 
 

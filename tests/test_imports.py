@@ -86,12 +86,10 @@ def test_programs_use_public_names():
             assert not private, f"{path.name} imports {private} from {module}"
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-
-
-def test_importing_the_package_has_no_side_effects():
-    done = run(
+def test_importing_has_no_side_effects_and_optional_packages_come_where_they_are_used():
+    """In one process: importing torch is what takes time."""
+    federated = ", ".join(f"gohgraph.learning.federated.{name}" for name in ("sharing", "split", "client"))
+    code = (
         "import os, random, sys, torch\n"
         "def state():\n"
         "    return (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(), random.getstate(),\n"
@@ -107,13 +105,15 @@ def test_importing_the_package_has_no_side_effects():
         "assert not unwanted, unwanted\n"
         "missing = [name for name in gohgraph.__all__ if not hasattr(gohgraph, name)]\n"
         "assert not missing and sorted(gohgraph.__all__, key=str.lower), missing\n"
+        "from gohgraph.drawing import draw_curves\n"
+        "draw_curves({'a': [{'step': 1, 'loss': 2.0}]})\n"
+        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+        "import gohgraph.learning.tracking\n"
+        "assert not {'tensorboard', 'wandb', 'mlflow'} & set(sys.modules)\n"
+        f"import {federated}\n"
+        "assert 'flwr' not in sys.modules\n"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert [line for line in done.stderr.splitlines() if "gohgraph" in line] == []
-
-
-def test_flower_is_imported_where_messages_are_made():
-    names = ", ".join(f"gohgraph.learning.federated.{name}" for name in ("sharing", "split", "client"))
-    done = run(f"import sys, {names}\nassert 'flwr' not in sys.modules")
-    assert done.returncode == 0, done.stderr

@@ -31,6 +31,7 @@ from gohgraph import BaselineConfig, SiteConfig
 from gohgraph.attention.forms import FORMS, attend, explain
 from gohgraph.graphs.baselines import BASELINES
 from gohgraph.graphs.config import SITES
+from gohgraph.graphs.cross_layer import CrossLayer, reached
 from gohgraph.graphs.protocol import SiteGraph, Traits
 from gohgraph.graphs.site_config import KINDS as SITE_KINDS
 from gohgraph.parallel.collectives import local
@@ -81,7 +82,7 @@ CONVS = {
     "ring": SiteConfig.ring(2),
     "static": SiteConfig(edges="static"),
     "frozen": SiteConfig(edges="frozen"),
-    "rank": SiteConfig(rank=3),
+    "rank": SiteConfig(rank=3, learning_rate_factor=0.5),
     "no tanh": SiteConfig(activation=None, self_loops=False),
     "rounds": SiteConfig.ring(2, rounds=2),
     "top edges": SiteConfig(top_edges=2),
@@ -91,6 +92,7 @@ KINDS = CONVS | {
     "pyg": SiteConfig.ring(2, backend="pyg"),
     "norm": SiteConfig(norm=True),
     "cross layer": SiteConfig.ring(2, cross_layer=1),
+    "cross layer, all pairs": SiteConfig(cross_layer=CrossLayer("first", "all-pairs", scale=0.1)),
     "experts": SiteConfig("bipartite", {"num_shared": 1}, rounds=2, kind="experts", num_shared=1),
     "learned": SiteConfig(kind="learned", keep_in_degree=2),
     "keyed": SiteConfig.ring(2, kind="keyed"),
@@ -105,15 +107,18 @@ KINDS = CONVS | {
     "a linear graph": Mean,
 }
 # What only some sites can have, wherever it is.
+CROSS = {"cross layer", "cross layer, all pairs"}
 KEYED = {"keyed", "baseline composition"}
+AT_ONE_SITE = {"baseline exclusive", "baseline differential", "baseline paired"}
 LINEAR = {*CONVS, "pyg", "learned", "baseline softmax", "baseline gate of heads", "chain", "a linear graph"}
 ANYWHERE = LINEAR | {"a module", "a graph"}
-FEATURES = set(KINDS) - KEYED
+FEATURES = set(KINDS) - KEYED - AT_ONE_SITE
 
 # Whom a holder takes at each of its sites; at all others it takes nobody.
-OWN = {"outputs": FEATURES, "scores": ANYWHERE | KEYED, "weights": ANYWHERE | {"baseline composition"}}
-OWN |= dict.fromkeys(INNER, FEATURES - {"cross layer"})
-FOREIGN = {"outputs": FEATURES - {"cross layer"}, "scores": ANYWHERE}
+OWN = {"outputs": FEATURES | {"baseline exclusive"}, "scores": ANYWHERE | KEYED | {"baseline paired"}}
+OWN["weights"] = ANYWHERE | {"baseline composition", "baseline differential"}
+OWN |= dict.fromkeys(INNER, FEATURES)
+FOREIGN = {"outputs": FEATURES - CROSS, "scores": ANYWHERE}
 MEGATRON = {"outputs": {*CONVS, "norm", "pyg"}, "scores": {*CONVS, "pyg"}}
 SHARDED = {*CONVS, "pyg", "norm"}
 TAKES = {
@@ -123,11 +128,11 @@ TAKES = {
     Llama: {**FOREIGN, "scores": LINEAR},
     EagerLlama: {**FOREIGN, "scores": LINEAR},
     **dict.fromkeys((Megatron, MegatronCore), MEGATRON),
-    TensorParallel: {site: OWN[site] & (SHARDED | {"cross layer"}) for site in SITES if site != "weights"},
+    TensorParallel: {site: OWN[site] & (SHARDED | CROSS) for site in SITES if site != "weights"},
 }
 # Distinct primes, or twice one, and numbers that coincide; with and without grouped keys.
 HOLDERS = {
-    "own": (OwnModel, Sizes(5, 5, 6, 7)),
+    "own": (OwnModel, Sizes(4, 4, 6, 7)),
     "own, H = D = T, grouped": (OwnModel, Sizes(6, 3, 6, 6)),
     "drop-in": (DropIn, Sizes(5, 5, 3, 7)),
     "drop-in, H = D = T": (DropIn, Sizes(6, 6, 6, 6)),
@@ -201,6 +206,9 @@ def test_a_graph_is_refused_when_built_or_runs_as_defined(holders, calls, name, 
     holder = holders(name)
     for site in SITES:
         takes = kind in TAKES[type(holder)].get(site, ())
+        if kind == "baseline paired":
+            # Heads that share a key/value head have no keys to join.
+            takes = takes and holder.sizes.heads == holder.sizes.groups
         if isinstance(KINDS[kind], type) and site not in holder.own_sites:
             # No door for modules.
             assert not takes
@@ -237,7 +245,7 @@ def check_runs(holder, site, graph, calls):
 
 def check_heads(holder, site, blocks, calls):
     """Head outputs are those of the definition, in the form that was taken and in every other one that takes them."""
-    earlier = []
+    earlier, inner = [], []
     for (x, z, graphs, block), (call, form) in zip(blocks, calls, strict=True):
         # Layers that have none before them hold none for `cross_layer`.
         assert set(graphs) == {site}
@@ -248,17 +256,20 @@ def check_heads(holder, site, blocks, calls):
             if not other.refuses(call):
                 assert_close(other.run(call)[0], expected, holder.exact, f"{site}, {other.name}")
         if "outputs" in graphs:
-            graph = graphs["outputs"]
-            expected = graph(expected, x, earlier[: graph.traits.reach], None)
+            graph, groups = graphs["outputs"], call.q.shape[2] // call.v.shape[2]
+            own = {"values": call.v.repeat_interleave(groups, dim=2)} if graph.traits.reads_values else {}
+            expected = graph(expected, x, reached(earlier, graph.traits.reach), None, **own)
         assert_close(z, expected, holder.exact, site)
         earlier.insert(0, z)
-        check_inner(holder, site, call, x, graphs, block)
+        check_inner(holder, site, call, x, graphs, block, inner)
 
 
 def attention_by_definition(call, x, graphs, causal):
     """Softmax over whole maps, `[B, T, H, D]`, with messages before and after."""
     q, heads = call.q, call.q.shape[2]
     k, v = (each.repeat_interleave(heads // each.shape[2], dim=2) for each in (call.k, call.v))  # [B, S, H, D]
+    if "scores" in graphs and graphs["scores"].traits.joins_keys:
+        return joined_by_definition(q, k, v, causal)
     maps = torch.einsum("bthd,bshd->bths", q, k) * q.shape[-1] ** -0.5  # [B, T, H, S]
     if "scores" in graphs:
         maps = graphs["scores"](maps, x, keys=graphs["scores"].key_state(x))
@@ -271,13 +282,27 @@ def attention_by_definition(call, x, graphs, causal):
     return torch.einsum("bths,bshd->bthd", maps, v)  # [B, T, H, D]
 
 
-def check_inner(holder, site, call, x, graphs, block):
+def joined_by_definition(q, k, v, causal):
+    """Softmax over the keys of both heads of a pair, at every token those of the first before those of the second."""
+    token, z = torch.arange(q.shape[1]), []
+    for head in range(q.shape[2]):
+        pair = [head // 2 * 2, head // 2 * 2 + 1]
+        maps = torch.einsum("btd,bspd->btsp", q[:, :, head], k[:, :, pair]) * q.shape[-1] ** -0.5  # [B, T, S, 2]
+        if causal:
+            places = 2 * token.unsqueeze(1) + torch.arange(2)  # [S, 2]
+            maps = maps.masked_fill(places > (2 * token + head % 2).view(-1, 1, 1), float("-inf"))
+        z.append(maps.flatten(2).softmax(dim=-1) @ v[:, :, pair].flatten(1, 2))  # [B, T, D]
+    return torch.stack(z, dim=2)
+
+
+def check_inner(holder, site, call, x, graphs, block, earlier):
     """Queries, keys and values are those of the projections after messages, then turned by their positions."""
     if site not in INNER:
         return
     projection = {"queries": "query", "keys": "key", "values": "value"}[site]
     nodes = local(getattr(block, projection)(x)).unflatten(-1, (-1, holder.sizes.features))  # [B, T, H or G, D]
-    nodes = graphs[site](nodes, x)
+    nodes = graphs[site](nodes, x, reached(earlier, graphs[site].traits.reach))
+    earlier.insert(0, nodes)
     if site != "values":
         nodes = block.rotary(nodes, torch.arange(x.shape[1]))
     assert_close({"queries": call.q, "keys": call.k, "values": call.v}[site], nodes, holder.exact, site)

@@ -22,7 +22,7 @@ from functools import partial
 from types import ModuleType
 
 import torch
-from benchmarks import convert, kernels, memory, quality, recipe, routing, scaling, speed
+from benchmarks import convert, kernels, laws, memory, quality, recipe, routing, scaling, speed
 from benchmarks.timing import machine
 from tqdm import tqdm
 
@@ -35,6 +35,7 @@ COMMANDS = {
     "scaling": scaling,
     "routing": routing,
     "quality": quality,
+    "laws": laws,
     "recipe": recipe,
     "convert": convert,
     "kernels": kernels,

@@ -1,7 +1,5 @@
 """How much edges matter, by taking them out one after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial

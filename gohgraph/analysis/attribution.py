@@ -1,7 +1,5 @@
 """How much edges matter, estimated for all of them at once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any

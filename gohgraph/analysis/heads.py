@@ -1,7 +1,5 @@
 """How much heads matter to a model's loss."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -37,15 +35,6 @@ def head_importance(
     Returns:
         `[H]` by the name of the attention block: every `MultiHeadAttention`, and every other module with a graph over
         head outputs; in a model without any of these, what `convert` would give graphs to.
-
-    Example:
-        >>> import gohgraph as goh
-        >>> shape = dict(d_model=8, num_heads=2, num_layers=1, d_ff=8)
-        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
-        >>> tokens = torch.tensor([[1, 2, 3, 4]])
-        >>> loss = lambda model, tokens: model(tokens[:, :-1], targets=tokens[:, 1:])
-        >>> head_importance(model, loss, [tokens])["decoder.layers.0.attention.object"].shape
-        torch.Size([2])
     """
     check_batches(batches)
     masks: dict[str, list[Tensor]] = {}

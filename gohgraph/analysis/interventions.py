@@ -1,7 +1,5 @@
 """What ablation and attribution put in the place of an edge's weight."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any

@@ -1,7 +1,5 @@
 """The loss a model has over batches: what ablation, attribution and pruning are measured by."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

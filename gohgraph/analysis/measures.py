@@ -1,7 +1,5 @@
 """Measures of head graphs, from what was recorded of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Where a head graph stands in a model, by its module name: in which attention block, and at which of its sites."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

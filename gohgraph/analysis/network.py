@@ -12,6 +12,7 @@ from torch_geometric.utils import to_networkx
 
 from gohgraph.analysis.module_names import block_of, block_titles, family_of, layer_of, site_of
 from gohgraph.analysis.record import OF_KEYS, Recording, head_graphs, record
+from gohgraph.graphs.cross_layer import layers_read
 
 NODE_ATTRIBUTES = ("label", "block", "layer", "head", "kind", "load", "importance")
 EDGE_ATTRIBUTES = ("edge", "graph", "site", "round", "mean", "std", "share", "edge_importance")
@@ -75,13 +76,6 @@ class HeadNetwork(Data):
 
     def strongest(self, count: int, by: str = "mean") -> list[dict[str, Any]]:
         """Returns the `count` edges of the largest |mean|, or of the highest other attribute, as dictionaries.
-
-        Example:
-            >>> import gohgraph as goh
-            >>> shape = dict(d_model=8, num_heads=2, num_layers=2, d_ff=8)
-            >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
-            >>> [(edge["sender"], edge["receiver"]) for edge in head_graph_of(model).strongest(2)]
-            [('0.0', '0.0'), ('0.1', '0.0')]
         """
         values = self[by].abs() if by == "mean" else self[by].nan_to_num(-torch.inf)
         names = self.attributes()[1]
@@ -156,37 +150,60 @@ def at_rest(model: nn.Module) -> dict[str, Recording]:
     return heads
 
 
-def _place(name: str, recording: Recording, heads: Mapping[str, Recording]) -> tuple[str, bool]:
-    """The block a graph's heads are of, and whether they are key/value heads, fewer than its query heads."""
+# A block, and whether its key/value heads are meant, where they are fewer than its query heads.
+Place = tuple[str, bool]
+
+
+def _place(name: str, recording: Recording, heads: Mapping[str, Recording]) -> Place:
+    """The place of a graph's heads."""
     block = block_of(name)
-    others = [other.num_heads for graph, other in heads.items() if block_of(graph) == block]
+    others = [other.num_heads for graph, other in heads.items() if family_of(block_of(graph)) == family_of(block)]
     return block, site_of(name) in OF_KEYS and recording.num_heads < max(others)
 
 
+def _senders(recording: Recording, place: Place) -> list[Place]:
+    """The places of the earlier layers that send to a graph, in the order of its senders."""
+    block, is_key = place
+    count = int(recording.edge_index[0].max()) // recording.num_heads if recording.edge_index.numel() else 0
+    layer = layer_of(block)
+    before = () if layer is None else layers_read(recording.reach, layer)
+    if count > len(before):
+        raise ValueError(
+            f"Expected {count} layers before {block}, whose heads send to it (got {len(before)}). Do record the model "
+            "it is part of."
+        )
+    return [(family_of(block).replace("*", str(index)), is_key) for index in before[:count]]
+
+
 def _nodes(
-    heads: Mapping[str, Recording], places: Mapping[str, tuple[str, bool]], importance: Mapping[str, Tensor]
-) -> tuple[dict[tuple[str, bool], int], dict[str, Any]]:
+    heads: Mapping[str, Recording], places: Mapping[str, Place], importance: Mapping[str, Tensor]
+) -> tuple[dict[Place, int], dict[str, Any]]:
     """The first node of every place, and the node attributes."""
-    titles = dict(zip(blocks := list(dict.fromkeys(b for b, _ in places.values())), block_titles(blocks), strict=True))
-    numbers: dict[tuple[str, bool], int] = {}
+    # Heads that send are there with or without a graph in their own layer.
+    sizes: dict[Place, int] = {}
+    for name, recording in heads.items():
+        for place in (*reversed(_senders(recording, places[name])), places[name]):
+            sizes.setdefault(place, recording.num_heads)
+    titles = dict(zip(blocks := list(dict.fromkeys(b for b, _ in sizes)), block_titles(blocks), strict=True))
+    numbers: dict[Place, int] = {}
     columns: dict[str, list] = {name: [] for name in NODE_ATTRIBUTES}
     for block in blocks:
         for place in ((block, False), (block, True)):
-            recordings = [recording for name, recording in heads.items() if places[name] == place]
-            if not recordings:
+            if place not in sizes:
                 continue
             numbers[place] = len(columns["label"])
-            recording = max(recordings, key=lambda recording: recording.num_shared is not None)
-            layer = layer_of(block)
-            for head in range(recording.num_heads):
+            recordings = [recording for name, recording in heads.items() if places[name] == place]
+            recording = max(recordings, key=lambda recording: recording.num_shared is not None, default=None)
+            layer, nothing = layer_of(block), torch.full((sizes[place],), torch.nan)
+            for head in range(sizes[place]):
                 columns["label"].append(f"{titles[block].replace('layer ', '')}.{head}" + ("kv" if place[1] else ""))
                 columns["block"].append(titles[block])
                 columns["layer"].append(blocks.index(block) if layer is None else layer)
                 columns["head"].append(head)
                 columns["kind"].append(_kind(recording, head, place[1]))
-            columns["load"].append(recording.load)
-            scores = torch.full((recording.num_heads,), torch.nan) if place[1] else importance.get(block)
-            columns["importance"].append(torch.full((recording.num_heads,), torch.nan) if scores is None else scores)
+            columns["load"].append(torch.ones(sizes[place]) if recording is None else recording.load)
+            scores = nothing if place[1] else importance.get(block)
+            columns["importance"].append(nothing if scores is None else scores)
     for name in ("load", "importance"):
         columns[name] = _joined(name, columns[name])
     for name in ("layer", "head"):
@@ -196,25 +213,16 @@ def _nodes(
     return numbers, columns
 
 
-def _kind(recording: Recording, head: int, is_key: bool) -> str:
-    if is_key or recording.num_shared is None:
+def _kind(recording: Recording | None, head: int, is_key: bool) -> str:
+    if is_key or recording is None or recording.num_shared is None:
         return "key/value" if is_key else "head"
     return "shared" if head < recording.num_shared else "routed"
 
 
-def _numbered(recording: Recording, place: tuple[str, bool], numbers: Mapping[tuple[str, bool], int]) -> Tensor:
+def _numbered(recording: Recording, place: Place, numbers: Mapping[Place, int]) -> Tensor:
     """The edges `[2, E]` of one graph as nodes of the network; senders of earlier layers stand in their own block."""
     back, head = recording.edge_index // recording.num_heads, recording.edge_index % recording.num_heads
-    starts = [numbers[place]]
-    for distance in range(1, int(back.max()) + 1 if back.numel() else 1):
-        family, layer = family_of(place[0]), layer_of(place[0])
-        earlier = [p for p in numbers if family_of(p[0]) == family and layer_of(p[0]) == layer - distance]
-        if layer is None or not earlier:
-            raise ValueError(
-                f"Expected the head graph of the layer {distance} before {place[0]} (got none). Do record the whole "
-                "model: its edges come from there."
-            )
-        starts.append(numbers[earlier[0]])
+    starts = [numbers[each] for each in (place, *_senders(recording, place))]
     return torch.tensor(starts)[back] + head
 
 

@@ -1,7 +1,5 @@
 """Files of a head network: GraphML, GEXF (Gephi), JSON and CSV, written whole and read back."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math
@@ -31,15 +29,6 @@ def save_head_graph(network: HeadNetwork, path: str | os.PathLike[str]) -> None:
     Args:
         network: as `head_graph_of` makes it.
         path: a file that ends in .graphml, .gexf, .json or .csv; an older one is kept where it cannot be written.
-
-    Example:
-        >>> import tempfile, gohgraph as goh
-        >>> shape = dict(d_model=8, num_heads=2, num_layers=2, d_ff=8)
-        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
-        >>> path = tempfile.mkdtemp() + "/heads.gexf"
-        >>> save_head_graph(goh.head_graph_of(model), path)
-        >>> load_head_graph(path).num_edges
-        8
     """
     path = checked_path(path, GRAPH_SUFFIXES)
     if path.suffix.lower() == ".csv":
@@ -49,8 +38,7 @@ def save_head_graph(network: HeadNetwork, path: str | os.PathLike[str]) -> None:
 
 
 def load_head_graph(path: str | os.PathLike[str]) -> HeadNetwork:
-    """Reads a head network that `save_head_graph` wrote.
-    """
+    """Reads a head network that `save_head_graph` wrote."""
     path = Path(path)
     if path.suffix.lower() not in GRAPH_SUFFIXES:
         raise ValueError(f"Expected a file that ends in {', '.join(GRAPH_SUFFIXES)} (got {path}). Do pass another.")

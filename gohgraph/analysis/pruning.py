@@ -1,7 +1,5 @@
 """Taking edges out of trained head graphs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Recording what head graphs do in a forward pass."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,6 +38,7 @@ class Recording:
     Attributes:
         edge_index: `[2, E]`, senders in row 0.
         num_heads: H.
+        reach: the earlier layers that send, as in `Traits`: sender j + l*H is head j of the l-th of them.
         num_shared: h_s of the router, the first heads, always active; `None` without one.
         tokens: number of tokens seen; of static edges, forward passes.
         mean, std: `[R, E]` weight of every edge in each round: mean over tokens and standard deviation, 0 if static.
@@ -57,6 +56,7 @@ class Recording:
     def __init__(self, graph: SiteGraph, router: HeadRouter | None = None, *, every_token: bool = False) -> None:
         is_conv, self.num_heads = isinstance(graph, HeadGraphConv), graph.traits.num_heads
         self.edge_index = (graph if is_conv else head_graph(self.num_heads)).edge_index.detach().cpu()
+        self.reach = graph.traits.reach if is_conv else 0
         self.num_shared = None if router is None else router.num_shared
         shape = (graph.rounds if is_conv else 1, self.edge_index.shape[1])
         self._weights, self._share = Moments(shape), Moments(shape)

@@ -1,7 +1,5 @@
 """Mean and variance over tokens, kept up as tokens come: memory does not grow with them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """How strong edges are, and whether that says what they are worth."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

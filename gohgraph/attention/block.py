@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gohgraph.attention.cache import KeyValueCache
 from gohgraph.attention.call import Call, Mask, Routed
 from gohgraph.attention.forms import attend, why_all_heads
+from gohgraph.attention.history import Earlier, History
 from gohgraph.attention.routing import Routing
 from gohgraph.attention.skipped import ActiveHeads, project_all
 from gohgraph.graphs.protocol import Losses, Messages, SiteGraph
@@ -19,9 +20,9 @@ from gohgraph.graphs.wrapped import graph_at
 # The further sites by the name of their slot, and what the block can give graphs at every site.
 INNER_SITES = {"query": "queries", "key": "keys", "value": "values", "weight": "weights"}
 ALLOWED = {
-    "outputs": {"whole", "reach"},
+    "outputs": {"whole", "reach", "values"},
     **dict.fromkeys(("scores", "weights"), {"whole", "keyed", "nonlinear"}),
-    **dict.fromkeys(("queries", "keys", "values"), {"whole"}),
+    **dict.fromkeys(("queries", "keys", "values"), {"whole", "reach"}),
 }
 
 
@@ -31,10 +32,12 @@ class Heads(NamedTuple):
     Args:
         outputs: `[B, T, H, D]`, after messages and times their gates: what the output projection reads.
         routing: the router's decisions, `None` without one.
+        nodes: by site, what later layers read of this one.
     """
 
     outputs: Tensor
     routing: Routing | None = None
+    nodes: Mapping[str, Tensor] = {}
 
 
 class MultiHeadAttention(nn.Module):
@@ -132,7 +135,10 @@ class MultiHeadAttention(nn.Module):
         if unknown := sorted(set(inner_graphs) - set(INNER_SITES)):
             raise ValueError(f"Expected inner_graphs of {list(INNER_SITES)} (got {unknown}). Do choose among them.")
         output_graph = graph_at("outputs", output_graph, self.num_heads, ALLOWED["outputs"])
-        score_graph = graph_at("scores", score_graph, self.num_heads, ALLOWED["scores"])
+        # Pairs of heads that share a key/value head have no keys to join, and routed heads no pairs.
+        joins = self.num_kv_heads == self.num_heads and router is None and "weight" not in inner_graphs
+        allowed = ALLOWED["scores"] | ({"joined keys"} if joins else set())
+        score_graph = graph_at("scores", score_graph, self.num_heads, allowed)
         inner = {}
         for name, graph in inner_graphs.items():
             site, nodes = INNER_SITES[name], self.num_kv_heads if name in ("key", "value") else self.num_heads
@@ -140,6 +146,13 @@ class MultiHeadAttention(nn.Module):
         # All are checked before any is put in: what is refused leaves the block as it was.
         self.output_graph, self.score_graph, self.router = output_graph, score_graph, router
         self.inner_graphs = nn.ModuleDict(inner)
+
+    @property
+    def graphs(self) -> dict[str, SiteGraph]:
+        """What stands at which site, of `gohgraph.graphs.config.SITES`."""
+        slots = {"output": self.output_graph, "score": self.score_graph, **self.inner_graphs}
+        sites = {"output": "outputs", "score": "scores", **INNER_SITES}
+        return {sites[slot]: graph for slot, graph in slots.items() if graph is not None}
 
     def forward(
         self,
@@ -149,7 +162,7 @@ class MultiHeadAttention(nn.Module):
         keep_mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        earlier: Sequence[Tensor] = (),
+        earlier: Earlier | Sequence[Tensor] = (),
         token_mask: Tensor | None = None,
         losses: Losses | None = None,
     ) -> tuple[Tensor, Heads]:
@@ -161,7 +174,8 @@ class MultiHeadAttention(nn.Module):
                 gives zeros.
             positions: `[T]` or `[B, T]` for the rotary; `None` counts on from the cache.
             cache: keys and values of the tokens before, extended in place; causality then counts from its length.
-            earlier: head outputs of the layers before, nearest first, for a graph with `cross_layer`.
+            earlier: for graphs with `cross_layer`, the nodes of all layers before by site, nearest first; the block's
+                own at these sites are then in `Heads.nodes`. A sequence are head outputs.
             token_mask: bool `[B, T]`, True = a real token of `x`; losses leave out the others.
             losses: asks for what graphs add to the training loss: takes in a scalar under each name it has, the mean
                 over active heads of real tokens.
@@ -171,22 +185,24 @@ class MultiHeadAttention(nn.Module):
         source = x if memory is None else memory
         keys = past if memory is not None and past else past + source.shape[1]
         routing = self._route(x, token_mask, decodes=cache is not None and x.shape[1] == 1)
-        active = None if routing is None else routing.active
+        active, history = None if routing is None else routing.active, History(earlier)
         routed = self._routed(routing, x, keys)
         heads = routed.heads if routed is not None and isinstance(routed.heads, ActiveHeads) else None
         if positions is None and self.rotary is not None:
             positions = torch.arange(past, past + x.shape[1], device=x.device)
-        q = self._queries(x, positions, active, heads)  # [B, T, H, D]
-        k, v, *states = self._keys_values(source, positions, cache, heads)  # [B, S, G, D] each
+        q = self._queries(x, positions, routing, heads, history)  # [B, T, H, D]
+        k, v, *states = self._keys_values(source, positions, cache, heads, history)  # [B, S, G, D] each
         scores, weights = self._messages(x, active, states)
         mask, dropout = Mask(keep_mask, self.causal), self.dropout if self.training else 0.0
         z, _ = attend(Call(q, k, v, mask, dropout, scores, weights, routed), self.form)  # [B, T, H, D]
         if self.output_graph is not None:
-            z = self._pass_messages(z, x, earlier, active, token_mask, losses)
+            own = {"values": self._own(v, x, memory)} if self.output_graph.traits.reads_values else {}
+            z = self._pass_messages(z, x, history, active, token_mask, losses, **own)
         if routing is not None:
             z = z * routing.gates.unsqueeze(-1).to(z.dtype)
+        history.hand_on("outputs", z)
         y = self.output(z.flatten(-2)) if heads is None else heads.read_out(z, self.output)  # [B, T, M]
-        return y, Heads(z, routing)
+        return y, Heads(z, routing, history.nodes)
 
     def _route(self, x: Tensor, token_mask: Tensor | None, *, decodes: bool) -> Routing | None:
         if self.router is None:
@@ -202,17 +218,27 @@ class MultiHeadAttention(nn.Module):
         return Routed(routing.active, self.router.num_shared, self.router.num_active, heads)
 
     def _queries(
-        self, x: Tensor, positions: Tensor | None, active: Tensor | None, heads: ActiveHeads | None
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        routing: Routing | None,
+        heads: ActiveHeads | None,
+        history: History,
     ) -> Tensor:
         if heads is None:
             q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, D]
         else:
             q = heads.project(x, self.query, self.head_dim)  # [B, T, H, D]
-        q = self._inner("query", q, x, active)
+        q = self._inner("query", q, x, history, routing)
         return q if self.rotary is None else self.rotary(q, positions)
 
     def _keys_values(
-        self, source: Tensor, positions: Tensor | None, cache: KeyValueCache | None, heads: ActiveHeads | None
+        self,
+        source: Tensor,
+        positions: Tensor | None,
+        cache: KeyValueCache | None,
+        heads: ActiveHeads | None,
+        history: History,
     ) -> tuple[Tensor, ...]:
         """Keys, values, and the state `[B, S, 1, U]` of every graph over maps that reads the keys' tokens."""
         if cache is not None and cache.is_filled:
@@ -222,14 +248,21 @@ class MultiHeadAttention(nn.Module):
             k, v = (project_all(source, linear, self.head_dim) for linear in (self.key, self.value))
         else:
             k, v = (f(source).unflatten(-1, (self.num_kv_heads, self.head_dim)) for f in (self.key, self.value))
-        k, v = self._inner("key", k, source), self._inner("value", v, source)
+        k, v = self._inner("key", k, source, history), self._inner("value", v, source, history)
         if self.rotary is not None:
             k = self.rotary(k, positions)
         states = (graph.key_state(source).unsqueeze(2) for graph in self._map_graphs() if _is_keyed(graph))
         return (k, v, *states) if cache is None else cache.update(k, v, *states)
 
-    def _inner(self, site: str, nodes: Tensor, context: Tensor, active: Tensor | None = None) -> Tensor:
-        return self.inner_graphs[site](nodes, context, (), active) if site in self.inner_graphs else nodes
+    def _inner(
+        self, slot: str, nodes: Tensor, context: Tensor, history: History, routing: Routing | None = None
+    ) -> Tensor:
+        site = INNER_SITES[slot]
+        if slot in self.inner_graphs:
+            graph, active = self.inner_graphs[slot], None if routing is None else routing.active
+            nodes = graph(nodes, context, history.of(site, graph), active)
+        history.hand_on(site, nodes, routing)
+        return nodes
 
     def _map_graphs(self) -> tuple[SiteGraph | None, SiteGraph | None]:
         return self.score_graph, self.inner_graphs["weight"] if "weight" in self.inner_graphs else None
@@ -242,17 +275,29 @@ class MultiHeadAttention(nn.Module):
             for graph in self._map_graphs()
         ]
 
+    def _own(self, v: Tensor, x: Tensor, memory: Tensor | None) -> Tensor:
+        """Of all values `[B, S, G, D]` those of the tokens of `x` themselves, for every head: `[B, T, H, D]`."""
+        if memory is not None:
+            raise ValueError(
+                f"Expected self attention for {type(self.output_graph).__name__}, which reads the tokens' own values "
+                "(got a memory). Do leave the graph out of cross attention."
+            )
+        own = v[:, v.shape[1] - x.shape[1] :]  # [B, T, G, D]
+        return own.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
+
     def _pass_messages(
         self,
         z: Tensor,
         x: Tensor,
-        earlier: Sequence[Tensor],
+        history: History,
         active: Tensor | None,
         token_mask: Tensor | None,
         losses: Losses | None,
+        **own: Tensor,
     ) -> Tensor:
         asked: Losses = {} if losses is None else {name: [] for name in losses}
-        z = self.output_graph(z, x, earlier, active, losses=asked)  # [B, T, H, D]
+        earlier = history.of("outputs", self.output_graph)
+        z = self.output_graph(z, x, earlier, active, losses=asked, **own)  # [B, T, H, D]
         for name, of_nodes in asked.items():
             losses[name] += [_mean_over(one, active, token_mask) for one in of_nodes]
         return z

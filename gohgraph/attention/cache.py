@@ -1,7 +1,5 @@
 """The key/value cache of incremental decoding."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """What one call of attention is asked to compute, whoever asks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple

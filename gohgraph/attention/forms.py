@@ -5,8 +5,6 @@ Every form computes the same numbers, those of `mixed_attention` on whole maps. 
 a `Call`: our own block, the drop-in, timm's and transformers' attention, Megatron and tensor parallelism.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gohgraph.attention.call import Call
+from gohgraph.attention.call import Call, Mask
 from gohgraph.attention.grouped import FROM_KEYS, LARGEST_SHARE, grouped_attention, may_pay
 from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_refuses
 from gohgraph.attention.maps import mixed_attention, plain_attention
+from gohgraph.attention.runs import interleaved, interleaved_mask, parted
 from gohgraph.attention.skipped import only_multiplies
 from gohgraph.attention.tiled import FEWEST_ROWS, tiled_attention
 
@@ -113,7 +112,7 @@ def _named(name: str, call: Call) -> Form:
 def _with_senders(call: Call) -> Call:
     if call.scores is None:
         return call
-    q, k = call.scores.senders(call.q, call.k)
+    q, k = call.scores.graph.gather_senders(call.q, call.k)
     return call if q is call.q else call._replace(q=q, k=k)
 
 
@@ -200,6 +199,23 @@ def _plain(call: Call) -> Result:
     return plain_attention(call.q, call.k, call.v, keep, call.dropout, is_causal, call.scale), None
 
 
+# Several heads' keys in one softmax.
+
+
+def _refuses_paired(call: Call) -> str:
+    if call.scores is None or not call.scores.graph.traits.joins_keys:
+        return "every head has its own keys"
+    return "weights are asked for" if call.need_weights else ""
+
+
+def _paired(call: Call) -> Result:
+    run = call.scores.graph.traits.run
+    q, k, v = (interleaved(heads, run) for heads in (call.q, call.k, call.v))  # [B, run*T or run*S, H/run, D]
+    mask = Mask(interleaved_mask(call.mask.keep, call.q, call.k, run), call.mask.causal)
+    z, _ = _plain(call._replace(q=q, k=k, v=v, mask=mask, scores=None))
+    return parted(z, run), None
+
+
 # Under messages between maps.
 
 
@@ -220,6 +236,24 @@ def _refuses_matrix(call: Call) -> str:
     if call.is_compiling:
         return "under torch.compile"
     return "" if torch.backends.cuda.flash_sdp_enabled() else "torch's math kernel was asked for, for second gradients"
+
+
+def _refuses_shared(call: Call) -> str:
+    """Messages between the weights of heads that read the same values are messages between their outputs."""
+    if call.weights is None:
+        return "no messages between weights"
+    if call.scores is not None or not call.weights.graph.traits.linear:
+        return "messages between scores, or some that are no matrix over heads"
+    if call.core is not None or call.need_weights or call.dropout:
+        return "another library's attention, weights that are asked for, or dropout"
+    traits, groups = call.weights.graph.traits, call.q.shape[2] // call.k.shape[2]
+    among = traits.run or traits.num_heads
+    return f"{groups} heads share their values, and messages go among {among}" if groups % among else ""
+
+
+def _shared(call: Call) -> Result:
+    z, _ = _plain(call._replace(weights=None))
+    return call.weights(z), None
 
 
 def _refuses_kernel(call: Call) -> str:
@@ -293,6 +327,8 @@ def _wide(call: Call) -> Result:
 
 
 def _refuses_maps(call: Call) -> str:
+    if call.scores is not None and call.scores.graph.traits.joins_keys:
+        return "one softmax over the keys of several heads"
     if call.core is None:
         return ""
     return call.core.opaque if call.messages else "no messages between maps"
@@ -322,6 +358,8 @@ FORMS = (
     Form("skipped", _refuses_skipped, _pays, _skipped),
     Form("grouped", _refuses_grouped, _pays_grouped, _grouped),
     Form("plain", _refuses_plain, _pays, _plain),
+    Form("paired", _refuses_paired, _pays, _paired),
+    Form("shared", _refuses_shared, _pays, _shared),
     Form("kernel", _refuses_kernel, _pays_kernel, _kernel),
     Form("tiled", _refuses_matrix, _pays_tiled, _tiled),
     Form("wide", _refuses_wide, _pays_wide, _wide),

@@ -1,7 +1,5 @@
 """Attention of many tokens under a router: each routed head attends for the tokens that chose it alone."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """How evenly heads are loaded: measures of the load a router reports."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

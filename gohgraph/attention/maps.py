@@ -1,7 +1,5 @@
 """Attention on whole maps: torch's own, and the one under messages between maps, which every other form equals."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

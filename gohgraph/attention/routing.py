@@ -148,7 +148,9 @@ class HeadRouter(nn.Module):
         """
         self._check(x, keep_mask)
         # A choice between close scores must not depend on the eight bits of bfloat16.
-        with _no_autocast(x.device):
+        kind = x.device.type
+        is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if is_autocast else nullcontext():
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             # One product for all three: in decoding, calls cost more than numbers.
             weight = torch.cat((self.routed, self.shared, self.kinds)).to(x.dtype)  # [h_r + h_s + 2, M]
@@ -179,7 +181,7 @@ class HeadRouter(nn.Module):
             load: `[H]`, of all tokens of the step (`Routing.load`, averaged over micro-batches).
         """
         if self.balance_bias is None:
-            raise ValueError("Expected a router with a balance bias (got none). Do build it with bias_rate=0.001.")
+            raise ValueError(f"Expected a balance bias (got bias_rate={self.bias_rate}). Do build it with 0.001.")
         routed = load[self.num_shared :].to(self.balance_bias)
         self.balance_bias += self.bias_rate * (routed.mean() - routed).sign()
 
@@ -287,9 +289,3 @@ def _scaled_shares(logits: list[float], total: int) -> list[float]:
     weights = [math.exp(logit - largest) for logit in logits]
     whole = sum(weights)
     return [weight * total / whole for weight in weights]
-
-
-def _no_autocast(device: torch.device) -> Any:
-    known = torch.amp.is_autocast_available(device.type)
-    enabled = known and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()

@@ -1,7 +1,5 @@
 """Collecting what routers decide in a forward pass, so that their losses can be trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -40,7 +38,8 @@ def collect_routing(
     """
     routers = [module for _, module in working_modules(model) if isinstance(module, HeadRouter)]
     if not routers:
-        raise ValueError("Expected a model with routers (got none). Do convert it with HeadGraphConfig.moh(...).")
+        kind = type(model).__name__
+        raise ValueError(f"Expected routers (got a {kind} without). Do convert it with HeadGraphConfig.moh(...).")
     collected: list[Routing] = []
     of_targets = _in_decoders(model)
     has_gradients = [False]

@@ -4,8 +4,6 @@ One token is a matter of reading: weights, keys and values are each used once. H
 batched products, on a CPU nearly twice as fast as `F.linear` reads weights for one token, which keeps one core busy.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

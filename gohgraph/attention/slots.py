@@ -1,7 +1,5 @@
 """The sites where heads exchange messages, for attention whose projections live elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

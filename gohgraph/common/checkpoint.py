@@ -11,8 +11,6 @@ A reader that comes between 2 and 3, or after a crash there, finds the configura
 `.config.json.new`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator
@@ -40,15 +38,6 @@ class PretrainedMixin:
 
     The class names its configuration in `config_class` (with `to_dict` and `from_dict`), is built by `cls(config)` and
     keeps that configuration in `self.config`.
-
-    Example:
-        >>> import tempfile, gohgraph as goh
-        >>> model = goh.LanguageModel(goh.TransformerConfig(9, d_model=8, num_heads=2, num_layers=1, d_ff=8))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     model.save_pretrained(folder)
-        ...     loaded = goh.LanguageModel.from_pretrained(folder)
-        >>> loaded.config == model.config
-        True
     """
 
     config_class: type
@@ -104,7 +93,11 @@ def load_pretrained(model_class: type, folder: str | os.PathLike[str]):
     folder = Path(folder)
     tensors, saved_with, aliases = _read_weights(folder)
     document = _read_config(folder, saved_with)
-    _check_class(document, model_class, folder)
+    if document["model"] != model_class.__name__:
+        raise ValueError(
+            f"Expected a checkpoint of {model_class.__name__} in {folder} (got one of {document['model']}). "
+            f"Do load it with {document['model']}.from_pretrained."
+        )
     try:
         config = model_class.config_class.from_dict(document["config"])
         with torch.random.fork_rng(devices=[]):
@@ -231,14 +224,6 @@ def _difference(document: dict[str, Any], saved_with: dict[str, Any]) -> str:
                 return f"{key}.{_difference(here, there)}"
             return f"{key} is {here!r}, the weights have {there!r}"
     return "none"
-
-
-def _check_class(document: dict[str, Any], model_class: type, folder: Path) -> None:
-    if document["model"] != model_class.__name__:
-        raise ValueError(
-            f"Expected a checkpoint of {model_class.__name__} in {folder} (got one of {document['model']}). "
-            f"Do load it with {document['model']}.from_pretrained."
-        )
 
 
 def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:

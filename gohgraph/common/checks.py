@@ -1,7 +1,5 @@
 """Checks of one value each, which name what they refuse: `TypeError` for its type, `ValueError` for the value."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

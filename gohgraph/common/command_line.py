@@ -1,7 +1,5 @@
 """What the command lines share: one sentence for bad input, and exit codes."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What every configuration shares: a plain dictionary form, and defaults by field."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -15,8 +13,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
-        """Builds the configuration from `to_dict`'s form.
-        """
+        """Builds the configuration from `to_dict`'s form."""
         if not isinstance(values, dict):
             raise TypeError(f"Expected a dictionary for {cls.__name__} (got {type(values).__name__}). Do pass one.")
         unknown = sorted(set(values) - set(_names(cls)), key=str)
@@ -25,7 +22,8 @@ class Config:
                 f"Expected keys of {cls.__name__} among {sorted(_names(cls))} (got {unknown}). Do remove them, "
                 "or use the gohgraph version that wrote them."
             )
-        missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in values]
+        without = [f.name for f in dataclasses.fields(cls) if default_of(f) is dataclasses.MISSING]
+        missing = [name for name in without if name not in values]
         if missing:
             got = sorted(values)
             raise ValueError(f"Expected {missing} in a dictionary for {cls.__name__} (got only {got}). Do add them.")
@@ -48,11 +46,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _is_required(definition: dataclasses.Field) -> bool:
-    return definition.default is dataclasses.MISSING and definition.default_factory is dataclasses.MISSING
-
-
 def default_of(definition: dataclasses.Field) -> Any:
-    """Returns the default value of a dataclass field that has one."""
+    """Returns the default value of a dataclass field, `dataclasses.MISSING` where it has none."""
     made = definition.default_factory
     return definition.default if made is dataclasses.MISSING else made()

@@ -1,7 +1,5 @@
 """Files written whole or not at all, JSON read with a clear error, and paths checked before the work."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -15,8 +13,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def checked_path(path: str | os.PathLike[str] | None, suffixes: Sequence[str] = PICTURES) -> Path | None:
-    """Returns where to save, once its suffix is known and its folder is there; `None` stays `None`.
-    """
+    """Returns where to save, once its suffix is known and its folder is there; `None` stays `None`."""
     if path is None:
         return None
     path = Path(path)
@@ -32,9 +29,6 @@ def checked_path(path: str | os.PathLike[str] | None, suffixes: Sequence[str] = 
 
 def make_folder(path: Path) -> None:
     """Makes a folder and those above it; one that is there stays as it is.
-
-    Raises:
-        OSError: it cannot be made.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -55,7 +49,6 @@ def write_whole(path: Path, write: Callable[[Path], Any], *, flush: bool = False
         write: writes to the path it is given.
         flush: forces the file and its name to disk, so that a power cut leaves a whole file too.
         pending: where `write` writes, in the folder of `path`; `None` for `.NAME.new.SUFFIX`.
-
 
     Example:
         >>> import tempfile

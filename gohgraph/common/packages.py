@@ -1,7 +1,5 @@
 """Optional packages: imported where they are used, with an error that says what to install."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

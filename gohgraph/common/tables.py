@@ -1,7 +1,5 @@
 """Numbers as text: tables in Markdown, and means with their deviation."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from typing import Any

@@ -54,7 +54,8 @@ def convert(
         model: changed in place. Parameters stay the very same objects.
         config: graphs and routing of every attention module; `None` for `HeadGraphConfig()`, a complete graph between
             head outputs. Foreign models take `outputs`, `scores` and `routing`, without `cross_layer`, `keyed` and
-            `alignment`. A router changes what the model computes unless it is `straight_through` and all heads work.
+            `alignment`; `layers` counts the attention modules that are replaced, in model order. A router changes what
+            the model computes unless it is `straight_through` and all heads work.
         where: which attention modules: a function of their names, or patterns such as `"*.layers.[0-3].*"`; `None` for
             all.
         freeze_backbone: only head graphs and routers are trained.
@@ -161,7 +162,7 @@ def _convert(
     projections = {block.name: names[id(block.projection)] for block in blocks if block.projection is not None}
     sizes = {block.name: (block.num_heads, block.head_dim, block.d_model) for block in blocks}
     # All are built before any is attached: what cannot be built leaves the model as it was.
-    slots = [build_slots(config, block, layer) for layer, block in enumerate(blocks)]
+    slots = [build_slots(config.at_layer(layer, len(blocks)), block, layer) for layer, block in enumerate(blocks)]
     comparison = Comparison(model, blocks, dict(hugging_face.transformers_models(model)), example)
     try:
         for block, slots_of_block in zip(blocks, slots, strict=True):

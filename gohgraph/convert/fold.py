@@ -1,13 +1,13 @@
-"""Folding static output graphs into the output projections: what is left has no graphs, a converted model is stock."""
+"""Folding static graphs into the projections beside them: what is left has none, a converted model is stock."""
 
 from __future__ import annotations
 
 import dataclasses
 from copy import deepcopy
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gohgraph.attention.block import MultiHeadAttention
@@ -20,87 +20,133 @@ from gohgraph.graphs.config import SITES
 from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.models.config import ClassifierConfig, TransformerConfig
 
+# Where a graph lies beside a projection, and by which name the block holds both.
+BEFORE_ATTENTION = {"queries": "query", "keys": "key", "values": "value"}
 Module = TypeVar("Module", bound=nn.Module)
+
+
+class Place(NamedTuple):
+    """A graph of one block, and the projection it folds into."""
+
+    site: str
+    block: nn.Module
+    graph: SiteGraph
+    projection: nn.Module
 
 
 @torch.no_grad()
 def fold(module: Module) -> Module:
-    r"""Merges static output graphs into the output projections, exactly; the graphs are gone afterwards.
+    r"""Merges static graphs into the projections beside them, exactly; the graphs are gone afterwards.
 
-    .. math:: y = \sum_i W_O^i \sum_j M_{ij} z_j = \sum_j \Big(\sum_i M_{ij} W_O^i\Big) z_j
+    .. math::
+        y = \sum_i W_O^i \sum_j M_{ij} z_j = \sum_j \Big(\sum_i M_{ij} W_O^i\Big) z_j, \qquad
+        \sum_j M_{ij} (W_V^j x + b_V^j) = \Big(\sum_j M_{ij} W_V^j\Big) x + \sum_j M_{ij} b_V^j
 
-    M is the graph's mixing matrix over all rounds. The product is taken in float64. A block's output y stays what it
-    was; the head outputs it returns beside y are now those before messages.
+    M is the graph's mixing matrix over all rounds; of a static graph that maps features too, its whole linear map takes
+    its place. Output graphs fold into W_O, those at queries, keys and values into the projections before them. The
+    product is taken in float64. A block's output y stays what it was; the head outputs it returns beside y are now
+    those before messages. Graphs at sites where they depend on the token are left.
 
     Args:
-        module: a `MultiHeadAttention` or `GraphMultiheadAttention`, a model whose blocks all have such a graph, or one
-            that `convert` gave them; changed in place, its `config` too, so that it can be saved and loaded. Where one
-            block does not fold, nothing is changed.
+        module: a `MultiHeadAttention` or `GraphMultiheadAttention`, a model of them, or one that `convert` gave output
+            graphs; changed in place, its `config` too, so that it can be saved and loaded. A site is folded in all its
+            blocks or in none.
 
     Returns:
-        The same module, every `output_graph` now `None`; of a converted model the stock model, its projections changed.
+        The same module without the graphs that were folded; of a converted model the stock model, its projections
+        changed.
 
     Raises:
         TypeError: no attention with slots for head graphs and none inside.
-        ValueError: no output graph, or one that does not fold: token edges and routed heads differ from token to
+        ValueError: no graph beside a projection, or none that folds: token edges and routed heads differ from token to
             token, normalised or shifted messages are not linear in the heads, earlier layers' heads have no part in
             this projection; or a projection whose weight is not its own to write into (`check_writable`).
 
     Example:
+        >>> import copy
         >>> import gohgraph as goh
         >>> graph = goh.HeadGraphConv(goh.head_graph(4, "ring"), head_dim=2, context_dim=8, edges="static")
         >>> fold(MultiHeadAttention(8, 4, output_graph=graph)).output_graph is None
         True
+
+        What a reparametrisation is worth when it is gone, beside the loss with it:
+
+        >>> graphs = goh.HeadGraphConfig(None, values=goh.SiteConfig(edges="static"))
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, d_model=8, num_heads=2, d_ff=8, head_graph=graphs))
+        >>> tokens = torch.randint(9, (1, 6))
+        >>> losses = [each(tokens[:, :-1], targets=tokens[:, 1:]).loss for each in (model, fold(copy.deepcopy(model)))]
+        >>> torch.allclose(*losses)
+        True
     """
     inside = list(module.modules()) if isinstance(module, nn.Module) else []
-    sites = [part for part in inside if isinstance(part, HeadSlots)]
-    blocks = sites or [part for part in inside if isinstance(part, MultiHeadAttention)]
+    slots = [part for part in inside if isinstance(part, HeadSlots)]
+    blocks = slots or [part for part in inside if isinstance(part, MultiHeadAttention)]
     if not blocks:
         raise TypeError(f"Expected a MultiHeadAttention or a model of them (got {type(module).__name__}). Do pass one.")
-    for block in blocks:
-        _check(block.output_graph)
-        if block.router is not None:
-            raise ValueError(
-                "Expected attention whose heads are the same for every token (got a router). Do keep the graph."
-            )
-    projections = _projections(module, sites) if sites else [block.output for block in blocks]
-    for projection in projections:
-        _check_linear(projection)
-    if len({id(projection) for projection in projections}) < len(projections):
+    folding = _folding(_converted_places(module, slots) if slots else _own_places(blocks))
+    if any(block.router is not None for block in blocks):
+        raise ValueError(
+            "Expected attention whose heads are the same for every token (got a router). Do keep the graph."
+        )
+    for place in folding:
+        check_writable(module, [place.projection], ("weight",) if place.site == "outputs" else ("weight", "bias"))
+    if len({id(place.projection) for place in folding}) < len(folding):
         raise ValueError("Expected a projection for every graph (got one for several). Do keep the graphs.")
-    check_writable(module, projections)
-    for block, projection in zip(blocks, projections, strict=True):
-        _fold_into(projection, block)
-        block.output_graph = None
-    if any(not isinstance(part, GraphMultiheadAttention) or part is not module for part in sites):
+    for place in folding:
+        _fold(place)
+    if any(not isinstance(part, GraphMultiheadAttention) or part is not module for part in slots):
         return unconvert(module)
     if isinstance(getattr(module, "config", None), (TransformerConfig, ClassifierConfig)):
-        module.config = _without_output_graphs(module.config)
+        module.config = _without(module.config, {place.site for place in folding})
     return module
 
 
-def _fold_into(projection: nn.Module, block: nn.Module) -> None:
-    mixing = deepcopy(block.output_graph).double().matrix()  # [H, H]
-    # transformers' Conv1D keeps its matrix the other way round.
-    matrix = projection.weight if isinstance(projection, nn.Linear) else projection.weight.t()  # [M, H*D]
-    weight = matrix.double().unflatten(1, (block.num_heads, -1))  # [M, H, D]
-    matrix.copy_(torch.einsum("mid,ij->mjd", weight, mixing).flatten(1))  # [M, H*D]
+def _folding(places: list[Place]) -> list[Place]:
+    """Those at sites where all fold."""
+    reasons = [(place.site, reason) for place in places if (reason := _why_not(place.graph))]
+    kept = {site for site, _ in reasons}
+    if folding := [place for place in places if place.site not in kept]:
+        return folding
+    site, reason = reasons[0] if reasons else ("outputs", "no graph at outputs, queries, keys or values")
+    raise ValueError(f"Expected a static linear graph at {site} (got {reason}). Do keep this graph unfolded.")
 
 
-def _projections(module: nn.Module, sites: list[HeadSlots]) -> list[nn.Module]:
-    """The output projections of converted blocks, in their order."""
+def _why_not(graph: SiteGraph) -> str:
+    if graph.traits.reach:
+        return "senders from other layers"
+    if graph.traits.static:
+        return ""
+    return "edges that depend on the token" if graph.traits.linear else "messages that are not linear in the heads"
+
+
+def _own_places(blocks: list[MultiHeadAttention]) -> list[Place]:
+    places = []
+    for block in blocks:
+        for site, name in {"outputs": "output", **BEFORE_ATTENTION}.items():
+            if site in block.graphs:
+                _check_linear(getattr(block, name))
+                places.append(Place(site, block, block.graphs[site], getattr(block, name)))
+    return places
+
+
+def _converted_places(module: nn.Module, slots: list[HeadSlots]) -> list[Place]:
+    """The output graphs of converted blocks, in their order."""
     if isinstance(module, GraphMultiheadAttention):
-        return [module.out_proj]
+        return [] if module.output_graph is None else [Place("outputs", module, module.output_graph, module.out_proj)]
     model, conversion = converted(module)
     names = {id(slots_at(model, name)): place for name, place in conversion.projections.items()}
-    projections = [model.get_submodule(names[id(part)]) if id(part) in names else None for part in sites]
-    for part in sites:
+    places = []
+    for part in slots:
+        projection = model.get_submodule(names[id(part)]) if id(part) in names else None
+        _check_linear(projection)
         if part.score_graph is not None:
             raise ValueError(
                 f"Expected a converted model without score graphs (got one before {names.get(id(part))!r}). Do keep "
                 "the graphs."
             )
-    return projections
+        if part.output_graph is not None:
+            places.append(Place("outputs", part, part.output_graph, projection))
+    return places
 
 
 def _check_linear(projection: nn.Module | None) -> None:
@@ -110,27 +156,38 @@ def _check_linear(projection: nn.Module | None) -> None:
     if kind not in (nn.Linear, NonDynamicallyQuantizableLinear) and not is_conv:
         got = "none that was found" if projection is None else f"{kind.__module__}.{kind.__name__}"
         raise ValueError(
-            f"Expected a linear output projection to fold into (got {got}). Do merge adapters and parametrizations "
-            "first (merge_and_unload, remove_parametrizations), or keep the graphs."
+            f"Expected a linear projection to fold into (got {got}). Do merge adapters and parametrizations first "
+            "(merge_and_unload, remove_parametrizations), or keep the graphs."
         )
 
 
-def _check(graph: SiteGraph | None) -> None:
-    if graph is None:
-        raise ValueError("Expected an output graph to fold (got no graph at outputs). Do leave the model as it is.")
-    reasons = {
-        "senders from other layers": graph.traits.reach > 0,
-        "messages that are not linear in the heads": not graph.traits.linear,
-        "edges that depend on the token": not graph.traits.static,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"Expected a static linear output graph (got {reason}). Do keep this graph unfolded.")
+def _fold(place: Place) -> None:
+    site, block, graph, projection = place
+    graph = deepcopy(graph).double()
+    # transformers' Conv1D keeps its matrix the other way round.
+    matrix = projection.weight if isinstance(projection, nn.Linear) else projection.weight.t()  # [M, H*D]
+    if site == "outputs":
+        matrix.copy_(_read_through(graph, matrix.double(), block.num_heads))
+        block.output_graph = None
+        return
+    for rows in (matrix.t(), projection.bias):
+        if rows is not None:
+            nodes = rows.double().unflatten(-1, (graph.traits.num_heads, -1))  # [M, H, D] or [H, D]
+            rows.copy_(graph(nodes).flatten(-2))
+    del block.inner_graphs[BEFORE_ATTENTION[site]]
 
 
-def _without_output_graphs(config: TransformerConfig | ClassifierConfig) -> TransformerConfig | ClassifierConfig:
+def _read_through(graph: SiteGraph, matrix: Tensor, heads: int) -> Tensor:
+    """The projection `[M, H*D]` that reads heads before messages as `matrix` reads them after."""
+    if graph.traits.linear:
+        return torch.einsum("mid,ij->mjd", matrix.unflatten(1, (heads, -1)), graph.matrix()).flatten(1)  # [M, H*D]
+    basis = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)  # [H*D, H*D]
+    return matrix @ graph(basis.unflatten(1, (heads, -1))).flatten(1).t()  # [M, H*D]
+
+
+def _without(config: TransformerConfig | ClassifierConfig, sites: set[str]) -> TransformerConfig | ClassifierConfig:
     if isinstance(config, ClassifierConfig):
-        return dataclasses.replace(config, transformer=_without_output_graphs(config.transformer))
-    graphs = dataclasses.replace(config.head_graph, outputs=None)
+        return dataclasses.replace(config, transformer=_without(config.transformer, sites))
+    graphs = dataclasses.replace(config.head_graph, **dict.fromkeys(sites))
     is_left = any(getattr(graphs, site) is not None for site in SITES)
     return dataclasses.replace(config, head_graph=graphs if is_left else None)

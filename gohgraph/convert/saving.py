@@ -72,7 +72,11 @@ class HeadGraphsOnly(PretrainedMixin, nn.Module):
             HeadSlots(
                 block["num_heads"],
                 head_order=block["head_order"],
-                **slots_of(config.head_graph, (block["num_heads"], block["head_dim"], block["d_model"]), layer),
+                **slots_of(
+                    config.head_graph.at_layer(layer, len(config.blocks)),
+                    (block["num_heads"], block["head_dim"], block["d_model"]),
+                    layer,
+                ),
             )
             for layer, block in enumerate(config.blocks.values())
         )

@@ -1,7 +1,5 @@
 """Figure of head graphs as circles: one for each layer, site and round."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping
@@ -101,6 +99,8 @@ def circle_label(label: str, panels: list[Panel], most_edges: int) -> str:
 
 def draw_circle(axis, panel: Panel, colours, faint_below: float, size: float, most_edges: int) -> None:
     """Draws one head graph on an axis of so many inches; edges up to `faint_below` are hairlines."""
+    from matplotlib.patches import Circle
+
     heads = np.arange(panel.num_heads)
     places = np.concatenate([_on_ring(panel, ring, heads) for ring in range(panel.rings + 1)])  # [S, 2]
     radius = min(0.16, 0.58 * math.sin(math.pi / max(panel.num_heads, 2)))
@@ -120,9 +120,10 @@ def draw_circle(axis, panel: Panel, colours, faint_below: float, size: float, mo
     step = next(step for step in (1, 2, 4, 8, 16, 32, 64) if step * between >= 10 or step == 64) if outside else 1
     _draw_heads(axis, panel, places, radii, colours, font, outside, step)
     for ring in range(1, panel.rings + 1):
-        axis.add_patch(_ring_line(1.0 + RING_GAP * ring))
+        line = {"facecolor": "none", "edgecolor": "#dddddd", "linewidth": 0.6, "linestyle": ":", "zorder": 0.5}
+        axis.add_patch(Circle((0, 0), 1.0 + RING_GAP * ring, **line))
         style = {"fontsize": 8, "color": "#777777", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
-        _write(axis, _on_ring(panel, ring, np.array(panel.num_heads)), f"\u2212{ring}", **style)
+        _write(axis, _on_ring(panel, ring, np.array(panel.num_heads)), panel.ring_name(ring), **style)
 
 
 def _on_ring(panel: Panel, ring: int, heads: np.ndarray) -> np.ndarray:
@@ -215,9 +216,3 @@ def _draw_heads(
 
 def _write(axis, place: np.ndarray, text: str, **style: Any) -> None:
     axis.text(*place, text, ha="center", va="center_baseline", zorder=4, **style)
-
-
-def _ring_line(radius: float):
-    from matplotlib.patches import Circle
-
-    return Circle((0, 0), radius, facecolor="none", edgecolor="#dddddd", linewidth=0.6, linestyle=":", zorder=0.5)

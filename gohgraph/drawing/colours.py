@@ -4,8 +4,6 @@ Negative weights are blue and positive ones orange: told apart with any colour v
 strength (after ColorBrewer's Blues and Oranges).
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Figure of a confusion matrix."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 
@@ -25,9 +23,6 @@ def draw_confusion(
         matrix: `[C, C]` counts, rows are the true classes.
         classes: the names of the C classes.
         path, title, and what is returned: as in `draw`.
-
-    Raises:
-        ValueError: a matrix of another shape or with negative counts, or the suffix is unknown.
 
     Example:
         >>> figure = draw_confusion([[5, 1], [0, 4]], ["cat", "dog"])

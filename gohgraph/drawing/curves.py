@@ -1,7 +1,5 @@
 """Figures of the loss curves of runs."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Figure of what changed between two recordings of one graph."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from gohgraph.drawing.circles import draw
 from gohgraph.drawing.matrices import draw_matrices
+from gohgraph.graphs.cross_layer import FIRST, Reach
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,7 @@ class Difference:
     mean: Tensor
     load: Tensor | None = None
     num_shared: int | None = None
+    reach: Reach = 0
 
 
 def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Difference]:
@@ -30,9 +30,6 @@ def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str,
 
     Args:
         first, second: recordings of two texts, two checkpoints, before and after training, whole and pruned.
-
-    Raises:
-        ValueError: other graphs, heads or rounds in one than in the other.
 
     Example:
         >>> from types import SimpleNamespace
@@ -66,9 +63,6 @@ def draw_difference(
         view: `"circle"`, or `"matrix"` where every number matters.
         path, title, threshold, limit, and what is returned: as in `draw`.
 
-    Raises:
-        ValueError: as `difference` and `draw`; another view.
-
     Example:
         >>> from types import SimpleNamespace
         >>> ring = torch.tensor([[0, 1, 2], [1, 2, 0]])
@@ -88,8 +82,9 @@ def draw_difference(
     return draw(changes, path, title=title, threshold=threshold, limit=limit, label=label)
 
 
-def _shape(recording: Any) -> tuple[int, int]:
-    return recording.num_heads, len(recording.mean)
+def _shape(recording: Any) -> tuple[int, int, bool]:
+    # Of "first" and of 1 the senders have the same numbers.
+    return recording.num_heads, len(recording.mean), getattr(recording, "reach", 0) == FIRST
 
 
 def _difference(first: Any, second: Any) -> Difference:
@@ -98,9 +93,8 @@ def _difference(first: Any, second: Any) -> Difference:
     else:
         edges = torch.cat([first.edge_index, second.edge_index], dim=1).unique(dim=1)  # [2, E]
         before, after = (_on(edges, recording) for recording in (first, second))
-    return Difference(
-        edges, first.num_heads, after - before, getattr(second, "load", None), getattr(second, "num_shared", None)
-    )
+    known = {name: getattr(second, name) for name in ("load", "num_shared", "reach") if hasattr(second, name)}
+    return Difference(edges, first.num_heads, after - before, **known)
 
 
 def _on(edges: Tensor, recording: Any) -> Tensor:

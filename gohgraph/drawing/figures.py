@@ -1,7 +1,5 @@
 """Figures without pyplot: no global figure list, no backend change."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from gohgraph.common.files import write_whole

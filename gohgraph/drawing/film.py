@@ -1,7 +1,5 @@
 """A film of head graphs that learn, from recordings of the checkpoints of a run."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -48,11 +46,11 @@ def save_film(
     """
     path = checked_path(path, FILM_SUFFIXES)
     if not frames:
-        raise ValueError("Expected frames for the film (got none). Do record at least one checkpoint.")
+        raise ValueError(f"Expected frames for the film (got {frames!r}). Do record at least one checkpoint.")
     if limit is None:
         limit = round_limit(max(strongest_weight(panels_of(heads)) for _, heads in frames))
     if path.suffix.lower() == ".mp4" and shutil.which("ffmpeg") is None:
-        raise FileNotFoundError("Expected the program ffmpeg for an .mp4 (got none). Do install it, or save a .gif.")
+        raise FileNotFoundError(f"Expected the program ffmpeg for {path.name} (got no such program). Do install it.")
     images = [_image(heads, f"{title}, {label}", limit, threshold) for label, heads in frames]
     if path.suffix.lower() == ".gif":
         write_whole(path, lambda pending: _write_gif(images, pending, fps))

@@ -1,7 +1,5 @@
 """Figure of a whole model's head network: a row of heads for each layer."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 
@@ -61,14 +59,6 @@ def draw_network(
         threshold: edges weaker than this share (0 to 1) of the strongest are left out.
         most_edges: so many edges are drawn, the strongest of all layers.
         path, title, limit, and what is returned and raised: as in `draw`.
-
-    Example:
-        >>> import gohgraph as goh
-        >>> shape = dict(d_model=8, num_heads=2, num_layers=3, d_ff=8)
-        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
-        >>> figure = draw_network(goh.head_graph_of(model))
-        >>> [text.get_text() for text in figure.axes[0].texts if "layer" in text.get_text()]
-        ['layer 0', 'layer 1', 'layer 2']
     """
     path = checked_path(path)
     check_threshold(threshold)

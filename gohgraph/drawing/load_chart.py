@@ -1,7 +1,5 @@
 """Figure of the load of attention heads under Mixture-of-Head routing."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 
@@ -33,9 +31,6 @@ def draw_load(
         loads: `[L, H]` in [0, 1], such as the `load` of every `Routing` of a model's output, or `head_loads`.
         num_shared: h_s, the first heads, which are always active.
         path, title, and what is returned: as in `draw`.
-
-    Raises:
-        TypeError, ValueError: loads of another shape or out of range, `num_shared` out of 0..H, another suffix.
 
     Example:
         >>> figure = draw_load([[1.0, 0.75, 0.25], [1.0, 0.5, 0.5]], num_shared=1)

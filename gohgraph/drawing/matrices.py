@@ -1,7 +1,5 @@
 """Figure of head graphs as matrices: the adjacency of every layer and round."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The head network as an interactive page: one HTML file that opens without a network."""
 
-from __future__ import annotations
-
 import html
 import os
 from collections.abc import Mapping
@@ -58,14 +56,6 @@ def save_page(
     Raises:
         ImportError: Bokeh is not installed.
         ValueError, OSError: another suffix, as `head_graph_of` and `draw`.
-
-    Example:
-        >>> import tempfile, torch, gohgraph as goh
-        >>> shape = dict(d_model=8, num_heads=2, num_layers=2, d_ff=8)
-        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
-        >>> with goh.record(model, every_token=True, token_strings=["a", "b"]) as heads:
-        ...     _ = model(torch.tensor([[1, 2]]))
-        >>> save_page(heads, tempfile.mkdtemp() + "/heads.html")
     """
     path = checked_path(path, (".html",))
     check_threshold(threshold)

@@ -1,7 +1,5 @@
 """The columns an interactive page is drawn from."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

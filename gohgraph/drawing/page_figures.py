@@ -1,7 +1,5 @@
 """The two figures of an interactive page: the layered network, and the text as a strip of tokens."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the panels of a figure show, and how they are laid out on a page."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +8,7 @@ import numpy as np
 
 from gohgraph.analysis.module_names import SITES, block_of, graph_titles, layer_of, site_of
 from gohgraph.drawing.figures import WIDTH
+from gohgraph.graphs.cross_layer import FIRST, Reach
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Panel:
         weights: `[E]`.
         loads: share of tokens a head is active for, `[H]`.
         num_shared: h_s of a router, or `None` without one.
+        reach: which earlier layers send, as in `Traits`.
     """
 
     title: str
@@ -34,11 +34,16 @@ class Panel:
     weights: np.ndarray
     loads: np.ndarray
     num_shared: int | None = None
+    reach: Reach = 0
 
     @property
     def rings(self) -> int:
         """How many layers before this one send to it."""
         return int(self.senders.max(initial=0)) // self.num_heads
+
+    def ring_name(self, ring: int) -> str:
+        """What the layer of an outer ring, from 1, is called."""
+        return "layer 0" if self.reach == FIRST else f"\u2212{ring}"
 
     def is_shared(self, head: int) -> bool:
         """Whether a router never switches the head off."""
@@ -49,12 +54,12 @@ def panels_of(heads: Mapping[str, Any]) -> list[Panel]:
     """Returns the panels of a recording, one for each graph and round.
 
     Args:
-        heads: by module name, what has `edge_index [2, E]`, `num_heads` and `mean [R, E]`, and where known `load [H]`
-            and `num_shared`, as a `Recording` has.
+        heads: by module name, what has `edge_index [2, E]`, `num_heads` and `mean [R, E]`, and where known `load
+            [H]`, `num_shared` and `reach`, as a `Recording` has.
     """
     if not len(heads):
         raise ValueError(
-            "Expected a recording with at least one head graph (got none). "
+            f"Expected a recording with at least one head graph (got {heads!r}). "
             "Do record a forward pass of a model that has head_graph set."
         )
     panels = []
@@ -67,10 +72,11 @@ def panels_of(heads: Mapping[str, Any]) -> list[Panel]:
             )
         loads = getattr(recording, "load", None)
         loads = np.ones(recording.num_heads) if loads is None else loads.cpu().numpy()
-        shared = getattr(recording, "num_shared", None)
+        shared, reach = getattr(recording, "num_shared", None), getattr(recording, "reach", 0)
         for number, weights in enumerate(means):
             label = title if len(means) == 1 else f"{title}, round {number + 1}"
-            panels.append(Panel(label, site_of(name), recording.num_heads, senders, receivers, weights, loads, shared))
+            more = {"num_shared": shared, "reach": reach}
+            panels.append(Panel(label, site_of(name), recording.num_heads, senders, receivers, weights, loads, **more))
     return panels
 
 

@@ -1,7 +1,5 @@
 """Figure of the loss of a model that loses edges."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 
@@ -30,9 +28,6 @@ def draw_pruning(
             loss in nats). Of several seeds the line is the mean and the band the standard deviation. An order whose
             name begins with "random" is grey and dashed.
         path, title, and what is returned: as in `draw`.
-
-    Raises:
-        ValueError: no curves, curves of one order with other shares, or the suffix is unknown.
 
     Example:
         >>> curves = {"by strength": [[(1.0, 1.5), (0.5, 1.6)]], "random": [[(1.0, 1.5), (0.5, 2.0)]]}

@@ -1,7 +1,5 @@
 """Head graphs in TensorBoard, while they are trained."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -29,14 +27,6 @@ def log_head_graphs(writer: Any, model: nn.Module | Mapping[str, Recording], ste
         writer: a `torch.utils.tensorboard.SummaryWriter`, or what has its methods.
         model: a recording, for its means over tokens; or a model, for its weights at a context of zero.
         step: of training.
-
-    Example:
-        >>> import tempfile, gohgraph as goh
-        >>> from torch.utils.tensorboard import SummaryWriter
-        >>> shape = dict(d_model=8, num_heads=2, num_layers=1, d_ff=8)
-        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
-        >>> with SummaryWriter(tempfile.mkdtemp()) as writer:
-        ...     log_head_graphs(writer, model, step=0)
     """
     heads = at_rest(model) if isinstance(model, nn.Module) else model
     figure = draw(heads, limit=1.0)

@@ -1,7 +1,5 @@
 """Figure of a text as a strip of tokens, with the head graphs of one of them."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 
@@ -57,19 +55,6 @@ def draw_tokens(
         heads: recorded with `every_token=True` and `token_strings`, one sequence.
         token: number of the token, from 0; from the end where it is negative.
         path, title, threshold, limit, and what is returned: as in `draw`.
-
-    Raises:
-        ValueError: a recording without tokens, a token out of range, or as `draw`.
-
-    Example:
-        >>> import gohgraph as goh
-        >>> shape = dict(d_model=8, num_heads=2, num_layers=1, d_ff=8)
-        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
-        >>> with goh.record(model, every_token=True, token_strings=["a", "b", "c"]) as heads:
-        ...     _ = model(torch.tensor([[1, 2, 3]]))
-        >>> figure = draw_tokens(heads, 1)
-        >>> [text.get_text() for text in figure.axes[0].texts]
-        ['a', 'b', 'c']
     """
     path = checked_path(path)
     check_threshold(threshold)

@@ -1,7 +1,5 @@
 """The modules at the sites of attention, made of their configurations."""
 
-from __future__ import annotations
-
 from gohgraph.graphs.baselines import BASELINES
 from gohgraph.graphs.chain import Chain
 from gohgraph.graphs.conv import HeadGraphConv
@@ -20,26 +18,37 @@ GRAPHS: dict[str, type[HeadGraphConv]] = {
 }
 
 
-def build_graph(site: Site | None, sizes: tuple[int, int, int], *, layer: int | None = None) -> SiteGraph | None:
+def build_graph(
+    site: Site | None, sizes: tuple[int, int, int], *, layer: int | None = None, cross: bool = False
+) -> SiteGraph | None:
     """Builds what stands at one site of attention; `None` where it is empty.
+
+    A graph whose edges all come from earlier layers is left out where there are none before.
 
     Args:
         site: its configuration.
         sizes: H, D and M: nodes, their features, and the context.
         layer: index in the stack; graphs with `cross_layer` reach back at most so far. `None`: as far as they are to.
+        cross: of cross attention, whose tokens have no values of their own: graphs that read these are left out.
 
     Example:
         >>> build_graph(SiteConfig.ring(2), (5, 3, 7)).edge_index.shape
         torch.Size([2, 10])
     """
-    parts = [_build(part, sizes, layer) for part in parts_of(site)]
+    built = [_build(part, sizes, layer) for part in parts_of(site)]
+    parts = [part for part in built if part is not None and not (cross and part.traits.reads_values)]
     return None if not parts else parts[0] if len(parts) == 1 else Chain(parts)
 
 
-def _build(part: SiteConfig | BaselineConfig, sizes: tuple[int, int, int], layer: int) -> SiteGraph:
+def _build(part: SiteConfig | BaselineConfig, sizes: tuple[int, int, int], layer: int | None) -> SiteGraph | None:
     if isinstance(part, BaselineConfig):
-        return _baseline(part, sizes)
-    return GRAPHS[part.kind].from_config(part, *sizes, layer=layer)
+        graph = _baseline(part, sizes)
+    else:
+        graph = GRAPHS[part.kind].from_config(part, *sizes, layer=layer)
+        if part.cross_layer and not graph.edges.num_edges:
+            return None
+    graph.traits = graph.traits._replace(learning_rate_factor=float(part.learning_rate_factor))
+    return graph
 
 
 def _baseline(part: BaselineConfig, sizes: tuple[int, int, int]) -> SiteGraph:

@@ -1,12 +1,12 @@
 """Several graphs at one site, one after another."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from gohgraph.graphs.protocol import Losses, SiteGraph, Traits
+from gohgraph.graphs.cross_layer import joined, reached
+from gohgraph.graphs.protocol import SiteGraph, Traits
 
 
 class Chain(nn.ModuleList, SiteGraph):
@@ -30,19 +30,14 @@ class Chain(nn.ModuleList, SiteGraph):
         self.traits = _common_traits([graph.traits for graph in graphs])
 
     def forward(
-        self,
-        nodes: Tensor,
-        context: Tensor | None = None,
-        earlier: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-        *,
-        keys: Tensor | None = None,
-        losses: Losses | None = None,
+        self, nodes, context=None, earlier=(), active=None, *, keys=None, losses=None, values=None
     ) -> Tensor:
         """Passes the nodes `[*, H, F]` through all graphs."""
         for graph in self:
             state = keys if graph.traits.keyed else None
-            nodes = graph(nodes, context, earlier[: graph.traits.reach], active, keys=state, losses=losses)
+            own = {"values": values} if graph.traits.reads_values else {}
+            before = reached(earlier, graph.traits.reach)
+            nodes = graph(nodes, context, before, active, keys=state, losses=losses, **own)
         return nodes
 
     def key_state(self, source: Tensor) -> Tensor | None:
@@ -64,13 +59,19 @@ def _common_traits(all_traits: Sequence[Traits]) -> Traits:
     keyed = sum(traits.keyed for traits in all_traits)
     if keyed > 1:
         raise ValueError(f"Expected at most one graph of a chain to read the keys' tokens (got {keyed}). Do keep one.")
+    if any(traits.joins_keys for traits in all_traits) and len(all_traits) > 1:
+        raise ValueError(f"Expected a graph that joins keys alone (got {len(all_traits)} in a chain). Do keep one.")
     return Traits(
         heads[0],
         frozenset.intersection(*(traits.sites for traits in all_traits)),
-        reach=max(traits.reach for traits in all_traits),
+        reach=joined([traits.reach for traits in all_traits]),
         linear=all(traits.linear for traits in all_traits),
         static=all(traits.static for traits in all_traits),
         keyed=any(traits.keyed for traits in all_traits),
         losses=tuple(dict.fromkeys(name for traits in all_traits for name in traits.losses)),
         weight_decay=all(traits.weight_decay for traits in all_traits),
+        # With one among all heads, 0, the whole is among all.
+        run=math.lcm(*(traits.run for traits in all_traits)),
+        joins_keys=any(traits.joins_keys for traits in all_traits),
+        reads_values=any(traits.reads_values for traits in all_traits),
     )

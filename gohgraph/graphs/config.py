@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +78,8 @@ class HeadGraphConfig(Config):
             messages (`outputs` of graph experts only, see `GraphExperts`).
         queries, keys, values: messages between heads before attention, among key/value heads for the last two.
         weights: messages between attention weights after the softmax.
+        layers: indices of the layers that have these graphs, negative ones from the end, e.g. `(-2, -1)`; `None` for
+            all. The routing is in every layer.
 
     Example:
         >>> HeadGraphConfig(scores=SiteConfig.ring(2)).outputs
@@ -93,6 +96,7 @@ class HeadGraphConfig(Config):
     keys: Site | None = None
     values: Site | None = None
     weights: Site | None = None
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in SITES:
@@ -105,12 +109,38 @@ class HeadGraphConfig(Config):
                 f"Expected routing to be a RoutingConfig or None (got {self.routing!r}). Do pass e.g. "
                 "RoutingConfig(num_shared=2, top_k=4)."
             )
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if self.layers is not None:
+            _check_layers(self.layers)
         check_weight("alignment", self.alignment)
         kinds = [part.kind for part in parts_of(self.outputs)]
         if self.alignment and "experts" not in kinds:
             raise ValueError(
                 f"Expected graph experts at outputs for an alignment (got {kinds or None}). Do use graph_experts."
             )
+
+    def at_layer(self, layer: int, num_layers: int) -> HeadGraphConfig:
+        """Returns what the layer of that index has in a stack of `num_layers`: everything, or the routing alone.
+
+        Raises:
+            ValueError: `layers` names one that the stack does not have.
+
+        Example:
+            >>> last = HeadGraphConfig(layers=(-1,))
+            >>> [last.at_layer(index, num_layers=3).outputs for index in range(3)]
+            [None, None, SiteConfig()]
+        """
+        if self.layers is None:
+            return self
+        if unknown := [index for index in self.layers if not -num_layers <= index < num_layers]:
+            raise ValueError(
+                f"Expected layers among the {num_layers} of the stack (got {unknown}). Do count from 0, or from the "
+                "end with -1."
+            )
+        if layer in self.layers or layer - num_layers in self.layers:
+            return self
+        return dataclasses.replace(self, alignment=0.0, **dict.fromkeys(SITES))
 
     @classmethod
     def moh(cls, num_shared: int, top_k: int | tuple[int, ...], **settings: Any) -> HeadGraphConfig:
@@ -154,3 +184,9 @@ class HeadGraphConfig(Config):
 def _check_part(name: str, part: Any) -> None:
     if not isinstance(part, (SiteConfig, BaselineConfig)):
         raise TypeError(f"Expected {name} to be a SiteConfig or None (got {part!r}). Do pass SiteConfig().")
+
+
+def _check_layers(layers: Any) -> None:
+    # The exact type: True and 1.5 would pass as 1.
+    if not isinstance(layers, tuple) or not layers or any(type(index) is not int for index in layers):
+        raise TypeError(f"Expected layers to be None or a tuple of indices (got {layers!r}). Do pass e.g. (-2, -1).")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,14 @@ from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 
 from gohgraph.common.checks import check_choice, check_int
+from gohgraph.graphs.cross_layer import CrossLayer, edge_kinds, reached
 from gohgraph.graphs.edge_tables import EdgeTables, edge_tables
 from gohgraph.graphs.edges import EdgeWeights
 from gohgraph.graphs.graph import head_graph
-from gohgraph.graphs.protocol import FEATURES, MAPS, Losses, SiteGraph, Sparse, Traits
+from gohgraph.graphs.protocol import FEATURES, MAPS, SiteGraph, Sparse, Traits
 from gohgraph.graphs.site_config import SiteConfig
 
 BACKENDS = ("dense", "pyg")
-# What a `SiteConfig` and the constructor have in common.
 OPTIONS = ("edges", "rank", "activation", "rounds", "cross_layer", "norm", "backend", "top_edges")
 
 
@@ -47,8 +47,9 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         rank: low rank of W, or `None` for full rank.
         activation: `"tanh"` or `None`.
         rounds: R >= 1.
-        cross_layer: w >= 0 adds the head outputs of the w layers before as senders (bipartite), over the same edges:
-            sender index j + l*H is head j of the l-th layer before.
+        cross_layer: w >= 0 adds the nodes of the w layers before as senders (bipartite), over the same edges: sender
+            index j + l*H is head j of the l-th layer before. `"first"` adds those of the first layer, as l = 1; a
+            `CrossLayer` says more.
         norm: messages are RMS-normalised per head, with a learned gain `[senders, D]`, before they are weighted.
         backend: `"dense"`, one batched matrix product (trains faster), or `"pyg"`, `propagate`, the definition.
         top_edges: per token, every head keeps so many of its incoming edges, those of the largest |alpha|; `None` for
@@ -56,8 +57,8 @@ class HeadGraphConv(MessagePassing, SiteGraph):
             Under a router the edges of the induced subgraph compete.
 
     Shape:
-        z `[*, H, D]`, context `[*, M]`, earlier: w tensors `[*, H, D]` (nearest layer first), active: bool `[*, H]`, or
-        `None` for all -> `[*, H, D]`.
+        z `[*, H, D]`, context `[*, M]`, earlier: one tensor `[*, H, D]` of each layer that sends (nearest first),
+        active: bool `[*, H]`, or `None` for all -> `[*, H, D]`.
 
     Example:
         >>> conv = HeadGraphConv(head_graph(8), head_dim=4, context_dim=32)
@@ -67,6 +68,11 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         >>> conv.edge_weight(x).shape, conv.adjacency(x).shape
         (torch.Size([2, 5, 64]), torch.Size([2, 5, 8, 8]))
     """
+
+    # Whether senders are nodes as they are, so that messages can be added layer by layer, without joining the layers.
+    by_layer = True
+    # Options of the constructor, and what a `SiteConfig` calls them.
+    options: ClassVar[dict[str, str]] = {name: name for name in OPTIONS}
 
     def __init__(
         self,
@@ -78,25 +84,30 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         rank: int | None = None,
         activation: str | None = "tanh",
         rounds: int = 1,
-        cross_layer: int = 0,
+        cross_layer: int | str | CrossLayer = 0,
         norm: bool = False,
         backend: str = "dense",
         top_edges: int | None = None,
     ) -> None:
         super().__init__(aggr="add", node_dim=-2)
-        _check_conv(graph, head_dim, context_dim, cross_layer, backend, top_edges)
-        self.num_heads, self.head_dim, self.backend, self.cross_layer = graph.num_nodes, head_dim, backend, cross_layer
-        self.num_senders, self.top_edges = self.num_heads * (1 + cross_layer), top_edges
-        edge_index = _with_earlier_layers(head_graph(self.num_heads, graph, self_loops=False), cross_layer)
-        num_edges = edge_index.shape[1]
-        in_degree = max(1.0, num_edges / self.num_heads)
+        _check_conv(graph, head_dim, context_dim, backend, top_edges)
+        cross = CrossLayer.of(cross_layer)
+        self.num_heads, self.head_dim, self.backend, self.cross_layer = graph.num_nodes, head_dim, backend, cross.count
+        self.reach, self.num_senders = cross.layers, self.num_heads * (1 + self.cross_layer)
+        self.top_edges = top_edges
+        edge_index = cross.joined(head_graph(self.num_heads, graph, self_loops=False).edge_index, self.num_heads)
+        num_edges, more = edge_index.shape[1], {}
+        if cross.scale is not None and self.cross_layer:
+            more = {"scaled": edge_index[0] >= self.num_heads, "scale_start": cross.scale}
+        scale = max(1.0, num_edges / self.num_heads) ** -0.5
         self.edges = EdgeWeights(
-            num_edges, context_dim, kind=edges, rank=rank, activation=activation, rounds=rounds, scale=in_degree**-0.5
+            num_edges, context_dim, kind=edges, rank=rank, activation=activation, rounds=rounds, scale=scale, **more
         )
         self.fusion = nn.Parameter(torch.zeros(rounds)) if rounds > 1 else None
         self.gain = nn.Parameter(torch.ones(self.num_senders, head_dim)) if norm else None
         # Saved with the weights, so that they never meet another graph of equally many edges.
         self.register_buffer("edge_index", edge_index)
+        self.traits = Traits(self.num_heads)
         self.edges_changed()
 
     @classmethod
@@ -108,18 +119,15 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         context_dim: int,
         *,
         layer: int | None = None,
-        **more: Any,
     ) -> HeadGraphConv:
         """Builds the graph and convolution a `SiteConfig` names, for the layer of that index in its stack.
 
-        A layer has only `layer` layers before it: `cross_layer` is cut to that, unless it is `None`.
-        `more` goes to the constructor of a subclass.
+        A layer has only `layer` layers before it: `cross_layer` is cut to that, unless `layer` is `None`.
         """
         graph = head_graph(num_heads, config.topology, self_loops=config.self_loops, **config.options)
-        options = {name: getattr(config, name) for name in OPTIONS}
-        if layer is not None:
-            options["cross_layer"] = min(config.cross_layer, layer)
-        return cls(graph, head_dim, context_dim, **options, **more)
+        options = {name: getattr(config, field) for name, field in cls.options.items()}
+        options["cross_layer"] = CrossLayer.of(config.cross_layer).at(layer)
+        return cls(graph, head_dim, context_dim, **options)
 
     @property
     def rounds(self) -> int:
@@ -174,10 +182,13 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         """Makes anew what follows from the edges: the tables of where they lie, and the traits."""
         self._edge_list = self.edge_index.t().tolist()
         edges = [(j, i) for j, i in self.local_edges.t().tolist()]
+        self._edge_kinds = edge_kinds(edges, self.num_heads, 1 + self.cross_layer)
         tables = edge_tables(edges, self.num_heads, self.num_senders)
         for name, table in tables._asdict().items():
             self.register_buffer(name, table.to(self.edge_index.device), persistent=False)
-        self.traits = self._traits(tables)
+        if self.edges.scaled is not None:
+            self.edges.scaled = self._crosses_layers().to(self.edge_index.device)
+        self.traits = self._traits(tables)._replace(learning_rate_factor=self.traits.learning_rate_factor)
 
     def _traits(self, tables: EdgeTables) -> Traits:
         is_linear = self.gain is None and not self.cross_layer
@@ -185,7 +196,7 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         return Traits(
             self.num_heads,
             FEATURES | MAPS if self.gain is None else FEATURES,
-            reach=self.cross_layer,
+            reach=self.reach,
             linear=is_linear,
             static=is_linear and self.edges.weight is None,
             in_degree=tables.senders.shape[1] if can_be_sparse else 0,
@@ -193,29 +204,17 @@ class HeadGraphConv(MessagePassing, SiteGraph):
             limited_by="" if self.gain is None else "norm=True",
         )
 
-    def forward(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        earlier: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-        *,
-        keys: Tensor | None = None,
-        losses: Losses | None = None,
-    ) -> Tensor:
+    def forward(self, z, context=None, earlier=(), active=None, *, keys=None, losses=None) -> Tensor:
         """Passes messages between the nodes `z [*, H, D]` under the context `[*, M]`; see `SiteGraph.forward`."""
         if self.fusion is None:
             self._check_nodes(z, earlier)
-            return self._add_messages(z, self._senders(z, earlier), self.edge_weight(context, 0, active).to(z.dtype))
+            alpha = self.edge_weight(context, 0, active).to(z.dtype)
+            if self.cross_layer and self.by_layer and self.gain is None and self.backend == "dense":
+                return self._add_layers((z, *reached(earlier, self.reach)), alpha)
+            return self._add_messages(z, self._senders(z, earlier), alpha)
         return self._fuse(z, self.messages(z, context, earlier, active))
 
-    def messages(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        earlier: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-    ) -> list[Tensor]:
+    def messages(self, z: Tensor, context=None, earlier=(), active=None) -> list[Tensor]:
         """Returns m^(1), ..., m^(R), `[*, H, D]` each: what heads receive in each round; z^(r) = z^(r-1) + m^(r)."""
         self._check_nodes(z, earlier)
         weights = self._weights(context, active).to(z.dtype)  # [*, R, E] or [R, E]
@@ -279,6 +278,9 @@ class HeadGraphConv(MessagePassing, SiteGraph):
     def _weights(self, context: Tensor | None, active: Tensor | None) -> Tensor:
         return self.select(self.edges(context), active)  # [*, R, E] or [R, E]
 
+    def _crosses_layers(self) -> Tensor:
+        return self.edge_index[0] >= self.num_heads  # [E]
+
     def _linked(self, active: Tensor) -> Tensor:
         # Heads of earlier layers that were off there send zeros: only the receiver counts.
         sending = F.pad(active, (0, self.num_senders - self.num_heads), value=True)  # [*, S]
@@ -292,25 +294,32 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         return alpha - (alpha * (1 - is_best.index_select(-1, self.cell_of_edge))).detach()
 
     def _senders(self, nodes: Tensor, earlier: Sequence[Tensor]) -> Tensor:
-        senders = torch.cat((nodes, *earlier[: self.cross_layer]), dim=-2) if self.cross_layer else nodes  # [*, S, D]
-        if self.gain is None:
-            return senders
-        return F.rms_norm(senders, (senders.shape[-1],)) * self.gain.to(senders.dtype)
+        senders = torch.cat((nodes, *reached(earlier, self.reach)), dim=-2) if self.cross_layer else nodes  # [*, S, D]
+        gain = self._gain()
+        return senders if gain is None else F.rms_norm(senders, (senders.shape[-1],)) * gain.to(senders.dtype)
+
+    def _gain(self) -> Tensor | None:
+        return self.gain
 
     def _add_messages(self, z: Tensor | None, senders: Tensor, alpha: Tensor) -> Tensor:
         if self.backend == "pyg":
             size = (self.num_senders, self.num_heads)
             received = self.propagate(self.local_edges, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
             return received if z is None else z + received
-        adjacency = self._dense(alpha)  # [*, H, S]
-        if z is None or z.dim() == 2 or adjacency.shape[:-2] != z.shape[:-2]:
-            received = adjacency @ senders  # [*, H, D]
-            return received if z is None else z + received
-        nodes = z.reshape(-1, *z.shape[-2:])  # [N, H, D]
-        sending = nodes if senders is z else senders.reshape(-1, *senders.shape[-2:])  # [N, S, D]
-        # One call adds and multiplies: no pass over memory beyond the product itself.
-        added = torch.baddbmm(nodes, adjacency.reshape(-1, *adjacency.shape[-2:]), sending)  # [N, H, D]
-        return added.view(z.shape)  # [*, H, D]
+        return _product(z, self._dense(alpha), senders)
+
+    def _add_layers(self, layers: Sequence[Tensor], alpha: Tensor) -> Tensor:
+        """Adds to the nodes of the first of the layers the messages of all, `[*, H, D]` each."""
+        padded, received = F.pad(alpha, (0, 1)), layers[0]  # [*, E+1], [*, H, D]
+        cells = self.edge_of_cell.view(self.num_heads, -1, self.num_heads)  # [H, 1+w, H]
+        for layer, (kind, nodes) in enumerate(zip(self._edge_kinds, layers, strict=True)):
+            if kind == "same head":
+                weights = padded.index_select(-1, cells[:, layer].diagonal()).unsqueeze(-1)  # [*, H, 1]
+                received = torch.addcmul(received, weights, nodes)
+            elif kind == "pairs":
+                adjacency = padded.index_select(-1, cells[:, layer].flatten())  # [*, H*H]
+                received = _product(received, adjacency.unflatten(-1, (self.num_heads, -1)), nodes)
+        return received
 
     def _dense(self, alpha: Tensor) -> Tensor:
         if not self.is_complete:
@@ -318,15 +327,18 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         return alpha.reshape(*alpha.shape[:-1], self.num_heads, self.num_senders)  # [*, H, S]
 
     def _check_nodes(self, z: Tensor, earlier: Sequence[Tensor]) -> None:
-        if z.dim() < 2 or z.shape[-2] != self.num_heads:
+        if z.dim() < 2 or z.shape[-2] != self.traits.num_heads:
             raise ValueError(
-                f"Expected nodes of shape [*, {self.num_heads}, D] (got {list(z.shape)}). "
+                f"Expected nodes of shape [*, {self.traits.num_heads}, D] (got {list(z.shape)}). "
                 "Do build the graph over as many heads as the attention has."
             )
+        self._check_earlier(earlier)
+
+    def _check_earlier(self, earlier: Sequence[Tensor]) -> None:
         if len(earlier) < self.cross_layer:
             raise ValueError(
-                f"Expected the head outputs of {self.cross_layer} layers before (got {len(earlier)}). "
-                "Do pass them as `earlier`, nearest first."
+                f"Expected the nodes of {self.cross_layer} layers before (got {len(earlier)}). Do pass them as "
+                "`earlier`, nearest first."
             )
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
@@ -345,26 +357,27 @@ class HeadGraphConv(MessagePassing, SiteGraph):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(num_heads={self.num_heads}, head_dim={self.head_dim}, "
-            f"cross_layer={self.cross_layer}, norm={self.gain is not None}, backend={self.backend!r}, {self.edges})"
+            f"cross_layer={self.reach!r}, norm={self.gain is not None}, backend={self.backend!r}, {self.edges})"
         )
 
 
-def _with_earlier_layers(graph: Data, cross_layer: int) -> Tensor:
-    num_heads, layers = graph.num_nodes, range(cross_layer + 1)
-    edges = [(j + layer * num_heads, i) for layer in layers for j, i in graph.edge_index.t().tolist()]
-    edges.sort(key=lambda edge: (edge[1], edge[0]))
-    # On the CPU whatever the default device is, as `head_graph` does.
-    return torch.tensor(edges, dtype=torch.long, device="cpu").reshape(-1, 2).t().contiguous()  # [2, E*(w+1)]
+def _product(z: Tensor | None, adjacency: Tensor, senders: Tensor) -> Tensor:
+    """z + adjacency @ senders, of z `[*, H, D]` (or `None`), adjacency `[*, H, S]` and senders `[*, S, D]`."""
+    if z is None or z.dim() == 2 or adjacency.shape[:-2] != z.shape[:-2]:
+        received = adjacency @ senders  # [*, H, D]
+        return received if z is None else z + received
+    nodes = z.reshape(-1, *z.shape[-2:])  # [N, H, D]
+    sending = nodes if senders is z else senders.reshape(-1, *senders.shape[-2:])  # [N, S, D]
+    # One call adds and multiplies: no pass over memory beyond the product itself.
+    added = torch.baddbmm(nodes, adjacency.reshape(-1, *adjacency.shape[-2:]), sending)  # [N, H, D]
+    return added.view(z.shape)  # [*, H, D]
 
 
-def _check_conv(
-    graph: Data, head_dim: int, context_dim: int, cross_layer: int, backend: str, top_edges: int | None
-) -> None:
+def _check_conv(graph: Data, head_dim: int, context_dim: int, backend: str, top_edges: int | None) -> None:
     if not isinstance(graph, Data):
         raise TypeError(f"Expected a PyG Data (got {type(graph).__name__}). Do build it with head_graph(num_heads).")
     check_int("head_dim", head_dim, low=1)
     check_int("context_dim", context_dim, low=1)
-    check_int("cross_layer", cross_layer, low=0)
     if top_edges is not None:
         check_int("top_edges", top_edges, low=1)
     check_choice("backend", backend, BACKENDS)

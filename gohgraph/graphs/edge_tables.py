@@ -1,7 +1,5 @@
 """Where the edges of a head graph lie: in its adjacency, and at every receiver."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Learned edge weights: one signed number per edge, chosen per token."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -22,6 +20,8 @@ class EdgeWeights(nn.Module):
     `s` (`bias`) and `W` (`weight`; W_2 when low rank) start at zero, so a new graph sends nothing. `W_1` (`down`) is
     initialised as a linear layer: two zero factors would never open.
 
+    Edges in `scaled` are multiplied by a learned factor, one number for all of them (`learned_scale`).
+
     Args:
         num_edges: E.
         context_dim: M, the size of the context c(t).
@@ -31,6 +31,9 @@ class EdgeWeights(nn.Module):
         activation: `"tanh"` (bounded) or `None`.
         rounds: R, the number of rounds, each with weights of its own.
         scale: standard deviation of frozen weights.
+        scaled: bool `[E]`, the edges that a learned factor multiplies; `None` for none.
+        scale_start: start of that factor. At 0 the bias of these edges starts at `scale` instead of 0, so that one of
+            the two factors is open.
 
     Shape:
         context `[*, M]` -> `[*, R, E]`; static and frozen edges ignore the context and give `[R, E]`.
@@ -50,11 +53,14 @@ class EdgeWeights(nn.Module):
         activation: str | None = "tanh",
         rounds: int = 1,
         scale: float = 1.0,
+        scaled: Tensor | None = None,
+        scale_start: float = 0.0,
     ) -> None:
         super().__init__()
         check_edge_options(kind, rank, activation, rounds)
         self.num_edges, self.context_dim = num_edges, context_dim
         self.kind, self.rank, self.activation, self.rounds, self.scale = kind, rank, activation, rounds, scale
+        self.scale_start = scale_start
         if kind == "frozen":
             self.register_buffer("bias", torch.empty(rounds, num_edges))
         else:
@@ -63,8 +69,11 @@ class EdgeWeights(nn.Module):
         width = context_dim if rank is None else rank
         self.weight = nn.Parameter(torch.empty(rounds, num_edges, width)) if token else None
         self.down = nn.Parameter(torch.empty(rounds, rank, context_dim)) if token and rank is not None else None
+        self.learned_scale = None if scaled is None else nn.Parameter(torch.empty(1))
+        self.register_buffer("scaled", scaled, persistent=False)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Sets the neutral start: s = 0, W = 0 (W_2 = 0 and W_1 as a linear layer when low rank)."""
         if self.kind == "frozen":
@@ -76,6 +85,10 @@ class EdgeWeights(nn.Module):
         if self.down is not None:
             bound = 1.0 / math.sqrt(self.context_dim)
             nn.init.uniform_(self.down, -bound, bound)
+        if self.learned_scale is not None:
+            nn.init.constant_(self.learned_scale, self.scale_start)
+            if self.scale_start == 0 and self.kind != "frozen":
+                self.bias.add_(self.scale * self.scaled.to(self.bias.device, self.bias.dtype))
 
     def keep_edges(self, kept: Tensor) -> None:
         """Leaves the weights of the edges of a bool mask `[E]`."""
@@ -85,10 +98,15 @@ class EdgeWeights(nn.Module):
             if old is not None:
                 new = old.detach()[:, kept].clone()  # [R, E'] or [R, E', M]
                 setattr(self, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        if self.scaled is not None:
+            self.scaled = self.scaled[kept]
 
     def forward(self, context: Tensor | None = None) -> Tensor:
         """Returns the weights of all rounds and edges for each token of `context`."""
-        return self._activated(context, self.bias, self.weight, self.down)
+        return self._scaled(self._activated(context, self.bias, self.weight, self.down), self.learned_scale)
+
+    def _scaled(self, alpha: Tensor, factor: Tensor | None) -> Tensor:
+        return alpha if factor is None else alpha * torch.where(self.scaled, factor, 1.0).to(alpha.dtype)  # [*, R, E]
 
     def _activated(
         self, context: Tensor | None, bias: Tensor, weight: Tensor | None, down: Tensor | None

@@ -1,9 +1,7 @@
 """Graph-convolution experts: rounds of messages between two kinds of heads."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +11,7 @@ from torch_geometric.data import Data
 from gohgraph.common.checks import check_int
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.edge_tables import EdgeTables
-from gohgraph.graphs.protocol import FEATURES, Losses, Traits
-from gohgraph.graphs.site_config import SiteConfig
+from gohgraph.graphs.protocol import FEATURES, Traits
 
 ALIGNMENT = "alignment"
 
@@ -53,6 +50,9 @@ class GraphExperts(HeadGraphConv):
         True
     """
 
+    by_layer = False
+    options: ClassVar[dict[str, str]] = {**HeadGraphConv.options, "num_shared": "num_shared"}
+
     def __init__(
         self,
         graph: Data,
@@ -70,31 +70,17 @@ class GraphExperts(HeadGraphConv):
         self.head_embedding = nn.Parameter(torch.empty(self.num_heads, head_dim))
         self._reset_embeddings()
 
-    @classmethod
-    def from_config(cls, config: SiteConfig, *sizes: int, layer: int | None = None) -> GraphExperts:
-        """Builds the experts that a `SiteConfig` of this kind names; sizes as in `HeadGraphConv.from_config`."""
-        return super().from_config(config, *sizes, layer=layer, num_shared=config.num_shared)
-
     def _traits(self, tables: EdgeTables) -> Traits:
         # Messages are shifted by the embeddings: no linear map, and features of a size.
         limit = 'kind="experts"'
-        return Traits(self.num_heads, FEATURES, reach=self.cross_layer, losses=(ALIGNMENT,), limited_by=limit)
+        return Traits(self.num_heads, FEATURES, reach=self.reach, losses=(ALIGNMENT,), limited_by=limit)
 
     def reset_parameters(self) -> None:
         """Returns to the neutral start."""
         super().reset_parameters()
         self._reset_embeddings()
 
-    def forward(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        earlier: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-        *,
-        keys: Tensor | None = None,
-        losses: Losses | None = None,
-    ) -> Tensor:
+    def forward(self, z, context=None, earlier=(), active=None, *, keys=None, losses=None) -> Tensor:
         """Passes messages between the nodes `z [*, H, D]`; see `SiteGraph.forward`."""
         if losses is None or ALIGNMENT not in losses:
             return super().forward(z, context, earlier, active)

@@ -1,7 +1,5 @@
 """The explicit graph over attention heads: nodes are heads, edges say who may send to whom."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
@@ -12,8 +10,6 @@ from torch_geometric.data import Data
 
 from gohgraph.common.checks import check_int
 from gohgraph.graphs.topologies import TOPOLOGIES
-
-__all__ = ["head_graph"]
 
 
 def head_graph(num_heads: int, topology: Any = "complete", *, self_loops: bool = True, **options: Any) -> Data:

@@ -1,8 +1,5 @@
 """Score graphs whose edges weigh the key's token too."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +8,7 @@ from torch_geometric.data import Data
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.edge_tables import EdgeTables
 from gohgraph.graphs.edges import EdgeWeights
-from gohgraph.graphs.protocol import Losses, Traits
+from gohgraph.graphs.protocol import Traits
 
 
 class KeyedGraphConv(HeadGraphConv):
@@ -45,7 +42,12 @@ class KeyedGraphConv(HeadGraphConv):
 
     def __init__(self, graph: Data, head_dim: int, context_dim: int, **options: Any) -> None:
         super().__init__(graph, head_dim, context_dim, **options)
-        self._check_plain()
+        more = {"rounds": self.rounds != 1, "cross_layer": self.cross_layer, "norm": self.gain is not None}
+        for option, is_set in {**more, "top_edges": self.top_edges is not None}.items():
+            if is_set:
+                raise ValueError(
+                    f"Expected keyed edges of one plain round (got {option} set). Do leave {option} at its default."
+                )
         edges = self.edges
         self.key_edges = EdgeWeights(
             edges.num_edges, context_dim, kind=edges.kind, rank=edges.rank, activation=edges.activation,
@@ -71,24 +73,7 @@ class KeyedGraphConv(HeadGraphConv):
         in_degree, sites = super()._traits(tables).in_degree, frozenset({"scores"})
         return Traits(self.num_heads, sites, keyed=True, in_degree=in_degree, limited_by='kind="keyed"')
 
-    def _check_plain(self) -> None:
-        more = {"rounds": self.rounds != 1, "cross_layer": self.cross_layer, "norm": self.gain is not None}
-        for option, is_set in {**more, "top_edges": self.top_edges is not None}.items():
-            if is_set:
-                raise ValueError(
-                    f"Expected keyed edges of one plain round (got {option} set). Do leave {option} at its default."
-                )
-
-    def forward(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        earlier: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-        *,
-        keys: Tensor | None = None,
-        losses: Losses | None = None,
-    ) -> Tensor:
+    def forward(self, z, context=None, earlier=(), active=None, *, keys=None, losses=None) -> Tensor:
         """Mixes scores `[B, T, H, S]` under the contexts of query and key; see `SiteGraph.forward`."""
         self._check_nodes(z, ())
         senders, receivers = self.edge_index

@@ -1,8 +1,6 @@
 """Head graphs that lose their weakest edges while they train."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +10,6 @@ from gohgraph.common.checks import check_int
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.edge_tables import EdgeTables
 from gohgraph.graphs.protocol import Traits
-from gohgraph.graphs.site_config import SiteConfig
 
 MEMORY = 0.99
 
@@ -42,6 +39,8 @@ class LearnedTopologyConv(HeadGraphConv):
         (10, torch.Size([2, 10]))
     """
 
+    options: ClassVar[dict[str, str]] = {**HeadGraphConv.options, "in_degree": "keep_in_degree"}
+
     def __init__(self, graph: Data, head_dim: int, context_dim: int, in_degree: int, **options: Any) -> None:
         super().__init__(graph, head_dim, context_dim, **options)
         check_int("in_degree", in_degree, low=1)
@@ -68,11 +67,6 @@ class LearnedTopologyConv(HeadGraphConv):
         best = order.argsort(dim=-1, descending=True, stable=True)[:, :in_degree]  # [H, k]
         chosen = torch.zeros_like(order).scatter(-1, best, 1.0).flatten().index_select(0, self.cell_of_edge)  # [E]
         self.kept &= chosen.bool()
-
-    @classmethod
-    def from_config(cls, config: SiteConfig, *sizes: int, layer: int | None = None) -> LearnedTopologyConv:
-        """Builds the graph that a `SiteConfig` of this kind names; sizes as in `HeadGraphConv.from_config`."""
-        return super().from_config(config, *sizes, layer=layer, in_degree=config.keep_in_degree)
 
     def _traits(self, tables: EdgeTables) -> Traits:
         # What is pruned is measured on all heads.

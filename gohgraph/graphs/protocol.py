@@ -4,8 +4,6 @@ A site is a place in attention where heads can hear of each other. At `outputs`,
 nodes are heads with features; at `scores` and `weights` they are the heads' attention maps over keys.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -13,6 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gohgraph.graphs.cross_layer import Reach
 
 FEATURES = frozenset({"outputs", "queries", "keys", "values"})
 MAPS = frozenset({"scores", "weights"})
@@ -26,20 +26,24 @@ class Traits(NamedTuple):
     Args:
         num_heads: H, the nodes.
         sites: where it can stand: of `FEATURES` and `MAPS`.
-        reach: the earlier layers whose heads it reads.
+        reach: the earlier layers whose nodes at its site it reads: w for the w before, `"first"`, `"all"`.
         linear: nodes' = W nodes with one matrix W `[H, H]` a token, the same for every feature: it has `matrix`.
-        static: of a linear graph, W is the same for all tokens: it can be folded into a projection.
+        static: it is the same linear map of all heads' features for every token: it can be folded into a projection.
         keyed: it reads a state of the keys' tokens, which `key_state` makes of them.
         losses: names of what it adds to the training loss.
         in_degree: the most senders of a receiver, itself included, where `sparse` knows fewer than all; else 0.
         sharded: its heads may lie on several ranks, see `gohgraph.parallel.sharded_graph`.
         weight_decay: the optimizer decays its matrices. A start at zero is no prior: by default it does not.
         limited_by: the option that keeps it from further sites, for messages, e.g. `"norm=True"`.
+        learning_rate_factor: of the optimizer's rate for graphs, > 0; graphs inside have the product of all around.
+        run: messages stay within runs of so many heads, one after another; 0 for all heads.
+        joins_keys: attention is one softmax over the keys of all heads of a run; its forms see to it.
+        reads_values: of a graph at outputs, it is handed the values of the tokens themselves, `values`.
     """
 
     num_heads: int
     sites: frozenset[str] = FEATURES | MAPS
-    reach: int = 0
+    reach: Reach = 0
     linear: bool = False
     static: bool = False
     keyed: bool = False
@@ -48,6 +52,10 @@ class Traits(NamedTuple):
     sharded: bool = False
     weight_decay: bool = False
     limited_by: str = ""
+    learning_rate_factor: float = 1.0
+    run: int = 0
+    joins_keys: bool = False
+    reads_values: bool = False
 
     @property
     def most_senders(self) -> int:
@@ -107,16 +115,20 @@ class SiteGraph(nn.Module, ABC):
         *,
         keys: Tensor | None = None,
         losses: Losses | None = None,
+        values: Tensor | None = None,
     ) -> Tensor:
         """Passes messages between the nodes, `[*, H, F] -> [*, H, F]`.
 
         Args:
             context: `[*, M]`, the attention block's own input.
-            earlier: with `reach`, `[*, H, F]` of the layers before, nearest first.
+            earlier: with `reach`, the nodes `[*, H, F]` of the earlier layers it names, nearest first: those of the
+                same tokens at the same site, after messages and before rotary positions, zero for heads that were off.
+                Where fewer layers are before, there are fewer.
             active: bool `[*, H]`, the heads that work for a token; `None` for all.
             keys: of a keyed graph, what `key_state` made of the keys' tokens, `[B, S, U]`.
             losses: takes in what the graph adds to the training loss: under those of its names that are asked for, a
                 number for every node, `[*, H]`.
+            values: `[*, H, F]`, every head's value of the token itself; handed over where the traits ask for it.
         """
 
     def key_state(self, source: Tensor) -> Tensor | None:
@@ -147,7 +159,8 @@ def check_site(site: str, graph: SiteGraph, num_heads: int, allowed: Collection[
         site: of `FEATURES` and `MAPS`.
         graph, num_heads: what is to stand there, and the nodes there.
         allowed: what whoever holds the site can give: `"reach"`, heads of earlier layers; `"keyed"`, the keys' tokens;
-            `"nonlinear"`, whole maps for graphs over them that are no matrix; `"whole"`, all heads on one rank.
+            `"nonlinear"`, whole maps for graphs over them that are no matrix; `"whole"`, all heads on one rank;
+            `"values"`, the tokens' own values; `"joined keys"`, one softmax over the keys of several heads.
     """
     traits, name = graph.traits, type(graph).__name__
     if traits.num_heads != num_heads:
@@ -168,13 +181,23 @@ def check_site(site: str, graph: SiteGraph, num_heads: int, allowed: Collection[
         )
     if traits.reach and "reach" not in allowed:
         raise ValueError(
-            f"Expected no heads of earlier layers at {site} here (got cross_layer={traits.reach}). Do set "
-            "cross_layer=0; gohgraph's own models have them at outputs."
+            f"Expected no heads of earlier layers at {site} here (got cross_layer={traits.reach!r}). Do "
+            "set cross_layer=0; gohgraph's own models have them at outputs, queries, keys and values."
         )
     if traits.keyed and "keyed" not in allowed:
         raise ValueError(
             f"Expected messages by the query's token alone at {site} here (got {name}, which reads the keys' tokens). "
             "Do leave it out; gohgraph's own models have it at scores."
+        )
+    if traits.reads_values and "values" not in allowed:
+        raise ValueError(
+            f"Expected no graph that reads the tokens' own values at {site} here (got {name}). Do leave it out; "
+            "gohgraph's own models have it at outputs."
+        )
+    if traits.joins_keys and "joined keys" not in allowed:
+        raise ValueError(
+            f"Expected attention of every head over its own keys at {site} here (got {name}). Do use gohgraph's own "
+            "models, with as many key/value heads as heads, no router, and nothing at weights."
         )
     if site in MAPS and not traits.linear and "nonlinear" not in allowed:
         raise ValueError(
@@ -205,10 +228,6 @@ class Messages(NamedTuple):
     def matrix(self) -> Tensor:
         """Returns the same as a matrix over heads for every query, `[B, T, H, H]` or `[H, H]`."""
         return self.graph.matrix(self.context, self.active)
-
-    def senders(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the queries and keys of all senders, those of other ranks behind the own ones."""
-        return self.graph.gather_senders(q, k)
 
     def widen(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""Returns Q', K' and V, whose plain attention of scale 1/sqrt(D) is attention under the messages.

@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from gohgraph.common.checks import check_bool, check_choice, check_int
+from gohgraph.common.checks import check_bool, check_choice, check_int, check_number
 from gohgraph.common.config_base import Config, default_of
+from gohgraph.graphs.cross_layer import CrossLayer
 
 KINDS = ("plain", "experts", "learned", "keyed")
 
@@ -20,11 +21,14 @@ class SiteConfig(Config):
         topology: a name of `head_graph`, or the edges as (sender, receiver) pairs.
         options: keyword options of a named topology, e.g. `{"hops": 3}`.
         self_loops: adds i -> i to every head.
-        edges, rank, activation, rounds, cross_layer, norm, backend, top_edges: as in `HeadGraphConv`.
+        edges, rank, activation, rounds, norm, backend, top_edges: as in `HeadGraphConv`.
+        cross_layer: which earlier layers' heads send too: the w nearest, `"first"`, `"all"`, or a `CrossLayer` that
+            says over which edges and how loud. For outputs, queries, keys and values.
         kind: `"plain"`; `"experts"`, see `GraphExperts`; `"learned"`, a learned topology, see `LearnedTopologyConv`; or
             `"keyed"`, edges between scores that have a weight of the key's token too, see `KeyedGraphConv`.
         num_shared: of experts, the first heads, nodes of one kind; the others are of another.
         keep_in_degree: of a learned topology, how many incoming edges every head is to keep.
+        learning_rate_factor: of the rate that head graphs learn at, > 0.
 
     Example:
         >>> SiteConfig.ring(4)
@@ -38,13 +42,14 @@ class SiteConfig(Config):
     rank: int | None = None
     activation: str | None = "tanh"
     rounds: int = 1
-    cross_layer: int = 0
+    cross_layer: int | str | CrossLayer = 0
     norm: bool = False
     backend: str = "dense"
     top_edges: int | None = None
     kind: str = "plain"
     num_shared: int | None = None
     keep_in_degree: int | None = None
+    learning_rate_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.topology, str):
@@ -55,10 +60,11 @@ class SiteConfig(Config):
             check_bool(name, getattr(self, name))
         check_choice("kind", self.kind, KINDS)
         check_int("rounds", self.rounds, low=1)
-        check_int("cross_layer", self.cross_layer, low=0)
+        CrossLayer.of(self.cross_layer)
         check_choice("edges", self.edges, ("token", "static", "frozen"))
         check_choice("activation", self.activation, ("tanh", None))
         check_choice("backend", self.backend, ("dense", "pyg"))
+        check_number("learning_rate_factor", self.learning_rate_factor, above=0)
         for name in ("rank", "top_edges", "num_shared", "keep_in_degree"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), low=1)
@@ -80,6 +86,11 @@ class SiteConfig(Config):
         """Builds the configuration from `to_dict`'s form, also that of versions without `kind`."""
         return super().from_dict(_with_kind(values) if isinstance(values, dict) else values)
 
+    @classmethod
+    def _nested(cls, values: dict[str, Any]) -> dict[str, Any]:
+        cross_layer = values.get("cross_layer")
+        return {**values, "cross_layer": CrossLayer.from_dict(cross_layer)} if isinstance(cross_layer, dict) else values
+
     def __repr__(self) -> str:
         changed = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
         default = SiteConfig.__dataclass_fields__
@@ -94,6 +105,7 @@ class BaselineConfig(Config):
     Args:
         kind: a name of `gohgraph.graphs.baselines.BASELINES`.
         options: keyword options of that module, e.g. `{"rank": 16}`.
+        learning_rate_factor: of the rate that head graphs learn at, > 0.
 
     Example:
         >>> BaselineConfig("gate", {"rank": 16}).options
@@ -102,9 +114,11 @@ class BaselineConfig(Config):
 
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
+    learning_rate_factor: float = 1.0
 
     def __post_init__(self) -> None:
         check_options(self.options)
+        check_number("learning_rate_factor", self.learning_rate_factor, above=0)
         object.__setattr__(self, "options", dict(self.options))
 
 

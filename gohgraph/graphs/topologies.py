@@ -1,7 +1,5 @@
 """The named topologies of a head graph, each a function from the number of heads to (sender, receiver) pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import torch

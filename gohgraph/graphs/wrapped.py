@@ -1,7 +1,5 @@
 """Plain modules of your own at a site of attention."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

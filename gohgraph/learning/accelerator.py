@@ -1,7 +1,5 @@
 """The Hugging Face `Accelerator` of a run: device, precision and processes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The models in a run folder: those saved at the end, and those of its training steps."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

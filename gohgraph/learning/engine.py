@@ -1,7 +1,5 @@
 """What carries out a run: Hugging Face accelerate for whole models, DTensor meshes for sharded ones."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from contextlib import AbstractContextManager

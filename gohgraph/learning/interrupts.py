@@ -1,6 +1,4 @@
-"""Ctrl-C that lets the running step finish."""
-
-from __future__ import annotations
+"""Ctrl-C, or an orderly end from outside, that lets the running step finish."""
 
 import signal
 import threading
@@ -9,12 +7,14 @@ from contextlib import contextmanager
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Raised after Ctrl-C, once every run has written a checkpoint it can be resumed from."""
+    """Raised after Ctrl-C or SIGTERM, once every run has written a checkpoint it can be resumed from."""
 
 
 @contextmanager
 def interrupts() -> Iterator[threading.Event]:
     """Yields an event that the first Ctrl-C sets; a second one raises `KeyboardInterrupt` at once.
+
+    SIGTERM, by which `kill`, `timeout` and schedulers ask for an end, does the same.
 
     Example:
         >>> with interrupts() as interrupted:
@@ -33,8 +33,10 @@ def interrupts() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield interrupted
         return
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            # None: a handler that Python did not set, and cannot set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

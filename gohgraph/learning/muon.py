@@ -1,13 +1,13 @@
 """Muon for matrices beside AdamW for everything else, as one optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
+
+from gohgraph.parallel.gradients import layout_of, spread_as, whole
 
 # The group of `parameter_groups` that Muon trains.
 MUON_GROUP = "matrices"
@@ -45,16 +45,14 @@ class Muon(Optimizer):
         W \leftarrow (1 - \eta \lambda) W - \eta \sqrt{\max(1, n / m)}\; \mathrm{orth}(\mu M + (1 - \mu) G)
 
     Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon). `torch.optim.Muon` computes the same, one matrix
-    after another and in bfloat16 on every device; here matrices of one shape are orthogonalised together.
+    after another and in bfloat16 on every device; here matrices of one shape are orthogonalised together. Those whose
+    parts lie on several ranks are gathered for it, on every rank.
 
     Args:
         parameters: of two dimensions `[n, m]`, or groups of them.
         lr: eta.
         weight_decay: lambda.
         momentum: mu, in [0, 1).
-
-    Raises:
-        ValueError: a parameter is no matrix.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2, 3))
@@ -84,7 +82,7 @@ class Muon(Optimizer):
             by_kind: dict[Any, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    kind = (parameter.shape, parameter.dtype, parameter.device)
+                    kind = (parameter.shape, parameter.dtype, parameter.device, layout_of(parameter))
                     by_kind.setdefault(kind, []).append(parameter)
             for alike in by_kind.values():
                 self._move(alike, group)
@@ -98,9 +96,11 @@ class Muon(Optimizer):
         gradients = [parameter.grad for parameter in parameters]
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - mu)
-        updates = orthogonalized(torch.stack(torch._foreach_lerp(gradients, momenta, mu)))  # [P, n, m]
+        ahead = [whole(tensor) for tensor in torch._foreach_lerp(gradients, momenta, mu)]
+        updates = orthogonalized(torch.stack(ahead)).unbind()  # P of [n, m]
+        updates = [spread_as(parameter, update) for parameter, update in zip(parameters, updates, strict=True)]
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(parameters, list(updates.unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+        torch._foreach_add_(parameters, updates, alpha=-lr * max(1, rows / columns) ** 0.5)
 
 
 class MuonWithAdamW(Optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from gohgraph.graphs.building import GRAPHS
 from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.learning.muon import MUON_GROUP, MuonWithAdamW
 from gohgraph.learning.train_config import TrainConfig
+from gohgraph.models.streams import DenseConnection, StreamWeights
 from gohgraph.parallel.gradients import layout_of
 
 FUSED_ON = ("cpu", "cuda", "mps", "xpu")
+KINDS = (MUON_GROUP, "embeddings", "vectors", "head graphs", "decayed graphs")
 
 
 def parameter_groups(
@@ -24,51 +27,79 @@ def parameter_groups(
     """Splits trainable parameters into matrices (decayed), vectors, and head graphs; empty groups are left out.
 
     What stands at a site of attention, be it a head graph or an opponent, and routers are not decayed unless their
-    traits ask for it: their start at zero or one is neutral and no prior. All of them learn at `graph_lr_factor` times
-    the learning rate. A parameter used twice is listed once. For Muon, matrices are those inside layers, at its own
-    rate; embeddings and the output's projection, which are tables rather than maps, are a group that AdamW trains.
+    traits ask for it: their start at zero or one is neutral and no prior. They learn at `graph_lr_factor` times the
+    learning rate, times the factor of their traits. A parameter used twice is listed once. For Muon, matrices are those
+    inside layers, at its own rate; embeddings and the output's projection, which are tables rather than maps, are a
+    group that AdamW trains. The few weights of residual paths count as vectors.
 
     Example:
         >>> import gohgraph as goh
         >>> transformer = goh.TransformerConfig(9, d_model=8, num_heads=2, d_ff=8, head_graph=goh.HeadGraphConfig())
         >>> groups = parameter_groups(goh.LanguageModel(transformer), TrainConfig(steps=1, graph_lr_factor=2.0))
-        >>> [(group["name"], group["lr"], group["weight_decay"]) for group in groups]
-        [('matrices', 0.001, 0.1), ('vectors', 0.001, 0.0), ('head graphs', 0.002, 0.0)]
+        >>> for group in groups:
+        ...     print(group["name"], group["lr"], group["weight_decay"])
+        matrices 0.02 0.1
+        embeddings 0.001 0.1
+        vectors 0.001 0.0
+        head graphs 0.002 0.0
     """
     graphs = [module for module in model.modules() if isinstance(module, at_sites)]
-    asking = [graph for graph in graphs if isinstance(graph, SiteGraph) and graph.traits.weight_decay]
-    decayed = {id(p) for graph in asking for p in graph.parameters() if p.dim() > 1}
-    in_graphs = {id(p) for graph in graphs for p in graph.parameters()}
-    tables = _tables(model) if config.optimizer == "muon" else set()
-    names = (MUON_GROUP, "embeddings", "vectors", "head graphs", "decayed graphs")
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in names}
+    factors, decayed = _factors(graphs), _decayed(graphs)
+    paths = _ids(module for module in model.modules() if isinstance(module, (StreamWeights, DenseConnection)))
+    by_muon = config.optimizer == "muon"
+    tables = _ids(_tables(model)) if by_muon else set()
+
+    def kind(parameter: nn.Parameter) -> str:
+        if id(parameter) in factors:
+            return "decayed graphs" if id(parameter) in decayed else "head graphs"
+        if parameter.dim() < 2 or id(parameter) in paths:
+            return "vectors"
+        return "embeddings" if by_muon and (parameter.dim() > 2 or id(parameter) in tables) else MUON_GROUP
+
+    members: dict[tuple[str, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            kind = MUON_GROUP if parameter.dim() > 1 else "vectors"
-            if kind == MUON_GROUP and (id(parameter) in tables or config.optimizer == "muon" and parameter.dim() > 2):
-                kind = "embeddings"
-            if id(parameter) in in_graphs:
-                kind = "decayed graphs" if id(parameter) in decayed else "head graphs"
-            members[kind].append(parameter)
-    rates = dict.fromkeys(names, config.learning_rate)
+            members.setdefault((kind(parameter), factors.get(id(parameter), 1.0)), []).append(parameter)
+    rates = dict.fromkeys(KINDS, config.learning_rate)
     rates |= dict.fromkeys(("head graphs", "decayed graphs"), config.learning_rate * config.graph_lr_factor)
-    if config.optimizer == "muon":
-        rates[MUON_GROUP] = config.matrix_learning_rate
-    decays = dict.fromkeys(names, config.weight_decay) | {"vectors": 0.0, "head graphs": 0.0}
+    rates |= {MUON_GROUP: config.matrix_learning_rate} if by_muon else {}
+    decays = dict.fromkeys(KINDS, config.weight_decay) | {"vectors": 0.0, "head graphs": 0.0}
     return [
-        {"params": parameters, "name": name, "lr": rates[name], "weight_decay": decays[name]}
-        for name, parameters in members.items()
-        if parameters
+        {"params": parameters, "name": name, "lr": rates[name] * factor, "weight_decay": decays[name]}
+        for (name, factor), parameters in sorted(members.items(), key=lambda member: _order(*member[0]))
     ]
 
 
-def _tables(model: nn.Module) -> set[int]:
-    """The ids of parameters that are looked up, and of those between the model and its input and output."""
+def _order(kind: str, factor: float) -> tuple[int, float]:
+    return KINDS.index(kind), factor
+
+
+def _factors(graphs: list[nn.Module]) -> dict[int, float]:
+    """Of every parameter at a site, the product of the factors of all graphs around it."""
+    factors: dict[int, float] = {}
+    for graph in graphs:
+        own = graph.traits.learning_rate_factor if isinstance(graph, SiteGraph) else 1.0
+        for parameter in graph.parameters():
+            factors[id(parameter)] = factors.get(id(parameter), 1.0) * own
+    return factors
+
+
+def _decayed(graphs: list[nn.Module]) -> set[int]:
+    asking = [graph for graph in graphs if isinstance(graph, SiteGraph) and graph.traits.weight_decay]
+    return {id(parameter) for graph in asking for parameter in graph.parameters() if parameter.dim() > 1}
+
+
+def _ids(modules: Iterable[nn.Module]) -> set[int]:
+    return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+def _tables(model: nn.Module) -> list[nn.Module]:
+    """What is looked up, and what stands between the model and its input and output."""
     ends = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     ends += [getattr(model, name, None) for name in ("embedding", "head")]
     # Transformers' models say which is theirs.
     ends += [model.get_output_embeddings()] if hasattr(model, "get_output_embeddings") else []
-    return {id(parameter) for end in ends if isinstance(end, nn.Module) for parameter in end.parameters()}
+    return [end for end in ends if isinstance(end, nn.Module)]
 
 
 def regroup_as_saved(optimizer: torch.optim.Optimizer, model: nn.Module, config: TrainConfig, file: Path) -> None:

@@ -1,7 +1,5 @@
 """Training of routers: annealed budgets, balance biases, and statistics of the heads' load."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The folder of a run: its configuration, log and checkpoints."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -14,6 +12,7 @@ from gohgraph.common.files import make_folder, read_json, write_whole
 from gohgraph.common.files import write_text_whole as write_text
 from gohgraph.graphs.site_config import upgraded
 from gohgraph.learning.train_config import BEFORE, FREE_ON_RESUME, TrainConfig
+from gohgraph.models.config import with_settings_of_before
 
 CONFIG, LOG, CURVES, CHECKPOINTS, STATE = "config.json", "log.csv", "curves.png", "checkpoints", "trainer.json"
 COLUMNS = ("step", "loss", "validation_loss", "lr", "tokens_per_second", "seconds")
@@ -102,6 +101,7 @@ class RunFolder:
         if isinstance(saved, dict) and isinstance(saved.get("training"), dict):
             # A setting that is younger than the run had the value that it was given afterwards, or its default.
             saved["training"] = {**TrainConfig(steps=1).to_dict(), **BEFORE, **saved["training"]}
+            saved = with_settings_of_before(saved)
         differing = sorted(_differences(saved, json.loads(json.dumps(self.settings))))
         if differing:
             raise ValueError(

@@ -1,7 +1,5 @@
 """Training of learned topologies: edges fall away until every head has its budget of them."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from gohgraph.graphs.learned_topology import LearnedTopologyConv

@@ -4,8 +4,6 @@ A tracker is any function of `(values, step)`. `wandb.log`, `mlflow.log_metrics`
 are such functions and are passed as they are, after their own `init` or `start_run`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any

@@ -59,7 +59,7 @@ class TrainConfig:
 
     steps: int
     learning_rate: float = 1e-3
-    optimizer: str = "adamw"
+    optimizer: str = "muon"
     matrix_learning_rate: float = 0.02
     warmup: int = 0
     schedule: str = "cosine"

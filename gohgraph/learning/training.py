@@ -4,8 +4,6 @@ Everything random in a step, data and dropout, is a function of (seed, step): a 
 one, and runs that take turns do not disturb each other.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -153,7 +151,8 @@ class Training:
 
     def _train_step(self) -> None:
         accelerator, config = self.accelerator, self.config
-        _seed_step(config.seed, self.step, self.engine.data_rank)
+        seed = f"{config.seed}:{self.step}:{self.engine.data_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little") >> 1)
         if self.routing.begin(self.step) and config.compile:
             # Each k is another graph, and torch gives up compiling after a few of the same code.
             torch.compiler.reset()
@@ -265,8 +264,3 @@ class Training:
         if interrupted:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
-
-
-def _seed_step(seed: int, step: int, process: int) -> None:
-    digest = hashlib.blake2b(f"{seed}:{step}:{process}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)

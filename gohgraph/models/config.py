@@ -12,9 +12,10 @@ from gohgraph.graphs.config import HeadGraphConfig
 FEED_FORWARD_ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu")
 POSITIONS = ("sinusoidal", "learned", "rotary", "none")
 NORMS = ("layer", "rms", "unweighted-rms")
+RESIDUALS = ("plain", "hyper", "dynamic-hyper", "dense")
 INITS = ("normal", "fan-in", "fan-in-zero")
 # What a dictionary means that was written before these fields were.
-BEFORE = {"qk_norm": False, "embedding_norm": False, "logit_cap": None, "init": "normal"}
+BEFORE = {"qk_norm": False, "embedding_norm": False, "logit_cap": None, "init": "normal", "residual": "plain"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class TransformerConfig(Config):
         embedding_norm: the embedding is normalised before the first layer.
         logit_cap: c, logits become c tanh(logits / c) (Gemma 2, arXiv 2408.00118, section 2); `None` for no cap.
         init: how matrices start, `"normal"`, `"fan-in"` or `"fan-in-zero"`, see `gohgraph.models.init`.
+        residual: `"plain"`; hyper-connections between four streams, static `"hyper"` or by the token
+            `"dynamic-hyper"`, see `HyperConnection`; or `"dense"` ones before the last two layers, see
+            `DenseConnection`.
         dropout: probability in [0, 1).
         bias: biases in the linear layers.
         tie_embeddings: the output projection reuses the token embedding.
@@ -60,10 +64,11 @@ class TransformerConfig(Config):
     positions: str = "rotary"
     norm_first: bool = True
     norm: str = "layer"
-    qk_norm: bool = False
+    qk_norm: bool = True
     embedding_norm: bool = False
     logit_cap: float | None = None
-    init: str = "normal"
+    init: str = "fan-in"
+    residual: str = "plain"
     dropout: float = 0.0
     bias: bool = True
     tie_embeddings: bool = True
@@ -78,6 +83,7 @@ class TransformerConfig(Config):
         check_choice("positions", self.positions, POSITIONS)
         check_choice("norm", self.norm, NORMS)
         check_choice("init", self.init, INITS)
+        self._check_residual()
         if self.logit_cap is not None:
             check_number("logit_cap", self.logit_cap, above=0)
         if self.d_model % self.num_heads:
@@ -101,6 +107,15 @@ class TransformerConfig(Config):
         if self.head_graph is not None and self.head_graph.routing is not None:
             self.head_graph.routing.check_heads(self.num_heads, self.num_layers)
 
+    def _check_residual(self) -> None:
+        check_choice("residual", self.residual, RESIDUALS)
+        if self.residual != "plain" and not self.norm_first:
+            raise ValueError(f"Expected norm_first=True with residual={self.residual!r} (got False). Do change either.")
+        if self.residual == "dense" and self.num_layers < 2:
+            raise ValueError(
+                f"Expected at least 2 layers for residual='dense' (got {self.num_layers}). Do change either."
+            )
+
     @property
     def head_dim(self) -> int:
         """D, the features of one head."""
@@ -110,6 +125,19 @@ class TransformerConfig(Config):
     def _nested(cls, values: dict[str, Any]) -> dict[str, Any]:
         values, graph = {**BEFORE, **values}, values.get("head_graph")
         return values if graph is None else {**values, "head_graph": HeadGraphConfig.from_dict(graph)}
+
+
+def with_settings_of_before(values: Any) -> Any:
+    """Returns JSON values in which dictionaries of a `TransformerConfig` have its younger fields, as they were then.
+
+    Example:
+        >>> with_settings_of_before({"model": {"d_model": 8, "positions": "none"}})["model"]["init"]
+        'normal'
+    """
+    if not isinstance(values, dict):
+        return values
+    values = {name: with_settings_of_before(value) for name, value in values.items()}
+    return {**BEFORE, **values} if {"d_model", "positions"} <= set(values) else values
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,8 @@ class QueryKeyNorm(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Normalises the features of every head and rotates them by their token's position."""
-        x = self.norm(x)
+        # In the gain's precision: under autocast x has fewer digits.
+        x = self.norm(x.to(self.norm.weight.dtype)).to(x.dtype)
         return x if self.rotary is None else self.rotary(x, positions)
 
 

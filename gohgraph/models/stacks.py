@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gohgraph.attention.block import Heads, MultiHeadAttention
 from gohgraph.attention.cache import KeyValueCache
+from gohgraph.attention.history import Readers
 from gohgraph.attention.routing import HeadRouter, Routing
 from gohgraph.graphs.building import build_graph
 from gohgraph.graphs.config import HeadGraphConfig
@@ -18,6 +19,7 @@ from gohgraph.graphs.protocol import Losses
 from gohgraph.models.config import TransformerConfig
 from gohgraph.models.embeddings import positions_of_heads
 from gohgraph.models.objects import FeedForward
+from gohgraph.models.streams import HyperConnection, ResidualPath
 from gohgraph.models.sublayers import NORMS, Residual
 
 NO_GRAPHS = HeadGraphConfig(outputs=None)
@@ -26,7 +28,7 @@ NO_GRAPHS = HeadGraphConfig(outputs=None)
 class EncoderLayer(nn.Module):
     """One layer of self attention and feed-forward; causal, it is the layer of a decoder-only language model.
 
-    With plain attention it equals `torch.nn.TransformerEncoderLayer` of the same weights.
+    With plain attention and no `qk_norm` it equals `torch.nn.TransformerEncoderLayer` of the same weights.
 
     Args:
         config: the transformer's configuration.
@@ -34,7 +36,7 @@ class EncoderLayer(nn.Module):
         layer: index in the stack; graphs with `cross_layer` reach back at most so far.
 
     Shape:
-        x `[B, T, M]` -> (`[B, T, M]`, a tuple of the `Heads` of its attention).
+        x `[B, T, M]` -> (`[B, T, M]`, a tuple of the `Heads` of its attention); with hyper-connections `[B, T, n, M]`.
 
     Example:
         >>> import torch
@@ -45,8 +47,8 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig, *, causal: bool = False, layer: int = 0) -> None:
         super().__init__()
-        self.attention = _residual(_attention(config, layer, causal=causal), config)
-        self.feed_forward = _residual(_feed_forward(config), config)
+        self.attention = _residual(_attention(config, layer, causal=causal), config, 2 * layer)
+        self.feed_forward = _residual(_feed_forward(config), config, 2 * layer + 1)
 
     def forward(
         self, x: Tensor, *, caches: tuple[KeyValueCache, ...] = (), **context: Any
@@ -59,8 +61,8 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer of causal self attention, cross attention to the encoder's output, and feed-forward.
 
-    With plain attention it equals `torch.nn.TransformerDecoderLayer` of the same weights. Both attentions have head
-    graphs of their own.
+    With plain attention and no `qk_norm` it equals `torch.nn.TransformerDecoderLayer` of the same weights. Both
+    attentions have head graphs of their own.
 
     Args:
         config: the transformer's configuration.
@@ -78,9 +80,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig, *, layer: int = 0) -> None:
         super().__init__()
-        self.attention = _residual(_attention(config, layer, causal=True), config)
-        self.cross_attention = _residual(_attention(config, layer, cross=True), config)
-        self.feed_forward = _residual(_feed_forward(config), config)
+        self.attention = _residual(_attention(config, layer, causal=True), config, 3 * layer)
+        self.cross_attention = _residual(_attention(config, layer, cross=True), config, 3 * layer + 1)
+        self.feed_forward = _residual(_feed_forward(config), config, 3 * layer + 2)
 
     def forward(
         self,
@@ -140,6 +142,7 @@ class Stack(nn.Module):
             self.layers = nn.ModuleList(DecoderLayer(config, layer=i) for i in indices)
         else:
             self.layers = nn.ModuleList(EncoderLayer(config, causal=kind == "causal", layer=i) for i in indices)
+        self.path = ResidualPath(config.residual, config.d_model, config.num_layers)
         self.norm = NORMS[config.norm](config.d_model, eps=1e-5) if config.norm_first else nn.Identity()
         self.graphs_changed(config.head_graph or NO_GRAPHS)
         # Whether backward computes the inside of a layer again, instead of keeping it in memory.
@@ -149,26 +152,28 @@ class Stack(nn.Module):
         self, x: Tensor, *memory: Tensor, caches: list[tuple[KeyValueCache, ...]] | None = None, **masks: Tensor | None
     ) -> StackOutput:
         """Passes `x` through all layers; further arguments go to each layer."""
-        earlier: tuple[Tensor, ...] = ()
+        earlier = self.readers.nothing()
         routings: list[Routing] = []
         losses: Losses = {name: [] for name in self.losses}
+        x, inputs = self.path.enter(x), []
         for index, layer in enumerate(self.layers):
             layer_caches = () if caches is None else caches[index]
             run = partial(checkpoint, layer, use_reentrant=False) if self.recompute and self.training else layer
             # Backward may run the layer again: what counts is what its first run gave.
             of_layer: Losses = {name: [] for name in losses}
+            x = self.path.before(index, x, inputs)
             x, blocks = run(x, *memory, caches=layer_caches, earlier=earlier, losses=of_layer, **masks)
-            earlier = (blocks[0].outputs, *earlier)[: self.reach]
+            earlier = self.readers.after(index, earlier, blocks[0].nodes)
             routings += [heads.routing for heads in blocks if heads.routing is not None]
             for name, values in of_layer.items():
                 losses[name] += values
-        return StackOutput(self.norm(x), tuple(routings), losses)
+        return StackOutput(self.norm(self.path.leave(x)), tuple(routings), losses)
 
     def graphs_changed(self, graphs: HeadGraphConfig) -> None:
-        """Takes note of what the graphs of its layers ask for: heads of earlier layers, and losses."""
+        """Takes note of what the graphs of its layers ask for: nodes of earlier layers, and losses."""
+        self.readers = Readers([layer.attention.object.graphs for layer in self.layers])
         outputs = [block.output_graph for block in self.modules() if isinstance(block, MultiHeadAttention)]
         traits = [graph.traits for graph in outputs if graph is not None]
-        self.reach = max((graph_traits.reach for graph_traits in traits), default=0)
         names = dict.fromkeys(name for graph_traits in traits for name in graph_traits.losses)
         self.losses = tuple(name for name in names if name != ALIGNMENT or graphs.alignment)
 
@@ -179,8 +184,11 @@ class Stack(nn.Module):
         return [(KeyValueCache(),) for _ in self.layers]
 
 
-def _residual(object: nn.Module, config: TransformerConfig) -> Residual:
-    return Residual(object, config.d_model, norm_first=config.norm_first, norm=config.norm, dropout=config.dropout)
+def _residual(object: nn.Module, config: TransformerConfig, place: int) -> Residual:
+    kind, common = config.residual, {"norm": config.norm, "dropout": config.dropout}
+    if kind in ("hyper", "dynamic-hyper"):
+        return HyperConnection(object, config.d_model, place=place, dynamic=kind == "dynamic-hyper", **common)
+    return Residual(object, config.d_model, norm_first=config.norm_first, **common)
 
 
 def _feed_forward(config: TransformerConfig) -> FeedForward:
@@ -205,20 +213,23 @@ def _attention(
 def build_slots(config: TransformerConfig, layer: int, *, cross: bool = False) -> dict[str, Any]:
     """Builds what `config` puts into the slots of one attention block, by the names of `MultiHeadAttention`.
 
-    `layer` is the index in the stack; cross attention is handed no heads of earlier layers.
+    `layer` is the index in the stack; cross attention is handed no nodes of earlier layers, its graphs have none, and
+    its tokens have no values of their own.
     """
-    graphs, routing = config.head_graph or NO_GRAPHS, (config.head_graph or NO_GRAPHS).routing
+    before = 0 if cross else layer
+    graphs = (config.head_graph or NO_GRAPHS).at_layer(layer, config.num_layers)
     sizes = (config.num_heads, config.head_dim, config.d_model)
     key_sizes = (config.num_kv_heads or config.num_heads, config.head_dim, config.d_model)
     inner = {
-        "query": build_graph(graphs.queries, sizes),
-        "key": build_graph(graphs.keys, key_sizes),
-        "value": build_graph(graphs.values, key_sizes),
+        "query": build_graph(graphs.queries, sizes, layer=before),
+        "key": build_graph(graphs.keys, key_sizes, layer=before),
+        "value": build_graph(graphs.values, key_sizes, layer=before),
         "weight": build_graph(graphs.weights, sizes),
     }
     return {
-        "output_graph": build_graph(graphs.outputs, sizes, layer=0 if cross else layer),
+        "output_graph": build_graph(graphs.outputs, sizes, layer=before, cross=cross),
         "score_graph": build_graph(graphs.scores, sizes),
-        "router": routing and HeadRouter.from_config(routing, config.d_model, config.num_heads, layer=layer),
+        "router": graphs.routing
+        and HeadRouter.from_config(graphs.routing, config.d_model, config.num_heads, layer=layer),
         "inner_graphs": {site: graph for site, graph in inner.items() if graph is not None},
     }

@@ -4,8 +4,6 @@ They run on any device and leave their inputs alone. Megatron-Core's own mapping
 and its all-reduce of a gradient that is not contiguous reduces a copy. Over one rank all of them return their input.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -132,9 +132,6 @@ def plan_exchange(
         edges: pairs of global head indices.
         may_scatter: False where partial sums do not do (queries and keys, edges that compete for their receiver).
 
-    Raises:
-        ValueError: the ranks cannot have equally many heads.
-
     Example:
         >>> plan_exchange(4, 2, [(0, 3), (1, 3), (2, 3)]).kind
         'reduce-scatter'

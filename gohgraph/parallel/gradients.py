@@ -1,20 +1,32 @@
 """Gradients of parameters that lie on ranks in different ways: their mean, their norm, and groups of equal layout."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 def layout_of(tensor: Tensor) -> Hashable:
     """What tensors must share to go into one call of an optimizer: all whole, or on one mesh."""
     return tensor.device_mesh if isinstance(tensor, DTensor) else None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns all of a tensor whose parts may lie on several ranks; all of them call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_as(other: Tensor, tensor: Tensor) -> Tensor:
+    """Returns a whole tensor, the same on all ranks, in the parts in which `other` lies on them."""
+    if not isinstance(other, DTensor):
+        return tensor
+    mesh = other.device_mesh
+    copies = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return copies.redistribute(mesh, other.placements)
 
 
 @torch.no_grad()
@@ -56,7 +68,7 @@ def _norm(parameters: list[nn.Parameter], group: ProcessGroup | None) -> Tensor:
         square = norm.square()
         dist.all_reduce(square, group=group)
         return square.sqrt()
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(norm)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], group: ProcessGroup) -> None:

@@ -1,7 +1,5 @@
 """How the ranks of a job share the work: which hold parts of a model, and which see other data."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which heads share a rank: placed so that as little edge weight as possible joins two ranks."""
 
-from __future__ import annotations
-
 import dataclasses
 from itertools import combinations
 from typing import Any
@@ -113,10 +111,6 @@ def reorder_heads(model: LanguageModel, order: list[int]) -> LanguageModel:
     Args:
         model: with heads that have keys of their own; changed in place.
         order: the old index of each new head; with routers the shared heads must stay the first.
-
-    Raises:
-        ValueError: no such permutation, graphs other than plain `HeadGraphConv`s at outputs and scores, or weights that
-            are not the model's own to write into.
 
     Example:
         >>> import gohgraph as goh

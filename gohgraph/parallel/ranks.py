@@ -1,7 +1,5 @@
 """The processes of a job that `torchrun` starts: their group, what the first decides, and when one is lost."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

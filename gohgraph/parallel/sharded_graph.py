@@ -1,7 +1,5 @@
 """The part of a head graph that one tensor-parallel rank computes, under gohgraph's own engine and Megatron-Core's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.edge_tables import EdgeTables
 from gohgraph.graphs.edges import EdgeWeights
-from gohgraph.graphs.protocol import Losses, Traits
+from gohgraph.graphs.protocol import Traits
 from gohgraph.parallel.collectives import gather_heads, local, scatter_heads, sum_gradients
 from gohgraph.parallel.exchange import GATHER, SCATTER, plan_exchange
 
@@ -35,7 +33,7 @@ class ShardedEdgeWeights(EdgeWeights):
         self, edges: EdgeWeights, edges_of_ranks: Sequence[Sequence[int]], ranks: DeviceMesh | ProcessGroup
     ) -> None:
         nn.Module.__init__(self)
-        for name in ("context_dim", "kind", "rank", "activation", "rounds", "scale"):
+        for name in ("context_dim", "kind", "rank", "activation", "rounds", "scale", "scale_start"):
             setattr(self, name, getattr(edges, name))
         self.group = group_of(ranks)
         chosen = torch.tensor(edges_of_ranks[self.group.rank()], dtype=torch.long, device=edges.bias.device)  # [E']
@@ -45,7 +43,8 @@ class ShardedEdgeWeights(EdgeWeights):
         for name in ("bias", "weight"):
             value = getattr(edges, name)
             register(name, value if is_whole or value is None else _cut(value, 1, chosen, ranks))
-        self.down = edges.down
+        self.down, self.learned_scale = edges.down, edges.learned_scale
+        self.register_buffer("scaled", None if edges.scaled is None else edges.scaled[chosen], persistent=False)
         self.register_buffer("chosen", chosen if is_whole else None, persistent=False)
 
     def forward(self, context: Tensor | None = None) -> Tensor:
@@ -55,7 +54,8 @@ class ShardedEdgeWeights(EdgeWeights):
         if context is not None:
             # Who made a DTensor of what all ranks hold adds the gradients; of a plain tensor it is done here.
             context = local(context) if isinstance(context, DTensor) else sum_gradients(context, self.group)
-        return self._activated(context, bias, weight, down)
+        factor = None if self.learned_scale is None else sum_gradients(self.learned_scale, self.group)
+        return self._scaled(self._activated(context, bias, weight, down), factor)
 
 
 class ShardedHeadGraphConv(HeadGraphConv):
@@ -84,18 +84,16 @@ class ShardedHeadGraphConv(HeadGraphConv):
     Shape:
         z `[*, H/n, D]`, context `[*, M]` of all ranks, active bool `[*, H]` -> `[*, H/n, D]`. With `over_maps`, z holds
         the scores of this rank's heads and of those that `gather_senders` appended.
-
-    Raises:
-        ValueError: H is not a multiple of the ranks; several rounds of messages between scores across ranks.
     """
+
+    by_layer = False
 
     def __init__(self, conv: HeadGraphConv, ranks: DeviceMesh | ProcessGroup, *, over_maps: bool = False) -> None:
         # What the parent's constructor makes is taken over from `conv`.
         super(HeadGraphConv, self).__init__(aggr="add", node_dim=-2)
         self.group, self.over_maps = group_of(ranks), over_maps
-        self.head_dim, self.backend, self.cross_layer, self.top_edges = (
-            conv.head_dim, conv.backend, conv.cross_layer, conv.top_edges
-        )  # fmt: skip
+        for name in ("head_dim", "backend", "cross_layer", "reach", "top_edges"):
+            setattr(self, name, getattr(conv, name))
         is_mesh, competes = isinstance(ranks, DeviceMesh), over_maps or conv.top_edges is not None
         edges = [(j, i) for j, i in conv.edge_index.t().tolist()]
         of_heads = [(j % conv.num_heads, i) for j, i in edges]
@@ -110,7 +108,7 @@ class ShardedHeadGraphConv(HeadGraphConv):
         edges_of_ranks = self.exchange.edges_of_ranks(edges)
         self.edges = ShardedEdgeWeights(conv.edges, edges_of_ranks, ranks)
         self.register_buffer("edge_index", conv.edge_index)
-        self.fusion, self.gain = conv.fusion, conv.gain
+        self.fusion, self.gain, self.traits = conv.fusion, conv.gain, conv.traits
         self._place([edges[index] for index in edges_of_ranks[self.group.rank()]])
         if self.gain is not None and not is_mesh:
             self.gain = _cut(self.gain, 0, self.held_senders, ranks)
@@ -151,16 +149,7 @@ class ShardedHeadGraphConv(HeadGraphConv):
         """True when edges in order are the rows of the adjacency."""
         return self.in_order
 
-    def forward(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        earlier: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-        *,
-        keys: Tensor | None = None,
-        losses: Losses | None = None,
-    ) -> Tensor:
+    def forward(self, z, context=None, earlier=(), active=None, *, keys=None, losses=None) -> Tensor:
         """Passes messages to the nodes of this rank."""
         if not (self.over_maps and self.exchange.width):
             return super().forward(z, context, earlier, active)
@@ -190,11 +179,10 @@ class ShardedHeadGraphConv(HeadGraphConv):
         return tuple(torch.cat(both, dim=-2) for both in zip(nodes, needed, strict=True))
 
     def _senders(self, nodes: Tensor, earlier: Sequence[Tensor]) -> Tensor:
-        held = torch.cat((nodes, *earlier[: self.cross_layer]), dim=-2) if self.cross_layer else nodes  # [*, S', D]
-        if self.gain is not None:
-            gain = rows_here(self.gain, 0, self.held_senders, self.group)  # [S', D]
-            held = F.rms_norm(held, (held.shape[-1],)) * gain.to(held.dtype)
-        return self.gather_senders(held)[0]
+        return self.gather_senders(super()._senders(nodes, earlier))[0]  # [*, S, D]
+
+    def _gain(self) -> Tensor | None:
+        return rows_here(self.gain, 0, self.held_senders, self.group)  # [S', D]
 
     def _add_messages(self, z: Tensor | None, senders: Tensor, alpha: Tensor) -> Tensor:
         if self.exchange.kind != SCATTER:
@@ -207,6 +195,9 @@ class ShardedHeadGraphConv(HeadGraphConv):
 
     def _fusion(self) -> Tensor | None:
         return None if self.fusion is None else sum_gradients(self.fusion, self.group)
+
+    def _crosses_layers(self) -> Tensor:
+        return self.global_edges[0] >= self.exchange.num_heads  # [E']
 
     def _linked(self, active: Tensor) -> Tensor:
         active = local(active)
@@ -221,11 +212,7 @@ class ShardedHeadGraphConv(HeadGraphConv):
                 f"Expected nodes of shape [*, {self.exchange.per_rank}, D], this rank's heads (got {list(z.shape)}). "
                 "Do shard the projections too, with tensor_parallel."
             )
-        if len(earlier) < self.cross_layer:
-            raise ValueError(
-                f"Expected the head outputs of {self.cross_layer} layers before (got {len(earlier)}). "
-                "Do pass them as `earlier`, nearest first."
-            )
+        super()._check_nodes(z, earlier)
 
 
 def group_of(ranks: DeviceMesh | ProcessGroup) -> ProcessGroup:

@@ -1,7 +1,5 @@
 """Data parallelism of sharded models: who holds which part of a parameter, and what is computed again."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 from torch import nn
@@ -23,7 +21,6 @@ def parallelize(model: Module, layout: Layout) -> Module:
     Args:
         model: on the device of this rank; changed in place and returned.
         layout: of the job.
-
     """
     if layout.config.recompute:
         recompute(model)

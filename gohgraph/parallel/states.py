@@ -1,7 +1,5 @@
 """Checkpoints of sharded training, which load at another number of ranks (`torch.distributed.checkpoint`)."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

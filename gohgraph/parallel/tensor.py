@@ -1,13 +1,9 @@
 """Tensor parallelism: every rank holds some of the heads, and the head graphs' messages travel between ranks."""
 
-from __future__ import annotations
-
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -18,16 +14,19 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from gohgraph.attention.block import INNER_SITES, MultiHeadAttention
-from gohgraph.attention.routing import Routing
-from gohgraph.graphs.protocol import check_site
+from gohgraph.attention.block import MultiHeadAttention
+from gohgraph.graphs.protocol import MAPS, check_site
+from gohgraph.models.embeddings import QueryKeyNorm
 from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import Stack, StackOutput
+from gohgraph.models.sublayers import Residual
 from gohgraph.parallel.collectives import gather_parts, local, own_part
 from gohgraph.parallel.sharded_graph import ShardedHeadGraphConv
 
 Module = TypeVar("Module", bound=nn.Module)
 WHOLE, TOKENS = Replicate(), Shard(1)
+# The dimension of heads in [B, T, H, D].
+HEADS = 2
 
 
 def tensor_parallel(model: Module, mesh: DeviceMesh, *, sequence_parallel: bool = False) -> Module:
@@ -46,12 +45,6 @@ def tensor_parallel(model: Module, mesh: DeviceMesh, *, sequence_parallel: bool 
         mesh: one dimension, n ranks; H, key heads and d_ff are multiples of n.
         sequence_parallel: between blocks every rank holds T/n tokens (arXiv 2205.05198, section 4.2.2).
 
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: sizes that n does not divide, or what stands at a site cannot be sharded.
-
     Example:
         >>> import gohgraph as goh
         >>> from torch.distributed.device_mesh import init_device_mesh
@@ -62,6 +55,12 @@ def tensor_parallel(model: Module, mesh: DeviceMesh, *, sequence_parallel: bool 
     between = TOKENS if sequence_parallel else WHOLE
     blocks = [part for part in model.modules() if isinstance(part, (MultiHeadAttention, FeedForward))]
     stacks = [part for part in model.modules() if isinstance(part, Stack)]
+    for stack in stacks:
+        if stack.path.residual != "plain":
+            raise ValueError(
+                f"Expected residual='plain' under tensor parallelism (got {stack.path.residual!r}). Do change it, or "
+                "train data parallel: ddp or fsdp."
+            )
     for block in blocks:
         _check(block, mesh.size())
     for parameter in (*model.parameters(), *model.buffers()):
@@ -83,10 +82,15 @@ def _shard_attention(attention: MultiHeadAttention, mesh: DeviceMesh, between: A
     attention.score_graph = _sharded(attention.score_graph, mesh, over_maps=True)
     if attention.router is not None:
         attention.router.register_forward_pre_hook(_whole_input)
-        attention.router.register_forward_hook(partial(_own_gates, group=mesh.get_group()))
+        attention.router.register_forward_hook(
+            lambda router, args, routing: routing._replace(gates=own_part(routing.gates, mesh.get_group(), -1))
+        )
     attention.num_heads //= mesh.size()
     attention.num_kv_heads //= mesh.size()
-    columns = {name: ColwiseParallel() for name in ("query", "key", "value")}
+    columns: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in ("query", "key", "value")}
+    if isinstance(attention.rotary, QueryKeyNorm):
+        # Every rank normalises its own heads: the gain's gradient is the sum over ranks.
+        columns["rotary.norm"] = SequenceParallel(sequence_dim=HEADS, use_local_output=True)
     parallelize_module(attention, mesh, {"": Block(between), **columns, "output": _rows(between)})
 
 
@@ -128,26 +132,13 @@ def _whole(x: Tensor | None, mesh: DeviceMesh, place: Any) -> DTensor | None:
     return DTensor.from_local(x, mesh, [place], run_check=False).redistribute(mesh, [WHOLE])
 
 
-class _Share(torch.autograd.Function):
-    """The same value; backward takes the n-th part of the gradient, for work that all n ranks do alike."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
-        ctx.ranks = ranks
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient / ctx.ranks, None
-
-
 def _whole_input(router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     x, *more = args
-    return (_Share.apply(local(x), x.device_mesh.size()) if isinstance(x, DTensor) else x, *more)
-
-
-def _own_gates(router: nn.Module, args: Any, routing: Routing, *, group: ProcessGroup) -> Routing:
-    return routing._replace(gates=own_part(routing.gates, group, -1))
+    ranks, x = x.device_mesh.size() if isinstance(x, DTensor) else 1, local(x)
+    if ranks > 1 and x.requires_grad:
+        # All n ranks do this work alike: each takes the n-th part of the gradient.
+        x.register_hook(lambda gradient: gradient / ranks)
+    return (x, *more)
 
 
 def _split_tokens(stack: Stack, mesh: DeviceMesh) -> None:
@@ -166,9 +157,8 @@ def _split_tokens(stack: Stack, mesh: DeviceMesh) -> None:
     def leave(stack: nn.Module, args: Any, output: StackOutput) -> StackOutput:
         return output._replace(x=gather_parts(output.x, group, 1))
 
-    for name, module in list(stack.named_modules()):
-        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            parallelize_module(stack, mesh, {name: SequenceParallel(use_local_output=True)})
+    for part in [part for part in stack.modules() if isinstance(part, (Residual, Stack))]:
+        parallelize_module(part, mesh, {"norm": SequenceParallel(use_local_output=True)})
     stack.register_forward_pre_hook(enter)
     stack.register_forward_hook(leave)
 
@@ -186,7 +176,5 @@ def _check(block: MultiHeadAttention | FeedForward, ranks: int) -> None:
         name = type(block.inner_graphs["weight"]).__name__
         raise ValueError(f"Expected no graph at weights under tensor parallelism (got {name}). Do move it to scores.")
     nodes = {"keys": block.num_kv_heads, "values": block.num_kv_heads}
-    inner = {INNER_SITES[name]: graph for name, graph in block.inner_graphs.items()}
-    for site, graph in {"outputs": block.output_graph, "scores": block.score_graph, **inner}.items():
-        if graph is not None:
-            check_site(site, graph, nodes.get(site, block.num_heads), ("reach",) if site == "outputs" else ())
+    for site, graph in block.graphs.items():
+        check_site(site, graph, nodes.get(site, block.num_heads), () if site in MAPS else ("reach",))

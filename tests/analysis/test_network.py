@@ -144,10 +144,15 @@ def test_bad_files(tmp_path):
         goh.head_graph_of(torch.nn.Linear(2, 2))
 
 
-def test_a_layer_without_those_before_it_is_refused():
+def test_senders_without_a_graph_of_their_own_are_there():
     _, heads = recorded("cross-layer")
-    with pytest.raises(ValueError, match="Expected the head graph of the layer 1 before decoder.layers.2"):
-        goh.head_graph_of({name: heads[name] for name in list(heads)[-2:-1]})
+    name = list(heads)[-2]
+    network = goh.head_graph_of({name: heads[name]})
+    assert network.blocks == ["layer 1", "layer 2"] and network.layer.tolist() == [1] * 5 + [2] * 5
+    assert torch.equal(network.edge_index[0], (heads[name].edge_index[0] + 5) % 10)
+    heads[name].reach = 0
+    with pytest.raises(ValueError, match=r"^Expected 1 layers before decoder.layers.2.*got 0.*Do record"):
+        goh.head_graph_of({name: heads[name]})
 
 
 def test_strongest_edges_by_weight_and_by_importance():

@@ -215,6 +215,20 @@ def test_saving_and_loading(name, backbone, tmp_path):
     assert 4 * graphs < size < 4 * graphs + 20_000
 
 
+@torch.no_grad()
+def test_chosen_layers_are_given_graphs_saved_and_loaded(tmp_path):
+    model, x = far(HeadGraphConfig(layers=(-1,)), "encoder")
+    first, last = (layer.self_attn for layer in model.layers)
+    assert first.output_graph is None and last.output_graph is not None
+    save_converted(model, tmp_path / "saved")
+    loaded = load_converted(tmp_path / "saved", MODELS["encoder"]().eval())
+    assert torch.equal(loaded(x), model(x))
+    assert type(unconvert(model).layers[0].self_attn) is nn.MultiheadAttention
+    with pytest.raises(ValueError, match=r"^Expected layers among the 2 of the stack \(got \[2\]\)"):
+        convert(model, HeadGraphConfig(layers=(0, 2)))
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+
+
 def test_weights_of_a_converted_model_do_not_load_into_a_stock_one():
     model, _ = far(OUTPUTS, "encoder")
     with pytest.raises(RuntimeError, match="Unexpected key.*output_graph"):

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -245,13 +243,3 @@ def test_runs_without_losses_are_refused():
         draw_curves({"a": LOG, "b": [{"step": 1}]})
     with pytest.raises(ValueError, match="Expected losses in every run"):
         draw_curves({})
-
-
-def test_pyplot_is_left_alone():
-    script = (
-        "import sys, gohgraph; assert 'matplotlib' not in sys.modules; from gohgraph.drawing import draw_curves;"
-        "draw_curves({'a': [{'step': 1, 'loss': 2.0}]}); assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    root = os.path.dirname(os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

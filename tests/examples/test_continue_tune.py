@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +21,18 @@ from gohgraph.learning.contests.matching import count_parameters
 TEXT = "heads talk to heads, and some of them listen. " * 200
 
 
-@pytest.fixture(scope="module")
-def example():
-    return load_script("examples", "continue_tune")
+@pytest.fixture
+def example(monkeypatch):
+    example = load_script("examples", "continue_tune")
+
+    def run_here(command):
+        """The base is trained by its script in this process: to start another one takes longer."""
+        assert command[0] == sys.executable
+        script = Path(command[1])
+        return SimpleNamespace(returncode=load_script(script.parent.name, script.stem).main(command[2:]))
+
+    monkeypatch.setattr(example, "subprocess", SimpleNamespace(run=run_here))
+    return example
 
 
 @pytest.fixture

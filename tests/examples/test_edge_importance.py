@@ -25,7 +25,7 @@ def test_two_seeds_give_tables_and_curves(tmp_path, monkeypatch, capsys, no_curv
     monkeypatch.setattr(train, "log_head_graphs", lambda writer, model, step: None)
     run = tmp_path / "run"
     flags = ["--data", str(text), "--smoke", "--device", "cpu", "--seeds", "0", "1"]
-    flags += "--d-model 14 --num-heads 7 --num-layers 2 --d-ff 13 --length 17 --batch-size 3 --steps 8".split()
+    flags += "--d-model 20 --num-heads 5 --num-layers 2 --d-ff 13 --length 17 --batch-size 3 --steps 8".split()
     assert train.main([*flags, "--run", str(run)]) == 0
     script = load_script("examples", "edge_importance")
     # To gather Python's documentation takes longer than all the rest.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from helpers import load_script
 from gohgraph import LanguageModel
 from gohgraph.attention.head_load import load_cv
 from gohgraph.attention.routing import routers
+from gohgraph.models.config import BEFORE
 
 TINY = "--d-model 14 --num-heads 7 --num-layers 2 --d-ff 13 --length 17 --batch-size 3 --steps 11 --device cpu".split()
 
@@ -77,7 +79,7 @@ def test_compare_trains_both_on_the_same_data_with_equal_parameters(main, tmp_pa
     plain = LanguageModel.from_pretrained(tmp_path / "out" / "plain" / "model").config
     assert plain.head_graph is None and plain.d_ff > 13
     assert (tmp_path / "out" / "curves.png").exists() and "out/curves.png, out/goh/heads.png" in shown
-    assert "better: " in shown or "no difference beyond noise" in shown
+    assert "goh is ahead by" in shown and "this is no verdict" in shown
     # A new head graph is plain attention, but for the width of the feed-forward: equal data shows in the first losses.
     configs = [json.loads((tmp_path / "out" / name / "config.json").read_text()) for name in results]
     assert configs[0]["data"] == configs[1]["data"] and configs[0]["training"] == configs[1]["training"]
@@ -116,7 +118,7 @@ def test_routing_without_messages_is_compared_with_plain(main, tmp_path, capsys)
     assert graph.outputs is graph.scores is None and (graph.routing.num_shared, graph.routing.top_k) == (2, 3)
     assert [path.name for path in folder.rglob("load.png")] == ["load.png"] and not list(folder.rglob("heads.png"))
     assert "load" not in results["plain"] and "moh: heads routed by token; plain: plain attention" in shown
-    assert "goh" not in shown and ("better: moh" in shown or "better: plain" in shown or "moh is ahead" in shown)
+    assert "goh" not in shown and "moh is ahead by" in shown
     assert main("--sites", "none", "--router", "--match-parameters", "--run", "plain") == 0
     assert log(tmp_path / "plain") == log(folder / "plain")
 
@@ -127,6 +129,24 @@ def test_graph_experts(main, tmp_path):
     assert (graph.outputs.topology, graph.outputs.num_shared, graph.outputs.rounds) == ("bipartite", 2, 3)
     assert graph.outputs.top_edges == 2 and graph.alignment == 0.1 and graph.routing.num_shared == 2
     assert (tmp_path / "out" / "heads.png").exists() and (tmp_path / "out" / "load.png").exists()
+
+
+def test_a_run_of_before_recipes_had_names_goes_on_as_it_began(main, tmp_path, capsys):
+    assert main("--run", "old", "--recipe", "old", "--checkpoint-every", "5") == 0
+    expected, file = log(tmp_path / "old"), tmp_path / "old" / "config.json"
+    shutil.rmtree(tmp_path / "old" / "checkpoints" / "step-000011")
+    saved = json.loads(file.read_text())
+    assert saved["training"]["optimizer"] == "adamw" and saved["model"]["init"] == "normal"
+    for field in BEFORE:
+        del saved["model"][field]
+    for field in ("optimizer", "matrix_learning_rate", "warmdown"):
+        del saved["training"][field]
+    del saved["flags"]["recipe"]
+    file.write_text(json.dumps(saved))
+    assert main("--run", "old", "--checkpoint-every", "5", "--resume") == 0
+    assert log(tmp_path / "old") == expected
+    capsys.readouterr()
+    assert "training.optimizer = 'muon'" in refused(main("--run", "old", "--resume", "--recipe", "modern"), capsys)
 
 
 def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatch, capsys):

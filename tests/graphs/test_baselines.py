@@ -11,6 +11,7 @@ from torch import nn
 import gohgraph as goh
 from gohgraph.graphs.baselines import (
     Composition,
+    ExclusiveHeads,
     HeadNorm,
     KnockingHeads,
     OwnContext,
@@ -70,6 +71,27 @@ def test_norm_equals_its_formula():
         rms = (sum(z[b, t, h, d] ** 2 for d in range(D)) / D + 1e-6) ** 0.5
         expected[b, t, h] = norm.gain[h].detach() * z[b, t, h] / rms
     assert_equal_to(norm(z), expected)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_exclusive_heads_equal_their_formula_in_value_and_gradient(gate):
+    exclusive = randomised(ExclusiveHeads(H, D, M, gate=gate))
+    z, v, cotangent = (nodes().requires_grad_() for _ in range(3))
+    inputs = [z, v, *exclusive.parameters()]
+    expected = torch.zeros(B, T, H, D).double()
+    for b, t, h in np.ndindex(B, T, H):
+        share = (z[b, t, h] @ v[b, t, h]) / (v[b, t, h] @ v[b, t, h])
+        expected[b, t, h] = z[b, t, h] - (exclusive.gate[h] if gate else 1.0) * share * v[b, t, h]
+    found = exclusive(z, values=v)
+    assert_equal_to(found, expected)
+    gradients = (torch.autograd.grad((each * cotangent).sum(), inputs) for each in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        assert_equal_to(one, other)
+
+
+def test_gated_exclusive_heads_start_as_the_identity():
+    z = nodes()
+    assert torch.equal(ExclusiveHeads(H, D, M, gate=True).double()(z, values=nodes()), z)
 
 
 @pytest.mark.parametrize("form", ["mlp", "linear"])
@@ -138,7 +160,7 @@ def composed(compose, maps, x, source):
         hidden = torch.nn.functional.gelu(torch.from_numpy(w["inner"][side] @ token)).numpy()
         one, two = (w["outer"][side] @ hidden).reshape(2, compose.rank, H)
         one = one / np.sqrt((one**2).mean(axis=1, keepdims=True) + 1e-6)
-        return one, two, np.tanh(w["gate"][side] @ token)
+        return one, two, np.tanh(w["gate"][side] @ token) if "gate" in w else 0.0
 
     found = np.zeros(maps.shape)
     for b, t, s in np.ndindex(B, maps.shape[1], maps.shape[3]):
@@ -153,10 +175,14 @@ def composed(compose, maps, x, source):
     return torch.from_numpy(found)
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-def test_composition_equals_its_branches(rank):
-    compose, maps, x, source = randomised(Composition(H, D, M, rank=rank)), nodes(S), contexts(), contexts(S)
+@pytest.mark.parametrize(("rank", "gates"), [(1, True), (2, True), (2, False)])
+def test_composition_equals_its_branches(rank, gates):
+    compose = randomised(Composition(H, D, M, rank=rank, gates=gates))
+    maps, x, source = nodes(S), contexts(), contexts(S)
     assert_equal_to(compose(maps, x, keys=compose.key_state(source)), composed(compose, maps, x, source))
+    # Of a value that is right, the numeric gradient is the reference.
+    inputs = [each[:1, :2].requires_grad_() for each in (maps, x, source)]
+    assert torch.autograd.gradcheck(lambda z, x, y: compose(z[..., :2], x, keys=compose.key_state(y)), inputs)
 
 
 def test_composition_starts_nearly_neutral():
@@ -180,7 +206,8 @@ def test_composition_leaves_masked_weights_at_zero_and_takes_nothing_from_heads_
 def attention_of(name, **settings):
     """Attention of a preset, with weights as after training."""
     heads = presets.preset(name, H)
-    config = goh.TransformerConfig(7, H * D, H, num_layers=1, d_ff=1, positions="none", head_graph=heads, **settings)
+    shape = {"num_layers": 1, "d_ff": 1, "positions": "none", "qk_norm": False}
+    config = goh.TransformerConfig(7, H * D, H, **shape, head_graph=heads, **settings)
     return trained_like(goh.EncoderLayer(config, causal=True)).attention.object
 
 
@@ -243,6 +270,7 @@ def test_a_chain_applies_its_modules_in_order():
         (lambda: SigmoidGate(H, D, M, rank=0), "Expected rank to be an int >= 1"),
         (lambda: KnockingHeads(H, D, M, form="cubic"), "Expected form of"),
         (lambda: Composition(H, D, M, rank=True), "Expected rank to be an int"),
+        (lambda: Composition(H, D, M, gates=1), "Expected gates to be"),
         (lambda: presets.preset("silent-heads", H), "Expected one of"),
         (lambda: goh.BaselineConfig("gate", {"rank": [3]}), "Expected options to be"),
         (lambda: _site("silent"), "Expected a baseline of"),

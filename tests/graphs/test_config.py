@@ -18,6 +18,7 @@ CONFIGS = [
     HeadGraphConfig.moh(1, (4, 1, 3), straight_through=True, balance_loss=0.5, z_loss=0.001, bias_rate=0.01),
     HeadGraphConfig.graph_experts(2, rounds=3, top_k=(1, 2, 3), alignment=0.2, rank=3),
     small_config("moh", num_layers=2),
+    HeadGraphConfig(layers=(-2, -1)),
     RoutingConfig(2, 4),
     RoutingConfig(5, (0, 0)),
     SiteConfig(topology=()),
@@ -126,6 +127,25 @@ def test_budgets_that_do_not_fit_heads_or_layers_are_refused(shared, top_k):
         TransformerConfig(13, 30, 5, num_layers=3, head_graph=graphs)
 
 
+def test_dictionaries_without_layers_have_graphs_in_all():
+    whole = HeadGraphConfig().to_dict()
+    assert whole.pop("layers") is None and HeadGraphConfig.from_dict(whole) == HeadGraphConfig()
+
+
+def test_layers_count_from_both_ends_and_leave_the_routing_everywhere():
+    graphs = HeadGraphConfig.graph_experts(2, top_k=1, alignment=0.1)
+    chosen = dataclasses.replace(graphs, layers=(0, -2))
+    bare = HeadGraphConfig(None, routing=graphs.routing, layers=(0, -2))
+    assert [chosen.at_layer(index, 4) for index in range(4)] == [chosen, bare, chosen, bare]
+    assert [graphs.at_layer(index, 4) for index in range(4)] == [graphs] * 4
+
+
+@pytest.mark.parametrize("layers", [(2,), (0, -3)])
+def test_layers_that_the_stack_has_not_are_refused(layers):
+    with pytest.raises(ValueError, match=r"^Expected layers among the 2 .* \(got .*(2|-3)\]\)\. Do "):
+        HeadGraphConfig(layers=layers).at_layer(0, 2)
+
+
 @pytest.mark.parametrize("site", [None, SiteConfig()])
 def test_an_alignment_needs_experts(site):
     with pytest.raises(ValueError, match="^Expected graph experts at outputs for an alignment"):
@@ -164,6 +184,7 @@ REFUSED = [
     (transformer, "positions", ["alibi", None]),
     (transformer, "norm", ["batch", None]),
     (transformer, "norm_first", [1, None, "yes"]),
+    (transformer, "residual", ["highway", None, 4]),
     (transformer, "bias", [0, None]),
     (transformer, "tie_embeddings", [1]),
     (transformer, "dropout", [-0.1, 1, 1.5, float("nan"), True, "0.1", None]),
@@ -175,6 +196,7 @@ REFUSED = [
     (HeadGraphConfig, "outputs", ["ring", {}, HeadGraphConfig()]),
     (HeadGraphConfig, "scores", ["ring"]),
     (HeadGraphConfig, "routing", ["moh", {}, (2, 3), HeadGraphConfig()]),
+    (HeadGraphConfig, "layers", [(), 1, (1.0,), (True,), ("0",), {0: 1}]),
     (HeadGraphConfig, "alignment", [-0.1, float("nan"), float("inf"), True, "0.1", None]),
     (routing, "num_shared", [-1, 2.5, True, None]),
     (routing, "top_k", [-1, 2.5, True, None, "3", (), (3, -1), (3, 0.5), (3, True), ((3,),)]),
@@ -182,6 +204,7 @@ REFUSED = [
     (routing, "balance_loss", [-0.1, float("nan"), float("inf"), True, "0.1", None]),
     (routing, "z_loss", [-0.1, float("nan"), None]),
     (routing, "bias_rate", [-0.1, float("nan"), None]),
+    (SiteConfig, "learning_rate_factor", [0, -1, float("nan"), True, "2", None]),
     (SiteConfig, "top_edges", [0, -1, 1.5, True, "2"]),
     (experts, "num_shared", [0, -1, 1.5, True, None]),
     (learned, "keep_in_degree", [0, -1, 1.5, True, None]),

@@ -364,7 +364,7 @@ def test_wrong_inputs():
         conv(z, x[..., :4], earlier)
     with pytest.raises(ValueError, match="Expected a context of shape"):
         conv(z, None, earlier)
-    with pytest.raises(ValueError, match="Expected the head outputs of 1 layers before"):
+    with pytest.raises(ValueError, match="Expected the nodes of 1 layers before"):
         conv(z, x)
     with pytest.raises(TypeError, match="Expected a PyG Data"):
         goh.HeadGraphConv(networkx.complete_graph(H), D, M)

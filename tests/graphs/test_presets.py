@@ -11,19 +11,20 @@ import torch
 from helpers import assert_equal_to, trained_like
 
 import gohgraph as goh
-from gohgraph.graphs.baselines.presets import OPPONENTS, PRESETS, preset
+from gohgraph.graphs.baselines.presets import BESIDE, OPPONENTS, PRESETS, fields_of, preset
 
 B, T, V = 2, 9, 13
 SHAPE = {"d_model": 32, "num_heads": 8, "num_layers": 2, "d_ff": 7}
 presets = pytest.mark.parametrize("name", PRESETS)
 # Their starts are not plain attention: gates begin at one half, norms resize heads, frozen edges are random, routers
-# leave heads out, compositions are drawn small.
+# leave heads out, compositions are drawn small, and what is published without a gate has none.
 NOT_NEUTRAL = [name for name in PRESETS if any(part in name for part in ("gate", "norm", "moh", "frozen"))]
-NOT_NEUTRAL = sorted({*NOT_NEUTRAL, "mea", "dcmha"} - {"outputs-gates-only", "outputs-norm"})
+OTHERS = {"mea", "dcmha", "dcmha-last", "xsa", "diff-v2", "paired-heads"}
+NOT_NEUTRAL = sorted({*NOT_NEUTRAL, *OTHERS} - {"outputs-gates-only", "outputs-norm", "xsa-gated"})
 
 
 def config(name, **settings):
-    return goh.TransformerConfig(V, **SHAPE, head_graph=preset(name, SHAPE["num_heads"]), **settings)
+    return goh.TransformerConfig(V, **SHAPE, **{**fields_of(name, SHAPE["num_heads"]), **settings})
 
 
 def model_of(name, **settings):
@@ -142,7 +143,7 @@ def test_encoder_decoders_translate_through_caches(name):
     assert_equal_to(torch.cat(pieces, dim=1), model.decode(target, memory).x)
 
 
-@pytest.mark.parametrize("name", [name for name in OPPONENTS if name not in ("moh-75", "moh-50")])
+@pytest.mark.parametrize("name", [name for name in OPPONENTS if name not in ("moh-75", "moh-50", "paired-heads")])
 def test_opponents_work_beside_a_router(name):
     graphs = preset(name, 8) or goh.HeadGraphConfig(None)
     routed = goh.TransformerConfig(V, **SHAPE, head_graph=dataclasses.replace(graphs, routing=goh.RoutingConfig(2, 2)))
@@ -151,6 +152,31 @@ def test_opponents_work_beside_a_router(name):
     output = model(text[:, :-1], targets=text[:, 1:])
     output.loss.backward()
     assert output.loss.isfinite() and output.routing[0].active.sum(-1).eq(4).all()
+
+
+@pytest.mark.parametrize("name", ["xsa", "diff-v2", "paired-heads", "dcmha-last"])
+@torch.no_grad()
+def test_cross_attention_has_what_fits_it(name):
+    model = trained_like(goh.Transformer(config(name))).eval()
+    assert all(layer.cross_attention.object.output_graph is None for layer in model.decoder.layers)
+    source, target = tokens(), tokens()
+    memory, caches = model.encode(source).x, model.decoder.new_caches()
+    pieces = [model.decode(target[:, a:b], memory, caches=caches).x for a, b in ((0, 2), (2, 3), (3, T))]
+    assert_equal_to(torch.cat(pieces, dim=1), model.decode(target, memory).x)
+
+
+def test_interleaved_heads_have_a_rate_of_their_own_that_outlives_pruning():
+    model = goh.LanguageModel(config("interleaved-heads"))
+    graphs = [graph for block in model.decoder.layers for graph in block.attention.object.inner_graphs.values()]
+    assert len(graphs) == 6 and {graph.traits.learning_rate_factor for graph in graphs} == {7.0}
+    graphs[0].keep_edges(graphs[0].edge_index[0] != 1)
+    assert graphs[0].traits.learning_rate_factor == 7.0
+
+
+def test_what_stands_beside_head_graphs_belongs_to_an_opponent():
+    assert set(BESIDE) <= set(OPPONENTS)
+    assert fields_of("mudd", 8) == {"head_graph": preset("mudd", 8), "residual": "dense"}
+    assert fields_of("xsa", 8) == {"head_graph": preset("xsa", 8)}
 
 
 def test_unknown_sites_are_refused():
@@ -169,7 +195,8 @@ def test_unknown_sites_are_refused():
         ({"scores": goh.SiteConfig(norm=True)}, "scores .*norm=True"),
         ({"scores": goh.SiteConfig("bipartite", {"num_shared": 2}, kind="experts", num_shared=2)}, 'kind="experts"'),
         ({"scores": goh.SiteConfig(cross_layer=1)}, "scores here .*cross_layer=1"),
-        ({"queries": goh.SiteConfig(cross_layer=1)}, "queries here .*cross_layer=1"),
+        ({"weights": goh.SiteConfig(cross_layer="first")}, "weights here .*cross_layer='first'"),
+        ({"scores": goh.SiteConfig(cross_layer="all")}, ".*cross_layer='all'"),
         ({"outputs": goh.BaselineConfig("composition")}, "outputs .*Composition, which is for scores, weights"),
         ({"scores": (goh.SiteConfig(), goh.BaselineConfig("norm"))}, "scores .*Chain, which is for"),
     ],

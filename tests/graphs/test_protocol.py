@@ -164,9 +164,10 @@ def test_static_graphs_have_one_matrix_for_all_tokens():
 
 @pytest.mark.parametrize("kind", BASELINES)
 def test_baselines_say_of_themselves_what_they_do(kind):
-    graph, x = trained_like(BASELINES[kind](H, D, M)), contexts()
+    heads = H + 1 if kind in ("differential", "paired") else H
+    graph, x = trained_like(BASELINES[kind](heads, D, M)), contexts()
     if graph.traits.linear:
-        z = nodes()
+        z = nodes(heads=heads)
         assert_equal_to(graph.matrix(x) @ z, graph(z, x))
     else:
         with pytest.raises(ValueError, match=f"linear in the nodes .got {type(graph).__name__}"):
@@ -174,8 +175,11 @@ def test_baselines_say_of_themselves_what_they_do(kind):
     state = graph.key_state(contexts(S))
     assert (state is not None) == graph.traits.keyed
     losses = {name: [] for name in ("alignment", *graph.traits.losses)}
-    z = nodes(S if graph.traits.sites <= MAPS else D)
-    assert torch.equal(graph(z, x, keys=state, losses=losses), graph(z, x, keys=state)) and losses == {"alignment": []}
+    z, own = nodes(S if graph.traits.sites <= MAPS else D, heads), {"keys": state}
+    own |= {"values": nodes()} if graph.traits.reads_values else {}
+    assert torch.equal(graph(z, x, losses=losses, **own), graph(z, x, **own)) and losses == {"alignment": []}
+    if graph.traits.static:
+        assert_equal_to(graph(z, contexts()), graph(z, x))
 
 
 def wrapped():

@@ -13,6 +13,7 @@ from helpers import load_script
 from gohgraph import HeadGraphConfig, LanguageModel, TransformerConfig
 from gohgraph.learning.data.corpus import Corpus, evaluation_batches, sample_batch
 from gohgraph.learning.loop import TrainConfig
+from gohgraph.learning.recipes import RECIPES
 from gohgraph.learning.regimes.adapters import TaskAdapters
 from gohgraph.learning.regimes.continual import (
     ElasticWeights,
@@ -32,12 +33,15 @@ TASKS = [
     Corpus(name, *(torch.tensor(list(unit * 150), dtype=torch.uint8) for _ in range(2)))
     for name, unit in (("ab", b"ab"), ("ac", b"ac"), ("ad", b"ad"))
 ]
-CONFIG = TrainConfig(steps=25, learning_rate=0.02, weight_decay=0.0, log_every=5, eval_every=25, device="cpu")
+OLD = RECIPES["old"]
+EVERY = {"log_every": 5, "eval_every": 25}
+CONFIG = TrainConfig(steps=25, learning_rate=0.02, weight_decay=0.0, device="cpu", **EVERY, **OLD.training)
 
 
 def model(graph: HeadGraphConfig | None = None) -> LanguageModel:
     torch.manual_seed(7)
-    return LanguageModel(TransformerConfig(256, d_model=14, num_heads=7, num_layers=1, d_ff=13, head_graph=graph))
+    shape = {"d_model": 14, "num_heads": 7, "num_layers": 1, "d_ff": 13, **OLD.model}
+    return LanguageModel(TransformerConfig(256, **shape, head_graph=graph))
 
 
 def test_measures_of_a_matrix():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gohgraph.learning.data import corpus as module
+from gohgraph.learning.data import python_text
 from gohgraph.learning.data.corpus import Corpus, evaluation_batches, load_corpus, sample_batch
 
 NAME = "tiny-shakespeare"
@@ -16,12 +17,12 @@ TEXT = bytes(range(256)) * 13
 @pytest.fixture(autouse=True)
 def gathered_anew(monkeypatch):
     """What all other tests share is gathered anew by each of these."""
-    monkeypatch.setattr(module, "_python_documents", module._python_documents.__wrapped__)
+    monkeypatch.setattr(python_text, "documentation", python_text.documentation.__wrapped__)
 
 
 @pytest.fixture(scope="module")
 def documents() -> dict[str, str]:
-    return module._python_documents()
+    return python_text.documentation()
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +79,33 @@ def test_python_docs_hold_each_docstring_once(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(f'"""Shared."""\ndef f():\n    """Only in {name}."""\n')
     (tmp_path / "site-packages").mkdir()
     (tmp_path / "site-packages" / "c.py").write_text('"""Of another package."""\n')
-    monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(tmp_path))
-    documents = module._python_documents()
+    monkeypatch.setattr(python_text.sysconfig, "get_path", lambda name: str(tmp_path))
+    documents = python_text.documentation()
     assert documents["a.py"] == "Shared.\n\nOnly in a."
     assert documents["b.py"] == "Only in b."
     assert not any("site-packages" in name for name in documents)
 
 
+def test_python_sources_are_whole_files_but_for_tables(tmp_path, monkeypatch):
+    kept = {"a.py": "import this\n", "b/c.py": '"""Docs."""\nx = 1\n'}
+    left_out = {"b/copy.py": kept["a.py"], "encodings/cp7.py": "y = 2\n", "test/d.py": "z = 3\n", "empty.py": ""}
+    left_out["big.py"] = "# a table\n" * 40_000
+    for name, text in {**kept, **left_out}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(python_text.sysconfig, "get_path", lambda name: str(tmp_path))
+    documents = python_text.library()
+    assert {name: text for name, text in documents.items() if not name.startswith("topics/")} == kept
+    assert "topics/pass" in documents
+    monkeypatch.setattr(python_text, "PACKAGES", ("networkx",))
+    package = {name for name in python_text.packages() if name not in documents}
+    assert "networkx/classes/graph.py" in package and not any("/tests/" in name for name in package)
+    corpus = load_corpus("python")
+    assert corpus.name == "python" and len(corpus.train) > 5 * len(corpus.validation) > 0
+
+
 def test_python_without_its_sources_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(python_text.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match="Expected a Python with its documentation .* Do install"):
         load_corpus()
 

@@ -44,7 +44,7 @@ def quick(monkeypatch):
 
 SIZES = (2, 3, 5)
 STEPS, ROUNDS = 3, 2
-CONFIG = TrainConfig(steps=STEPS * ROUNDS, learning_rate=0.05, warmup=2, device="cpu")
+CONFIG = TrainConfig(steps=STEPS * ROUNDS, optimizer="adamw", learning_rate=0.05, warmup=2, device="cpu")
 
 
 def model(**graph) -> LanguageModel:

@@ -8,6 +8,7 @@ import pytest
 
 from gohgraph.learning.contests import in_processes
 from gohgraph.learning.contests.contest import Contest, Run
+from gohgraph.learning.contests.grid import Grid, Point
 from gohgraph.learning.contests.in_processes import InProcesses
 from gohgraph.learning.contests.sweep import sweep
 
@@ -22,9 +23,13 @@ def loss_of(name: str, rate: float, seed: int) -> float:
     return abs(rate - BEST[name]) * (1 if seed == SEEDS[0] else -1) + seed
 
 
+def arguments(run: Run) -> dict:
+    return {"name": run.name, "rate": run.rate, "seed": run.seed}
+
+
 def hold(folder, function=loss_of, *, names=tuple(BEST), seeds=SEEDS, rates=RATES, loss=float, **options):
-    runner = InProcesses(function, lambda run: run._asdict(), folder / "results", loss=loss, **options)
-    return Contest(dict.fromkeys(names), seeds, rates, folder).hold(runner)
+    runner = InProcesses(function, arguments, folder / "results", loss=loss, **options)
+    return Contest(dict.fromkeys(names), seeds, Grid.of_rates(rates), folder).hold(runner)
 
 
 def stamps(folder):
@@ -33,7 +38,7 @@ def stamps(folder):
 
 def test_the_other_seeds_run_at_the_best_rate_of_the_first(tmp_path):
     results = hold(tmp_path)
-    assert results == {Run(name, BEST[name], seed): seed for seed in SEEDS for name in BEST}
+    assert results == {Run(name, Point.of(learning_rate=BEST[name]), seed): seed for seed in SEEDS for name in BEST}
     tried = {f"{name}-{rate:g}-{SEEDS[0]}.json" for name in BEST for rate in RATES}
     written = {path.name for path in stamps(tmp_path)}
     assert written == tried | {f"{name}-{BEST[name]:g}-5.json" for name in BEST}
@@ -68,7 +73,7 @@ def test_a_loss_that_runs_away_where_nothing_is_chosen_is_an_error(tmp_path):
 
 
 def test_a_run_left_behind_that_has_run_away_is_not_a_result(tmp_path):
-    sweep(lambda **run: None, {"low-0.1-5": Run("low", 0.1, 5)._asdict()}, tmp_path / "results")
+    sweep(lambda **run: None, {"low-0.1-5": {"name": "low", "rate": 0.1, "seed": 5}}, tmp_path / "results")
     with pytest.raises(FloatingPointError, match=r"others in \['low-0.1-5'\]"):
         hold(tmp_path, names=["low"], rates=[0.1])
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gohgraph.learning.contests.contest import Contest
+from gohgraph.learning.contests.grid import Grid
 from gohgraph.learning.loop import TrainConfig, Training
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -49,7 +50,7 @@ def _finish(training: Training, leaf: Path) -> dict[str, object]:
 
 def test_each_model_takes_the_best_rate_of_the_first_seed(tmp_path, capsys):
     started: list = []
-    contest = Contest({"goh": "goh", "plain": "plain"}, [3, 5, 7], [0.1, 0.2], tmp_path)
+    contest = Contest({"goh": "goh", "plain": "plain"}, [3, 5, 7], Grid.of_rates([0.1, 0.2]), tmp_path)
     trained = contest.run(lambda *run: _start(started, *run), _finish)
     tried = [("goh", 3, 0.1), ("goh", 3, 0.2), ("plain", 3, 0.1), ("plain", 3, 0.2)]
     assert started == tried + [(name, seed, rate) for seed in (5, 7) for name, rate in (("goh", 0.2), ("plain", 0.1))]
@@ -65,12 +66,12 @@ def test_each_model_takes_the_best_rate_of_the_first_seed(tmp_path, capsys):
 def test_a_rate_at_which_the_loss_runs_away_is_the_worst(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(LOSSES, ("goh", 0.2), float("nan"))
     models = {"goh": "goh", "plain": "plain"}
-    trained = Contest(models, [0, 1], [0.2, 0.1], tmp_path).run(lambda *run: _start([], *run), _finish)
+    trained = Contest(models, [0, 1], Grid.of_rates([0.2, 0.1]), tmp_path).run(lambda *run: _start([], *run), _finish)
     assert [trained[seed, name]["learning_rate"] for seed, name in trained] == [0.1] * 4
     row = next(line for line in (tmp_path / "rates.md").read_text().splitlines() if "goh" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["goh", "diverged", "3.0000"]
     started: list = []
-    resumed = Contest(models, [0, 1], [0.2, 0.1], tmp_path).run(
+    resumed = Contest(models, [0, 1], Grid.of_rates([0.2, 0.1]), tmp_path).run(
         lambda *run: _start(started, *run, resume=True), _finish, resume=True
     )
     assert {run: one["validation_loss"] for run, one in resumed.items()} == {
@@ -84,19 +85,21 @@ def test_a_model_that_no_rate_trains_is_an_error(tmp_path, monkeypatch, lost):
         monkeypatch.setitem(LOSSES, run, float("inf"))
     rates = [rate for _, rate in lost]
     with pytest.raises((ValueError, FloatingPointError), match="finite loss"):
-        Contest({"goh": "goh", "plain": "plain"}, [0], rates, tmp_path).run(lambda *run: _start([], *run), _finish)
+        contest = Contest({"goh": "goh", "plain": "plain"}, [0], Grid.of_rates(rates), tmp_path)
+        contest.run(lambda *run: _start([], *run), _finish)
 
 
 def test_one_rate_one_seed_and_one_model_lie_in_the_folder_itself(tmp_path):
-    trained = Contest({"goh": "goh"}, [0], [0.1], tmp_path).run(lambda *run: _start([], *run), _finish)
+    trained = Contest({"goh": "goh"}, [0], Grid.of_rates([0.1]), tmp_path).run(lambda *run: _start([], *run), _finish)
     assert trained[0, "goh"]["leaf"] == "." and (tmp_path / "log.csv").exists()
     assert not (tmp_path / "rates.md").exists()
 
 
 def test_runs_of_another_contest_are_not_resumed(tmp_path):
-    Contest({"goh": "goh"}, [0], [0.1, 0.2], tmp_path).run(lambda *run: _start([], *run), _finish)
+    Contest({"goh": "goh"}, [0], Grid.of_rates([0.1, 0.2]), tmp_path).run(lambda *run: _start([], *run), _finish)
     with pytest.raises(ValueError, match="--learning-rates of the run"):
-        Contest({"goh": "goh"}, [0], [0.1], tmp_path).run(lambda *run: _start([], *run), _finish, resume=True)
+        other = Contest({"goh": "goh"}, [0], Grid.of_rates([0.1]), tmp_path)
+        other.run(lambda *run: _start([], *run), _finish, resume=True)
 
 
 def test_rates_may_be_chosen_by_another_column_than_what_is_reported(tmp_path):
@@ -108,11 +111,11 @@ def test_rates_may_be_chosen_by_another_column_than_what_is_reported(tmp_path):
         return training
 
     models = {"goh": "goh", "plain": "plain"}
-    trained = Contest(models, [0], [0.1, 0.2], tmp_path).run(start, _finish, chosen_by="choosing_loss")
+    trained = Contest(models, [0], Grid.of_rates([0.1, 0.2]), tmp_path).run(start, _finish, chosen_by="choosing_loss")
     assert {name: one["learning_rate"] for (_, name), one in trained.items()} == {"goh": 0.1, "plain": 0.2}
     assert {name: one["validation_loss"] for (_, name), one in trained.items()} == {"goh": 3.0, "plain": 4.0}
     with pytest.raises(ValueError, match="Expected other_loss in the log"):
-        Contest(models, [0], [0.1, 0.2], tmp_path / "other").run(
+        Contest(models, [0], Grid.of_rates([0.1, 0.2]), tmp_path / "other").run(
             lambda *run: _start([], *run), _finish, chosen_by="other_loss"
         )
 
@@ -127,5 +130,5 @@ def test_what_was_not_chosen_is_let_go_before_the_next_seed(tmp_path):
         return training
 
     before: list = []
-    Contest({"goh": "goh"}, [0, 1], [0.1, 0.2], tmp_path).run(start, _finish)
+    Contest({"goh": "goh"}, [0, 1], Grid.of_rates([0.1, 0.2]), tmp_path).run(start, _finish)
     assert before[-1] <= {("goh", 0, 0.2)}

@@ -26,8 +26,9 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 TEXT = torch.randint(97, 123, (5003,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 WINDOWS = {"batch_size": 3, "length": 17}
 CONFIG = TrainConfig(
-    steps=23, warmup=3, log_every=5, eval_every=10, checkpoint_every=7, learning_rate=0.01, device="cpu"
-)
+    steps=23, optimizer="adamw", warmup=3, log_every=5, eval_every=10,
+    checkpoint_every=7, learning_rate=0.01, device="cpu"
+)  # fmt: skip
 batch = partial(sample_batch, TEXT, seed=5, **WINDOWS)
 
 

@@ -14,7 +14,7 @@ from gohgraph.graphs.protocol import Traits
 from gohgraph.learning.optim import make_optimizer, parameter_groups, regroup_as_saved
 from gohgraph.learning.train_config import TrainConfig
 
-CONFIG = TrainConfig(steps=10, learning_rate=0.01, graph_lr_factor=0.5)
+CONFIG = TrainConfig(steps=10, optimizer="adamw", learning_rate=0.01, graph_lr_factor=0.5)
 SITES = {
     "graph": goh.HeadGraphConfig(),
     "gate": goh.HeadGraphConfig(goh.BaselineConfig("gate")),

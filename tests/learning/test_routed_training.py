@@ -26,7 +26,9 @@ from shared_statistics import statistics_of_all_ranks
 from torch.utils.checkpoint import checkpoint
 
 from gohgraph import HeadGraphConfig, LanguageModel, RoutingConfig, SiteConfig, TransformerConfig
+from gohgraph.learning.recipes import RECIPES
 
+OLD = RECIPES["old"]
 kinds = pytest.mark.parametrize("kind", KINDS)
 routed = pytest.mark.parametrize("graph", ROUTED)
 
@@ -73,7 +75,7 @@ def test_gradients_accumulate_but_for_the_balance_of_each_micro_batch(graph):
 
 def unbalanced(vocab=101, **settings):
     """A one-layer model whose router sends nearly all tokens to one of its four routed heads."""
-    shape = {"d_model": 30, "num_heads": 5, "num_layers": 1, "d_ff": 11}
+    shape = {"d_model": 30, "num_heads": 5, "num_layers": 1, "d_ff": 11, **OLD.model}
     model = LanguageModel(TransformerConfig(vocab, **shape, head_graph=HeadGraphConfig.moh(1, 1, **settings)))
     attention = model.decoder.layers[0].attention
     router = attention.object.router

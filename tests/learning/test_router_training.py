@@ -19,6 +19,7 @@ from gohgraph import HeadGraphConfig, HeadRouter, LanguageModel, RoutingConfig, 
 from gohgraph.attention.routing import routers, share_statistics
 from gohgraph.learning.data.corpus import sample_batch
 from gohgraph.learning.loop import TrainConfig, TrainingInterrupted, train
+from gohgraph.learning.recipes import RECIPES
 from gohgraph.learning.regimes.language import head_loads, next_token_output, window_losses
 from gohgraph.learning.router_training import COLUMNS, RouterTraining, annealed_top_k
 
@@ -27,8 +28,9 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 TEXT = torch.randint(97, 123, (5003,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 WINDOWS = {"batch_size": 4, "length": 17}
 CONFIG = TrainConfig(
-    steps=23, anneal_top_k=13, log_every=5, eval_every=10, checkpoint_every=7, learning_rate=0.01, device="cpu"
-)
+    steps=23, anneal_top_k=13, log_every=5, eval_every=10, checkpoint_every=7, learning_rate=0.01, device="cpu",
+    **RECIPES["old"].training,
+)  # fmt: skip
 batch = partial(sample_batch, TEXT, seed=5, **WINDOWS)
 
 
@@ -36,7 +38,7 @@ def model(*, dropout: float = 0.0, layers: int = 2, num_shared: int = 2, top_k=(
     torch.manual_seed(11)
     shape = {"d_model": 14, "num_heads": 7, "num_layers": layers, "d_ff": 13, "dropout": dropout}
     graph = HeadGraphConfig(routing=RoutingConfig(num_shared, top_k, **routing))
-    return LanguageModel(TransformerConfig(256, **shape, head_graph=graph))
+    return LanguageModel(TransformerConfig(256, **shape, head_graph=graph, **RECIPES["old"].model))
 
 
 def changed(**values) -> TrainConfig:
@@ -253,7 +255,7 @@ def test_compiled_routers_anneal_and_train_as_eager_ones(tmp_path, monkeypatch):
     eager, compiled = (
         train(
             model(layers=1, top_k=3, bias_rate=0.01), batch, next_token_output,
-            changed(steps=6, anneal_top_k=2, log_every=1, compile=compile), tmp_path / str(compile),
+            changed(steps=4, anneal_top_k=1, log_every=1, compile=compile), tmp_path / str(compile),
         )
         for compile in (False, True)
     )  # fmt: skip

@@ -32,6 +32,17 @@ def test_finished_runs_are_not_run_again(tmp_path):
     assert calls == [2, 5, 5]
 
 
+def test_a_finished_run_is_told_once_it_is_on_disk(tmp_path):
+    told = []
+
+    def tell(name, result):
+        told.append((name, result, (tmp_path / f"{name}.json").exists()))
+
+    for _ in range(2):
+        sweep(pow, RUNS, tmp_path, on_result=tell)
+    assert told == [("one", 8, True), ("two", 25, True)]
+
+
 def test_processes_give_the_same_results(tmp_path):
     assert sweep(pow, RUNS, tmp_path, jobs=2) == {"one": 8, "two": 25}
 

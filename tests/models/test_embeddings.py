@@ -7,7 +7,14 @@ import torch
 from helpers import small_config
 from torch import nn
 
-from gohgraph.models.embeddings import LearnedPositions, RotaryPositions, SinusoidalPositions, TokenEmbedding
+from gohgraph.models.config import TransformerConfig
+from gohgraph.models.embeddings import (
+    LearnedPositions,
+    QueryKeyNorm,
+    RotaryPositions,
+    SinusoidalPositions,
+    TokenEmbedding,
+)
 
 
 @pytest.mark.parametrize("d_model", [1, 7, 10])
@@ -91,3 +98,23 @@ def test_token_embedding_drops_out_in_training_only():
     tokens = torch.randint(0, 13, (2, 7))
     assert (embedding(tokens, torch.arange(7)) == 0).float().mean() > 0.3
     assert (embedding.eval()(tokens, torch.arange(7)) != 0).all()
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize("head_dim,length", [(6, 5), (6, 6)])
+def test_normalised_queries_follow_the_equation(rotates, head_dim, length):
+    rotary = RotaryPositions(head_dim) if rotates else None
+    norm = QueryKeyNorm(head_dim, rotary).double()
+    gain = nn.init.normal_(norm.norm.weight)
+    x, positions = torch.randn(2, length, 3, head_dim, dtype=torch.float64), torch.arange(length)
+    epsilon = torch.finfo(x.dtype).eps
+    expected = gain * x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt()
+    expected = rotary(expected, positions) if rotates else expected
+    torch.testing.assert_close(norm(x, positions), expected, rtol=0, atol=1e-12)
+
+
+def test_embedding_norm_is_the_layers_own_kind():
+    config = TransformerConfig(7, d_model=10, num_heads=2, norm="rms", embedding_norm=True, positions="learned")
+    embedding = TokenEmbedding(config).eval()
+    x = embedding(torch.tensor([[1, 2, 3]]), torch.arange(3))
+    torch.testing.assert_close(x.square().mean(dim=-1), torch.ones(1, 3), rtol=0.1, atol=0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import (
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from gohgraph.models.generation import beam_search
 
+MODERN = {"qk_norm": True, "activation": "relu2", "norm": "unweighted-rms", "embedding_norm": True, "logit_cap": 5.0}
 GQA = {"d_model": 60, "num_heads": 6, "num_kv_heads": 3}
 # Every graph with rotary positions; every kind of positions and grouped keys with each way of running graphs.
 VARIANTS = [
@@ -25,6 +28,8 @@ VARIANTS = [
     ("cross-layer", {"positions": "learned"}),
     *((graph, GQA) for graph in ("plain", "outputs", "scores-ring", "scores-complete", "rounds", "moh-outputs")),
     ("outputs", {"norm_first": False, "norm": "rms", "activation": "swiglu", "tie_embeddings": True, "bias": False}),
+    *((graph, MODERN) for graph in ("outputs", "moh-outputs")),
+    ("scores-ring", {**GQA, **MODERN, "positions": "none"}),
 ]
 IDS = [f"{graph}-{'-'.join(map(str, settings.values()))}" for graph, settings in VARIANTS]
 variants = pytest.mark.parametrize("graph,settings", VARIANTS, ids=IDS)
@@ -129,6 +134,25 @@ def test_generation_stops_when_all_rows_have_ended():
     model, prompt = language_model(), random_tokens(3, batch=1)
     eos = int(model(prompt).logits[0, -1].argmax())
     assert model.generate(prompt, 11, temperature=0, eos=eos).tolist() == [[*prompt[0].tolist(), eos]]
+
+
+@pytest.mark.parametrize("is_capped", [True, False])
+def test_a_logit_cap_bounds_logits(is_capped):
+    model, tokens = language_model("outputs", logit_cap=0.7 if is_capped else None), random_tokens(T)
+    logits = model(tokens).logits
+    model.config = dataclasses.replace(model.config, logit_cap=None)
+    assert_equal_to(logits, 0.7 * torch.tanh(model(tokens).logits / 0.7) if is_capped else model(tokens).logits)
+
+
+@pytest.mark.parametrize("graph", ["plain", "outputs", "scores-ring"])
+def test_a_modern_translation_equals_uncached_greedy(graph):
+    model, source = translator(graph, **MODERN), random_tokens(11)
+    new = model.generate(source, bos=1, eos=2, max_new_tokens=9)
+    target = torch.ones(B, 1, dtype=torch.long)
+    while target.shape[1] < new.shape[1]:
+        target = torch.cat((target, model(source, target).logits[:, -1:].argmax(dim=-1)), dim=1)
+    ended = (new == 2).cumsum(dim=1) > 0
+    assert torch.equal(torch.where(ended, 2, target), new)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import GRAPHS, assert_equal_to, small_config, trained_like
+from helpers import GRAPHS, assert_equal_to, small_config, trained_like, with_graphs
 from torch import nn
 
-from gohgraph import DecoderLayer, EncoderLayer, Stack
+from gohgraph import DecoderLayer, EncoderLayer, HeadGraphConfig, RoutingConfig, SiteConfig, Stack
 
 B, T, S, M = 2, 7, 11, 30
 PAD = {T: torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]]).bool()}
@@ -84,7 +84,7 @@ def cases(test):
 @cases
 @pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
 def test_encoder_layer_equals_torch(activation, norm_first, is_padded, causal):
-    config = small_config(positions="learned", activation=activation, norm_first=norm_first)
+    config = small_config(positions="learned", qk_norm=False, activation=activation, norm_first=norm_first)
     theirs = trained_like(nn.TransformerEncoderLayer(M, 5, **torch_settings(config)))
     ours = EncoderLayer(config, causal=causal).double()
     copy_weights(layer_pairs(ours, theirs))
@@ -106,7 +106,7 @@ def test_encoder_layer_equals_torch(activation, norm_first, is_padded, causal):
 @cases
 @pytest.mark.parametrize("is_masked", [False, True], ids=["memory", "masked-memory"])
 def test_decoder_layer_equals_torch(activation, norm_first, is_padded, is_masked):
-    config = small_config(positions="learned", activation=activation, norm_first=norm_first)
+    config = small_config(positions="learned", qk_norm=False, activation=activation, norm_first=norm_first)
     theirs = trained_like(nn.TransformerDecoderLayer(M, 5, **torch_settings(config)))
     ours = DecoderLayer(config).double()
     copy_weights(layer_pairs(ours, theirs))
@@ -143,7 +143,7 @@ def test_decoder_layer_equals_torch(activation, norm_first, is_padded, is_masked
 @pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
 @pytest.mark.parametrize("kind", ["encoder", "causal", "decoder"])
 def test_whole_stack_equals_torch(kind, norm_first):
-    config = small_config(positions="learned", norm_first=norm_first)
+    config = small_config(positions="learned", qk_norm=False, norm_first=norm_first)
     ours = Stack(config, kind).double()
     if kind == "decoder":
         layer, stack = nn.TransformerDecoderLayer, nn.TransformerDecoder
@@ -199,6 +199,28 @@ def test_cross_layer_graphs_receive_from_the_layer_before_only(kind):
     assert received[0] == ((), None)
     for index in (1, 2, 3):
         assert len(received[index][0]) == 1 and received[index][0][0] is returned[index - 1]
+
+
+@pytest.mark.parametrize("kind", ["causal", "decoder"])
+def test_chosen_layers_have_the_graphs_and_all_have_the_router(kind):
+    inner = {"values": SiteConfig(), "weights": SiteConfig()}
+    graphs = HeadGraphConfig(
+        SiteConfig(cross_layer=2), SiteConfig.ring(2), RoutingConfig(2, 2), **inner, layers=(-1, 1)
+    )
+    stack = trained_like(Stack(with_graphs(graphs, num_layers=4), kind))
+    memory = (torch.randn(B, S, M, dtype=torch.float64),) if kind == "decoder" else ()
+    for index, layer in enumerate(stack.layers):
+        blocks = [layer.attention.object] + ([layer.cross_attention.object] if kind == "decoder" else [])
+        for block in blocks:
+            sites = [block.output_graph, block.score_graph, *block.inner_graphs.values()]
+            assert [graph is None for graph in sites] == ([False] * 4 if index in (1, 3) else [True] * 2)
+            assert block.router is not None
+    x = torch.randn(B, T, M, dtype=torch.float64)
+    stack(x, *memory).x.sum().backward()
+    graph = stack.layers[-1].attention.object.output_graph
+    assert graph.cross_layer == 2 and graph.edges.bias.grad.ne(0).any()
+    with pytest.raises(ValueError, match=r"^Expected layers among the 3 of the stack \(got \[-4\]\)"):
+        Stack(with_graphs(HeadGraphConfig(layers=(-4, 1)), num_layers=3), kind)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "causal", "decoder"])

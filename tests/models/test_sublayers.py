@@ -19,13 +19,14 @@ def normalised(x, kind):
     return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
 
 
-@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("norm", ["layer", "rms", "unweighted-rms"])
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_residual_follows_the_equation(norm, norm_first):
     residual = Residual(nn.Linear(7, 7), 7, norm_first=norm_first, norm=norm).double()
-    nn.init.normal_(residual.norm.weight)
-    x = torch.randn(2, 5, 7, dtype=torch.float64)
-    f, gain = residual.object, residual.norm.weight
+    is_weighted = norm != "unweighted-rms"
+    gain = nn.init.normal_(residual.norm.weight) if is_weighted else 1.0
+    assert is_weighted or not list(residual.norm.parameters())
+    x, f = torch.randn(2, 5, 7, dtype=torch.float64), residual.object
     if norm_first:
         expected = x + f(normalised(x, norm) * gain)
     else:

@@ -82,6 +82,13 @@ def test_a_new_model_is_megatrons_own_bit_for_bit(one_rank):
     torch.testing.assert_close(losses_of(build(head_graph_layer_spec())), expected, rtol=0, atol=1e-6)
 
 
+def test_chosen_layers_have_the_graphs(one_rank):
+    model = build(head_graph_layer_spec(HeadGraphConfig(layers=(-1,))))
+    graphs = [layer.self_attention.core_attention.output_graph for layer in model.decoder.layers]
+    assert len(graphs) > 1 and [graph is None for graph in graphs] == [True] * (len(graphs) - 1) + [False]
+    assert losses_of(model).isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["complete", "scores", "router"])
 def test_moved_edges_change_the_output_and_no_token_sees_a_later_one(one_rank, name):
     model = build(head_graph_layer_spec(GRAPHS[name])).double().eval()

@@ -11,6 +11,7 @@ from example_runs import logs
 from parallel_checks import (
     BATCH,
     LENGTH,
+    MODERN,
     VOCAB,
     all_of,
     alone,
@@ -46,8 +47,8 @@ def equal(config, names, **settings):
     return (largest_errors, config, names, settings)
 
 
-def trains(config, names):
-    return (losses_apart, config, names, STEPS)
+def trains(config, names, optimizer="adamw"):
+    return (losses_apart, config, names, STEPS, optimizer)
 
 
 def check(world, calls):
@@ -69,7 +70,10 @@ def test_two_ranks_equal_one_process():
         equal(TP, SPECIAL, layers=2), equal(TOKENS, ["deep", "moh"], layers=2, norm_first=False),
         (others_apart, TP), (others_apart, TOKENS),
         equal(TP, ["deep"], layers=2, num_kv_heads=4, activation="swiglu", tie_embeddings=False, bias=False),
+        equal(TP, ["deep"], layers=2, **MODERN), equal(TOKENS, ["deep"], layers=2, **MODERN),
+        equal(FSDP, ["deep"], layers=2, **MODERN),
         trains(TP, some(ALL, 0)), trains(DDP, some(ALL, 1)), trains(FSDP, some(ALL, 2)),
+        trains(TP, ["deep"], "muon"), trains(FSDP, ["moh"], "muon"),
     ])  # fmt: skip
 
 
@@ -77,7 +81,8 @@ def test_four_ranks_equal_one_process():
     check(4, [
         equal(TP, some(ALL, 1, of=4)), equal(TP_FSDP, some(ALL, 3, of=4)), equal(TP_DDP, some(ALL, 4, of=1)),
         equal(TOKENS, some(SPECIAL, 2, of=1), layers=2),
-        trains(TP, some(ALL, 3, of=1)), trains(TP_FSDP, some(ALL, 4, of=1)), *([trains(TP_DDP, ALL)] * EXHAUSTIVE),
+        trains(TP, some(ALL, 3, of=1)), trains(TP_FSDP, some(ALL, 4, of=1)), trains(TP_FSDP, ["deep"], "muon"),
+        *([trains(TP_DDP, ALL)] * EXHAUSTIVE),
     ])  # fmt: skip
 
 
@@ -210,4 +215,6 @@ def test_what_cannot_be_sharded_is_refused():
         "Expected one round of messages between scores across ranks (got 2). Do set rounds=1, or keep the edges of a "
         "score graph within ranks.",
         "Expected a multiple of 2 tokens with sequence_parallel (got 5). Do pad them, or turn it off.",
+        "Expected residual='plain' under tensor parallelism (got 'hyper'). Do change it, or train data parallel: ddp "
+        "or fsdp.",
     ]]  # fmt: skip

@@ -1,13 +1,20 @@
 """What head graphs and their opponents learn: equal parameters, equal data, tuned rates, several seeds.
 
-On every task the lighter models' feed-forward is widened to the heaviest one's parameter count, all variants start from
-the same base weights and see the same batches in the same order. Each variant is trained at every learning rate of one
-grid on the first seed, and at the best of them on all others. Plain attention is also trained for fewer and for more
-steps: where its losses meet a variant's tells how many steps it needs for the same, and where they stand after the same
-time tells what the variant is worth at equal time. Differences are taken seed by seed; +- is a 95 % interval (Student's
-t over the seeds). Step times are medians of interleaved rounds on one thread, when nothing else is run.
+On every task the lighter models' feed-forward is widened to the heaviest one's parameter count (or to --parameters),
+all variants start from the same base weights and see the same batches in the same order. Plain attention and each
+variant search the same grid of rates, one setting after the other, on the first seed, and are trained at the best point
+on all others; a * marks a rate at the border of its grid. Data has three parts: rates are chosen on one that is not
+trained on, and results are reported on a third one.
 
-An interrupted benchmark goes on where it stopped when it is called again with the same --run.
+Differences are taken seed by seed; +- is a 95 % interval (Student's t over the seeds), p of a paired t-test, as it is
+and corrected for all comparisons of its table (Holm). Equal time is said in one of two ways: --equal-time trains each
+variant again, for as many steps as fit into the time of plain attention's (a whole schedule of its own); without it,
+plain attention's loss is read off at the variant's time between runs of --budgets times the steps (linear in the
+logarithm). Step times are medians of interleaved rounds, measured once, when nothing else should run.
+
+An interrupted benchmark (Ctrl-C, SIGTERM, or worse) goes on where it stopped when it is called again with the same
+--run: finished runs stay, the one that was interrupted goes on from its last checkpoint. Every finished run is a line
+in log.txt.
 """
 
 from __future__ import annotations
@@ -16,36 +23,30 @@ import argparse
 import csv
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from tqdm import tqdm
-
 from benchmarks.quality_report import Entry, draw_quality, quality_table
-from benchmarks.tasks import TASKS, Task
-from benchmarks.timing import interleaved, machine, ratios
-from benchmarks.trials import TrainingStep, Trial, first_model, run_trial
+from benchmarks.recipes import RECIPES
+from benchmarks.task_runs import TaskRuns
+from benchmarks.tasks import TASKS
+from benchmarks.timing import machine
 from gohgraph.common.checks import check_int, check_number
-from gohgraph.common.files import write_text_whole
-from gohgraph.graphs.baselines.presets import PRESETS, preset
-from gohgraph.learning.contests.contest import Contest, Run
-from gohgraph.learning.contests.in_processes import InProcesses
-from gohgraph.learning.contests.matching import count_parameters, match_parameters
-from gohgraph.learning.contests.sweep import sweep
-from gohgraph.models.config import TransformerConfig
+from gohgraph.common.files import make_folder, write_text_whole
+from gohgraph.graphs.baselines.presets import PRESETS
 
-PLAIN = "plain"
 # Every opponent that is not another one's smaller form, then head graphs at every site.
 BASIC = ["plain", "head-gate", "element-gate", "head-norm", "norm-element-gate", "talking-heads", "dcmha"]
 BASIC += ["knocking-heads", "mea", "moh-75", "static-graph", "frozen-graph"]
 BASIC += ["outputs", "norm-outputs", "scores", "values", "both", "outputs-values"]
 BUDGETS = (0.5, 2.0, 4.0)
-SIZES = ("d_model", "num_heads", "num_layers")
+# Fields of tasks that flags of the same name give; a task that lacks one does not take it.
+FIELDS = ("d_model", "num_heads", "num_layers", "steps", "batch_size", "length", "windows", "final_windows", "pairs")
 TIMED_ROUNDS = 20
+# Settings of `TrainConfig` that may be searched.
+SEARCHED = ("learning_rate", "matrix_learning_rate", "graph_lr_factor", "weight_decay", "warmdown")
 SMOKE = {"steps": 4, "seeds": [0, 1], "rates": [4e-3], "budgets": [2.0], "tasks": ["two-cues"], "rounds": 2}
-SMOKE |= {"variants": ["plain", "outputs"]}
+SMOKE |= {"variants": ["plain", "outputs"], "grid": {"matrix_learning_rate": [0.02], "graph_lr_factor": [1.0]}}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -55,15 +56,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
     add("--variants", nargs="+", choices=PRESETS, default=BASIC, metavar="NAME", help=f"of {' '.join(PRESETS)}")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="(default: 0 1 2 3 4)")
+    add("--recipe", choices=RECIPES, default="modern", help="how models are built and trained (default: %(default)s)")
     add("--rates", nargs="+", type=float, help="the grid of learning rates (default: each task's own)")
+    add("--grid", nargs="+", type=_setting, default=[], metavar="SETTING=V,V", help=_setting.__doc__)
     add("--graph-lr-factor", type=float, default=1.0, help="learning rate of head graphs, times the rate (%(default)s)")
-    add("--steps", type=int, help="of a full run (default: each task's own)")
-    for size in SIZES:
-        add(f"--{size.replace('_', '-')}", type=int, help="of the models (default: each task's own)")
+    for field in FIELDS[:-1]:
+        add(f"--{field.replace('_', '-')}", type=int, help="(default: each task's own)")
+    add("--parameters", type=int, help="of all models (default: the heaviest variant's)")
+    add("--pairs", help="folder of sentence pairs of the task 'translation', such as Multi30k")
     add("--budgets", nargs="*", type=float, default=list(BUDGETS), help="of plain attention, times the steps")
     add("--data", help="text of the task 'text': a corpus by name, or a file")
+    add("--equal-time", action="store_true", help="also train each variant for the time of plain attention")
     add("--rounds", type=int, default=TIMED_ROUNDS, help="of timing (default: %(default)s)")
-    add("--jobs", type=int, default=2, help="processes of one thread each (default: %(default)s)")
+    add("--jobs", type=int, default=1, help="processes (default: %(default)s)")
+    add("--threads", type=int, default=1, help="of each process (default: %(default)s)")
     add("--smoke", action="store_true", help="a tiny benchmark, to see that it runs")
 
 
@@ -72,115 +78,21 @@ def run(flags: argparse.Namespace) -> None:
     if flags.smoke:
         vars(flags).update(SMOKE)
     _check(flags)
-    print(machine("cpu", "float32", 1, flags.rounds))
+    make_folder(flags.run)
+    print(machine("cpu", "float32", flags.threads, flags.rounds))
     texts, entries = [], {}
     for name in flags.tasks:
-        runs = TaskRuns(name, flags)
+        runs = TaskRuns(name, _options(name, flags), flags)
         entries[name] = runs.entries()
         texts.append(quality_table(name, runs.task, flags.seeds, entries[name], runs.plain_curve()))
         print("\n" + texts[-1])
     _write(flags, texts, entries)
 
 
-class TaskRuns:
-    """All runs of one task.
-
-    Args:
-        name: of the task.
-        flags: of the command line.
-    """
-
-    def __init__(self, name: str, flags: argparse.Namespace) -> None:
-        self.name, self.flags = name, flags
-        self.options = _options(name, flags)
-        self.task: Task = TASKS[name](**self.options)
-        self.configs = equal_configs(self.task, flags.variants)
-        self.folder, self.function = flags.run / "results", partial(run_trial, str(flags.run / "runs"))
-        runner = InProcesses(
-            self.function,
-            lambda run: self._arguments(Trial(name, *run)),
-            self.folder,
-            loss=lambda log: log[-1][self.task.choosing],
-            jobs=flags.jobs,
-            file_name=lambda run: Trial(name, *run).name,
-        )
-        contest = Contest(self.configs, flags.seeds, self.task.learning_rates, flags.run / name)
-        self.results: dict[Run, list[dict[str, Any]]] = contest.hold(runner)
-        self.rates = {run.name: run.rate for run in self.results}
-
-    def entries(self) -> dict[str, Entry]:
-        """Returns what was found of every variant, plain attention first."""
-        times = self._times()
-        found = {}
-        for variant, config in self.configs.items():
-            logs = [log for run, log in self.results.items() if run.name == variant]
-            parameters = count_parameters(self.task.model(config))
-            found[variant] = Entry(parameters, config.d_ff, self.rates[variant], logs, times[variant])
-        return found
-
-    def plain_curve(self) -> dict[float, float]:
-        """Returns plain attention's mean measure by budget, from runs of their own, over the first three seeds."""
-        trials = {
-            budget: [Trial(self.name, PLAIN, self.rates[PLAIN], seed, budget) for seed in self.flags.seeds[:3]]
-            for budget in sorted({1.0, *self.flags.budgets})
-        }
-        runs = {trial.name: self._arguments(trial) for own in trials.values() for trial in own}
-        logs = sweep(self.function, runs, self.folder, jobs=self.flags.jobs)
-        return {budget: fmean(self._end(logs[trial.name]) for trial in own) for budget, own in trials.items()}
-
-    def _arguments(self, trial: Trial) -> dict[str, Any]:
-        return {
-            "name": trial.name,
-            "task": self.name,
-            "options": self.options,
-            "config": self.configs[trial.variant].to_dict(),
-            "plain": self.configs[PLAIN].to_dict(),
-            "rate": trial.rate,
-            "seed": trial.seed,
-            "steps": max(2, round(self.task.steps * trial.budget)),
-            "graph_lr_factor": self.flags.graph_lr_factor,
-        }
-
-    def _times(self) -> dict[str, list[float]]:
-        """Seconds of a training step as ratios to plain attention: lower quartile, median and upper quartile."""
-        import torch
-
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        calls = {
-            variant: TrainingStep(self.task, first_model(self.task, config, self.configs[PLAIN], 0))
-            for variant, config in self.configs.items()
-        }
-        try:
-            with tqdm(total=len(calls) * (self.flags.rounds + 2), unit="step", desc=f"time of {self.name}") as bar:
-                seconds = interleaved(calls, self.flags.rounds, bar)
-        finally:
-            torch.set_num_threads(threads)
-        return {variant: ratios(own, seconds[PLAIN]) for variant, own in seconds.items()}
-
-    def _end(self, log: list[dict[str, Any]]) -> float:
-        return log[-1][self.task.measure]
-
-
-def equal_configs(task: Task, variants: list[str]) -> dict[str, TransformerConfig]:
-    """Returns the variants' configurations by name, plain attention first, widened to the heaviest one's parameters.
-
-    Example:
-        >>> task = TASKS["two-cues"]()
-        >>> configs = equal_configs(task, ["plain", "outputs"])
-        >>> [configs[name].d_ff for name in configs]
-        [160, 128]
-    """
-    names = [PLAIN, *(name for name in variants if name != PLAIN)]
-    bare = task.config()
-    configs = {name: dataclasses.replace(bare, head_graph=preset(name, task.num_heads)) for name in names}
-    heaviest = max(count_parameters(task.model(config)) for config in configs.values())
-    return {name: match_parameters(task.model, config, heaviest) for name, config in configs.items()}
-
-
 def _options(name: str, flags: argparse.Namespace) -> dict[str, Any]:
-    given = {size: getattr(flags, size) for size in (*SIZES, "steps")}
-    options: dict[str, Any] = {size: value for size, value in given.items() if value is not None}
+    known = {field.name for field in dataclasses.fields(TASKS[name])}
+    options = {field: getattr(flags, field) for field in FIELDS if field in known}
+    options = {field: value for field, value in options.items() if value is not None}
     if flags.rates is not None:
         options["learning_rates"] = list(flags.rates)
     if name == "text" and flags.data is not None:
@@ -188,16 +100,29 @@ def _options(name: str, flags: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+def _setting(text: str) -> tuple[str, tuple[float, ...]]:
+    """further settings to search, such as matrix_learning_rate=0.01,0.02 or graph_lr_factor=0.25,1"""
+    name, _, values = text.partition("=")
+    if name not in SEARCHED:
+        raise argparse.ArgumentTypeError(f"Expected one of {list(SEARCHED)} before '=' (got {text!r})")
+    try:
+        return name, tuple(map(float, values.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"Expected numbers after '=' (got {text!r})") from error
+
+
 def _write(flags: argparse.Namespace, texts: list[str], entries: dict[str, dict[str, Entry]]) -> None:
     write_text_whole(flags.run / "tables.md", "\n\n".join(texts) + "\n")
     measures = {name: TASKS[name].measure for name in entries}
     with open(flags.run / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["task", "variant", "parameters", "d_ff", "rate", "time_ratio", "seed", "measure", "value"])
+        about = ["parameters", "d_ff", "rates", "time_ratio", "tokens_per_second"]
+        writer.writerow(["task", "variant", *about, "seed", "measure", "value"])
         for name, found in entries.items():
             for variant, entry in found.items():
                 for seed, value in zip(flags.seeds, entry.ends(measures[name]), strict=True):
-                    about = (entry.parameters, entry.d_ff, entry.rate, round(entry.time_ratio, 4))
+                    about = [entry.parameters, entry.d_ff, entry.rates, round(entry.time_ratio, 4)]
+                    about.append(round(entry.tokens_per_second, 1))
                     writer.writerow([name, variant, *about, seed, measures[name], value])
     saved = {name: {v: dataclasses.asdict(entry) for v, entry in found.items()} for name, found in entries.items()}
     write_text_whole(flags.run / "results.json", json.dumps(saved, indent=1))
@@ -206,9 +131,10 @@ def _write(flags: argparse.Namespace, texts: list[str], entries: dict[str, dict[
 
 
 def _check(flags: argparse.Namespace) -> None:
-    for name, low in (("jobs", 1), ("rounds", 2)):
+    flags.grid = dict(flags.grid)
+    for name, low in (("jobs", 1), ("threads", 1), ("rounds", 2)):
         check_int(f"--{name}", getattr(flags, name), low=low)
-    for name, low in (("steps", 2), *((size, 1) for size in SIZES)):
+    for name, low in (("steps", 2), ("parameters", 1), *((size, 1) for size in FIELDS[:-1] if size != "steps")):
         if getattr(flags, name) is not None:
             check_int("--" + name.replace("_", "-"), getattr(flags, name), low=low)
     for name in ("seeds", "variants", "tasks"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.statistics import at_budget, interval, needed_budget
+from benchmarks.statistics import at_budget, holm, interval, needed_budget, paired_p
 from benchmarks.tasks import Task
 from gohgraph.common.tables import markdown_table
 from gohgraph.drawing.figures import INK, new_figure, save_figure
@@ -21,16 +21,29 @@ class Entry:
 
     Args:
         parameters, d_ff: of the model.
-        rate: the learning rate that was chosen.
+        point: the learning rate, and what else was searched, that was chosen.
         logs: of each seed, rows with `step` and what the task's `evaluate` returns.
         times: seconds of a training step as ratios to plain attention: lower quartile, median, upper quartile.
+        tokens_per_second: of training.
+        tokens: trained on.
+        border: the settings of the point that lie at the border of the grid.
+        equal_time_logs: of runs of as much time as plain attention's, where there are such.
     """
 
     parameters: int
     d_ff: int
-    rate: float
+    point: dict[str, float]
     logs: list[list[dict[str, Any]]]
     times: list[float]
+    tokens_per_second: float = math.nan
+    tokens: int = 0
+    border: list[str] = field(default_factory=list)
+    equal_time_logs: list[list[dict[str, Any]]] | None = None
+
+    @property
+    def rates(self) -> str:
+        """The point, as text; a * marks the border of the grid."""
+        return " / ".join(f"{value:g}" + "*" * (name in self.border) for name, value in self.point.items())
 
     @property
     def time_ratio(self) -> float:
@@ -39,7 +52,7 @@ class Entry:
 
     def ends(self, measure: str) -> list[float]:
         """Returns the last value of a measure, of each seed."""
-        return [log[-1][measure] for log in self.logs]
+        return _ends(self.logs, measure)
 
     def minus(self, other: Entry, measure: str) -> list[float]:
         """Returns the difference to another variant, seed by seed."""
@@ -50,37 +63,63 @@ def quality_table(
     name: str, task: Task, seeds: list[int], entries: dict[str, Entry], plain_curve: dict[float, float]
 ) -> str:
     """Returns the Markdown table of a task; the first entry is plain attention."""
-    plain, measure = next(iter(entries.values())), task.measure
-    steps = f"{task.steps:,} steps of batch {task.batch_size}"
-    shape = f"{task.num_layers} layers of d_model {task.d_model}, {task.num_heads} heads"
-    title = f"**{name}**: {task.summary}; {shape}, {plain.parameters:,} parameters, {steps}, {len(seeds)} seeds"
-    head = ["attention", "rate", measure.replace("_", " "), "minus plain", "step time", "steps plain needs"]
-    lines = [[*head, "minus plain at equal time"]]
+    (plain_name, plain), *others = entries.items()
+    measure, settings = task.measure, max((entry.point for entry in entries.values()), key=len)
+    p_values = [paired_p(entry.minus(plain, measure)) for _, entry in others]
+    p_of = {variant: pair for (variant, _), *pair in zip(others, p_values, holm(p_values), strict=True)}
+    head = ["attention", "rate", measure.replace("_", " "), "minus plain", "p (corrected)", "step time", "tokens/s"]
+    extra = [name for name in ("bleu",) if name in plain.logs[0][-1]]
+    lines = [[*head, "steps plain needs", "minus plain at equal time", *extra]]
     for variant, entry in entries.items():
-        ends, own = entry.ends(measure), entry is plain
-        beside = at_budget(plain_curve, entry.time_ratio)
-        difference = None if beside is None else interval(ends)[0] - beside
+        ends, own = entry.ends(measure), variant == plain_name
         lines.append(
             [
                 variant,
-                f"{entry.rate:g}",
+                entry.rates,
                 _spread(*interval(ends)),
                 "" if own else _spread(*interval(entry.minus(plain, measure)), signed=True),
+                "" if own or len(ends) < 2 else "{:.3g} ({:.3g})".format(*p_of[variant]),
                 f"{entry.time_ratio:.2f}",
+                f"{entry.tokens_per_second:,.0f}",
                 "1" if own else needed_budget(plain_curve, interval(ends)[0]),
-                "" if own else "-" if difference is None else f"{difference:+.4f}",
+                "" if own else _at_equal_time(entry, plain, measure, plain_curve),
+                *(_spread(*interval(entry.ends(name)), digits=2) for name in extra),
             ]
         )
+    compared = f"{len(others)} comparisons; rates: {' / '.join(settings)}, * at the border of their grid."
     curve = ", ".join(f"{budget:g}: {value:.4f}" for budget, value in plain_curve.items())
     by_steps = f"Plain attention by steps, as multiples of {task.steps:,}: {curve}."
-    return "\n\n".join([markdown_table(lines, title), by_steps, *load_lines(entries)])
+    table = markdown_table(lines, _title(name, task, seeds, plain))
+    return "\n\n".join([table, compared, by_steps, *load_lines(entries)])
+
+
+def _title(name: str, task: Task, seeds: list[int], plain: Entry) -> str:
+    epochs = task.epochs(task.steps)
+    steps = f"{task.steps:,} steps of batch {task.batch_size}" + (f" ({epochs:.2f} epochs)" if epochs else "")
+    shape = f"{task.num_layers} layers of d_model {task.d_model}, {task.num_heads} heads"
+    return f"**{name}**: {task.summary}; {shape}, {plain.parameters:,} parameters, {steps}, {len(seeds)} seeds"
+
+
+def _at_equal_time(entry: Entry, plain: Entry, measure: str, plain_curve: dict[float, float]) -> str:
+    """The difference to plain attention after its time: of runs that took it, or read off plain attention's curve."""
+    if entry.equal_time_logs is not None:
+        ends = _ends(entry.equal_time_logs, measure)
+        differences = [own - its for own, its in zip(ends, plain.ends(measure), strict=True)]
+        return _spread(*interval(differences), signed=True)
+    beside = at_budget(plain_curve, entry.time_ratio)
+    return "-" if beside is None else f"{interval(entry.ends(measure))[0] - beside:+.4f}"
+
+
+def _ends(logs: list[list[dict[str, Any]]], measure: str) -> list[float]:
+    return [log[-1][measure] for log in logs]
 
 
 def load_lines(entries: dict[str, Entry]) -> list[str]:
     """Returns a line on how uneven the load of routed heads is at the end, none where no heads are routed.
 
     Example:
-        >>> load_lines({"moh-75": Entry(7, 5, 0.1, [[{"worst_load_cv": 0.25}], [{"worst_load_cv": 0.125}]], [1, 1, 1])})
+        >>> logs = [[{"worst_load_cv": 0.25}], [{"worst_load_cv": 0.125}]]
+        >>> load_lines({"moh-75": Entry(7, 5, {"learning_rate": 0.1}, logs, [1, 1, 1])})
         ["Coefficient of variation of routed heads' load, worst layer of the worst seed: moh-75 0.25."]
     """
     routed = {name: entry for name, entry in entries.items() if "worst_load_cv" in entry.logs[0][-1]}
@@ -118,6 +157,6 @@ def draw_quality(
     return figure
 
 
-def _spread(centre: float, half: float, *, signed: bool = False) -> str:
-    shown = f"{centre:+.4f}" if signed else f"{centre:.4f}"
-    return shown if math.isnan(half) else f"{shown} ± {half:.4f}"
+def _spread(centre: float, half: float, *, signed: bool = False, digits: int = 4) -> str:
+    shown = f"{centre:+.{digits}f}" if signed else f"{centre:.{digits}f}"
+    return shown if math.isnan(half) else f"{shown} ± {half:.{digits}f}"

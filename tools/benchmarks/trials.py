@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +15,13 @@ from torch import nn
 from benchmarks.tasks import TASKS, Task
 from benchmarks.timing import Call
 from gohgraph.graphs.learned_topology import LearnedTopologyConv
+from gohgraph.learning.contests.grid import Point
 from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.models.config import TransformerConfig
 
-EVALUATIONS = 8
+# A tenth apart: the last fifth of a training shows whether it has come to rest.
+EVALUATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,14 @@ class Trial:
     Args:
         task: name of the task.
         variant: name of the preset.
-        rate: learning rate.
+        point: learning rate and what else is searched.
         seed: of weights and data.
         budget: steps, as a multiple of the task's.
     """
 
     task: str
     variant: str
-    rate: float
+    point: Point
     seed: int
     budget: float = 1.0
 
@@ -44,11 +47,12 @@ class Trial:
         """The name of its result, a file name.
 
         Example:
-            >>> Trial("text", "plain", 0.002, 0).name, Trial("text", "plain", 0.002, 0, 1.5).name
+            >>> point = Point.of(learning_rate=0.002)
+            >>> Trial("text", "plain", point, 0).name, Trial("text", "plain", point, 0, 1.5).name
             ('text_plain_0.002_0', 'text_plain_0.002_0_x1.5')
         """
         longer = "" if self.budget == 1 else f"_x{self.budget:g}"
-        return f"{self.task}_{self.variant}_{self.rate:g}_{self.seed}{longer}"
+        return f"{self.task}_{self.variant}_{self.point}_{self.seed}{longer}"
 
 
 def run_trial(
@@ -58,12 +62,11 @@ def run_trial(
     options: dict[str, Any],
     config: dict[str, Any],
     plain: dict[str, Any],
-    rate: float,
+    training: dict[str, Any],
     seed: int,
-    steps: int,
-    graph_lr_factor: float,
+    threads: int = 1,
 ) -> list[dict[str, Any]]:
-    """Trains one model on one thread and returns its log; an interrupted run goes on from its checkpoint.
+    """Trains one model and returns its log; an interrupted run goes on from its checkpoint.
 
     Args:
         folder: of all run folders.
@@ -71,23 +74,22 @@ def run_trial(
         task, options: name and fields of the task.
         config: of the model, as a dictionary.
         plain: of plain attention, whose first weights all variants share.
-        rate, seed, steps: of the training.
-        graph_lr_factor: learning rate of the head graphs, as a multiple of `rate`.
+        training: of `TrainConfig`, steps and rates among it.
+        seed: of weights and data.
+        threads: of the CPU.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     own, path = TASKS[task](**options), Path(folder) / name
     model = first_model(own, TransformerConfig.from_dict(config), TransformerConfig.from_dict(plain), seed)
-    every = max(1, steps // EVALUATIONS)
+    steps = training["steps"]
+    every = max(1, math.ceil(steps / EVALUATIONS))
     learns_topology = any(isinstance(module, LearnedTopologyConv) for module in model.modules())
     log = train(
         model,
         partial(own.batch, seed=seed),
         own.output,
         TrainConfig(
-            steps=steps,
-            learning_rate=rate,
-            graph_lr_factor=graph_lr_factor,
-            warmup=steps // 20,
+            **training,
             anneal_in_degree=steps // 2 if learns_topology else 0,
             eval_every=every,
             checkpoint_every=every,
@@ -102,6 +104,8 @@ def run_trial(
         settings={"model": config},
         description=name,
     )
+    with torch.no_grad():
+        log[-1] |= own.final(model.eval())
     # The log is what is wanted of hundreds of runs; each checkpoint is three times its model.
     shutil.rmtree(path / "checkpoints", ignore_errors=True)
     return log
@@ -129,12 +133,14 @@ def first_model(task: Task, config: TransformerConfig, plain: TransformerConfig,
 
 
 class TrainingStep(Call):
-    """One training step of a variant, to be timed: forward, backward, clipping and optimizer."""
+    """One training step of a variant, to be timed: forward, backward, clipping and optimizer, at tiny rates."""
 
-    def __init__(self, task: Task, model: nn.Module) -> None:
+    def __init__(self, task: Task, model: nn.Module, training: dict[str, Any]) -> None:
         super().__init__(torch.device("cpu"))
         self.task, self.model, self.index = task, model.train(), 0
-        self.optimizer = make_optimizer(model, TrainConfig(steps=1, learning_rate=1e-4), self.device)
+        # A rate without its schedule might run away.
+        tiny = {name: 1e-6 for name in training if name.endswith("learning_rate")}
+        self.optimizer = make_optimizer(model, TrainConfig(**training | tiny), self.device)
 
     def prepare(self) -> None:
         """Draws the next batch."""

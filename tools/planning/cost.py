@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gohgraph.attention.forms import WIDEST_IN_DEGREE
 from gohgraph.graphs.config import HeadGraphConfig
+from gohgraph.graphs.cross_layer import CrossLayer
 from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.site_config import SiteConfig, parts_of
 from gohgraph.parallel.exchange import SCATTER, plan_exchange
@@ -138,7 +139,7 @@ def graph_cost(graphs: HeadGraphConfig, model: Workload, cluster: Cluster) -> Co
     layers = model.num_layers
     here = layers / cluster.pipeline
     parameters = total.parameters * layers
-    waits = getattr(graphs.outputs, "cross_layer", 0) if cluster.pipeline > 1 else 0
+    waits = sum(_layers_before(part, model) for part in parts_of(graphs.outputs)) if cluster.pipeline > 1 else 0
     later = 2 * waits * model.tokens * model.d_model * model.number_bytes / cluster.tensor
     data = _data_bytes(parameters, model, cluster)
     return Cost(parameters, total.flops * here, total.tensor_bytes * here, later, data)
@@ -149,15 +150,17 @@ def _site_cost(site: SiteConfig, model: Workload, cluster: Cluster, over_maps: b
     heads, width, ranks = model.num_heads, model.d_model // model.num_heads, cluster.tensor
     graph = head_graph(heads, site.topology, self_loops=site.self_loops, **site.options)
     edges = [(j, i) for j, i in graph.edge_index.t().tolist()]
-    layers, rounds, of_token = 1 + site.cross_layer, site.rounds, site.edges == "token"
-    count = len(edges) * layers * rounds
+    before, rounds, of_token = _layers_before(site, model), site.rounds, site.edges == "token"
+    across = CrossLayer.of(site.cross_layer).pairs(edges, heads) if before else []
+    layers, count = 1 + before, (len(edges) + len(across) * before) * rounds
     inner = model.d_model if site.rank is None else site.rank
     down = rounds * site.rank * model.d_model if of_token and site.rank is not None else 0
     own = count * (of_token * inner + (site.edges != "frozen"))
     shared = down + (rounds if rounds > 1 else 0) + (layers * width * heads if site.norm else 0)
-    exchange = plan_exchange(heads, ranks, edges, may_scatter=not over_maps and site.top_edges is None)
+    exchange = plan_exchange(heads, ranks, [*edges, *across], may_scatter=not over_maps and site.top_edges is None)
     # Where every rank has not equally many edges, all hold all of them and add up their gradients.
-    is_split = are_equal_runs(exchange.edges_of_ranks(edges))
+    by_receiver = sorted([*edges, *((j + heads, i) for j, i in across)], key=lambda edge: edge[::-1])
+    is_split = are_equal_runs(exchange.edges_of_ranks(by_receiver))
     reduced = shared + (0 if is_split or site.edges == "frozen" else own)
     features = 2 * width if over_maps else width * (1 if exchange.kind == SCATTER else layers)
     # Forward and backward: an all-gather and a reduce-scatter, in whichever order.
@@ -167,11 +170,17 @@ def _site_cost(site: SiteConfig, model: Workload, cluster: Cluster, over_maps: b
     return Cost(own + shared, 3 * model.tokens * flops / ranks, sent)
 
 
+def _layers_before(site: SiteConfig, model: Workload) -> float:
+    """How many earlier layers send to a layer, on average."""
+    cross = CrossLayer.of(site.cross_layer)
+    return sum(cross.at(layer).count for layer in range(model.num_layers)) / model.num_layers
+
+
 def _message_flops(site: SiteConfig, model: Workload, edges: int, over_maps: bool) -> float:
     """Forward, of a token: the dense product of an adjacency with the nodes; wide heads where these stand in for it."""
     heads, width = model.num_heads, model.d_model // model.num_heads
     if not over_maps:
-        return 2 * site.rounds * heads * heads * (1 + site.cross_layer) * width
+        return 2 * site.rounds * heads * heads * (1 + _layers_before(site, model)) * width
     in_degree = edges / heads
     if site.rounds == 1 and in_degree <= WIDEST_IN_DEGREE:
         return (in_degree - 1) * 4 * model.d_model * model.length / 2

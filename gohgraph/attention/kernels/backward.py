@@ -1,7 +1,5 @@
 """The backward kernels: both compute the maps of a tile again; one goes over keys, one over queries."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """How functions that know one batch alone run under `torch.func.vmap`: the mapped dimension becomes part of it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The forward kernel: some queries of a sequence, and some heads, over all keys those may see."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """How the kernels are launched: sizes of their tiles, and their arguments from tensors."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

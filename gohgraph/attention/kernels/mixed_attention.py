@@ -1,7 +1,5 @@
 """Attention with messages between scores, in one pass over tiles of all heads: the Triton kernels as one function."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gohgraph.attention.kernels.folding import fold, unfold
+from gohgraph.common.packages import needs
 
 # Of how many heads the maps of a tile fit into registers and shared memory.
 MOST_HEADS = {torch.float16: 32, torch.bfloat16: 32, torch.float32: 16}
@@ -84,20 +83,13 @@ def kernel_refuses(device: torch.device, dtype: torch.dtype, num_heads: int, hea
         return f"{device} is no NVIDIA GPU"
     if not _has_triton():
         return "Triton {}.{} or newer is not installed".format(*OLDEST_TRITON)
-    if refused := _refused_heads(dtype, num_heads, head_dim):
-        return refused
-    if not _is_large(device.index if device.index is not None else torch.cuda.current_device()):
-        return f"{device} has a compute capability below 8.0 or less than {SHARED_MEMORY >> 10} KiB of shared memory"
-    return ""
-
-
-def _refused_heads(dtype: torch.dtype, num_heads: int, head_dim: int) -> str:
-    """Why no kernel is made for such heads, on whatever device; empty where there is one."""
     if dtype not in MOST_HEADS:
         return f"{dtype} is none of {list(MOST_HEADS)}"
     if num_heads > MOST_HEADS[dtype] or head_dim > LARGEST_HEAD_DIM:
         most = f"up to {MOST_HEADS[dtype]} heads of up to {LARGEST_HEAD_DIM} features in {dtype}"
         return f"{num_heads} heads of {head_dim} features are not {most}"
+    if not _is_large(device.index if device.index is not None else torch.cuda.current_device()):
+        return f"{device} has a compute capability below 8.0 or less than {SHARED_MEMORY >> 10} KiB of shared memory"
     return ""
 
 
@@ -176,12 +168,8 @@ def _in_order(inputs: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _launch() -> Any:
-    try:
+    with needs("triton for kernels on CUDA", "triton"):
         from gohgraph.attention.kernels import launch
-    except ImportError as error:
-        raise ImportError(
-            "Expected triton for kernels on CUDA (got none). Do pip install 'gohgraph[triton]', or tiled_attention."
-        ) from error
     return launch
 
 

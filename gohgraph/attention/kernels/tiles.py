@@ -4,8 +4,6 @@ Triton has no structures but tuples: what is compiled in is one constant C, `lau
 is the tuple of its pointer and strides.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

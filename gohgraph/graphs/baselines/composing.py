@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohgraph.common.checks import check_int
+from gohgraph.common.checks import check_bool, check_int
 from gohgraph.graphs.protocol import MAPS, SiteGraph, Traits
 
 
@@ -31,6 +31,8 @@ class Composition(SiteGraph):
     Args:
         num_heads, head_dim, context_dim: H, D (not used) and M.
         rank: R >= 1.
+        gates: has g; without it, and after the softmax of the last layer only, it is modded-nanogpt's reduced form
+            (record of May 2026).
 
     Shape:
         maps `[B, T, H, S]`, context `[B, T, M]`, keys `[B, S, U]` -> `[B, T, H, S]`.
@@ -42,16 +44,17 @@ class Composition(SiteGraph):
         torch.Size([2, 3, 5, 7])
     """
 
-    def __init__(self, num_heads: int, head_dim: int, context_dim: int, *, rank: int = 2) -> None:
+    def __init__(self, num_heads: int, head_dim: int, context_dim: int, *, rank: int = 2, gates: bool = True) -> None:
         super().__init__()
         check_int("rank", rank, low=1)
+        check_bool("gates", gates)
         self.num_heads, self.rank = num_heads, rank
         self.traits = Traits(num_heads, MAPS, keyed=True)
         hidden = 2 * rank * num_heads
         # The first of two is made of the query's token, the second of the key's.
         self.inner = nn.Parameter(torch.empty(2, hidden, context_dim))
         self.outer = nn.Parameter(torch.empty(2, hidden, hidden))
-        self.gate = nn.Parameter(torch.empty(2, num_heads, context_dim))
+        self.gate = nn.Parameter(torch.empty(2, num_heads, context_dim)) if gates else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -59,7 +62,8 @@ class Composition(SiteGraph):
         hidden, width = self.inner.shape[1:]
         nn.init.normal_(self.inner, std=(2 / (width + hidden)) ** 0.5)
         nn.init.normal_(self.outer, std=0.02 / (hidden**0.5 * (self.num_heads + self.rank)))
-        nn.init.normal_(self.gate, std=0.05 * (2 / (width + self.num_heads)) ** 0.5)
+        if self.gate is not None:
+            nn.init.normal_(self.gate, std=0.05 * (2 / (width + self.num_heads)) ** 0.5)
 
     def key_state(self, source: Tensor) -> Tensor:
         """Returns M^k of the keys' tokens, `[B, S, M] -> [B, S, H*H]`."""
@@ -80,8 +84,10 @@ class Composition(SiteGraph):
         pair = F.linear(hidden, self.outer[side]).unflatten(-1, (2, self.rank, self.num_heads))  # [*, 2, R, H]
         senders, receivers = pair.unbind(dim=-3)  # [*, R, H] each
         senders = F.rms_norm(senders, (self.num_heads,), eps=1e-6)
-        gate = F.linear(x, self.gate[side]).tanh()  # [*, H]
-        return receivers.transpose(-1, -2) @ senders + torch.diag_embed(gate)  # [*, H, H]
+        mixing = receivers.transpose(-1, -2) @ senders  # [*, H, H]
+        if self.gate is None:
+            return mixing
+        return mixing + torch.diag_embed(F.linear(x, self.gate[side]).tanh())  # [*, H, H]
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, rank={self.rank}"
+        return f"num_heads={self.num_heads}, rank={self.rank}, gates={self.gate is not None}"

@@ -39,7 +39,7 @@ class KnockingHeads(SiteGraph):
         super().__init__()
         check_choice("form", form, FORMS)
         self.num_heads, self.form = num_heads, form
-        self.traits = Traits(num_heads, FEATURES)
+        self.traits = Traits(num_heads, FEATURES, static=form == "linear")
         self.up = nn.Parameter(torch.empty(head_dim, head_dim))
         self.gate = nn.Parameter(torch.empty(head_dim, head_dim)) if form == "mlp" else None
         self.down = nn.Parameter(torch.empty(head_dim, head_dim)) if form == "mlp" else None

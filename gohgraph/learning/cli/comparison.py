@@ -1,7 +1,5 @@
 """A training script of a model with head graphs, alone or beside plain attention of as many parameters."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A training script that holds a contest: models at the best rates of one grid, over several seeds."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +12,7 @@ from gohgraph.drawing import draw_curves
 from gohgraph.learning.cli.flags import add_rate_flags
 from gohgraph.learning.cli.script import Script
 from gohgraph.learning.contests.contest import Contest, Result
+from gohgraph.learning.contests.grid import Grid
 from gohgraph.learning.loop import Training
 from gohgraph.learning.run_folder import write_text
 
@@ -44,7 +43,7 @@ class ContestScript(Script):
 
     def train(self) -> None:
         """Trains all models, draws their curves in one figure and reports; ranks but the first only train."""
-        contest = Contest(self.models(), self.flags.seeds, self.flags.learning_rates, self.folder)
+        contest = Contest(self.models(), self.flags.seeds, Grid.of_rates(self.flags.learning_rates), self.folder)
         results = contest.run(self._start, self._finish, resume=self.flags.resume)
         if len(results) > 1:
             draw_curves({result["leaf"]: result["log"] for result in results.values()}, self.folder / "curves.png")

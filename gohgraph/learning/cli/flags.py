@@ -1,7 +1,5 @@
 """Flags that training scripts share, and the training they describe."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import torch
 
 from gohgraph.common.checks import check_int
+from gohgraph.learning.recipes import RECIPES
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.parallel.layout import MODES, ParallelConfig
 from gohgraph.parallel.ranks import machines, under_torchrun, world_size
@@ -43,7 +42,9 @@ def add_rate_flags(parser: argparse.ArgumentParser, *, learning_rate: float) -> 
 def add_training_flags(parser: argparse.ArgumentParser, *, weight_decay: float = 0.1) -> None:
     """Adds the flags that `train_config` reads."""
     add = parser.add_argument_group("training").add_argument
+    add("--recipe", choices=RECIPES, help="of model and training (default: the script's or, to resume, the run's)")
     add("--warmup", type=int, help="steps of linear warm-up (default: a tenth of the steps, at most 100)")
+    add("--matrix-learning-rate", type=float, help="of Muon, whose matrices are those inside layers (default: 0.02)")
     add("--weight-decay", type=float, default=weight_decay, help="default %(default)s")
     add("--graph-lr-factor", type=float, default=1.0, help="learning rate of head graphs over the others'")
     add("--patience", type=int, help="evaluations without a better loss after which it stops (default: never)")
@@ -96,7 +97,7 @@ def train_config(flags: argparse.Namespace, seed: int, learning_rate: float, **o
     """Returns the training that flags of `add_training_flags` describe; `overrides` go over them."""
     same = "weight_decay graph_lr_factor patience precision compile device keep_checkpoints".split()
     steps = overrides["steps"] if "steps" in overrides else flags.steps
-    values = {name: getattr(flags, name) for name in same} | {
+    values = RECIPES[flags.recipe].training | {name: getattr(flags, name) for name in same} | {
         "steps": steps,
         "warmup": min(100, steps // 10) if flags.warmup is None else flags.warmup,
         "eval_every": max(1, steps // 10) if flags.eval_every is None else flags.eval_every,
@@ -105,4 +106,6 @@ def train_config(flags: argparse.Namespace, seed: int, learning_rate: float, **o
         "seed": seed,
         "learning_rate": learning_rate,
     }
+    if flags.matrix_learning_rate is not None:
+        values["matrix_learning_rate"] = flags.matrix_learning_rate
     return TrainConfig(**(values | overrides))

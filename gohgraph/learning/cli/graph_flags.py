@@ -1,11 +1,10 @@
 """Flags of a command line that describe head graphs and routing, and the configuration they make."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
 from gohgraph.graphs.config import HeadGraphConfig, RoutingConfig
+from gohgraph.graphs.cross_layer import ALL, FIRST
 from gohgraph.graphs.site_config import SiteConfig
 from gohgraph.graphs.topologies import TOPOLOGIES
 
@@ -13,7 +12,7 @@ SITES = ("none", "outputs", "scores", "both")
 # None and False tell a flag that is not given; what it is by default is said in its help.
 OUTPUT_FLAGS = ("topology", "in_degree", "cross_layer", "edge_norm", "experts")
 SCORE_FLAGS = ("score_topology", "score_in_degree")
-EDGE_FLAGS = ("rank", "rounds", "top_edges")
+EDGE_FLAGS = ("rank", "rounds", "top_edges", "graph_layers")
 ROUTER_FLAGS = ("top_k", "balance_loss", "z_loss", "bias_rate", "straight_through", "anneal_top_k")
 
 
@@ -29,9 +28,10 @@ def add_graph_flags(parser: argparse.ArgumentParser) -> None:
     graph("--rank", type=int, help="low rank of token edges (default: full)")
     graph("--edge-activation", choices=("tanh", "none"), default="tanh")
     graph("--rounds", type=int, help="rounds of message passing (default: 1, with --experts 2)")
-    graph("--cross-layer", type=int, help="earlier layers whose heads send too (outputs; default: 0)")
+    graph("--cross-layer", type=_layers, help="earlier layers whose heads send too: a number, first or all (outputs)")
     graph("--edge-norm", action="store_true", help="normalise messages per head (outputs)")
     graph("--top-edges", type=int, help="per token, each head keeps so many incoming edges (default: all)")
+    graph("--graph-layers", type=int, nargs="+", help="layers that have the graphs, from the end by -1 (default: all)")
     graph("--experts", action="store_true", help="graph experts: messages between two kinds of heads (outputs)")
     graph("--alignment", type=float, help="weight of the experts' alignment loss (default: 0)")
     route = parser.add_argument_group("head routing").add_argument
@@ -74,7 +74,8 @@ def graph_from_flags(flags: argparse.Namespace, num_heads: int) -> HeadGraphConf
     routing = _routing(flags, num_heads, num_shared) if flags.router else None
     if outputs is scores is routing is None:
         return None
-    return HeadGraphConfig(outputs, scores, routing, flags.alignment or 0.0)
+    layers = tuple(flags.graph_layers) if flags.graph_layers else None
+    return HeadGraphConfig(outputs, scores, routing, flags.alignment or 0.0, layers=layers)
 
 
 def _check(flags: argparse.Namespace) -> None:
@@ -104,6 +105,10 @@ def _routing(flags: argparse.Namespace, num_heads: int, num_shared: int) -> Rout
     weights = {name: getattr(flags, name) for name in ("balance_loss", "z_loss", "bias_rate")}
     given = {name: weight for name, weight in weights.items() if weight is not None}
     return RoutingConfig(num_shared, top_k, straight_through=flags.straight_through, **given)
+
+
+def _layers(text: str) -> int | str:
+    return text if text in (FIRST, ALL) else int(text)
 
 
 def _topology(name: str, in_degree: int | None, flag: str) -> dict[str, Any]:

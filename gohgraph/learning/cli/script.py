@@ -1,7 +1,5 @@
 """A training script: its flags, its run folder, Ctrl-C and `--resume`."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys
@@ -11,9 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.files import read_json
 from gohgraph.learning.cli.flags import add_run_flags, add_size_flags, add_training_flags, fill_sizes, train_config
 from gohgraph.learning.loop import Training, TrainingInterrupted
-from gohgraph.learning.run_folder import last_folder, new_folder, runs_in, write_text
+from gohgraph.learning.recipes import RECIPES
+from gohgraph.learning.run_folder import CONFIG, last_folder, new_folder, runs_in, write_text
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.parallel.ranks import lost_ranks, machines, on_first_rank, process_group, under_torchrun, world_size
 
@@ -31,7 +31,7 @@ class Script:
         name: of the script below `examples/`, without its suffix.
         runs: the run folder is `runs/...` unless `--run` names one.
         full, smoke: sizes of a full run and of `--smoke` by name; each becomes a flag and stands in `flags`.
-        weight_decay: where `--weight-decay` does not say otherwise.
+        recipe, weight_decay: where `--recipe` and `--weight-decay` do not say otherwise.
         folder: the run folder, once `train` is called.
 
     Example:
@@ -48,6 +48,7 @@ class Script:
     runs: ClassVar[str]
     full: ClassVar[Mapping[str, Any]]
     smoke: ClassVar[Mapping[str, Any]]
+    recipe: ClassVar[str] = "modern"
     weight_decay: ClassVar[float] = 0.1
     folder: Path
 
@@ -91,8 +92,10 @@ class Script:
         return self.folder / f"seed-{seed}" if len(self.flags.seeds) > 1 else self.folder
 
     def values(self, *names: str) -> dict[str, Any]:
-        """Returns the values of flags by name; by default those that give a transformer its shape."""
-        return {name: getattr(self.flags, name) for name in names or ("d_model", "num_heads", "num_layers", "d_ff")}
+        """Returns the values of flags by name; by default those that give a transformer its shape, and the recipe's."""
+        if names:
+            return {name: getattr(self.flags, name) for name in names}
+        return self.values("d_model", "num_heads", "num_layers", "d_ff") | RECIPES[self.flags.recipe].model
 
     def config(self, seed: int, learning_rate: float, **overrides: Any) -> TrainConfig:
         """Returns the training that the flags describe; `overrides` go over them."""
@@ -117,8 +120,17 @@ class Script:
         self.check()
         with process_group(self.flags.device):
             self.folder = open_folder(self.flags, self.run_name())
+            self.flags.recipe = self.flags.recipe or on_first_rank(self._own_recipe)
             with resumable(self.name, argv, self.folder):
                 self.train()
+
+
+    def _own_recipe(self) -> str:
+        for leaf in runs_in(self.folder) if self.flags.resume else ():
+            flags = read_json(leaf / CONFIG, "restore it").get("flags", {})
+            # Runs from before recipes had names are of the old one.
+            return flags.get("recipe", "old")
+        return self.recipe
 
 
 def open_folder(flags: argparse.Namespace, name: str) -> Path:

@@ -1,7 +1,5 @@
 """The runs of a contest in turns: all models of a seed side by side in one process, each in its run folder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -32,10 +30,11 @@ class InTurns:
 
     def try_rates(self, runs: Sequence[Run]) -> dict[Run, float]:
         """Trains runs of the first seed; returns the last loss of each, infinite where it has run away."""
-        self._tried = {run: self._start(run) for run in runs}
-        train_together(list(self._tried.values()), may_diverge=True)
+        trainings = {run: self._start(run) for run in runs}
+        train_together(list(trainings.values()), may_diverge=True)
+        self._tried |= trainings
         # The log is the first rank's.
-        return on_first_rank(lambda: {run: self._loss(training) for run, training in self._tried.items()})
+        return on_first_rank(lambda: {run: self._loss(training) for run, training in trainings.items()})
 
     def train(self, runs: Sequence[Run]) -> dict[Run, Any]:
         """Trains the runs that have not been tried, one seed after the other; returns the results of all."""
@@ -57,6 +56,6 @@ class InTurns:
         if not losses:
             raise ValueError(
                 f"Expected {self._chosen_by} in the log of {training.folder.path} to choose its learning rate by "
-                "(got none). Do return one from evaluate, or pass one rate."
+                f"(got {training.folder.columns}). Do return one from evaluate, or pass one rate."
             )
         return losses[-1]

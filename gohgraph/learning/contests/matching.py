@@ -1,7 +1,5 @@
 """Equal parameter counts for fair comparisons: the feed-forward of the lighter model is widened."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 
@@ -28,9 +26,6 @@ def match_parameters(build: Build, config: TransformerConfig, parameters: int) -
         config: the lighter model's configuration.
         parameters: the count to reach, at least the lighter model's own.
 
-    Raises:
-        ValueError: `config` already has more parameters than asked for.
-
     Example:
         >>> from gohgraph.models.models import LanguageModel
         >>> plain = TransformerConfig(vocab_size=7, d_model=8, num_heads=2, num_layers=2, d_ff=16)
@@ -46,11 +41,8 @@ def match_parameters(build: Build, config: TransformerConfig, parameters: int) -
 
 def with_plain(build: Build, config: TransformerConfig) -> dict[str, TransformerConfig]:
     """Returns `config` as "goh" and, as "plain", plain attention of as many parameters.
-
-    Raises:
-        ValueError: there is no head graph to compare with.
     """
     if config.head_graph is None:
-        raise ValueError("Expected a head graph to compare with (got none). Do add --sites or --router.")
+        raise ValueError("Expected a head graph to compare with (got head_graph=None). Do add --sites or --router.")
     parameters = count_parameters(build(config))
     return {"goh": config, "plain": match_parameters(build, dataclasses.replace(config, head_graph=None), parameters)}

@@ -1,7 +1,5 @@
 """What a contest led to: its table, and which of two models is better."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +9,8 @@ from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.learning.regimes.language import standard_error
 
 Result = dict[str, Any]
+# Of Student's t, the half width of a 95 % interval in standard errors by degrees of freedom; beyond, about 2.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 
 
 def by_model(trained: Mapping[tuple[int, str], Result]) -> dict[str, list[Result]]:
@@ -50,7 +50,9 @@ def results_table(trained: Mapping[tuple[int, str], Result], columns: Mapping[st
 
 
 def verdict(trained: Mapping[tuple[int, str], Result]) -> str:
-    """Tells which of two models is better: by the same examples, or by the same seeds when there are several.
+    """Tells which of two models is better by seeds, a 95 % interval around their mean; of one seed, what it gave.
+
+    One seed knows the noise of the examples and not that of training, which is larger: it decides nothing.
 
     Args:
         trained: results with `losses` `[examples]` in nats; the model `"plain"` is the reference of the other one.
@@ -58,15 +60,19 @@ def verdict(trained: Mapping[tuple[int, str], Result]) -> str:
     Example:
         >>> losses = {"goh": torch.tensor([1.0, 3.0]), "plain": torch.tensor([1.5, 2.6])}
         >>> verdict({(0, name): {"losses": values} for name, values in losses.items()})
-        'no difference beyond noise: goh is ahead by +0.0500 ± 0.4500 nats (one seed; ...: --seeds 0 1 2)'
+        'goh is ahead by +0.0500 ± 0.4500 nats over the examples; of one seed, this is no verdict: --seeds 0 1 2'
+        >>> verdict({(seed, name): {"losses": losses[name] + seed} for seed in range(3) for name in losses})
+        'better: goh, by 0.0500 ± 0.0000 nats (3 seeds)'
     """
     losses = {name: [one["losses"] for one in seeds] for name, seeds in by_model(trained).items()}
     plain = losses.pop("plain")
     ((other, other_losses),) = losses.items()
     gains = [reference - values for reference, values in zip(plain, other_losses, strict=True)]
-    values = torch.stack([gain.mean() for gain in gains]) if len(gains) > 1 else gains[0]
-    gain, error = values.mean().item(), standard_error(values)
-    basis = f"{len(gains)} seeds" if len(gains) > 1 else "one seed; another one may say otherwise: --seeds 0 1 2"
-    if not abs(gain) > 2 * error:
-        return f"no difference beyond noise: {other} is ahead by {gain:+.4f} ± {error:.4f} nats ({basis})"
-    return f"better: {other if gain > 0 else 'plain'}, by {abs(gain):.4f} ± {error:.4f} nats ({basis})"
+    if len(gains) == 1:
+        told = f"{gains[0].mean().item():+.4f} ± {standard_error(gains[0]):.4f} nats over the examples"
+        return f"{other} is ahead by {told}; of one seed, this is no verdict: --seeds 0 1 2"
+    means = torch.stack([gain.mean() for gain in gains])
+    gain, half = means.mean().item(), STUDENT.get(len(gains) - 1, 2.0) * standard_error(means)
+    if not abs(gain) > half:
+        return f"no difference beyond noise: {other} is ahead by {gain:+.4f} ± {half:.4f} nats ({len(gains)} seeds)"
+    return f"better: {other if gain > 0 else 'plain'}, by {abs(gain):.4f} ± {half:.4f} nats ({len(gains)} seeds)"

@@ -1,7 +1,5 @@
 """Many independent runs: side by side in processes, each remembered on disk once it is done."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
@@ -25,6 +23,7 @@ def sweep(
     *,
     jobs: int = 1,
     may_diverge: bool = False,
+    on_result: Callable[[str, Any], None] | None = None,
 ) -> dict[str, Any]:
     """Calls `function(**runs[name])` for every name whose result is not in `folder` yet.
 
@@ -37,6 +36,7 @@ def sweep(
         folder: where results are kept.
         jobs: processes side by side; with one, runs stay in this process.
         may_diverge: a run that raises `FloatingPointError`, since its loss is no longer finite, has the result `None`.
+        on_result: called with the name and result of every run that has just finished, once it is on disk.
 
     Raises:
         ValueError: jobs below 1, a damaged result, or one that other arguments gave.
@@ -66,6 +66,8 @@ def sweep(
                 results[name] = None
             saved = {"arguments": runs[name], "result": results[name]}
             write_text_whole(files[name], json.dumps(saved, indent=1))
+            if on_result is not None:
+                on_result(name, results[name])
             bar.update()
     return {name: results[name] for name in runs}
 

@@ -1,7 +1,5 @@
 """Labelled data for a `Classifier`, and how well it tells classes apart."""
 
-from __future__ import annotations
-
 import os
 import random
 from dataclasses import dataclass

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import http.client
 import os
-import sysconfig
 import urllib.request
 import uuid
-import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,19 +18,19 @@ from tqdm import tqdm
 
 from gohgraph.common.checks import check_int, check_number
 from gohgraph.common.files import write_whole
+from gohgraph.learning.data import python_text
 
 PYTHON_DOCS = "python-docs"
 
 # Fewer bytes than this in either part measure nothing.
 _MINIMUM_BYTES = 100
 
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-
-# Not documentation of the library, or not present in every installation of the same Python version.
-_SKIPPED_FOLDERS = frozenset(
-    ["site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"]
-)
-
+# By name: what gathers the documents.
+_GATHERED: dict[str, Callable[[], dict[str, str]]] = {
+    PYTHON_DOCS: lambda: python_text.documentation(),
+    "python": lambda: python_text.library(),
+    "python-packages": lambda: python_text.packages(),
+}
 
 # By name: where it is, and its SHA-256.
 _DOWNLOADS = {
@@ -49,7 +46,7 @@ class Corpus:
     """A text as bytes, split once into what is trained on and what is only measured.
 
     Args:
-        name: `"python-docs"`, `"tiny-shakespeare"`, or the path of the file.
+        name: of a built-in or downloaded text, or the path of the file.
         train, validation: uint8 `[N]`, at least 100 bytes each when made by `load_corpus`.
     """
 
@@ -68,6 +65,10 @@ def load_corpus(
       the standard library's sources, each docstring once. About 2.1 MB (English and code), read in about 3 s; the exact
       text depends on the Python version, so losses compare only within one. Whole documents (a topic, or the docstrings
       of one source file) are held out, in the order of a fixed hash of their names.
+    - `"python"`: the same topics and the sources of the standard library whole, about 9 MB, split alike; `python_text`
+      says what is left out.
+    - `"python-packages"`: that and the sources of torch, torch_geometric, networkx and numpy, about 63 MB. The exact
+      text depends on their versions too.
     - `"tiny-shakespeare"`: 1.1 MB, downloaded once, checked by SHA-256 and cached; its end is held out.
     - anything else is the path of a file of any bytes, whose end is held out.
 
@@ -96,8 +97,8 @@ def load_corpus(
         )
     check_number("validation_fraction", validation_fraction, above=0, below=1)
     name = os.fspath(source)
-    if name == PYTHON_DOCS:
-        train, validation = split_documents(_python_documents(), validation_fraction)
+    if name in _GATHERED:
+        train, validation = split_documents(_GATHERED[name](), validation_fraction)
     else:
         text = _download(name, cache) if name in _DOWNLOADS else _read_file(name)
         cut = len(text) - int(len(text) * validation_fraction)
@@ -186,7 +187,7 @@ def _windows(data: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]
 
 
 def _names() -> str:
-    return " or ".join(repr(name) for name in (PYTHON_DOCS, *_DOWNLOADS))
+    return " or ".join(repr(name) for name in (*_GATHERED, *_DOWNLOADS))
 
 
 def as_tensor(text: bytes) -> Tensor:
@@ -203,41 +204,6 @@ def _read_file(name: str) -> bytes:
         raise ValueError(
             f"Expected {_names()}, or a text file that can be read (got {name!r}: {reason}). Do check the path."
         ) from error
-
-
-def _python_documents() -> dict[str, str]:
-    """Name and text of every topic and of every source file with docstrings, in a fixed order."""
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(p for p in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts))
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        topics = {}
-    if not topics or not paths:
-        raise ValueError(
-            "Expected a Python with its documentation and the sources of its standard library "
-            f"(got {len(topics)} topics, and {len(paths)} source files in {root}). "
-            "Do install them, or train on a text of your own with --data FILE."
-        )
-    documents = {f"topics/{topic}": text for topic, text in sorted(topics.items())}
-    # One set for all files: a docstring repeated elsewhere must not leak into validation.
-    seen: set[str] = set()
-    for path in paths:
-        fresh = [text for text in dict.fromkeys(_docstrings(path)) if text not in seen]
-        seen.update(fresh)
-        if fresh:
-            documents[path.relative_to(root).as_posix()] = "\n\n".join(fresh)
-    return documents
-
-
-def _docstrings(path: Path) -> Iterator[str]:
-    with warnings.catch_warnings():
-        # Some modules still hold invalid escapes, which is no concern of ours.
-        warnings.simplefilter("ignore")
-        tree = ast.parse(path.read_bytes(), filename=str(path))
-    for node in ast.walk(tree):
-        if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
-            yield text
 
 
 def split_documents(documents: dict[str, str], validation_fraction: float) -> tuple[bytes, bytes]:

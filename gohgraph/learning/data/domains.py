@@ -1,7 +1,5 @@
 """Real text of several kinds that every installation holds: the tasks of continual and multi-task learning."""
 
-from __future__ import annotations
-
 import sysconfig
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -60,14 +58,6 @@ def _documentation() -> Iterator[str]:
     yield from (text for _, text in sorted(topics.items()))
 
 
-def _python() -> Iterator[str]:
-    yield from _read(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-
-
-def _cpp() -> Iterator[str]:
-    yield from _read((Path(torch.__file__).parent / "include" / "ATen").glob("*.h"))
-
-
 def _names() -> Iterator[str]:
     yield "\n".join(name for number in range(0x20000) if (name := unicodedata.name(chr(number), "")))
 
@@ -85,8 +75,8 @@ def _licences() -> Iterator[str]:
 
 DOMAINS: dict[str, Callable[[], Iterator[str]]] = {
     "documentation": _documentation,
-    "python": _python,
-    "cpp": _cpp,
+    "python": lambda: _read(Path(sysconfig.get_path("stdlib")).glob("*.py")),
+    "cpp": lambda: _read((Path(torch.__file__).parent / "include" / "ATen").glob("*.h")),
     "names": _names,
     "licences": _licences,
 }

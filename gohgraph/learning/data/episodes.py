@@ -1,7 +1,5 @@
 """Few-shot episodes: small classification tasks drawn from the classes of labelled images."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from typing import NamedTuple

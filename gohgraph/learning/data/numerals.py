@@ -1,7 +1,5 @@
 """Sentences with numbers in words: a synthetic parallel text in English and German."""
 
-from __future__ import annotations
-
 import random
 
 _SUBJECTS = (

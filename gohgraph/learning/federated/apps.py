@@ -1,7 +1,5 @@
 """The client as a Flower app: tensors to messages and back."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

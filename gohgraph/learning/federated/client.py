@@ -1,7 +1,5 @@
 """One client: trains on its own text, shares a part of its model and keeps the rest."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

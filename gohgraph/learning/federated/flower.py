@@ -1,7 +1,5 @@
 """Flower's names, or an error that says what to install."""
 
-from __future__ import annotations
-
 from gohgraph.common.packages import needs
 
 with needs("the package flwr, on Python 3.11 or newer,", "federated"):

@@ -1,7 +1,5 @@
 """The rounds of a federated run, with a run folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

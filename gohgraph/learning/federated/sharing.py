@@ -1,7 +1,5 @@
 """What a client trains, and which part of it travels."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 

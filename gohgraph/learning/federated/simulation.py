@@ -1,7 +1,5 @@
 """A server and all its clients on one machine."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Clients that differ: several kinds of text, dealt out unevenly."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

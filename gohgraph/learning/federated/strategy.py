@@ -1,7 +1,5 @@
 """What keeps a round alive: replies that would stop or poison it are refused, whatever averages the others."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math
@@ -58,11 +56,6 @@ class Guarded(Strategy):
 
     Attributes:
         report: of the round that runs or ran last.
-
-    Example:
-        >>> from gohgraph.learning.federated.flower import FedAvg
-        >>> Guarded(FedAvg(), done=3).done
-        3
     """
 
     def __init__(self, strategy: Strategy, *, done: int = 0, last: int | None = None, evaluate_every: int = 1) -> None:

@@ -1,7 +1,5 @@
 """Small adapters over shared heads: every task owns copies of some modules of a model."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection
 from typing import Any
@@ -105,8 +103,11 @@ class TaskAdapters(nn.Module):
 
         For models that are called as a `LanguageModel`; a uniform prior over tasks.
         """
-        each = torch.stack([_sequence_losses(self, tokens, task) for task in range(self.num_tasks)])  # [K, B]
-        return each.argmin(dim=0)
+        losses = []
+        for task in range(self.num_tasks):
+            logits = self(tokens[:, :-1], task=task).logits.float().transpose(1, 2)  # [B, V, T-1]
+            losses.append(nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none").mean(dim=1))  # [B]
+        return torch.stack(losses).argmin(dim=0)
 
 
 class _ForTask(nn.Module):
@@ -117,11 +118,6 @@ class _ForTask(nn.Module):
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         return self.adapters(*inputs, task=self.task, **options)
-
-
-def _sequence_losses(adapters: TaskAdapters, tokens: Tensor, task: int) -> Tensor:
-    logits = adapters(tokens[:, :-1], task=task).logits.float()  # [B, T-1, V]
-    return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(dim=1)  # [B]
 
 
 def _check_not_shared(model: nn.Module, owned: list[str], pattern: list[nn.Parameter]) -> None:

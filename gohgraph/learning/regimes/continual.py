@@ -4,8 +4,6 @@ A `Learner` says what is trained on a task, on which batches and with which loss
 all tasks with the one training loop and returns the loss on every task after every task.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -46,14 +44,6 @@ class Learner:
         model: a `LanguageModel` of bytes, trained in place.
         tasks: the texts, in the order in which they are learned.
         windows: how they are read.
-
-    Example:
-        >>> import gohgraph as goh
-        >>> tasks = [Corpus(name, *torch.randint(256, (2, 200), dtype=torch.uint8)) for name in ("a", "b")]
-        >>> model = goh.LanguageModel(goh.TransformerConfig(256, d_model=8, num_heads=2, num_layers=1, d_ff=8))
-        >>> learner = Learner(model, tasks, Windows(batch_size=2, length=10))
-        >>> len(learner.batch(0, index=5)), learner.measure(1).shape
-        (2, torch.Size([19]))
     """
 
     def __init__(self, model: nn.Module, tasks: Sequence[Corpus], windows: Windows) -> None:

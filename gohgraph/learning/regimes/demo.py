@@ -1,7 +1,5 @@
 """A small language model with head graphs, trained while you wait."""
 
-from __future__ import annotations
-
 import torch
 from tqdm import tqdm
 

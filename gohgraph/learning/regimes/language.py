@@ -1,7 +1,5 @@
 """Byte-level language modelling: text as token ids, and how well a model predicts it."""
 
-from __future__ import annotations
-
 import codecs
 
 import torch

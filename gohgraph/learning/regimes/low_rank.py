@@ -1,7 +1,5 @@
 """Low-rank updates of weights (LoRA), the opponent and companion of head graphs as adapters."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 

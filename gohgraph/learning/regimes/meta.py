@@ -4,8 +4,6 @@ An inner loop runs on `torch.func`, over any part of the parameters: all (MAML),
 (ANIL). The outer loop is the training loop of the library.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 
@@ -82,7 +80,6 @@ class MetaLearner(nn.Module):
 
     def predict(self, episodes: Episodes) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the logits of all queries `[N, Q, C]`, and what each task adapted, `[N, ...]` each."""
-
         tasks = zip(episodes.support, episodes.support_targets, episodes.query, strict=True)
         fast, logits = [], []
         with sdpa_kernel(SDPBackend.MATH):

@@ -1,7 +1,5 @@
 """Multi-task learning: several sources of data in one training, and adapters that belong to one of them."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,7 +39,7 @@ class TaskSampler:
         seed: int = 0,
     ) -> None:
         if not sources:
-            raise ValueError("Expected at least one source (got none). Do pass a function for every task.")
+            raise ValueError(f"Expected at least one source (got {sources!r}). Do pass a function for every task.")
         if temperature is not None and (not temperature > 0 or sizes is None):
             raise ValueError(f"Expected a temperature > 0 and sizes (got {temperature}, {sizes}). Do pass both.")
         if sizes is not None and (len(sizes) != len(sources) or not min(sizes) > 0):

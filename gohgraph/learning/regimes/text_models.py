@@ -1,7 +1,5 @@
 """Language models of any origin with head graphs, and how they read a text."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Training and measuring a translating `Transformer`: label smoothing, loss of each sentence, and BLEU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

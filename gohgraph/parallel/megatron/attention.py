@@ -1,7 +1,5 @@
 """Megatron-Core's self-attention with head graphs and a router."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -85,9 +83,6 @@ class HeadGraphCoreAttention(MegatronModule):
         pg_collection: process groups; `None` for Megatron-Core's own.
         **options: what else the slot is built with, for `attention`.
 
-    Raises:
-        ValueError: budgets of a router for another number of layers, a graph that cannot stand where it is to.
-
     Shape:
         query `[s, b, H/n, D]`, key and value `[s, b, G/n, D]`, x `[s, b, M]` -> `[s, b, H/n*D]`.
     """
@@ -104,6 +99,7 @@ class HeadGraphCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         check_sizes(head_graph, config)
+        head_graph = head_graph.at_layer(layer_number - 1, config.num_layers)
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
         self.layer_number, self.routing_config, self.tp_group = layer_number, head_graph.routing, pg_collection.tp
@@ -120,7 +116,9 @@ class HeadGraphCoreAttention(MegatronModule):
             torch.default_generator.manual_seed(torch.initial_seed() + layer_number)
             self.output_graph = self._conv("outputs", head_graph.outputs)
             self.score_graph = self._conv("scores", head_graph.scores)
-            self.router = self._router(head_graph)
+            sizes = (config.hidden_size, config.num_attention_heads)
+            routing = head_graph.routing
+            self.router = routing and HeadRouter.from_config(routing, *sizes, layer=layer_number - 1)
         self._place()
 
     def forward(
@@ -184,12 +182,6 @@ class HeadGraphCoreAttention(MegatronModule):
             return None
         check_site(name, graph, sizes[0], ())
         return MegatronHeadGraphConv(graph, self.tp_group, over_maps=name == "scores")
-
-    def _router(self, head_graph: HeadGraphConfig) -> HeadRouter | None:
-        if head_graph.routing is None:
-            return None
-        sizes = (self.config.hidden_size, self.config.num_attention_heads)
-        return HeadRouter.from_config(head_graph.routing, *sizes, layer=self.layer_number - 1)
 
     def _place(self) -> None:
         """Moves head graphs and router to where Megatron-Core makes parameters, in its number format."""

@@ -1,7 +1,5 @@
 """Checkpoints of a model and a torch optimizer in Megatron-Core's torch_dist format, for any number of ranks."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator

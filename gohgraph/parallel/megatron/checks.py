@@ -1,7 +1,5 @@
 """What head graphs under Megatron-Core cannot do, refused when a model is built."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from gohgraph.graphs.config import SITES, HeadGraphConfig

@@ -1,7 +1,5 @@
 """Megatron-Core without CUDA, for trials and tests."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock

@@ -1,7 +1,5 @@
 """A sharded head graph as Megatron-Core optimises and saves it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Losses of head routers under Megatron-Core, which scales and logs those of experts the same way."""
 
-from __future__ import annotations
-
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -57,7 +55,7 @@ def attach_losses(
             continue
         if MoEAuxLossAutoScaler.main_loss_backward_scale is None and config.num_moe_experts is None:
             raise ValueError(
-                "Expected a scale of router losses (got none). Do call set_router_loss_scale(config, num_microbatches) "
+                "Expected a scale of router losses (got None). Do call set_router_loss_scale(config, num_microbatches) "
                 "in every training step."
             )
         save_to_aux_losses_tracker(name, loss, layer_number, layers)

@@ -1,7 +1,5 @@
 """Megatron-Core layers with head graphs."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

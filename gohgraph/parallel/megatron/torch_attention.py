@@ -1,7 +1,5 @@
 """Megatron-Core's core attention by torch's kernels, on any device."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,9 +30,6 @@ class TorchCoreAttention(MegatronModule):
     Shape:
         query `[s, b, H, D]`, key `[t, b, G, D]`, value `[t, b, G, D]`; mask bool, broadcastable to `[b, H, s, t]`, True
         = may **not** attend (Megatron's polarity) -> `[s, b, H*D]`.
-
-    Raises:
-        ValueError: a config with windows or another softmax.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ from benchmarks.tasks.base import Task
 from benchmarks.tasks.digits import Digits
 from benchmarks.tasks.find_block import FindBlock
 from benchmarks.tasks.text import Text
+from benchmarks.tasks.translation import Translation
 from benchmarks.tasks.two_cues import TwoCues
 from benchmarks.tasks.two_hops import TwoHops
 
@@ -17,4 +18,5 @@ TASKS: dict[str, type[Task]] = {
     "two-hops": TwoHops,
     "find-block": FindBlock,
     "digits": Digits,
+    "translation": Translation,
 }

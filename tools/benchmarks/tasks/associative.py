@@ -22,6 +22,8 @@ class ManyQueries(EpisodeTask):
     the two halves of the vocabulary, key j again at `2 N + 2 g_j`, gaps g without replacement by p(g) ~ (g+1)^(a-1),
     a = 0.01, zeros between; learned positions, two layers. Smaller here: fewer keys and pairs, more heads than one.
 
+    One who looks keys up makes no error; one who guesses among the N listed values is wrong in 1 - 1/N of the cases.
+
     Args:
         num_pairs: N.
         num_keys: keys to choose from, and as many values.

@@ -15,12 +15,16 @@ from gohgraph.models.config import TransformerConfig
 from gohgraph.models.model_output import ModelOutput
 from gohgraph.models.models import LanguageModel
 
-HELD_OUT_SEED, HELD_OUT_EPISODES = -1, 512
+# What is never trained on, in two parts: rates are chosen on one and results are reported on the other.
+CHOOSING, REPORTED = "choosing", "reported"
+HELD_OUT_SEEDS, HELD_OUT_EPISODES = {CHOOSING: -2, REPORTED: -1}, 512
 
 
 @dataclass(frozen=True)
 class Task(ABC):
     """A task on which attention variants are compared; a subclass says what is learned.
+
+    Its data has three parts: what is trained on, what learning rates are chosen on, and what is reported on.
 
     Args:
         d_model, num_heads, num_layers: M, H and L of the models.
@@ -31,7 +35,7 @@ class Task(ABC):
     Attributes:
         summary: what is measured, in one line of the table's caption.
         measure: the entry of `evaluate` that is reported, lower is better.
-        chosen_by: the entry that learning rates are chosen by; `None` for the measure.
+        chosen_by: the entry that learning rates are chosen by; `None` for the measure's of the choosing part.
     """
 
     d_model: int
@@ -47,7 +51,7 @@ class Task(ABC):
     @property
     def choosing(self) -> str:
         """The entry of `evaluate` that learning rates are chosen by, lower is better."""
-        return self.chosen_by or self.measure
+        return self.chosen_by or f"choosing_{self.measure.removeprefix('validation_')}"
 
     @abstractmethod
     def config(self) -> TransformerConfig:
@@ -66,8 +70,25 @@ class Task(ABC):
         """Returns the training loss, or an output that holds it."""
 
     @abstractmethod
+    def measures(self, model: nn.Module, part: str) -> dict[str, float]:
+        """Measures a model on one of the two parts that are never trained on: `loss` and perhaps `error`."""
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measures a model on data that is never trained on: `measure` and more."""
+        """Measures a model on both: `choosing_loss`, `validation_loss` of the part that is reported, and more."""
+        chosen, reported = (self.measures(model, part) for part in (CHOOSING, REPORTED))
+        return named_by_part(chosen, reported)
+
+    def final(self, model: nn.Module) -> dict[str, float]:
+        """Measures a trained model once more, by what takes too long to be measured on the way."""
+        return {}
+
+    def training(self, steps: int) -> dict[str, Any]:
+        """Returns changes of `TrainConfig` that are the task's own under any recipe."""
+        return {"warmup": steps // 20}
+
+    def epochs(self, steps: int) -> float | None:
+        """Returns how often so many steps see each training example; `None` where all of them are fresh."""
+        return None
 
     def shape(self) -> dict[str, int]:
         """Returns the sizes of the transformer, its feed-forward four times as wide as the model."""
@@ -111,16 +132,27 @@ class EpisodeTask(Task):
         """Returns the model's output with its loss."""
         return model(batch[0], targets=batch[1])
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def measures(self, model: nn.Module, part: str) -> dict[str, float]:
         """Returns the loss, and the error: the share of held-out answers whose most likely token is wrong."""
-        inputs, targets = self.draw(HELD_OUT_EPISODES, generator_of(HELD_OUT_SEED, 0))
+        inputs, targets = self.draw(HELD_OUT_EPISODES, generator_of(HELD_OUT_SEEDS[part], 0))
         losses, wrong, asked = 0.0, 0, 0
         for x, y in zip(inputs.split(self.batch_size), targets.split(self.batch_size), strict=True):
             output, is_asked = model(x, targets=y), y != IGNORED_TARGET
             losses += output.cross_entropy.item() * is_asked.sum().item()
             wrong += ((output.logits.argmax(dim=-1) != y) & is_asked).sum().item()
             asked += is_asked.sum().item()
-        return {"validation_loss": losses / asked, "error": wrong / asked}
+        return {"loss": losses / asked, "error": wrong / asked}
+
+
+def named_by_part(chosen: dict[str, float], reported: dict[str, float]) -> dict[str, float]:
+    """Returns the measures of both held-out parts under the names they have in a log.
+
+    Example:
+        >>> named_by_part({"loss": 2.0, "error": 0.5}, {"loss": 3.0, "error": 0.6})
+        {'choosing_loss': 2.0, 'choosing_error': 0.5, 'validation_loss': 3.0, 'error': 0.6}
+    """
+    named = {"validation_loss" if name == "loss" else name: value for name, value in reported.items()}
+    return {f"choosing_{name}": value for name, value in chosen.items()} | named
 
 
 def generator_of(seed: int, index: int) -> torch.Generator:

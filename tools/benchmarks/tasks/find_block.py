@@ -24,6 +24,9 @@ class FindBlock(EpisodeTask):
     Source: Multi-Token Attention (Golovneva et al. 2025, arXiv 2504.00927, section 4.1): blocks of 5 or 8 different
     letters, a question of 2, the whole block as the answer. Smaller here: fewer blocks, a smaller model, fewer steps.
 
+    One who looks the block up makes no error. One who copies a block picked blindly errs in 1 - 1/num_blocks of the
+    first letters; after those the answer is known from its beginning, which is given.
+
     Args:
         num_blocks: blocks of an episode.
         block_length: N, different letters of a block.

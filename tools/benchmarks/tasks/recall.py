@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gohgraph.common.checks import check_int
 from gohgraph.models.config import TransformerConfig
+from gohgraph.models.init import initialize
 from gohgraph.models.stacks import Stack
 
 
@@ -141,6 +142,9 @@ class RecallModel(nn.Module):
         self.embedding = nn.Embedding(task.vocab_size, config.d_model)
         self.encoder = Stack(config, "encoder")
         self.head = nn.Linear(config.d_model, task.num_values)
+        # Under the old recipe layers start as torch has them.
+        if config.init != "normal":
+            initialize(self, config)
         # Cues b come after cues a in the vocabulary, values after both.
         offsets = torch.tensor([0, task.num_cues, 2 * task.num_cues])
         self.register_buffer("offsets", offsets, persistent=False)
