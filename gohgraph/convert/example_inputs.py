@@ -35,8 +35,11 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     elif name == "pixel_values":
         shape = (1, getattr(config, "num_channels", 3), *_pair(config.image_size))
         inputs = {"pixel_values": _noise(shape, device, dtype)}
-    elif name == "input_features" and hasattr(config, "max_source_positions"):
+    elif name == "input_features" and hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
         shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
+        inputs = {"input_features": _noise(shape, device, dtype)}
+    elif name == "input_features" and hasattr(config, "input_feat_per_channel"):
+        shape = (1, 8 * BEYOND, config.input_feat_per_channel * config.input_channels)
         inputs = {"input_features": _noise(shape, device, dtype)}
     elif name == "input_values":
         inputs = {"input_values": _noise((1, 16000), device, dtype)}
