@@ -8,6 +8,7 @@ from gohgraph.attention.block import Heads, MultiHeadAttention
 from gohgraph.attention.routing import HeadRouter, Routing
 from gohgraph.attention.routing_hooks import collect_routing
 from gohgraph.convert import Report, convert, load_converted, save_converted, unconvert
+from gohgraph.convert.auto_classes import offer_model_types
 from gohgraph.convert.dropin import GraphMultiheadAttention
 from gohgraph.convert.fold import fold
 from gohgraph.convert.head_order import share_important_heads
@@ -39,6 +40,8 @@ from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import DecoderLayer, EncoderLayer, Stack
 
 __version__ = "0.1.0"
+
+offer_model_types()
 
 __all__ = [
     "BaselineConfig",

@@ -42,6 +42,9 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 WITH_PYG = {f"graphs/{name}.py" for name in ("graph", "conv", "experts", "keyed", "learned_topology")}
 WITH_PYG |= {"analysis/network.py"}
 WITH_TRITON = {f"attention/kernels/{name}.py" for name in ("tiles", "forward", "backward", "launch")}
+# Subclasses of transformers' classes, imported by functions alone.
+WITH_TRANSFORMERS = {f"convert/{name}.py" for name in ("converted_config", "converted_models")}
+WITH_TRANSFORMERS |= {f"models/{name}.py" for name in ("auto", "auto_models")}
 OPTIONAL = {"matplotlib", "networkx", "accelerate", "transformers", "bokeh", "tensorboard", "flwr"}
 OUTSIDE = {"tools", "examples", "tests", "helpers", "conftest", "benchmarks", "planning"}
 
@@ -59,7 +62,8 @@ def test_imports_point_down_and_optional_packages_are_imported_where_they_are_us
         wrong += [(name, root) for root in roots & OUTSIDE]
         if name not in WITH_PYG and "torch_geometric" in roots:
             wrong.append((name, "torch_geometric"))
-        wrong += [(name, root) for root in {module.split(".")[0] for module in at_the_top(path)} & OPTIONAL]
+        optional = OPTIONAL - {"transformers"} if name in WITH_TRANSFORMERS else OPTIONAL
+        wrong += [(name, root) for root in {module.split(".")[0] for module in at_the_top(path)} & optional]
         for module, _ in own_imports(path) if room in ROOMS else ():
             if module == "gohgraph":
                 wrong.append((name, "modules import modules, not the public names"))
@@ -76,6 +80,16 @@ def test_triton_is_imported_by_its_kernels_alone_and_these_where_they_run():
         if any(module.split(".")[0] == "triton" or module.startswith(kernels) for module in at_the_top(path))
     }
     assert found == WITH_TRITON
+
+
+def test_what_subclasses_transformers_is_imported_where_transformers_is():
+    files = tuple("gohgraph." + name.removesuffix(".py").replace("/", ".") for name in WITH_TRANSFORMERS)
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in FILES
+        if any(module.startswith(tuple(f"{file}." for file in files)) for module in at_the_top(path))
+    }
+    assert found <= WITH_TRANSFORMERS
 
 
 def test_programs_use_public_names():

@@ -31,6 +31,7 @@ class HeadSlots(nn.Module):
 
     Attributes:
         form: as in `MultiHeadAttention`.
+        origin: what a conversion built it from, so that it can be built again; `None` where none did.
 
     Example:
         >>> from gohgraph import HeadGraphConv, head_graph
@@ -39,6 +40,8 @@ class HeadSlots(nn.Module):
         >>> torch.equal(sites.pass_messages(z, x), z)
         True
     """
+
+    origin: Any = None
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class HeadSlots(nn.Module):
         for name in ("output_graph", "score_graph", "router"):
             self._modules.pop(name, None)
             self.__dict__.pop(name, None)
-        for name in ("form", "head_order"):
+        for name in ("form", "head_order", "origin"):
             self.__dict__.pop(name, None)
         self._buffers.pop("places", None)
         self._non_persistent_buffers_set.discard("places")

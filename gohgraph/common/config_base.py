@@ -1,6 +1,7 @@
 """What every configuration shares: a plain dictionary form, and defaults by field."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 
@@ -50,3 +51,31 @@ def default_of(definition: dataclasses.Field) -> Any:
     """Returns the default value of a dataclass field, `dataclasses.MISSING` where it has none."""
     made = definition.default_factory
     return definition.default if made is dataclasses.MISSING else made()
+
+
+def ignores(*names: str) -> Callable[[type], type]:
+    """Lets what others set on any model's configuration pass without effect on a frozen one; all else is refused.
+
+    Example:
+        >>> @ignores("use_cache")
+        ... @dataclasses.dataclass(frozen=True)
+        ... class Size:
+        ...     heads: int
+        >>> size = Size(3)
+        >>> size.use_cache = False
+        >>> size.heads = 4
+        Traceback (most recent call last):
+        dataclasses.FrozenInstanceError: cannot assign to field 'heads'
+    """
+
+    def decorate(kind: type) -> type:
+        refuse = kind.__setattr__
+
+        def __setattr__(self: Any, name: str, value: Any) -> None:
+            if name not in names:
+                refuse(self, name, value)
+
+        kind.__setattr__ = __setattr__
+        return kind
+
+    return decorate

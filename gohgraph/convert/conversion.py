@@ -23,6 +23,7 @@ from gohgraph.convert.blocks import (
     head_slots,
 )
 from gohgraph.convert.comparison import Comparison
+from gohgraph.convert.restoring import note_origins
 from gohgraph.graphs.config import HeadGraphConfig
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -167,7 +168,8 @@ def _convert(
     try:
         for block, slots_of_block in zip(blocks, slots, strict=True):
             block.attach(**slots_of_block)
-        model.__dict__[CONVERSION] = Conversion(config, sizes, projections)
+        conversion = model.__dict__[CONVERSION] = Conversion(config, sizes, projections)
+        note_origins(model, conversion)
         comparison.check()
     except BaseException:
         unconvert(model)

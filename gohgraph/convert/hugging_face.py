@@ -138,13 +138,14 @@ def _block(name: str, call: Call, module: nn.Module, projection: nn.Module | Non
     x, q, v, z, core, scales = call
     no_scores = "" if q.shape[-1] == v.shape[-1] else "queries and values of unequal widths"
     no_scores = no_scores or ("" if scales else "its attention function does not go by the scale it is given")
-    attaching = partial(_attach, module, q.shape[2])
+    attaching = partial(give, module, q.shape[2])
     # The dtype and device it computes in, whatever its weights are quantised to or offloaded to.
     like = x.new_empty(0)
     return Block(name, q.shape[2], z.shape[-1], x.shape[-1], like, projection, attaching, no_scores, ("whole",), core)
 
 
-def _attach(module: nn.Module, num_heads: int, **slots: nn.Module | None) -> None:
+def give(module: nn.Module, num_heads: int, **slots: nn.Module | None) -> None:
+    """Gives head graphs to an attention module that calls its attention by the interface."""
     attach(module, HeadGraphs(num_heads, **slots))
 
 

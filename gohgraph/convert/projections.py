@@ -47,7 +47,7 @@ def find(model: nn.Module, search: Search, example: Any) -> None:
             continue
         projection = module.get_submodule(path)
         inputs, outputs = _features(projection)
-        attach = partial(_attach, module, path, heads)
+        attach = partial(give, module, path, heads)
         search.skipped.pop(name, None)
         like = torch.empty(0, dtype=dtype_for(projection.weight), device=device_of(projection))
         search.add(Block(name, heads, inputs // heads, outputs, like, projection, attach, NO_SCORES))
@@ -62,9 +62,10 @@ def undo(model: nn.Module) -> None:
             delattr(projection, CHILD)
 
 
-def _attach(
+def give(
     module: nn.Module, path: str, num_heads: int, score_graph: nn.Module | None = None, **slots: nn.Module | None
 ) -> None:
+    """Gives head graphs to an attention module whose output projection has that path inside it."""
     projection = module.get_submodule(path)
     setattr(projection, CHILD, ProjectionGraphs(num_heads, **slots))
     vars(projection)[HOOKS] = [projection.register_forward_pre_hook(_pass_messages)]

@@ -27,7 +27,7 @@ def find(model: nn.Module, search: Search, example: Any) -> None:
         elif type(module) is nn.MultiheadAttention:
             sizes = (module.num_heads, module.head_dim, module.embed_dim)
             like = torch.empty(0, dtype=dtype_for(module.out_proj.weight), device=device_of(module))
-            attach, inputs = partial(_attach, model, module), partial(_inputs, module, like)
+            attach, inputs = partial(give, model, module), partial(_inputs, module, like)
             search.add(Block(name, *sizes, like, module.out_proj, attach, inputs=inputs))
         elif isinstance(module, nn.MultiheadAttention):
             search.skipped[name] = f"{type(module).__name__}, a subclass that may compute something else"
@@ -44,7 +44,8 @@ def undo(model: nn.Module) -> None:
             module.use_nested_tensor = module.enable_nested_tensor and _is_fast(module.layers[0])
 
 
-def _attach(model: nn.Module, module: nn.MultiheadAttention, **slots: nn.Module | None) -> None:
+def give(model: nn.Module, module: nn.MultiheadAttention, **slots: nn.Module | None) -> None:
+    """Gives head graphs to one of torch's modules inside a model."""
     GraphMultiheadAttention.adopt(module, **slots)
     _rebind(module)
     # Encoders built before would still hand nested tensors on in eval mode without gradients.
