@@ -118,8 +118,8 @@ def head_graph_of(
         8
     """
     heads = at_rest(source) if isinstance(source, nn.Module) else source
-    if not heads:
-        raise ValueError(f"Expected a recording with at least one head graph (got {heads!r}). Do record a pass.")
+    if not any(recording.tokens for recording in heads.values()):
+        raise ValueError("Expected a recording of at least one token (got none). Do record a forward pass.")
     places = {name: _place(name, recording, heads) for name, recording in heads.items()}
     numbers, nodes = _nodes(heads, places, importance or {})
     columns: dict[str, list] = {name: [] for name in EDGE_ATTRIBUTES}

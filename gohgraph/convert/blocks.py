@@ -13,6 +13,7 @@ from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.call import Core
 from gohgraph.attention.routing import HeadRouter
 from gohgraph.attention.slots import HeadSlots
+from gohgraph.common.modules import working_modules
 from gohgraph.convert.trial_runs import dtype_for
 from gohgraph.graphs.building import build_graph
 from gohgraph.graphs.config import HeadGraphConfig
@@ -168,8 +169,8 @@ def slots_of(config: HeadGraphConfig, sizes: tuple[int, int, int], layer: int) -
 
 
 def slots_at(model: nn.Module, name: str) -> HeadSlots:
-    """Returns what holds the slots of the attention module of that name; of several copies, as PEFT makes, the last."""
-    return [module for module in model.get_submodule(name).modules() if isinstance(module, HeadSlots)][-1]
+    """Returns what holds the slots of the attention module of that name; of copies that PEFT keeps, the one in use."""
+    return [module for _, module in working_modules(model.get_submodule(name)) if isinstance(module, HeadSlots)][-1]
 
 
 def converted(model: nn.Module) -> tuple[nn.Module, Conversion]:
@@ -191,7 +192,7 @@ def head_slots(model: nn.Module) -> dict[str, HeadSlots]:
 
 def head_graph_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Returns the parameters of the slots of a converted model, or of our own attention blocks, by name."""
-    holders = [module for module in model.modules() if isinstance(module, (HeadSlots, MultiHeadAttention))]
+    holders = [module for _, module in working_modules(model) if isinstance(module, (HeadSlots, MultiHeadAttention))]
     inside = {id(p) for holder in holders for slot in _slots_in(holder) for p in slot.parameters()}
     return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in inside]
 

@@ -20,6 +20,7 @@ from gohgraph.convert.trial_runs import is_on_meta, quietly
 
 # By the bits of a number: rounding in other kernels is below, a mask or a scale gone wrong far above.
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+ON_META = "weights on meta compute nothing"
 Outputs = dict[str, list[Tensor]]
 
 
@@ -41,16 +42,23 @@ class Comparison:
     ) -> None:
         self.model, self.blocks = model, {block.name: block for block in blocks}
         self.unchecked: dict[str, str] = {}
-        if not parts and example is not None:
+        if not parts and example is not None and not is_on_meta(model):
             parts = {"": model}
         self.passes: list[tuple[nn.Module, dict[str, Any]]] = []
         for name, part in parts.items():
             inside = [block for block in self.blocks if f"{block}.".startswith(f"{name}." if name else "")]
             if inside and is_on_meta(part):
-                self.unchecked |= dict.fromkeys(inside, "weights on meta compute nothing")
+                self.unchecked |= dict.fromkeys(inside, ON_META)
             elif inside:
                 self.passes.append((part, example_inputs(part) if example is None else example))
-        self.alone = {name: block.inputs() for name, block in self.blocks.items() if block.inputs is not None}
+        self.alone = {}
+        for name, block in self.blocks.items():
+            if block.inputs is not None and is_on_meta(model.get_submodule(name)):
+                self.unchecked[name] = ON_META
+            elif block.inputs is not None and any(p.is_meta for p in model.get_submodule(name).parameters()):
+                self.unchecked[name] = "torch's own module does not run with offloaded weights"
+            elif block.inputs is not None:
+                self.alone[name] = block.inputs()
         self.before, self.results = self._run(None)
         for name in self.blocks:
             if name not in self.before:
@@ -58,6 +66,8 @@ class Comparison:
 
     def check(self) -> None:
         """Runs the converted model; `ValueError` names the attention module that computes something else now."""
+        if not self.passes and not self.alone:
+            return
         with _neutral(self.model, self.blocks.values()):
             _, results = self._run(self._compare)
         for (part, _), before, after in zip(self.passes, self.results, results, strict=True):
@@ -118,7 +128,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def _with_first(output: Any, first: Tensor) -> Any:
     if isinstance(output, Tensor):
         return first
-    return output._replace(**{output._fields[0]: first}) if hasattr(output, "_fields") else (first, *output[1:])
+    if hasattr(output, "_fields"):
+        return output._replace(**{output._fields[0]: first})
+    return type(output)((first, *output[1:]))
 
 
 def _close(before: Tensor, after: Tensor) -> bool:
@@ -154,8 +166,8 @@ def _is_neutral(graph: nn.Module, block: Block, slot: str) -> bool:
     features = block.head_dim if slot == "output_graph" else 5
     weight = next(graph.parameters(), block.weight_like)
     with torch.random.fork_rng(devices=[]):
-        nodes = torch.randn(2, 3, block.num_heads, features).to(weight.device, weight.dtype)
-        context = torch.randn(2, 3, block.d_model).to(nodes)
+        nodes = torch.randn(2, 3, block.num_heads, features, device="cpu").to(weight.device, weight.dtype)
+        context = torch.randn(2, 3, block.d_model, device="cpu").to(nodes)
     return _close(nodes, graph(nodes, context))
 
 

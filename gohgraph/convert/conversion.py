@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -83,8 +84,7 @@ def convert(
         (['layers.0.self_attn', 'layers.1.self_attn'], True)
     """
     config = HeadGraphConfig() if config is None else config
-    # A compiled model is compiled anew where its modules have changed.
-    model = getattr(model, "_orig_mod", model)
+    model = _uncompiled(model)
     _check(model, config)
     if own_models.is_own(model):
         if where is not None:
@@ -108,14 +108,22 @@ def unconvert(model: Model) -> Model:
         >>> type(unconvert(model).self_attn).__name__
         'MultiheadAttention'
     """
+    given, model = model, _uncompiled(model)
     if own_models.is_own(model):
         own_models.give(model, None)
-        return model
+        return given
     for family in FAMILIES:
         family.undo(model)
     for module in model.modules():
         vars(module).pop(CONVERSION, None)
-    return model
+    return given
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside a compiled one. What was compiled is compiled anew: torch does not look for new hooks."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    return getattr(model, "_orig_mod", model)
 
 
 def find_blocks(model: nn.Module, example: dict[str, Any] | None = None) -> Search:

@@ -35,8 +35,11 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     elif name == "pixel_values":
         shape = (1, getattr(config, "num_channels", 3), *_pair(config.image_size))
         inputs = {"pixel_values": _noise(shape, device, dtype)}
-    elif name == "input_features" and hasattr(config, "max_source_positions"):
+    elif name == "input_features" and hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
         shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
+        inputs = {"input_features": _noise(shape, device, dtype)}
+    elif name == "input_features" and hasattr(config, "input_feat_per_channel"):
+        shape = (1, 8 * BEYOND, config.input_feat_per_channel * config.input_channels)
         inputs = {"input_features": _noise(shape, device, dtype)}
     elif name == "input_values":
         inputs = {"input_values": _noise((1, 16000), device, dtype)}
@@ -60,7 +63,7 @@ def _ids(config: Any, device: torch.device) -> torch.Tensor:
     known = [token for token in range(min(size, 4 * MOST)) if token not in special] or [0]
     # A walk that meets every token once, then again: equal tokens would make equal scores.
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(known), generator=generator).tolist()
+    order = torch.randperm(len(known), generator=generator, device="cpu").tolist()
     ids = [known[order[place % len(known)]] for place in range(_length(numbers))]
     return torch.tensor([ids], device=device)
 
@@ -85,7 +88,7 @@ def _numbers(config: Any) -> Iterator[tuple[str, int]]:
 
 
 def _noise(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(device, dtype)
 
 
 def _pair(size: Any) -> tuple[int, int]:

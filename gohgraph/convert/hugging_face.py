@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -158,7 +159,8 @@ def _reason(module: nn.Module, call: Call) -> str:
 def _run(model: nn.Module, example: dict[str, Any] | None) -> None:
     inputs = example_inputs(model) if example is None else example
     try:
-        model(**inputs)
+        # A copy, since a pass may write into a cache that it was given.
+        model(**copy.deepcopy(inputs))
     except Exception as error:
         raise ValueError(
             f"Expected a model that runs on {sorted(inputs)} (got {type(error).__name__}: {error}). Do pass the inputs "

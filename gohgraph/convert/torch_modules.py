@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gohgraph.convert.blocks import Block, Search
 from gohgraph.convert.dropin import GraphMultiheadAttention
+from gohgraph.convert.trial_runs import device_of, dtype_for
 
 # What accelerate keeps of a forward that it wraps.
 WRAPPED = "_old_forward"
@@ -25,10 +26,9 @@ def find(model: nn.Module, search: Search, example: Any) -> None:
             search.skipped[name] = "its forward was replaced by another function"
         elif type(module) is nn.MultiheadAttention:
             sizes = (module.num_heads, module.head_dim, module.embed_dim)
-            weight = module.out_proj.weight
-            attach = partial(give, model, module)
-            inputs = partial(_inputs, module)
-            search.add(Block(name, *sizes, weight, module.out_proj, attach, inputs=inputs))
+            like = torch.empty(0, dtype=dtype_for(module.out_proj.weight), device=device_of(module))
+            attach, inputs = partial(give, model, module), partial(_inputs, module, like)
+            search.add(Block(name, *sizes, like, module.out_proj, attach, inputs=inputs))
         elif isinstance(module, nn.MultiheadAttention):
             search.skipped[name] = f"{type(module).__name__}, a subclass that may compute something else"
 
@@ -59,13 +59,11 @@ def _rebind(module: nn.Module) -> None:
         setattr(module, WRAPPED, MethodType(type(module).forward, module))
 
 
-def _inputs(module: nn.MultiheadAttention) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(module: nn.MultiheadAttention, like: Tensor) -> tuple[Tensor, ...]:
     """A query, key and value of five tokens."""
-    weight = module.out_proj.weight
-    return tuple(
-        torch.randn(2, 5, size, dtype=weight.dtype, device=weight.device)
-        for size in (module.embed_dim, module.kdim, module.vdim)
-    )
+    sizes = (module.embed_dim, module.kdim, module.vdim)
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, 5, size, generator=generator, device="cpu").to(like) for size in sizes)
 
 
 def _is_fast(layer: nn.Module) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SEED = 20240411
 
@@ -19,12 +20,28 @@ def quietly(model: nn.Module) -> Iterator[None]:
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)), _real_numbers(model):
             torch.manual_seed(SEED)
             yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _real_numbers(model: nn.Module) -> AbstractContextManager[Any]:
+    """What lets a model on meta read numbers, and one in memory make them where the default device is meta."""
+    if is_on_meta(model):
+        return _Ones()
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
+
+
+class _Ones(TorchDispatchMode):
+    """Lets models read numbers off the meta device, where there are none: a 1, as of a mask without padding."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.ones((), dtype=args[0].dtype, device="cpu").item()
+        return function(*args, **(kwargs or {}))
 
 
 def device_of(model: nn.Module) -> torch.device:

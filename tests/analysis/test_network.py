@@ -138,7 +138,7 @@ def test_bad_files(tmp_path):
         goh.load_head_graph(tmp_path / "heads.txt")
     with pytest.raises(OSError):
         goh.load_head_graph(tmp_path / "heads.json")
-    with pytest.raises(ValueError, match="Expected a recording with at least one head graph"):
+    with pytest.raises(ValueError, match="Expected a recording of at least one token"):
         goh.head_graph_of({})
     with pytest.raises(ValueError, match="Expected a model with head graphs"):
         goh.head_graph_of(torch.nn.Linear(2, 2))
