@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gohgraph.analysis.network import OPTIONAL, HeadNetwork
+from gohgraph.analysis.network import HeadNetwork
 from gohgraph.common.files import checked_path, write_whole
 
 GRAPH_SUFFIXES = (".graphml", ".gexf", ".json", ".csv")
