@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -203,6 +203,9 @@ class MultiHeadAttention(nn.Module):
         history.hand_on("outputs", z)
         y = self.output(z.flatten(-2)) if heads is None else heads.read_out(z, self.output)  # [B, T, M]
         return y, Heads(z, routing, history.nodes)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _route(self, x: Tensor, token_mask: Tensor | None, *, decodes: bool) -> Routing | None:
         if self.router is None:
