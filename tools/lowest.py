@@ -46,7 +46,7 @@ def lower_bounds(settings: Path) -> dict[str, tuple[str, str]]:
     bounds: dict[str, tuple[str, str]] = {}
     for name, low, marker in requirements(settings):
         if bounds.setdefault(name, (low, marker)) != (low, marker):
-            raise ValueError(f"Expected one bound of {name} (got {bounds[name]} and {(low, marker)}). Do write it once.")
+            raise ValueError(f"Expected one bound of {name} (got {bounds[name]}, {(low, marker)}). Do write it once.")
     return dict(sorted(bounds.items()))
 
 

@@ -41,6 +41,7 @@ def test_the_table_names_what_is_installed(capsys):
 )
 def test_a_requirement_without_one_lower_bound_is_refused(lines, tmp_path):
     file = tmp_path / "setup.cfg"
-    file.write_text(f"[metadata]\nname = gohgraph\n[options]\ninstall_requires =\n    {lines}\n[options.extras_require]\n")
+    text = f"[metadata]\nname = gohgraph\n[options]\ninstall_requires =\n    {lines}\n[options.extras_require]\n"
+    file.write_text(text)
     with pytest.raises(ValueError, match="Expected one"):
         lowest.lower_bounds(file)
