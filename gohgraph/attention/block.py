@@ -33,6 +33,11 @@ class Heads(NamedTuple):
         outputs: `[B, T, H, D]`, after messages and times their gates: what the output projection reads.
         routing: the router's decisions, `None` without one.
         nodes: by site, what later layers read of this one.
+
+    Example:
+        >>> y, heads = MultiHeadAttention(20, 5)(torch.randn(2, 3, 20))
+        >>> heads.outputs.shape, heads.routing
+        (torch.Size([2, 3, 5, 4]), None)
     """
 
     outputs: Tensor

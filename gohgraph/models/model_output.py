@@ -26,6 +26,11 @@ class ModelOutput(NamedTuple):
         routing: the `Routing` of every routed attention, in model order; empty without routers.
         auxiliary_loss: scalar, the weighted losses of routers and graph experts, each a mean over its blocks; `None`
             where the configuration gives none a weight.
+
+    Example:
+        >>> output = ModelOutput(torch.zeros(1, 3, 7), loss=torch.tensor(2.5), auxiliary_loss=torch.tensor(0.5))
+        >>> output.cross_entropy.item()
+        2.0
     """
 
     logits: Tensor
