@@ -15,8 +15,8 @@ MISSING = {
     # Those of torch_geometric's Data, which networks are built of by head_graph_of.
     "arguments": {"HeadNetwork", "load_head_graph", "unconvert"},
     "example": {
-        "HeadNetwork", "draw_network", "draw_tokens", "head_importance", "load_converted", "load_head_graph", "log_head_graphs",
-        "save_converted", "save_head_graph", "save_page",
+        "HeadNetwork", "draw_network", "draw_tokens", "head_importance", "load_converted", "load_head_graph",
+        "log_head_graphs", "save_converted", "save_head_graph", "save_page",
     },
 }  # fmt: skip
 PARTS = ("summary", "arguments", "shape", "example")
