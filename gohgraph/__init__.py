@@ -44,7 +44,7 @@ from gohgraph.models.models import Classifier, LanguageModel, Transformer
 from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import DecoderLayer, EncoderLayer, Stack
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 offer_model_types()
 

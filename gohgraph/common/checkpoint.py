@@ -11,6 +11,8 @@ A reader that comes between 2 and 3, or after a crash there, finds the configura
 `.config.json.new`.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +28,9 @@ from safetensors.torch import save_model
 from torch import nn
 
 from gohgraph.common.files import move_whole, parse_json, write_text_whole, write_whole
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FORMAT = 1
 METADATA_KEY = "gohgraph.checkpoint"
@@ -41,7 +46,7 @@ class PretrainedMixin:
     keeps that configuration in `self.config`.
     """
 
-    config_class: type
+    config_class: type[Any]
     # By which transformers' Auto classes know the folder; `None` where they are not to load it.
     model_type: str | None = None
 
@@ -50,12 +55,12 @@ class PretrainedMixin:
         save_pretrained(self, folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]):
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
         """Build the model that was saved in `folder`; see `load_pretrained`."""
         return load_pretrained(cls, folder)
 
 
-def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> None:
     """Write `config.json` and `model.safetensors` to `folder`, atomically.
 
     Whatever interrupts the save (an exception, a kill, a power cut), `folder` afterwards holds either the checkpoint
@@ -84,7 +89,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     move_whole(folder / PENDING_CONFIG, folder / CONFIG, flush=True)
 
 
-def load_pretrained(model_class: type, folder: str | os.PathLike[str]):
+def load_pretrained(model_class: type[Any], folder: str | os.PathLike[str]) -> Any:
     """Build the model saved in `folder`, on the CPU, in training mode and in the dtypes it was saved with.
 
     Nothing is written, and the global random state is left as it was.
@@ -121,7 +126,7 @@ def load_pretrained(model_class: type, folder: str | os.PathLike[str]):
     return model
 
 
-def _document(model: nn.Module) -> dict[str, Any]:
+def _document(model: Any) -> dict[str, Any]:
     try:
         version = metadata.version("gohgraph")
     except metadata.PackageNotFoundError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,6 +91,9 @@ class LanguageModel(PretrainedMixin, nn.Module):
         decoded = self.decoder(x, keep_mask=mask, positions=positions, caches=caches, token_mask=real)
         logits = logits_of(self, decoded.x)
         return model_output(logits, next_token_loss(logits, targets), [decoded], self.config.head_graph)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @torch.no_grad()
     def generate(
@@ -227,6 +232,9 @@ class Transformer(PretrainedMixin, nn.Module):
         logits = logits_of(self, decoded.x)
         return model_output(logits, next_token_loss(logits, targets), [encoded, decoded], self.config.head_graph)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     @torch.no_grad()
     def generate(
         self,
@@ -316,7 +324,8 @@ class Classifier(PretrainedMixin, nn.Module):
             return by_name(self(inputs, labels, keep_mask=real_tokens(attention_mask)))
         if self.config.patch_size is None:
             check_tokens(inputs, self.config.transformer.vocab_size)
-        features = inputs if self.config.patch_size is None else self._patches(inputs)  # [B, T] or [B, T, C*P*P]
+        side = self.config.patch_size
+        features = inputs if side is None else self._patches(inputs, side)  # [B, T] or [B, T, C*P*P]
         positions, mask, real = positions_and_masks(features, 0, keep_mask)
         x = self.embedding(features, positions)  # [B, T, M]
         encoded = self.encoder(x, keep_mask=mask, positions=positions, token_mask=real)
@@ -327,8 +336,11 @@ class Classifier(PretrainedMixin, nn.Module):
         cross_entropy = None if targets is None else F.cross_entropy(widened(logits), targets)
         return model_output(logits, cross_entropy, [encoded], self.config.transformer.head_graph)
 
-    def _patches(self, images: Tensor) -> Tensor:
-        side, channels = self.config.patch_size, self.config.channels
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _patches(self, images: Tensor, side: int) -> Tensor:
+        channels = self.config.channels
         if images.dim() != 4 or images.shape[1] != channels or images.shape[2] % side or images.shape[3] % side:
             raise ValueError(
                 f"Expected images [B, {channels}, height, width] with sides multiples of {side} "
