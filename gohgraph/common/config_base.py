@@ -77,7 +77,7 @@ def ignores(*names: str) -> Callable[[type], type]:
         dataclasses.FrozenInstanceError: cannot assign to field 'heads'
     """
 
-    def decorate(kind: type) -> type:
+    def decorate(kind: Any) -> Any:
         refuse = kind.__setattr__
 
         def __setattr__(self: Any, name: str, value: Any) -> None:

@@ -9,6 +9,19 @@ from gohgraph.models.boundary import IGNORED_TARGET
 from gohgraph.models.model_output import ModelOutput
 
 
+def required(name: str, value: Tensor | None) -> Tensor:
+    """Returns an input that may come by either of two names; without it raises `TypeError`.
+
+    Example:
+        >>> required("tokens", None)
+        Traceback (most recent call last):
+        TypeError: Expected tokens (got none). Do pass them, or by the name of transformers.
+    """
+    if value is None:
+        raise TypeError(f"Expected {name} (got none). Do pass them, or by the name of transformers.")
+    return value
+
+
 def next_tokens(labels: Tensor) -> Tensor:
     """Returns the targets of labels `[B, T]` that are the tokens themselves: each one's next, and none of the last.
 
@@ -48,7 +61,7 @@ def check_unused(others: dict[str, Any]) -> None:
         raise ValueError(f"Expected inputs that gohgraph's own models have (got {sorted(asked)}). Do leave them out.")
 
 
-def by_name(output: ModelOutput) -> dict[str, Tensor]:
-    """Returns an output as transformers' Trainer takes it from models that are not of transformers."""
+def by_name(output: ModelOutput) -> Any:
+    """Returns an output as the dictionary that transformers' Trainer takes from models of others."""
     found = {"loss": output.loss, "logits": output.logits}
     return {name: value for name, value in found.items() if value is not None}

@@ -23,7 +23,7 @@ from gohgraph.models.config import ClassifierConfig, TransformerConfig
 from gohgraph.models.embeddings import TokenEmbedding
 from gohgraph.models.generation import beam_search, check_sampling, sample
 from gohgraph.models.init import initialize
-from gohgraph.models.keywords import by_name, next_tokens, real_tokens
+from gohgraph.models.keywords import by_name, next_tokens, real_tokens, required
 from gohgraph.models.model_output import ModelOutput, model_output
 from gohgraph.models.stacks import Stack, StackOutput
 
@@ -83,6 +83,7 @@ class LanguageModel(PretrainedMixin, nn.Module):
         if input_ids is not None:
             targets = None if labels is None else next_tokens(labels)
             return by_name(self(input_ids, targets, keep_mask=real_tokens(attention_mask)))
+        tokens = required("tokens", tokens)
         check_tokens(tokens, self.config.vocab_size)
         past = len(caches[0][0]) if caches else 0
         check_length(self.config, past + tokens.shape[1])
@@ -224,10 +225,12 @@ class Transformer(PretrainedMixin, nn.Module):
         what `targets` is. It returns a dictionary then, with `loss` and `logits`.
         """
         if input_ids is not None:
-            masks = real_tokens(attention_mask), real_tokens(decoder_attention_mask)
-            masks = dict(zip(("source_keep_mask", "target_keep_mask"), masks, strict=True))
+            masks = {
+                "source_keep_mask": real_tokens(attention_mask), "target_keep_mask": real_tokens(decoder_attention_mask)
+            }  # fmt: skip
             return by_name(self(input_ids, decoder_input_ids, labels, **masks))
-        encoded = self.encode(source, source_keep_mask)
+        encoded = self.encode(required("source", source), source_keep_mask)
+        target = required("target", target)
         decoded = self.decode(target, encoded.x, keep_mask=target_keep_mask, memory_keep_mask=source_keep_mask)
         logits = logits_of(self, decoded.x)
         return model_output(logits, next_token_loss(logits, targets), [encoded, decoded], self.config.head_graph)
@@ -320,7 +323,7 @@ class Classifier(PretrainedMixin, nn.Module):
         dictionary then, with `loss` and `logits`.
         """
         if inputs is None:
-            inputs = input_ids if pixel_values is None else pixel_values
+            inputs = required("inputs", input_ids if pixel_values is None else pixel_values)
             return by_name(self(inputs, labels, keep_mask=real_tokens(attention_mask)))
         if self.config.patch_size is None:
             check_tokens(inputs, self.config.transformer.vocab_size)

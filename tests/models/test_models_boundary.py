@@ -79,3 +79,12 @@ def test_learned_positions_serve_their_whole_length():
         caches = model.decoder.new_caches()
         model(TOKENS, caches=caches)
         model(TOKENS[:, :1], caches=caches)
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [(language_model, {}), (translator, {}), (translator, {"source": TOKENS}), (classifier, {})],
+)
+def test_missing_inputs_are_named(build, inputs):
+    with pytest.raises(TypeError, match=r"Expected (tokens|source|target|inputs) \(got none\)"):
+        build()(**inputs)
