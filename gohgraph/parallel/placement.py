@@ -10,7 +10,7 @@ from torch import Tensor
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.routing import HeadRouter
 from gohgraph.convert.head_order import permute_heads
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.site_config import SiteConfig
 from gohgraph.models.models import LanguageModel
@@ -138,7 +138,7 @@ def reorder_heads(model: LanguageModel, order: list[int]) -> LanguageModel:
     return model
 
 
-def _relabel(graph: HeadGraphConv, order: list[int]) -> None:
+def _relabel(graph: EdgeGraph, order: list[int]) -> None:
     heads = graph.num_heads
     places = torch.tensor(order).argsort()  # [H], the new index of each old head
     senders, receivers = graph.edge_index.cpu()
