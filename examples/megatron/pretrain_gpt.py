@@ -146,6 +146,8 @@ class Pretraining:
         every = max(1, flags.steps // 5)
         self.config = TrainConfig(
             steps=flags.steps,
+            # What Megatron's checkpoints know the state of.
+            optimizer="adamw",
             learning_rate=flags.learning_rate,
             warmup=flags.steps // 10,
             eval_every=every,

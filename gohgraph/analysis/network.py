@@ -166,7 +166,7 @@ def _senders(recording: Recording, place: Place) -> list[Place]:
     block, is_key = place
     count = int(recording.edge_index[0].max()) // recording.num_heads if recording.edge_index.numel() else 0
     layer = layer_of(block)
-    before = () if layer is None else layers_read(recording.reach, layer)
+    before = () if layer is None else layers_read(getattr(recording, "reach", count), layer)
     if count > len(before):
         raise ValueError(
             f"Expected {count} layers before {block}, whose heads send to it (got {len(before)}). Do record the model "

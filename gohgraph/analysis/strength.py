@@ -60,7 +60,7 @@ def _weight_strength(conv: EdgeGraph) -> Tensor:
         weight = edges.weight.detach().double()  # [R, E, M] or [R, E, r]
         weight = weight if edges.down is None else weight @ edges.down.detach().double()  # [R, E, M]
         squares = squares + weight.square().sum(dim=-1)
-    strength = squares.mean(dim=0).sqrt().cpu()  # [E]
+    strength = edges.rescaled(squares.mean(dim=0).sqrt(), edges.learned_scale).detach().abs().cpu()  # [E]
     return strength * conv.kept.cpu() if conv.traits.learned else strength
 
 

@@ -123,6 +123,9 @@ def arcs(network: HeadNetwork, layout: Layout, edges: np.ndarray, radii: np.ndar
     rise = 0.86 * layout.gap * np.sqrt(np.abs(along) / max(np.ptp(layout.places[:, 0]), 1e-9)) + 0.15 * layout.gap
     control = (start + end) / 2
     control[:, 1] += np.where(within, np.sign(along) * np.minimum(rise, 0.88 * layout.gap), 0.0)
+    # What passes by a row leaves its heads to the left.
+    passed = np.abs(layout.rows[senders] - layout.rows[receivers]) - 1
+    control[:, 0] += np.where(passed > 0, layout.radius * np.minimum(1.8 + 1.2 * passed, 6.0), 0.0)
     paths, points = arrows(start, control, end, radii[senders], 1.05 * radii[receivers], tips)
     return paths, points
 

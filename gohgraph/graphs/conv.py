@@ -12,7 +12,8 @@ from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 
 from gohgraph.common.checks import check_choice, check_int
-from gohgraph.graphs.cross_layer import CrossLayer, edge_kinds, reached
+from gohgraph.graphs.cross_layer import CrossLayer, reached
+from gohgraph.graphs.dense import add_layers, add_product, edge_kinds, pays_by_layer
 from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.edge_tables import EdgeTables, edge_tables
 from gohgraph.graphs.edges import EdgeWeights
@@ -205,8 +206,8 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         if self.fusion is None:
             self._check_nodes(z, earlier)
             alpha = self.edge_weight(context, 0, active).to(z.dtype)
-            if self.cross_layer and self.by_layer and self.gain is None and self.backend == "dense":
-                return self._add_layers((z, *reached(earlier, self.reach)), alpha)
+            if self.by_layer and self.gain is None and self.backend == "dense" and pays_by_layer(self._edge_kinds):
+                return add_layers((z, *reached(earlier, self.reach)), self._edge_kinds, alpha, self.edge_of_cell)
             return self._add_messages(z, self._senders(z, earlier), alpha)
         return self._fuse(z, self.messages(z, context, earlier, active))
 
@@ -302,20 +303,7 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
             size = (self.num_senders, self.num_heads)
             received = self.propagate(self.local_edges, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
             return received if z is None else z + received
-        return _product(z, self._dense(alpha), senders)
-
-    def _add_layers(self, layers: Sequence[Tensor], alpha: Tensor) -> Tensor:
-        """Adds to the nodes of the first of the layers the messages of all, `[*, H, D]` each."""
-        padded, received = F.pad(alpha, (0, 1)), layers[0]  # [*, E+1], [*, H, D]
-        cells = self.edge_of_cell.view(self.num_heads, -1, self.num_heads)  # [H, 1+w, H]
-        for layer, (kind, nodes) in enumerate(zip(self._edge_kinds, layers, strict=True)):
-            if kind == "same head":
-                weights = padded.index_select(-1, cells[:, layer].diagonal()).unsqueeze(-1)  # [*, H, 1]
-                received = torch.addcmul(received, weights, nodes)
-            elif kind == "pairs":
-                adjacency = padded.index_select(-1, cells[:, layer].flatten())  # [*, H*H]
-                received = _product(received, adjacency.unflatten(-1, (self.num_heads, -1)), nodes)
-        return received
+        return add_product(z, self._dense(alpha), senders)
 
     def _dense(self, alpha: Tensor) -> Tensor:
         if not self.is_complete:
@@ -328,9 +316,6 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
                 f"Expected nodes of shape [*, {self.traits.num_heads}, D] (got {list(z.shape)}). "
                 "Do build the graph over as many heads as the attention has."
             )
-        self._check_earlier(earlier)
-
-    def _check_earlier(self, earlier: Sequence[Tensor]) -> None:
         if len(earlier) < self.cross_layer:
             raise ValueError(
                 f"Expected the nodes of {self.cross_layer} layers before (got {len(earlier)}). Do pass them as "
@@ -355,18 +340,6 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
             f"{type(self).__name__}(num_heads={self.num_heads}, head_dim={self.head_dim}, "
             f"cross_layer={self.reach!r}, norm={self.gain is not None}, backend={self.backend!r}, {self.edges})"
         )
-
-
-def _product(z: Tensor | None, adjacency: Tensor, senders: Tensor) -> Tensor:
-    """z + adjacency @ senders, of z `[*, H, D]` (or `None`), adjacency `[*, H, S]` and senders `[*, S, D]`."""
-    if z is None or z.dim() == 2 or adjacency.shape[:-2] != z.shape[:-2]:
-        received = adjacency @ senders  # [*, H, D]
-        return received if z is None else z + received
-    nodes = z.reshape(-1, *z.shape[-2:])  # [N, H, D]
-    sending = nodes if senders is z else senders.reshape(-1, *senders.shape[-2:])  # [N, S, D]
-    # One call adds and multiplies: no pass over memory beyond the product itself.
-    added = torch.baddbmm(nodes, adjacency.reshape(-1, *adjacency.shape[-2:]), sending)  # [N, H, D]
-    return added.view(z.shape)  # [*, H, D]
 
 
 def _check_conv(graph: Data, head_dim: int, context_dim: int, backend: str, top_edges: int | None) -> None:

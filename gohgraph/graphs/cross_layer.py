@@ -94,21 +94,6 @@ class CrossLayer(Config):
         return torch.tensor(edges, dtype=torch.long, device="cpu").reshape(-1, 2).t().contiguous()  # [2, E']
 
 
-def edge_kinds(edges: Sequence[tuple[int, int]], num_heads: int, layers: int) -> list[str]:
-    """Returns of every layer that sends, this one first, its kind of edges: `""` (none), `"same head"` or `"pairs"`.
-
-    Example:
-        >>> edge_kinds([(3, 0), (0, 1), (4, 1)], num_heads=3, layers=3)
-        ['pairs', 'same head', '']
-    """
-    kinds = [""] * layers
-    for sender, receiver in edges:
-        layer, head = divmod(sender, num_heads)
-        if layer < layers and kinds[layer] != "pairs":
-            kinds[layer] = "same head" if head == receiver else "pairs"
-    return kinds
-
-
 def reached(earlier: Sequence[Of], reach: Reach) -> Sequence[Of]:
     """Returns, of what all earlier layers have, nearest first, what a graph of this reach is handed.
 

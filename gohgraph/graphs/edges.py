@@ -103,10 +103,11 @@ class EdgeWeights(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> Tensor:
         """Returns the weights of all rounds and edges for each token of `context`."""
-        return self._scaled(self._activated(context, self.bias, self.weight, self.down), self.learned_scale)
+        return self.rescaled(self._activated(context, self.bias, self.weight, self.down), self.learned_scale)
 
-    def _scaled(self, alpha: Tensor, factor: Tensor | None) -> Tensor:
-        return alpha if factor is None else alpha * torch.where(self.scaled, factor, 1.0).to(alpha.dtype)  # [*, R, E]
+    def rescaled(self, alpha: Tensor, factor: Tensor | None) -> Tensor:
+        """Returns alpha `[*, E]` times a factor of one element (`None`: 1) where edges are `scaled`."""
+        return alpha if factor is None else alpha * torch.where(self.scaled, factor, 1.0).to(alpha.dtype)  # [*, E]
 
     def _activated(
         self, context: Tensor | None, bias: Tensor, weight: Tensor | None, down: Tensor | None

@@ -55,7 +55,7 @@ class ShardedEdgeWeights(EdgeWeights):
             # Who made a DTensor of what all ranks hold adds the gradients; of a plain tensor it is done here.
             context = local(context) if isinstance(context, DTensor) else sum_gradients(context, self.group)
         factor = None if self.learned_scale is None else sum_gradients(self.learned_scale, self.group)
-        return self._scaled(self._activated(context, bias, weight, down), factor)
+        return self.rescaled(self._activated(context, bias, weight, down), factor)
 
 
 class ShardedHeadGraphConv(HeadGraphConv):

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -24,11 +25,14 @@ from helpers import (
 
 import gohgraph as goh
 from gohgraph import BaselineConfig, HeadGraphConfig, SiteConfig
+from gohgraph.analysis.strength import edge_strength
+from gohgraph.drawing.layered import arcs, layout_of
 from gohgraph.graphs.baselines import BASELINES
 from gohgraph.graphs.baselines.presets import VALUE_RESIDUAL
 from gohgraph.graphs.cross_layer import CrossLayer
 from gohgraph.graphs.protocol import SiteGraph, Traits
 from gohgraph.models.stacks import Stack
+from gohgraph.parallel.placement import reorder_heads
 
 B = 2
 SIZES = {
@@ -36,6 +40,7 @@ SIZES = {
     "H = D = T, grouped": {"d_model": 36, "num_heads": 6, "num_kv_heads": 3, "tokens": 6},
     "G = T = layers": {"d_model": 32, "num_heads": 8, "num_kv_heads": 4, "tokens": 4},
 }
+PAIRS_SCALED = CrossLayer(1, "all-pairs", scale=0.1)
 PAIRS, SAME = CrossLayer("first", "all-pairs"), CrossLayer("all", "same-head")
 
 
@@ -51,7 +56,7 @@ CASES = {
     "queries, the first, low rank": sites("queries", rank=3, cross_layer="first"),
     "outputs, all, rounds": sites("outputs", topology="ring", rounds=2, cross_layer="all"),
     "all sites": sites("outputs", "queries", "keys", "values", norm=True, cross_layer=PAIRS),
-    "scaled": sites("values", "queries", cross_layer=CrossLayer(1, "all-pairs", scale=0.1)),
+    "scaled": sites("values", "queries", cross_layer=PAIRS_SCALED),
     "from zero": sites("values", "outputs", edges="static", cross_layer=CrossLayer("first", "same-head", scale=0)),
     "chain": HeadGraphConfig(
         None, values=(SiteConfig(cross_layer="first"), SiteConfig("ring", cross_layer=1, activation=None))
@@ -253,8 +258,7 @@ def test_resetting_returns_to_the_start():
 # Running.
 
 
-@pytest.mark.parametrize("routing", [None, ROUTING], ids=["all-heads", "routed"])
-@sizes
+@pytest.mark.parametrize(("size", "routing"), [("primes", None), ("H = D = T, grouped", ROUTING)])
 @cases
 @torch.no_grad()
 def test_a_cache_changes_nothing(case, size, routing):
@@ -350,6 +354,26 @@ def test_a_graph_of_ones_own_is_handed_what_it_reads(reach, seen, monkeypatch):
 # Configurations, files, recordings.
 
 
+def test_a_model_built_on_meta_knows_what_is_scaled():
+    model, tokens = language_model("scaled"), random_tokens(7)
+    with torch.device("meta"):
+        other = goh.LanguageModel(model.config).double()
+    other.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert torch.equal(other(tokens).logits, model(tokens).logits)
+
+
+@torch.no_grad()
+def test_reordered_heads_keep_their_senders():
+    cross = CrossLayer("first", "all-pairs", scale=0.1)
+    graphs = HeadGraphConfig(SiteConfig("ring", cross_layer=cross, norm=True))
+    model, tokens = trained_like(goh.LanguageModel(config_of(graphs))), random_tokens(7)
+    before = model(tokens).logits
+    assert_equal_to(reorder_heads(model, [3, 0, 4, 1, 2])(tokens).logits, before)
+    again = goh.LanguageModel(model.config).double()
+    again.load_state_dict(model.state_dict())
+    assert_equal_to(again(tokens).logits, before)
+
+
 @cases
 def test_saved_models_come_back(case, tmp_path):
     model, tokens = language_model(case).float(), random_tokens(7)
@@ -400,6 +424,10 @@ def test_networks_put_senders_into_their_layers(case, size):
 @torch.no_grad()
 def test_what_is_recorded_and_drawn_is_scaled(tmp_path):
     model = language_model("scaled", num_layers=2)
+    static = goh.HeadGraphConv(goh.head_graph(5), 6, 30, edges="static", activation=None, cross_layer=PAIRS_SCALED)
+    static.edges.bias.fill_(2.0)
+    strength = edge_strength(static)[""].view(5, 10)
+    torch.testing.assert_close(strength, torch.tensor([2.0] * 5 + [0.2] * 5).double().expand(5, -1))
     with goh.record(model, every_token=True) as heads:
         model(random_tokens(7))
     for name, recording in heads.items():
@@ -423,7 +451,13 @@ def test_the_first_layer_is_drawn_by_its_name(tmp_path):
     assert [recording.reach for recording in heads.values()] == ["first"] * 3
     figure = goh.draw(heads)
     assert {"layer 0"} == {text.get_text() for axis in figure.axes for text in axis.texts if len(text.get_text()) > 1}
-    drawn = goh.draw_network(goh.head_graph_of(heads))
+    network = goh.head_graph_of(heads)
+    drawn, edges = goh.draw_network(network), torch.arange(network.num_edges)
+    layout = layout_of(network)
+    curves, _ = arcs(network, layout, edges.numpy(), *(np.zeros(n) for n in (network.num_nodes, network.num_edges)))
+    # An edge that passes by a layer does not run through its heads.
+    skips = (network.layer[network.edge_index[1]] > 1) & (network.head[network.edge_index].diff(dim=0)[0] == 0)
+    assert skips.sum() == 10 and (curves[skips, 12, 0] - curves[skips, 0, 0] > layout.radius).all()
     assert [text.get_text() for text in drawn.axes[0].texts if "layer" in text.get_text()] == [
         f"layer {layer}" for layer in range(4)
     ]

@@ -98,8 +98,9 @@ class Own:
         """Returns a model with random weights."""
         parts = {"activation": "swiglu", "norm": "rms", "bias": False, "tie_embeddings": False}
         config = TransformerConfig(
-            VOCABULARY, case.d_model, case.num_heads, num_layers=case.num_layers, d_ff=4 * case.d_model, **parts
-        )
+            VOCABULARY, case.d_model, case.num_heads, num_layers=case.num_layers, d_ff=4 * case.d_model, qk_norm=False,
+            **parts,
+        )  # fmt: skip
         return LanguageModel(config)
 
     def forward(self, model: nn.Module, tokens: Tensor) -> object:

@@ -64,7 +64,8 @@ def build(variant: Variant | None, case: Case, seed: int = 0) -> EncoderLayer:
         2
     """
     # No rotary positions: the same cost in every row. The feed-forward is not run.
-    config = TransformerConfig(1, case.d_model, case.num_heads, num_layers=1, d_ff=1, positions="learned")
+    shape = {"num_layers": 1, "d_ff": 1, "positions": "learned", "qk_norm": False}
+    config = TransformerConfig(1, case.d_model, case.num_heads, **shape)
     torch.manual_seed(seed)
     layer = plain = EncoderLayer(config, causal=True)
     if variant is not None:

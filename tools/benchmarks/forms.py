@@ -174,7 +174,8 @@ def build(name: str, size: Size) -> nn.Module:
     """
     variant = VARIANTS[name]
     # No rotary positions, as in torch's layer: the same cost in every form, they would flatter the ratios.
-    config = TransformerConfig(1, size.d_model, size.num_heads, d_ff=4 * size.d_model, positions="learned")
+    shape = {"d_ff": 4 * size.d_model, "positions": "learned", "qk_norm": False}
+    config = TransformerConfig(1, size.d_model, size.num_heads, **shape)
     torch.manual_seed(0)
     plain = EncoderLayer(config, causal=True)
     if variant.foreign is not None:
