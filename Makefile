@@ -4,38 +4,46 @@ VENV ?= .venv
 RUN ?=
 
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+# The mark of each extra of setup.cfg that is installed. What the tests need is enough for the demo.
+ALL := $(VENV)/.installed-test
+DEMO := $(or $(wildcard $(ALL)),$(VENV)/.installed-train)
 TRAIN := $(BIN)/python examples/train_language_model.py --compare $(if $(RUN),--run "$(RUN)")
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint smoke benchmark clean
+.PHONY: help venv demo test lint smoke benchmark dist clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-venv: $(INSTALLED)  ## make the virtual environment and install into it, once
+venv: $(ALL)  ## make the virtual environment and install into it what any target needs, once
 
-# One pip command: installed later, the constraints would come after another build of torch.
-$(INSTALLED): setup.cfg constraints.txt
+# The constraints name one build of torch, so that what is installed later leaves it as it is.
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
 	@touch $@
 
-demo: venv  ## train a language model with head graphs beside a plain one (3 minutes on two cores)
+demo: $(DEMO)  ## train a language model with head graphs beside a plain one (3 minutes on two cores)
 	$(TRAIN)
 
-test: venv  ## run the tests
+test: $(ALL)  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: venv  ## check the style
+lint: $(ALL)  ## check the style and the types
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 
-smoke: venv  ## the demo with a few steps, to see that it runs
+smoke: $(DEMO)  ## the demo with a few steps, to see that it runs
 	$(TRAIN) --smoke
 
-benchmark: venv  ## time and memory of head graphs against plain attention
+benchmark: $(ALL)  ## time and memory of head graphs against plain attention
 	$(BIN)/python tools/benchmark.py
 
+dist: $(VENV)/.installed-dev  ## build the packages and check what an index would show of them
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:  ## remove the virtual environment, build files and caches; run folders stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find gohgraph tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -56,7 +56,7 @@ def measure(flags: argparse.Namespace) -> None:
             raise ValueError(
                 f"Expected --windows and --length as in {file} (got others). Do repeat them, or delete that file."
             )
-    print(_faithfulness_table(results))
+    print(_agreement_table(results))
     print(_pruning_table(results))
     shares = [share for result in results for share in result["static_shares"]]
     print(f"static share of edges: {min(shares):.2f} to {max(shares):.2f} by layer and seed")
@@ -103,17 +103,17 @@ def _measure(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     curves = analysis.pruning_curve(model, next_token_output, held_out, everything, KEEP)
     return {
         "windows": [flags.windows, flags.length],
-        "faithfulness": {name: analysis.faithfulness(scores, ablation) for name, scores in everything.items()},
+        "rank_agreement": {name: analysis.rank_agreement(scores, ablation) for name, scores in everything.items()},
         "static_shares": [found.static_share for found in analysis.measures(heads).values()],
         "curves": {name: [curves[name]] for name in orders} | {"random": [curves[name] for name in random]},
     }
 
 
-def _faithfulness_table(results: list[dict[str, Any]]) -> str:
+def _agreement_table(results: list[dict[str, Any]]) -> str:
     lines = [["order of edges", "rank correlation with ablation"]]
-    for name in results[0]["faithfulness"]:
+    for name in results[0]["rank_agreement"]:
         if name != "ablation":
-            lines.append([name, mean_and_deviation([result["faithfulness"][name] for result in results], 2)])
+            lines.append([name, mean_and_deviation([result["rank_agreement"][name] for result in results], 2)])
     return "\n" + markdown_table(lines)
 
 

@@ -4,18 +4,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gohgraph.analysis import head_importance, prune
+from gohgraph.analysis.attribution_graph import attribution_graph
+from gohgraph.analysis.composition import composition_graph
+from gohgraph.analysis.faithfulness import faithfulness
+from gohgraph.analysis.head_labels import label_heads
 from gohgraph.analysis.network_files import load_head_graph, save_head_graph
 from gohgraph.analysis.record import record
 from gohgraph.attention.block import Heads, MultiHeadAttention
 from gohgraph.attention.routing import HeadRouter, Routing
 from gohgraph.attention.routing_hooks import collect_routing
 from gohgraph.convert import Report, convert, load_converted, save_converted, unconvert
+from gohgraph.convert.auto_classes import offer_model_types
 from gohgraph.convert.dropin import GraphMultiheadAttention
 from gohgraph.convert.fold import fold
 from gohgraph.convert.head_order import share_important_heads
 from gohgraph.drawing import (
     draw,
     draw_difference,
+    draw_faithfulness,
     draw_matrices,
     draw_network,
     draw_pruning,
@@ -62,7 +68,9 @@ else:
         return value
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+offer_model_types()
 
 __all__ = [
     "BaselineConfig",
@@ -91,20 +99,25 @@ __all__ = [
     "Stack",
     "Transformer",
     "TransformerConfig",
+    "attribution_graph",
     "collect_routing",
+    "composition_graph",
     "convert",
     "draw",
     "draw_confusion",
     "draw_difference",
+    "draw_faithfulness",
     "draw_load",
     "draw_matrices",
     "draw_network",
     "draw_pruning",
     "draw_tokens",
+    "faithfulness",
     "fold",
     "head_graph",
     "head_graph_of",
     "head_importance",
+    "label_heads",
     "load_converted",
     "load_head_graph",
     "log_head_graphs",

@@ -57,6 +57,9 @@ BUILT_ON_PYG = WITH_PYG - {"graphs/graph.py"} | {"parallel/sharded_graph.py"}
 # What is there without an extra: what torch brings, and these.
 BROUGHT = {"gohgraph", "numpy", "safetensors", "tqdm"}
 WITH_TRITON = {f"attention/kernels/{name}.py" for name in ("tiles", "forward", "backward", "launch")}
+# Subclasses of transformers' classes, imported by functions alone.
+WITH_TRANSFORMERS = {f"convert/{name}.py" for name in ("converted_config", "converted_models")}
+WITH_TRANSFORMERS |= {f"models/{name}.py" for name in ("auto", "auto_models")}
 OPTIONAL = {"matplotlib", "networkx", "accelerate", "transformers", "bokeh", "tensorboard", "flwr"}
 OUTSIDE = {"tools", "examples", "tests", "helpers", "conftest", "benchmarks", "planning"}
 
@@ -74,7 +77,8 @@ def test_imports_point_down_and_optional_packages_are_imported_where_they_are_us
         wrong += [(name, root) for root in roots & OUTSIDE]
         if name not in WITH_PYG and "torch_geometric" in roots:
             wrong.append((name, "torch_geometric"))
-        wrong += [(name, root) for root in {module.split(".")[0] for module in at_the_top(path)} & OPTIONAL]
+        optional = OPTIONAL - {"transformers"} if name in WITH_TRANSFORMERS else OPTIONAL
+        wrong += [(name, root) for root in {module.split(".")[0] for module in at_the_top(path)} & optional]
         for module, _ in own_imports(path) if room in ROOMS else ():
             if module == "gohgraph":
                 wrong.append((name, "modules import modules, not the public names"))
@@ -108,6 +112,16 @@ def test_type_checkers_see_the_names_that_are_imported_when_they_are_asked_for()
     assert for_type_checkers(PACKAGE / "__init__.py") == gohgraph.BUILT_ON_PYG
     with pytest.raises(AttributeError, match="module 'gohgraph' has no attribute 'HeadGraphCon'"):
         gohgraph.HeadGraphCon  # noqa: B018
+
+
+def test_what_subclasses_transformers_is_imported_where_transformers_is():
+    files = tuple("gohgraph." + name.removesuffix(".py").replace("/", ".") for name in WITH_TRANSFORMERS)
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in FILES
+        if any(module.startswith(tuple(f"{file}." for file in files)) for module in at_the_top(path))
+    }
+    assert found <= WITH_TRANSFORMERS
 
 
 def test_programs_use_public_names():

@@ -1,4 +1,4 @@
-"""Show the head graphs of a language model: pictures, an interactive page, files for Gephi, and its strongest edges.
+"""Show the head graph of a language model: pictures, an interactive page, files for Gephi, and its strongest edges.
 
     python tools/visualize_heads.py runs/demo/goh --out heads.html --open
     python tools/visualize_heads.py runs/demo/goh --view matrix --out heads.png
@@ -7,6 +7,11 @@
     python tools/visualize_heads.py runs/demo/goh --view film --out film.gif
     python tools/visualize_heads.py converted-llama --text "heads talk to heads" --out llama.html
     python tools/visualize_heads.py --demo --out heads.html
+    python tools/visualize_heads.py SmolLM2-135M --text "heads talk to heads" --against "birds sing to birds"
+    python tools/visualize_heads.py SmolLM2-135M --from weights --view network --out composition.png
+
+Models of transformers without head graphs are shown by what their heads read of each other: by attribution on a text,
+or by weights alone.
 
 The suffix of --out chooses what is written: .png, .svg or .pdf a picture of --view, .html the interactive page, .gif or
 .mp4 the film, .graphml, .gexf, .json or .csv the network of all heads.
@@ -23,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stock_heads import SOURCES, chosen_source, stock_network
 from tqdm import tqdm
 
 import gohgraph as goh
@@ -67,8 +73,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def visualize(flags: argparse.Namespace) -> None:
     """Runs the model over the text, writes what --out and --view ask for, and prints its strongest edges."""
+    source = chosen_source(flags)
     out = _checked(flags)
     torch.set_num_threads(flags.threads)
+    if source != "graph":
+        _visualize_stock(flags, source, out)
+        return
     source = of_bytes(demo_model()) if flags.demo else load_text_model(flags.checkpoint)
     seen = _seen(source, _batches(source, _text(flags.text, flags.text_file), flags), flags)
     _write(seen, flags, out)
@@ -80,11 +90,33 @@ def visualize(flags: argparse.Namespace) -> None:
         webbrowser.open(out.resolve().as_uri())
 
 
+def _visualize_stock(flags: argparse.Namespace, source: str, out: Path) -> None:
+    """The same for a network by weights or attribution."""
+    text = "" if source == "weights" else bytes(_text(flags.text, flags.text_file).tolist()).decode("utf-8", "replace")
+    network, said = stock_network(flags, source, text[: 40 * flags.length])
+    title = said if flags.title is None else flags.title
+    if flags.suffix in GRAPH_SUFFIXES:
+        goh.save_head_graph(network, out)
+    elif flags.suffix == ".html":
+        goh.save_page(network, out, title=title, threshold=flags.threshold)
+    else:
+        goh.draw_network(network, out, title=title, threshold=flags.threshold)
+    print(f"{out}: {said}\n\n{TABLE} strongest edges")
+    for edge in network.strongest(TABLE):
+        print(f"  {edge['sender'] + ' -> ' + edge['receiver']:<18} {edge['site']:<10} {edge['mean']:>+9.4f}")
+    if flags.open:
+        webbrowser.open(out.resolve().as_uri())
+
+
 def _parser() -> ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="folder of save_pretrained or save_converted, a run, or its checkpoint")
+    add("checkpoint", nargs="?", help="folder of save_pretrained, save_converted, transformers, a run, or a checkpoint")
+    add("--from", dest="source", choices=SOURCES, help="head graphs, weights, or attribution (default: what it has)")
+    add("--against", help="attribution: another text of as many tokens or its file, or mean or zero (default: zero)")
+    add("--target", help="attribution: a word after the text, or 'RIGHT|WRONG' (default: every next token)")
+    add("--tokenizer", metavar="FOLDER", help="the tokenizer of a model whose folder has none")
     add("--demo", action="store_true", help="needs no checkpoint: trains a small model for half a minute")
     add("--out", default="heads.html", help="the file to write (default: %(default)s)")
     add("--view", choices=VIEWS, help="what a picture shows (default: circle)")

@@ -5,14 +5,14 @@ from gohgraph.analysis.attribution import edge_attribution
 from gohgraph.analysis.heads import head_importance
 from gohgraph.analysis.measures import Measures, measures
 from gohgraph.analysis.pruning import prune, pruning_curve, random_scores
-from gohgraph.analysis.strength import edge_strength, faithfulness
+from gohgraph.analysis.strength import edge_strength, rank_agreement
 
 __all__ = [
     "Measures",
     "edge_ablation",
     "edge_attribution",
     "edge_strength",
-    "faithfulness",
+    "rank_agreement",
     "head_importance",
     "measures",
     "prune",

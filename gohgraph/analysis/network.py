@@ -14,13 +14,17 @@ from gohgraph.analysis.module_names import block_of, block_titles, family_of, la
 from gohgraph.analysis.record import OF_KEYS, Recording, head_graphs, record
 from gohgraph.graphs.cross_layer import layers_read
 
-NODE_ATTRIBUTES = ("label", "block", "layer", "head", "kind", "load", "importance")
+# What `label_heads` gives heads.
+HEAD_SCORES = ("previous_token", "induction", "duplicate_token", "first_token")
+NODE_ATTRIBUTES = ("label", "block", "layer", "head", "kind", "load", "importance", *HEAD_SCORES)
 EDGE_ATTRIBUTES = ("edge", "graph", "site", "round", "mean", "std", "share", "edge_importance")
+# What a network may lack, and NaN where a node or an edge has none.
+OPTIONAL = ("importance", "edge_importance", *HEAD_SCORES)
 INTEGERS, WORDS = ("layer", "head", "round", "edge"), ("label", "block", "kind", "graph", "site")
 
 
 class HeadNetwork(Data):
-    """All heads and edges of a model in one PyG `Data`, made by `head_graph_of`.
+    """All heads and edges of a model in one PyG `Data`, by `head_graph_of`, `composition_graph`, `attribution_graph`.
 
     Two heads have several edges where several sites or rounds connect them.
 
@@ -32,6 +36,7 @@ class HeadNetwork(Data):
         kind: "head"; with a router "shared" or "routed"; "key/value" where these are fewer than the query heads.
         load: share of tokens a head is active for, `[N]`.
         importance: of heads, `[N]`, if it was given.
+        previous_token, induction, duplicate_token, first_token: of heads, `[N]`, after `label_heads`.
         edge: number of the edge, `[E]`: files and networkx may order them anew.
         graph: of every edge, the module name of its head graph.
         site: "outputs", "scores", ...
@@ -60,7 +65,7 @@ class HeadNetwork(Data):
         )
         for names, rows in ((NODE_ATTRIBUTES, [v for _, v in nodes]), (EDGE_ATTRIBUTES, [e[2] for e in edges])):
             for name in names:
-                if name in ("importance", "edge_importance") and not all(name in row for row in rows):
+                if name in OPTIONAL and not all(name in row for row in rows):
                     continue
                 network[name] = _column(name, rows)
         return network
@@ -113,8 +118,8 @@ def head_graph_of(
         8
     """
     heads = at_rest(source) if isinstance(source, nn.Module) else source
-    if not heads:
-        raise ValueError(f"Expected a recording with at least one head graph (got {heads!r}). Do record a pass.")
+    if not any(recording.tokens for recording in heads.values()):
+        raise ValueError("Expected a recording of at least one token (got none). Do record a forward pass.")
     places = {name: _place(name, recording, heads) for name, recording in heads.items()}
     numbers, nodes = _nodes(heads, places, importance or {})
     columns: dict[str, list] = {name: [] for name in EDGE_ATTRIBUTES}
@@ -186,7 +191,7 @@ def _nodes(
             sizes.setdefault(place, recording.num_heads)
     titles = dict(zip(blocks := list(dict.fromkeys(b for b, _ in sizes)), block_titles(blocks), strict=True))
     numbers: dict[Place, int] = {}
-    columns: dict[str, list] = {name: [] for name in NODE_ATTRIBUTES}
+    columns: dict[str, list] = {name: [] for name in NODE_ATTRIBUTES if name not in HEAD_SCORES}
     for block in blocks:
         for place in ((block, False), (block, True)):
             if place not in sizes:

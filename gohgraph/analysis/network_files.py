@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
 GRAPH_SUFFIXES = (".graphml", ".gexf", ".json", ".csv")
 # What Gephi calls the columns of its tables of nodes and edges.
 NODE, ENDS = "Id", ("Source", "Target")
+# What XML has no way to write, nor UTF-8, and tables lose; with the backslash, so that the way back is one.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\\]")
+ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
 
 
 def save_head_graph(network: HeadNetwork, path: str | os.PathLike[str]) -> None:
@@ -43,7 +49,7 @@ def load_head_graph(path: str | os.PathLike[str]) -> HeadNetwork:
     if path.suffix.lower() not in GRAPH_SUFFIXES:
         raise ValueError(f"Expected a file that ends in {', '.join(GRAPH_SUFFIXES)} (got {path}). Do pass another.")
     try:
-        return HeadNetwork.from_networkx(_read(path))
+        return HeadNetwork.from_networkx(_in_words(_read(path), _unescaped))
     except OSError:
         raise
     # Each parser has errors of its own for a damaged file.
@@ -57,13 +63,13 @@ def load_head_graph(path: str | os.PathLike[str]) -> HeadNetwork:
 def _write(network: HeadNetwork, path: Path) -> None:
     import networkx
 
-    graph, suffix = network.to_networkx(), path.suffix.lower()
+    graph, suffix = _in_words(network.to_networkx(), _escaped), path.suffix.lower()
     if suffix == ".graphml":
         networkx.write_graphml(graph, path)
     elif suffix == ".gexf":
         networkx.write_gexf(graph, path)
     elif suffix == ".json":
-        data = _without_nan(networkx.node_link_data(graph, edges="edges"))
+        data = _finite(networkx.node_link_data(graph, edges="edges"))
         path.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
     else:
         names = network.attributes()[1]
@@ -71,17 +77,34 @@ def _write(network: HeadNetwork, path: Path) -> None:
         _write_rows(path, [*ENDS, *names], rows)
 
 
-def _without_nan(value: Any) -> Any:
-    """The same values with `None` for NaN, which JSON has not."""
+def _finite(value: Any) -> Any:
+    """The same values as JSON can hold them: `None` for NaN, words for infinity."""
     if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if value != value else value
+        return [_finite(item) for item in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
+
+
+def _in_words(graph: Any, change: Callable[[str], str]) -> Any:
+    """A `networkx` graph with all its words changed, in place."""
+    for values in (*(row[-1] for row in graph.nodes(data=True)), *(row[-1] for row in graph.edges(data=True))):
+        values.update({name: change(word) for name, word in values.items() if isinstance(word, str)})
+    return graph
+
+
+def _escaped(word: str) -> str:
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", word)
+
+
+def _unescaped(word: str) -> str:
+    return ESCAPE.sub(lambda found: chr(int(found[1], 16)), word)
 
 
 def _write_nodes(network: HeadNetwork, path: Path) -> None:
-    names, nodes = network.attributes()[0], network.to_networkx().nodes(data=True)
+    names, nodes = network.attributes()[0], _in_words(network.to_networkx(), _escaped).nodes(data=True)
     _write_rows(path, [NODE, *names], [[node, *(values[name] for name in names)] for node, values in nodes])
 
 
@@ -108,9 +131,7 @@ def _read(path: Path) -> Any:
     if suffix == ".json":
         data = json.loads(path.read_text(encoding="utf-8"))
         for row in (*data["nodes"], *data["edges"]):
-            for name in ("importance", "edge_importance"):
-                if name in row and row[name] is None:
-                    row[name] = float("nan")
+            row.update({name: math.nan for name, value in row.items() if value is None})
         return networkx.node_link_graph(data, edges="edges")
     graph = networkx.MultiDiGraph()
     for row in _read_rows(_nodes_of(path)):

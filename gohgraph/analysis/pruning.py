@@ -12,6 +12,7 @@ from gohgraph.analysis.losses import Loss, mean_loss
 from gohgraph.analysis.record import head_graphs
 from gohgraph.analysis.strength import edge_strength
 from gohgraph.common.checks import check_probability
+from gohgraph.common.modules import check_writable
 
 Module = TypeVar("Module", bound=nn.Module)
 KEEP = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)
@@ -21,7 +22,8 @@ def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None 
     """Returns a copy of a model whose head graphs have lost their weakest edges, for good.
 
     The edges of all graphs are ordered together, ties by their place in the model; `edge_index` and the weights of the
-    copy have the kept ones alone. It trains on, and `save_pretrained` and `from_pretrained` keep it as it is.
+    copy have the kept ones alone. It trains on, and `save_pretrained` and `from_pretrained` keep it as it is. Edges
+    whose weights are computed anew before every call, shared, quantised, on meta or offloaded are a `ValueError`.
 
     Args:
         model: with head graphs; left as it is.
@@ -39,6 +41,7 @@ def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None 
     """
     graphs = head_graphs(model)
     check_probability("keep", keep)
+    check_writable(model, [conv.edges for conv in graphs.values()], ("bias", "weight"))
     scores = edge_strength(model) if scores is None else scores
     numbers = [conv.edges.num_edges for conv in graphs.values()]
     if {name: len(values) for name, values in scores.items()} != dict(zip(graphs, numbers, strict=True)):

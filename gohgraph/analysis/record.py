@@ -1,16 +1,20 @@
 """Recording what head graphs do in a forward pass."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gohgraph.analysis.module_names import block_of, site_of
+from gohgraph.analysis.passes import Counter, Passes
 from gohgraph.analysis.running_stats import Moments, samples
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.routing import HeadRouter, Routing
+from gohgraph.common.modules import is_recomputed, working_modules
 from gohgraph.graphs.chain import Chain
 from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.graph import head_graph
@@ -139,6 +143,9 @@ class Recording:
 class Recordings(dict[str, Recording]):
     """The recordings of a model by module name, in model order.
 
+    A module that is called several times in a forward pass stands for as many layers, each with a recording of its own:
+    `"attention.head_graphs.call.0.output_graph"` and so on.
+
     Attributes:
         token_strings: the recorded tokens as they are to be read, or `None`.
         left_out: what stands at a site and is not recorded, by module name, with the reason.
@@ -158,7 +165,7 @@ def record(
 
     Linear graphs of other kinds (softmax messages, a gate on every head, a `SiteGraph` of your own that has `matrix`)
     are recorded as complete graphs with the weights W - I, where nodes are features; what cannot be recorded is in
-    `left_out`.
+    `left_out`. Gradient checkpointing is recorded once, in the forward pass. Graphs that saw no token are warned of.
 
     Args:
         model: any module with head graphs.
@@ -184,22 +191,73 @@ def record(
     graphs, left_out = recordable(model)
     if not graphs:
         head_graphs(model)
-    routers = {name: module for name, module in model.named_modules() if isinstance(module, HeadRouter)}
-    heads = Recordings({}, token_strings)
+    routers = {name: module for name, module in working_modules(model) if isinstance(module, HeadRouter)}
+    heads, passes, layers = Recordings({}, token_strings), Passes(), {}
     heads.left_out = left_out
+    modules = dict(model.named_modules())
+    around = {id(modules[prefix]): modules[prefix] for name in graphs for prefix in _prefixes(name)}
     with ExitStack() as hooks:
+        hooks.enter_context(passes.following(around.values()))
         for name, graph in graphs.items():
             router = None if site_of(name) in OF_KEYS else _router_of(name, routers)
-            heads[name] = Recording(graph, router, every_token=every_token)
-            for hook in _hooks(heads[name], name, graph, router, model):
+            layers[name] = Layers(partial(Recording, graph, router, every_token=every_token))
+            heads[name] = layers[name][0]
+            for hook in _hooks(layers[name], name, graph, router, model, passes):
                 hooks.enter_context(hook)
         yield heads
+        _name_layers(heads, layers)
         _check_strings(heads, graphs)
+        _warn_of_unseen(heads)
+
+
+class Layers(list[Recording]):
+    """The recordings of one module, of each of its calls in a forward pass."""
+
+    def __init__(self, new: Callable[[], Recording]) -> None:
+        super().__init__([new()])
+        self.new = new
+
+    def of_call(self, index: int) -> Recording:
+        """Returns the recording of the call of that index."""
+        while len(self) <= index:
+            self.append(self.new())
+        return self[index]
+
+
+def _prefixes(name: str) -> list[str]:
+    """The names of the modules around one, and its own."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) + 1)] if name else [""]
+
+
+def _name_layers(heads: Recordings, layers: dict[str, Layers]) -> None:
+    """Gives every call of modules that stand for several layers a name, in the order of layers."""
+    several = {name: calls for name, calls in layers.items() if len(calls) > 1}
+    if not several:
+        return
+    single = {name: recording for name, recording in heads.items() if name not in several}
+    numbered = [
+        (index, f"{block_of(name)}.call.{index}{name.removeprefix(block_of(name))}".removeprefix("."), recording)
+        for name, calls in several.items()
+        for index, recording in enumerate(calls)
+    ]
+    heads.clear()
+    heads.update(single)
+    heads.update({name: recording for _, name, recording in sorted(numbered, key=lambda one: one[0])})
+
+
+def _warn_of_unseen(heads: Recordings) -> None:
+    if unseen := [name for name, recording in heads.items() if not recording.tokens]:
+        warnings.warn(
+            f"The recording saw no token at {', '.join(unseen[:4])}{' ...' if len(unseen) > 4 else ''}: the model was "
+            "not run inside the block, or it passes these by.",
+            stacklevel=4,
+        )
 
 
 def head_graphs(model: nn.Module) -> dict[str, EdgeGraph]:
     """Returns the head graphs of a model by module name, in model order; `ValueError` where there are none."""
-    graphs = {name: module for name, module in model.named_modules() if isinstance(module, EdgeGraph)}
+    graphs = {name: module for name, module in working_modules(model) if isinstance(module, EdgeGraph)}
     if not graphs:
         others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, SiteGraph)})
         raise ValueError(
@@ -213,8 +271,8 @@ def recordable(model: nn.Module) -> tuple[dict[str, SiteGraph], dict[str, str]]:
     """Returns the graphs of a model that can be recorded, and why the others cannot, by module name in model order."""
     graphs: dict[str, SiteGraph] = {}
     left_out: dict[str, str] = {}
-    convs = {name for name, module in model.named_modules() if isinstance(module, EdgeGraph)}
-    for name, module in model.named_modules():
+    convs = {name for name, module in working_modules(model) if isinstance(module, EdgeGraph)}
+    for name, module in working_modules(model):
         if name in convs:
             graphs[name] = module
         elif isinstance(module, Chain) or not isinstance(module, SiteGraph):
@@ -237,46 +295,47 @@ def _router_of(name: str, routers: dict[str, HeadRouter]) -> HeadRouter | None:
     return around[max(fitting, key=len)] if fitting else None
 
 
-def _hooks(recording: Recording, name: str, graph: SiteGraph, router: HeadRouter | None, model: nn.Module) -> list:
+def _hooks(
+    layers: Layers, name: str, graph: SiteGraph, router: HeadRouter | None, model: nn.Module, passes: Passes
+) -> list:
     last: list[Tensor] = []
 
-    def on_routing(inputs: Any, routing: Routing) -> None:
+    def on_routing(recording: Recording, inputs: Any, routing: Routing) -> None:
         last[:] = [routing.active]
         recording.update_routing(routing)
 
-    def on_edges(inputs: Any, alpha: Tensor) -> None:
-        with torch.no_grad():
-            recording.update(alpha, graph.select(alpha, *last))
+    def on_edges(recording: Recording, inputs: Any, alpha: Tensor) -> None:
+        recording.update(alpha, graph.select(alpha, *last))
 
-    def on_nodes(inputs: Any, nodes: Tensor) -> None:
-        with torch.no_grad():
-            matrix = graph.matrix(inputs[1])  # [*, H, H]
-            alpha = matrix - torch.eye(recording.num_heads, dtype=matrix.dtype, device=matrix.device)
-            senders, receivers = recording.edge_index.to(alpha.device)
-            alpha = alpha[..., receivers, senders].unsqueeze(-2)  # [*, 1, E]
-            used = alpha
-            if last:
-                used = alpha * (last[0][..., senders] & last[0][..., receivers]).unsqueeze(-2)
-            recording.update(alpha, used)
+    def on_nodes(recording: Recording, inputs: Any, nodes: Tensor) -> None:
+        matrix = graph.matrix(inputs[1])  # [*, H, H]
+        alpha = matrix - torch.eye(recording.num_heads, dtype=matrix.dtype, device=matrix.device)
+        senders, receivers = recording.edge_index.to(alpha.device)
+        alpha = alpha[..., receivers, senders].unsqueeze(-2)  # [*, 1, E]
+        used = alpha
+        if last:
+            used = alpha * (last[0][..., senders] & last[0][..., receivers]).unsqueeze(-2)
+        recording.update(alpha, used)
 
     block = model.get_submodule(block_of(name))
     # Both sites ask the edges for their weights, so that is where they are seen.
     is_conv = isinstance(graph, EdgeGraph)
-    hooks = [_hook(graph.edges, on_edges) if is_conv else _hook(graph, on_nodes)]
+    takers = [(graph.edges, on_edges) if is_conv else (graph, on_nodes)]
     if router is not None:
-        hooks.append(_hook(router, on_routing))
+        takers.append((router, on_routing))
     if isinstance(block, MultiHeadAttention):
-        hooks.append(_hook(block, lambda inputs, result: recording.update_outputs(result[1].outputs)))
+        takers.append((block, lambda recording, inputs, result: recording.update_outputs(result[1].outputs)))
     elif site_of(name) == "outputs":
-        hooks.append(_hook(graph, lambda inputs, z: recording.update_outputs(z)))
-    return hooks
+        takers.append((graph, lambda recording, inputs, z: recording.update_outputs(z)))
+    return [_hook(owner, take, layers, passes.counter()) for owner, take in takers]
 
 
-def _hook(owner: nn.Module, take: Callable[[Any, Any], None]):
+def _hook(owner: nn.Module, take: Callable[[Recording, Any, Any], None], layers: Layers, counter: Counter):
     def take_result(module: nn.Module, inputs: Any, result: Any) -> None:
         # A deep copy of the model made inside the block carries this hook along: it is not what is recorded.
-        if module is owner:
-            take(inputs, result)
+        if module is owner and not is_recomputed():
+            with torch.no_grad():
+                take(layers.of_call(counter.next()), inputs, result)
 
     return owner.register_forward_hook(take_result)
 
@@ -285,7 +344,7 @@ def _check_strings(heads: Recordings, graphs: dict[str, SiteGraph]) -> None:
     if heads.token_strings is None:
         return
     for name, recording in heads.items():
-        if not graphs[name].traits.static and recording.tokens != len(heads.token_strings):
+        if name in graphs and not graphs[name].traits.static and recording.tokens != len(heads.token_strings):
             raise ValueError(
                 f"Expected a string for each of the {recording.tokens} tokens that were run (got "
                 f"{len(heads.token_strings)}). Do pass as many."

@@ -30,7 +30,7 @@ def edge_strength(source: nn.Module | Mapping[str, Recording]) -> dict[str, Tens
     return {name: _weight_strength(conv) for name, conv in head_graphs(source).items()}
 
 
-def faithfulness(scores: Mapping[str, Tensor], effects: Mapping[str, Tensor]) -> float:
+def rank_agreement(scores: Mapping[str, Tensor], effects: Mapping[str, Tensor]) -> float:
     """Returns how well scores of edges order them by what their loss costs: Spearman's rank correlation.
 
     Args:
@@ -41,7 +41,7 @@ def faithfulness(scores: Mapping[str, Tensor], effects: Mapping[str, Tensor]) ->
         In [-1, 1]; NaN where either is the same for all edges.
 
     Example:
-        >>> faithfulness({"graph": torch.tensor([0.1, 0.5, 0.2])}, {"graph": torch.tensor([0.0, 3.0, 1.0])})
+        >>> rank_agreement({"graph": torch.tensor([0.1, 0.5, 0.2])}, {"graph": torch.tensor([0.0, 3.0, 1.0])})
         1.0
     """
     if {n: s.shape for n, s in scores.items()} != {n: e.shape for n, e in effects.items()}:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ class Heads(NamedTuple):
         outputs: `[B, T, H, D]`, after messages and times their gates: what the output projection reads.
         routing: the router's decisions, `None` without one.
         nodes: by site, what later layers read of this one.
+
+    Example:
+        >>> y, heads = MultiHeadAttention(20, 5)(torch.randn(2, 3, 20))
+        >>> heads.outputs.shape, heads.routing
+        (torch.Size([2, 3, 5, 4]), None)
     """
 
     outputs: Tensor
@@ -203,6 +208,9 @@ class MultiHeadAttention(nn.Module):
         history.hand_on("outputs", z)
         y = self.output(z.flatten(-2)) if heads is None else heads.read_out(z, self.output)  # [B, T, M]
         return y, Heads(z, routing, history.nodes)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _route(self, x: Tensor, token_mask: Tensor | None, *, decodes: bool) -> Routing | None:
         if self.router is None:

@@ -27,6 +27,11 @@ class Routing(NamedTuple):
         z_loss: scalar, mean squared log-sum-exp of the routed logits (ST-MoE, arXiv 2202.08906, equation 5).
         load: share of tokens each head is active for, `[H]`, detached; 1 for shared heads.
         entropy: mean entropy of the routed scores p of a token, nats in [0, log h_r], detached.
+
+    Example:
+        >>> routing = HeadRouter(d_model=16, num_heads=5, num_shared=1, top_k=2)(torch.randn(2, 3, 16))
+        >>> routing.active.shape, routing.load.sum().item()
+        (torch.Size([2, 3, 5]), 3.0)
     """
 
     gates: Tensor

@@ -31,6 +31,7 @@ class HeadSlots(nn.Module):
 
     Attributes:
         form: as in `MultiHeadAttention`.
+        origin: what a conversion built it from, so that it can be built again; `None` where none did.
 
     Example:
         >>> from gohgraph import HeadGraphConv, head_graph
@@ -39,6 +40,8 @@ class HeadSlots(nn.Module):
         >>> torch.equal(sites.pass_messages(z, x), z)
         True
     """
+
+    origin: Any = None
 
     def __init__(
         self,
@@ -51,14 +54,36 @@ class HeadSlots(nn.Module):
         head_order: list[int] | None = None,
     ) -> None:
         super().__init__()
+        self.fill_slots(num_heads, output_graph, score_graph, router, allowed)
+        self.order_heads(head_order)
+
+    def fill_slots(
+        self,
+        num_heads: int,
+        output_graph: nn.Module | None = None,
+        score_graph: nn.Module | None = None,
+        router: nn.Module | None = None,
+        allowed: Collection[str] = ("whole", "nonlinear"),
+    ) -> None:
+        """Puts graphs and a router in, in place of what stands there; arguments as in the constructor."""
         if router is not None and router.num_heads != num_heads:
             raise ValueError(f"Expected a router over {num_heads} heads (got {router.num_heads}). Do build it so.")
+        output_graph = graph_at("outputs", output_graph, num_heads, allowed)
+        score_graph = graph_at("scores", score_graph, num_heads, allowed)
+        # All are checked before any is put in: what is refused leaves the attention as it was.
         self.num_heads = num_heads
-        self.output_graph = graph_at("outputs", output_graph, num_heads, allowed)
-        self.score_graph = graph_at("scores", score_graph, num_heads, allowed)
-        self.router = router
+        self.output_graph, self.score_graph, self.router = output_graph, score_graph, router
         self.form: str | None = None
-        self.order_heads(head_order)
+
+    def empty_slots(self) -> None:
+        """Takes out all that `fill_slots` and `order_heads` put in, as if it had never been there."""
+        for name in ("output_graph", "score_graph", "router"):
+            self._modules.pop(name, None)
+            self.__dict__.pop(name, None)
+        for name in ("form", "head_order", "origin"):
+            self.__dict__.pop(name, None)
+        self._buffers.pop("places", None)
+        self._non_persistent_buffers_set.discard("places")
 
     def order_heads(self, order: list[int] | None) -> None:
         """Sets which head each place of the router stands for."""

@@ -11,6 +11,8 @@ A reader that comes between 2 and 3, or after a crash there, finds the configura
 `.config.json.new`.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +29,12 @@ from torch import nn
 
 from gohgraph.common.files import move_whole, parse_json, write_text_whole, write_whole
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 FORMAT = 1
 METADATA_KEY = "gohgraph.checkpoint"
+MODEL_TYPE = "model_type"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PENDING_CONFIG, PENDING_WEIGHTS = ".config.json.new", ".model.safetensors.new"
 
@@ -40,19 +46,21 @@ class PretrainedMixin:
     keeps that configuration in `self.config`.
     """
 
-    config_class: type
+    config_class: type[Any]
+    # By which transformers' Auto classes know the folder; `None` where they are not to load it.
+    model_type: str | None = None
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the model's configuration and weights to `folder`; see `save_pretrained`."""
         save_pretrained(self, folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]):
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
         """Build the model that was saved in `folder`; see `load_pretrained`."""
         return load_pretrained(cls, folder)
 
 
-def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> None:
     """Write `config.json` and `model.safetensors` to `folder`, atomically.
 
     Whatever interrupts the save (an exception, a kill, a power cut), `folder` afterwards holds either the checkpoint
@@ -61,9 +69,13 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Args:
         model: a module with `model.config.to_dict()`, which returns what JSON can hold.
         folder: where to write, made if it is missing; `OSError` where that is impossible.
+
+    Raises:
+        ValueError: a model that its configuration does not build, which could not be loaded again.
     """
     folder = Path(folder)
     text = json.dumps(_document(model), indent=2, allow_nan=False)
+    _check_rebuilds(model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _finish_interrupted_save(folder)
@@ -77,7 +89,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     move_whole(folder / PENDING_CONFIG, folder / CONFIG, flush=True)
 
 
-def load_pretrained(model_class: type, folder: str | os.PathLike[str]):
+def load_pretrained(model_class: type[Any], folder: str | os.PathLike[str]) -> Any:
     """Build the model saved in `folder`, on the CPU, in training mode and in the dtypes it was saved with.
 
     Nothing is written, and the global random state is left as it was.
@@ -114,12 +126,29 @@ def load_pretrained(model_class: type, folder: str | os.PathLike[str]):
     return model
 
 
-def _document(model: nn.Module) -> dict[str, Any]:
+def _document(model: Any) -> dict[str, Any]:
     try:
         version = metadata.version("gohgraph")
     except metadata.PackageNotFoundError:
         version = "from source"
-    return {"model": type(model).__name__, "format": FORMAT, "gohgraph": version, "config": model.config.to_dict()}
+    document = {"model": type(model).__name__, "format": FORMAT, "gohgraph": version, "config": model.config.to_dict()}
+    model_type = getattr(model, "model_type", None)
+    return document if model_type is None else {MODEL_TYPE: model_type, **document}
+
+
+def _check_rebuilds(model: nn.Module) -> None:
+    """Raise `ValueError` where a model built of the configuration would have other tensors; it may have lost edges."""
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    wanted, given = ({name: tensor.shape for name, tensor in m.state_dict().items()} for m in (twin, model))
+    prunable = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "prune_to_saved"))
+    changed = [name for name in wanted.keys() & given.keys() if wanted[name] != given[name]]
+    changed = sorted(wanted.keys() ^ given.keys()) + sorted(name for name in changed if not name.startswith(prunable))
+    if changed:
+        raise ValueError(
+            f"Expected the tensors that the configuration of this {type(model).__name__} builds (got others: "
+            f"{changed[:4]}). Do merge adapters first, or save the state dict yourself."
+        )
 
 
 def _finish_interrupted_save(folder: Path) -> None:
@@ -170,7 +199,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     if text is None:
         raise ValueError(
             f"Expected weights written by gohgraph (got {path}, which carries no gohgraph configuration). "
-            "Do pass a folder written by save_pretrained."
+            "Do pass a folder written by save_pretrained; one that transformers wrote, its Auto classes load."
         )
     return tensors, _parse(text, f"the metadata of {path}"), aliases
 
@@ -201,7 +230,8 @@ def _read_config(folder: Path, saved_with: dict[str, Any]) -> dict[str, Any]:
 def _parse(text: str, where: str) -> dict[str, Any]:
     document = parse_json(text, where, remedy="copy the file again or load another checkpoint")
     keys = {"model", "format", "gohgraph", "config"}
-    if not isinstance(document, dict) or set(document) != keys or not isinstance(document["config"], dict):
+    found = set(document) - {MODEL_TYPE} if isinstance(document, dict) else set()
+    if found != keys or not isinstance(document["config"], dict):
         got = sorted(document) if isinstance(document, dict) else type(document).__name__
         raise ValueError(
             f"Expected a gohgraph checkpoint with the keys {sorted(keys)} in {where} (got {got}). "

@@ -1,7 +1,13 @@
 """What every configuration shares: a plain dictionary form, and defaults by field."""
 
+from __future__ import annotations
+
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Config:
@@ -12,7 +18,7 @@ class Config:
         return {name: _plain(getattr(self, name)) for name in _names(self)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]):
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Builds the configuration from `to_dict`'s form."""
         if not isinstance(values, dict):
             raise TypeError(f"Expected a dictionary for {cls.__name__} (got {type(values).__name__}). Do pass one.")
@@ -22,7 +28,7 @@ class Config:
                 f"Expected keys of {cls.__name__} among {sorted(_names(cls))} (got {unknown}). Do remove them, "
                 "or use the gohgraph version that wrote them."
             )
-        without = [f.name for f in dataclasses.fields(cls) if default_of(f) is dataclasses.MISSING]
+        without = [f.name for f in _fields(cls) if default_of(f) is dataclasses.MISSING]
         missing = [name for name in without if name not in values]
         if missing:
             got = sorted(values)
@@ -35,7 +41,11 @@ class Config:
 
 
 def _names(config: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(config)]
+    return [f.name for f in _fields(config)]
+
+
+def _fields(config: Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(config)
 
 
 def _plain(value: Any) -> Any:
@@ -50,3 +60,31 @@ def default_of(definition: dataclasses.Field) -> Any:
     """Returns the default value of a dataclass field, `dataclasses.MISSING` where it has none."""
     made = definition.default_factory
     return definition.default if made is dataclasses.MISSING else made()
+
+
+def ignores(*names: str) -> Callable[[type], type]:
+    """Lets what others set on any model's configuration pass without effect on a frozen one; all else is refused.
+
+    Example:
+        >>> @ignores("use_cache")
+        ... @dataclasses.dataclass(frozen=True)
+        ... class Size:
+        ...     heads: int
+        >>> size = Size(3)
+        >>> size.use_cache = False
+        >>> size.heads = 4
+        Traceback (most recent call last):
+        dataclasses.FrozenInstanceError: cannot assign to field 'heads'
+    """
+
+    def decorate(kind: type) -> type:
+        refuse = kind.__setattr__
+
+        def __setattr__(self: Any, name: str, value: Any) -> None:
+            if name not in names:
+                refuse(self, name, value)
+
+        kind.__setattr__ = __setattr__
+        return kind
+
+    return decorate

@@ -1,25 +1,25 @@
 """Head graphs inside the attention functions of Hugging Face transformers.
 
-transformers calls attention by a name, `config._attn_implementation`. A converted model has a name of its own for the
-implementation it had (`gohgraph_sdpa` for `sdpa`, and so on for eager, flash and flex attention), under which both the
-attention function and its mask are registered; the function calls the one beneath between the two sites. The hidden
-states are handed over by a hook on the attention module.
+transformers calls attention by a name. A converted attention module calls it by ours (`implementation_names`), whose
+function calls the one beneath, eager, sdpa, flash or flex attention, between the two sites. The hidden states come by
+themselves (`hidden_states`).
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from gohgraph.attention.call import NO_MASK, Core, Mask
 from gohgraph.attention.slots import HeadSlots
+from gohgraph.convert import hidden_states
+from gohgraph.convert.implementation_names import NamedByUs, Overlay, beneath
 
-PREFIX = "gohgraph_"
-CHILD, CONTEXT, HOOKS = "head_graphs", "_head_graph_context", "_head_graph_hooks"
+CHILD, HOOKS = "head_graphs", "_head_graph_hooks"
 # The largest head size of the attention functions that have one.
 WIDEST = {"flash_attention_2": 256, "flash_attention_3": 256, "flash_attention_4": 256}
 # What an attention function is told beside the mask and changes nothing that the mask does not say.
@@ -60,12 +60,7 @@ def graph_attention(
     base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, Any]:
     """The attention function a converted model calls: the base's, with the module's head graphs around it."""
-    function = base_function(module, base)
-    graphs = getattr(module, CHILD, None)
-    if graphs is None:
-        return function(module, query, key, value, attention_mask, **options)
-    x = getattr(module, CONTEXT)
-    setattr(module, CONTEXT, None)
+    function, graphs, x = base_function(type(module), base), getattr(module, CHILD), hidden_states.read(module)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_wide: bool) -> tuple[Tensor, Any]:
         known = options if scale is None else {**options, "scaling": scale}
@@ -98,21 +93,38 @@ def mask_of(
     return Mask(causal=causal), ""
 
 
-def base_function(module: nn.Module, base: str) -> Callable[..., Any]:
-    """Returns the attention function of that name for a module, its modelling file's own where there is one."""
-    files = [sys.modules[kind.__module__] for kind in type(module).__mro__]
-    file = next(file for file in files if hasattr(file, "ALL_ATTENTION_FUNCTIONS"))
-    return file.eager_attention_forward if base == "eager" else file.ALL_ATTENTION_FUNCTIONS[base]
+# Of classes of attention modules, the attention functions of their modelling file and its eager one.
+_FUNCTIONS: dict[type, tuple[Any, Callable[..., Any] | None]] = {}
 
 
-class Overlay:
-    """An object as another one sees it: some attributes are others, all else is its own."""
+def base_function(kind: type, base: str) -> Callable[..., Any]:
+    """Returns the attention function of that name for a class of modules, its modelling file's own where it has one."""
+    if kind not in _FUNCTIONS:
+        _FUNCTIONS[kind] = (_interface(kind), _eager(kind))
+    interface, eager = _FUNCTIONS[kind]
+    if base == "eager" and base not in interface:
+        return eager
+    return interface[base]
 
-    def __init__(self, beneath: Any, **others: Any) -> None:
-        self.__dict__.update(others, _beneath=beneath)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_beneath"], name)
+def _interface(kind: type) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    files = (sys.modules[owner.__module__] for owner in kind.__mro__)
+    return next(filter(None, (getattr(file, "ALL_ATTENTION_FUNCTIONS", None) for file in files)), None) or (
+        ALL_ATTENTION_FUNCTIONS
+    )
+
+
+def _eager(kind: type) -> Callable[..., Any] | None:
+    """The eager function that the methods of a class name; a file may have several."""
+    for owner in kind.__mro__:
+        for method in vars(owner).values():
+            method = inspect.unwrap(method) if inspect.isfunction(method) else None
+            for name in method.__code__.co_names if method is not None else ():
+                if name.endswith("eager_attention_forward") and name in method.__globals__:
+                    return method.__globals__[name]
+    return None
 
 
 def seen_by(base: str, module: nn.Module, wide: bool) -> Any:
@@ -120,54 +132,15 @@ def seen_by(base: str, module: nn.Module, wide: bool) -> Any:
     others: dict[str, Any] = {"num_key_value_groups": 1} if wide else {}
     # Flash attention looks its kernel up by the name.
     if base not in ("sdpa", "eager"):
-        others["config"] = Overlay(module.config, _attn_implementation=base)
+        others["config"] = beneath(module.config)
     return Overlay(module, **others) if others else module
 
 
-def register(base: str) -> str:
-    """Registers the attention function and the mask of a base implementation; returns the name of both."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    name = PREFIX + base
-    AttentionInterface.register(name, partial(graph_attention, base))
-    # Without one, padding and causality would be lost without a word.
-    if base in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    return name
-
-
-def base_of(config: Any) -> str:
-    """Returns the implementation of a configuration, without our prefix; `None` stands for eager."""
-    return (config._attn_implementation or "eager").removeprefix(PREFIX)
-
-
-def implementations(model: nn.Module) -> dict[int, Any]:
-    """Returns the transformers configurations inside a model by their identity."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    return {id(config): config for config in configs if hasattr(config, "_attn_implementation_internal")}
-
-
-def switch_on(model: nn.Module) -> None:
-    """Lets a model call attention by our names."""
-    for config in implementations(model).values():
-        config._attn_implementation_internal = register(base_of(config))
-
-
-def switch_off(model: nn.Module) -> None:
-    """Lets a model call attention by the names it had."""
-    for config in implementations(model).values():
-        if (config._attn_implementation or "").startswith(PREFIX):
-            config._attn_implementation_internal = base_of(config)
-
-
 def attach(module: nn.Module, graphs: Any, *, required: bool = True) -> None:
-    """Gives head graphs to a module, and their context before every call; `required`, that they were called after."""
+    """Gives head graphs to a module, and their context in every call; `required`, that they are called."""
     setattr(module, CHILD, graphs)
-    hooks = [module.register_forward_pre_hook(_remember, with_kwargs=True)]
-    if required:
-        hooks.append(module.register_forward_hook(_check_called))
-    setattr(module, HOOKS, hooks)
+    module.__dict__[HOOKS] = hidden_states.note_for(module, "", required)
+    module.config = NamedByUs(module.config)
 
 
 def detach(module: nn.Module) -> None:
@@ -175,23 +148,4 @@ def detach(module: nn.Module) -> None:
     for hook in module.__dict__.pop(HOOKS):
         hook.remove()
     delattr(module, CHILD)
-    module.__dict__.pop(CONTEXT, None)
-
-
-def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Returns the first argument of an attention module, by place or name."""
-    return args[0] if args else kwargs.get("hidden_states")
-
-
-def _remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    setattr(module, CONTEXT, hidden_states(args, kwargs))
-
-
-def _check_called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if getattr(module, CONTEXT, None) is not None:
-        setattr(module, CONTEXT, None)
-        raise RuntimeError(
-            f"Expected an attention implementation that calls the head graphs (got "
-            f"{module.config._attn_implementation!r}, set after the conversion). Do unconvert the model, choose the "
-            "implementation and convert it again."
-        )
+    module.config = beneath(module.config)

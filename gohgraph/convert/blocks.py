@@ -13,6 +13,8 @@ from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.call import Core
 from gohgraph.attention.routing import HeadRouter
 from gohgraph.attention.slots import HeadSlots
+from gohgraph.common.modules import working_modules
+from gohgraph.convert.trial_runs import dtype_for
 from gohgraph.graphs.building import build_graph
 from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.graphs.protocol import SiteGraph, check_site
@@ -28,12 +30,13 @@ class Block:
     Args:
         name: of its module in the model.
         num_heads, head_dim, d_model: H, D, and M of its context.
-        weight_like: a tensor of the dtype and on the device of its weights.
+        weight_like: a tensor of the dtype and on the device that head graphs are to have.
         projection: the output projection, or `None` where it was not found.
         attach: puts slots into the block; takes `output_graph`, `score_graph` and `router`.
         no_scores: why it takes no score graph; empty where it does.
         allowed: what it can give graphs, as in `check_site`.
         core: of another library's attention that stays beneath, what it takes.
+        inputs: makes arguments of its module, where it can be called by itself.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Block:
     no_scores: str = ""
     allowed: Collection[str] = ("whole", "nonlinear")
     core: Core | None = None
+    inputs: Callable[[], tuple[Tensor, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Report:
         model: the model, changed in place.
         replaced: names of the attention modules that have head graphs now, in model order.
         skipped: names of those that have not, with the reason.
+        unchecked: names of those whose outputs before and after were not compared, with the reason.
 
     Example:
         >>> report = Report(nn.Linear(2, 3), ["attention"], {})
@@ -98,6 +103,7 @@ class Report:
     model: nn.Module
     replaced: list[str]
     skipped: dict[str, str]
+    unchecked: dict[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -120,19 +126,22 @@ class Report:
             f"{self.parameters:,} parameters ({self.head_graph_parameters / max(1, self.parameters):.2%}), "
             f"{self.trainable:,} trainable ({self.trainable / max(1, self.parameters):.2%})"
         ]
-        return "\n".join(lines + [f"left as it was: {name}: {reason}" for name, reason in self.skipped.items()])
+        lines += [f"left as it was: {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines + [f"not compared: {name}: {reason}" for name, reason in self.unchecked.items()])
 
 
 def build_slots(config: HeadGraphConfig, block: Block, layer: int) -> dict[str, nn.Module | None]:
     """Builds what `config` puts into a block, in its dtype and on its device."""
     sizes = (block.num_heads, block.head_dim, block.d_model)
-    slots = slots_of(config, sizes, layer)
-    for site, slot in (("outputs", "output_graph"), ("scores", "score_graph")):
-        if slots[slot] is not None:
-            check_site(site, slots[slot], block.num_heads, block.allowed)
-    _check_width(block, slots["score_graph"])
-    dtype = block.weight_like.dtype if block.weight_like.is_floating_point() else torch.get_default_dtype()
-    return {name: slot and slot.to(block.weight_like.device, dtype) for name, slot in slots.items()}
+    # Whatever the default device is: graphs go to that of their block.
+    with torch.device("cpu"):
+        slots = slots_of(config, sizes, layer)
+        for site, slot in (("outputs", "output_graph"), ("scores", "score_graph")):
+            if slots[slot] is not None:
+                check_site(site, slots[slot], block.num_heads, block.allowed)
+        _check_width(block, slots["score_graph"])
+        like = block.weight_like
+        return {name: slot and slot.to(like.device, dtype_for(like)) for name, slot in slots.items()}
 
 
 def _check_width(block: Block, score_graph: SiteGraph | None) -> None:
@@ -160,8 +169,8 @@ def slots_of(config: HeadGraphConfig, sizes: tuple[int, int, int], layer: int) -
 
 
 def slots_at(model: nn.Module, name: str) -> HeadSlots:
-    """Returns what holds the slots of the attention module of that name; of several copies, as PEFT makes, the last."""
-    return [module for module in model.get_submodule(name).modules() if isinstance(module, HeadSlots)][-1]
+    """Returns what holds the slots of the attention module of that name; of copies that PEFT keeps, the one in use."""
+    return [module for _, module in working_modules(model.get_submodule(name)) if isinstance(module, HeadSlots)][-1]
 
 
 def converted(model: nn.Module) -> tuple[nn.Module, Conversion]:
@@ -183,7 +192,7 @@ def head_slots(model: nn.Module) -> dict[str, HeadSlots]:
 
 def head_graph_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Returns the parameters of the slots of a converted model, or of our own attention blocks, by name."""
-    holders = [module for module in model.modules() if isinstance(module, (HeadSlots, MultiHeadAttention))]
+    holders = [module for _, module in working_modules(model) if isinstance(module, (HeadSlots, MultiHeadAttention))]
     inside = {id(p) for holder in holders for slot in _slots_in(holder) for p in slot.parameters()}
     return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in inside]
 

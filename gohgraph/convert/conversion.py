@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from gohgraph.convert import fused_qkv, hugging_face, own_models, torch_modules
@@ -20,6 +22,8 @@ from gohgraph.convert.blocks import (
     head_graph_parameters,
     head_slots,
 )
+from gohgraph.convert.comparison import Comparison
+from gohgraph.convert.restoring import note_origins
 from gohgraph.graphs.config import HeadGraphConfig
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,6 +33,8 @@ FAMILIES = (torch_modules, hugging_face, fused_qkv, projected)
 WHOLE_MODELS_ONLY = ("queries", "keys", "values", "weights")
 
 
+# Whatever mode the caller is in, head graphs are to be trained.
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     config: HeadGraphConfig | None = None,
@@ -54,14 +60,18 @@ def convert(
         where: which attention modules: a function of their names, or patterns such as `"*.layers.[0-3].*"`; `None` for
             all.
         freeze_backbone: only head graphs and routers are trained.
-        example: inputs of one forward pass of a transformers model that is neither for tokens, images nor audio.
+        example: inputs of one forward pass of a model that is neither for tokens, images nor audio of transformers.
+
+    One short forward pass before and after is compared, without gradients and layer by layer: on token ids of which
+    windows and choices of keys up to 155 leave some out, or on `example`. What cannot be compared, a model on meta or
+    one that needs an example, stands in `Report.unchecked`; offloaded weights are brought in for it.
 
     Returns:
         A `Report`: the model, the names replaced, and those skipped with the reason.
 
     Raises:
         ValueError: nothing was found that could be converted, a model that is converted already, a configuration its
-            attention cannot have.
+            attention cannot have, attention that would compute something else: the model is then left as it was.
         ImportError: transformers is older than 5.0.
 
     Example:
@@ -74,6 +84,7 @@ def convert(
         (['layers.0.self_attn', 'layers.1.self_attn'], True)
     """
     config = HeadGraphConfig() if config is None else config
+    model = _uncompiled(model)
     _check(model, config)
     if own_models.is_own(model):
         if where is not None:
@@ -97,14 +108,22 @@ def unconvert(model: Model) -> Model:
         >>> type(unconvert(model).self_attn).__name__
         'MultiheadAttention'
     """
+    given, model = model, _uncompiled(model)
     if own_models.is_own(model):
         own_models.give(model, None)
-        return model
+        return given
     for family in FAMILIES:
         family.undo(model)
     for module in model.modules():
-        module.__dict__.pop(CONVERSION, None)
-    return model
+        vars(module).pop(CONVERSION, None)
+    return given
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside a compiled one. What was compiled is compiled anew: torch does not look for new hooks."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    return getattr(model, "_orig_mod", model)
 
 
 def find_blocks(model: nn.Module, example: dict[str, Any] | None = None) -> Search:
@@ -142,13 +161,20 @@ def _convert(
             config.routing.check_heads(block.num_heads, len(blocks))
     names = {id(module): name for name, module in model.named_modules()}
     projections = {block.name: names[id(block.projection)] for block in blocks if block.projection is not None}
+    sizes = {block.name: (block.num_heads, block.head_dim, block.d_model) for block in blocks}
     # All are built before any is attached: what cannot be built leaves the model as it was.
     slots = [build_slots(config.at_layer(layer, len(blocks)), block, layer) for layer, block in enumerate(blocks)]
-    for block, slots_of_block in zip(blocks, slots, strict=True):
-        block.attach(**slots_of_block)
-    sizes = {block.name: (block.num_heads, block.head_dim, block.d_model) for block in blocks}
-    model.__dict__[CONVERSION] = Conversion(config, sizes, projections)
-    return Report(model, [block.name for block in blocks], skipped)
+    comparison = Comparison(model, blocks, dict(hugging_face.transformers_models(model)), example)
+    try:
+        for block, slots_of_block in zip(blocks, slots, strict=True):
+            block.attach(**slots_of_block)
+        conversion = model.__dict__[CONVERSION] = Conversion(config, sizes, projections)
+        note_origins(model, conversion)
+        comparison.check()
+    except BaseException:
+        unconvert(model)
+        raise
+    return Report(model, list(sizes), skipped, comparison.unchecked)
 
 
 def _chooser(where: Where) -> Callable[[str], bool]:

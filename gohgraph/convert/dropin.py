@@ -104,8 +104,7 @@ class GraphMultiheadAttention(HeadSlots):
         Raises:
             TypeError: not torch's own class: a subclass may compute something else.
         """
-        if type(module) is not nn.MultiheadAttention:
-            raise TypeError(f"Expected a torch.nn.MultiheadAttention (got {type(module).__name__}). Do pass one.")
+        _check_class(module)
         new = cls(**_options(module), device="meta", **slots)
         _share_weights(module, new)
         return new
@@ -115,6 +114,25 @@ class GraphMultiheadAttention(HeadSlots):
         plain = nn.MultiheadAttention(**_options(self), device="meta")
         _share_weights(self, plain)
         return plain
+
+    @classmethod
+    def adopt(cls, module: nn.MultiheadAttention, **slots: nn.Module | None) -> None:
+        """Turns torch's module itself into the drop-in: its weights, hooks, names and pruning masks stay as they are.
+
+        Raises:
+            TypeError: as in `from_torch`.
+        """
+        _check_class(module)
+        module.__class__ = cls
+        module.fill_slots(module.num_heads, **slots)
+        module.order_heads(None)
+        module.is_packed, module._qkv_same_embed_dim = module._qkv_same_embed_dim, False
+
+    def release(self) -> None:
+        """Turns the drop-in itself back into torch's module, without head graphs and router."""
+        self.empty_slots()
+        self._qkv_same_embed_dim = self.__dict__.pop("is_packed")
+        self.__class__ = nn.MultiheadAttention
 
     def reset_parameters(self) -> None:
         """Draws the weights as torch's module does; graphs and router stay."""
@@ -164,8 +182,8 @@ class GraphMultiheadAttention(HeadSlots):
         else:
             mask = Mask(self._mask(key_padding_mask, attn_mask, q.dtype, k.shape[1]))
         token_mask = None
-        if together and key_padding_mask is not None and key_padding_mask.dtype == torch.bool:
-            token_mask = ~key_padding_mask.reshape(x.shape[:2])  # [B, T]
+        if together and key_padding_mask is not None:
+            token_mask = _attended(key_padding_mask).reshape(x.shape[:2])  # [B, T]
         routing = self.route(x, token_mask)
         dropout = self.dropout if self.training else 0.0
         z, weights = self.attend(q, k, v, x, mask, dropout=dropout, routing=routing, need_weights=need_weights)
@@ -279,6 +297,13 @@ def _is_mask(mask: Tensor) -> bool:
     return mask.dtype == torch.bool or mask.is_floating_point()
 
 
+def _attended(padding: Tensor) -> Tensor:
+    """True where a key may be attended to: torch's encoders turn masks of padding into 0 and -inf."""
+    if padding.is_floating_point():
+        return padding > torch.finfo(padding.dtype).min
+    return ~padding
+
+
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.is_floating_point():
         return mask.to(dtype)
@@ -299,6 +324,11 @@ def _share_weights(source: nn.Module, target: nn.Module) -> None:
         target.bias_k, target.bias_v = source.bias_k, source.bias_v
     target.out_proj = source.out_proj
     target.train(source.training)
+
+
+def _check_class(module: nn.Module) -> None:
+    if type(module) is not nn.MultiheadAttention:
+        raise TypeError(f"Expected a torch.nn.MultiheadAttention (got {type(module).__name__}). Do pass one.")
 
 
 def _check_options(embed_dim: int, num_heads: int, dropout: float, kdim: int | None, vdim: int | None) -> None:

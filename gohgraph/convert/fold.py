@@ -8,9 +8,11 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.slots import HeadSlots
+from gohgraph.common.modules import check_writable
 from gohgraph.convert import unconvert
 from gohgraph.convert.blocks import converted, slots_at
 from gohgraph.convert.dropin import GraphMultiheadAttention
@@ -18,7 +20,6 @@ from gohgraph.graphs.config import SITES
 from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.models.config import ClassifierConfig, TransformerConfig
 
-PROJECTIONS = ("Linear", "NonDynamicallyQuantizableLinear", "Conv1D")
 # Where a graph lies beside a projection, and by which name the block holds both.
 BEFORE_ATTENTION = {"queries": "query", "keys": "key", "values": "value"}
 Module = TypeVar("Module", bound=nn.Module)
@@ -59,7 +60,7 @@ def fold(module: Module) -> Module:
         TypeError: no attention with slots for head graphs and none inside.
         ValueError: no graph beside a projection, or none that folds: token edges and routed heads differ from token to
             token, normalised or shifted messages are not linear in the heads, earlier layers' heads have no part in
-            this projection.
+            this projection; or a projection whose weight is not its own to write into (`check_writable`).
 
     Example:
         >>> import copy
@@ -87,6 +88,10 @@ def fold(module: Module) -> Module:
         raise ValueError(
             "Expected attention whose heads are the same for every token (got a router). Do keep the graph."
         )
+    for place in folding:
+        check_writable(module, [place.projection], ("weight",) if place.site == "outputs" else ("weight", "bias"))
+    if len({id(place.projection) for place in folding}) < len(folding):
+        raise ValueError("Expected a projection for every graph (got one for several). Do keep the graphs.")
     for place in folding:
         _fold(place)
     if any(not isinstance(part, GraphMultiheadAttention) or part is not module for part in slots):
@@ -136,8 +141,8 @@ def _converted_places(module: nn.Module, slots: list[HeadSlots]) -> list[Place]:
         _check_linear(projection)
         if part.score_graph is not None:
             raise ValueError(
-                f"Expected a converted model without score graphs (got one before {names[id(part)]!r}). Do keep the "
-                "graphs."
+                f"Expected a converted model without score graphs (got one before {names.get(id(part))!r}). Do keep "
+                "the graphs."
             )
         if part.output_graph is not None:
             places.append(Place("outputs", part, part.output_graph, projection))
@@ -145,10 +150,14 @@ def _converted_places(module: nn.Module, slots: list[HeadSlots]) -> list[Place]:
 
 
 def _check_linear(projection: nn.Module | None) -> None:
-    if type(projection).__name__ not in PROJECTIONS:
+    kind = type(projection)
+    # Of PEFT, too, a class is called Linear.
+    is_conv = (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    if kind not in (nn.Linear, NonDynamicallyQuantizableLinear) and not is_conv:
+        got = "none that was found" if projection is None else f"{kind.__module__}.{kind.__name__}"
         raise ValueError(
-            f"Expected a linear projection to fold into (got {type(projection).__name__}). Do merge adapters first, or "
-            "keep the graphs."
+            f"Expected a linear projection to fold into (got {got}). Do merge adapters and parametrizations first "
+            "(merge_and_unload, remove_parametrizations), or keep the graphs."
         )
 
 

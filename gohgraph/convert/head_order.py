@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gohgraph.attention.block import MultiHeadAttention
+from gohgraph.common.modules import check_writable
 from gohgraph.convert import own_models
 from gohgraph.convert.blocks import converted, slots_at
 
@@ -27,7 +28,8 @@ def share_important_heads(model: nn.Module, importance: Mapping[str, Tensor]) ->
         The heads of each attention module, most important first, by their old indices.
 
     Raises:
-        ValueError: grouped key heads in a model of gohgraph's own, or names that are not the model's.
+        ValueError: grouped key heads in a model of gohgraph's own or weights that are not its own to write into, or
+            names that are not the model's.
 
     Example:
         >>> import gohgraph as goh
@@ -39,6 +41,7 @@ def share_important_heads(model: nn.Module, importance: Mapping[str, Tensor]) ->
     if own_models.is_own(model):
         attentions = own_models.attentions(model)
         _check_names(orders, attentions)
+        check_permutable(model, [attentions[name] for name in orders])
         for name, order in orders.items():
             permute_heads(attentions[name], order)
         return orders
@@ -47,6 +50,18 @@ def share_important_heads(model: nn.Module, importance: Mapping[str, Tensor]) ->
     for name, order in orders.items():
         slots_at(inner, name).order_heads(order)
     return orders
+
+
+def check_permutable(model: nn.Module, attentions: Iterable[MultiHeadAttention]) -> None:
+    """Raises `ValueError` unless all projections are plain ones, whose weights are their own to write into."""
+    parts = [part for each in attentions for part in (each.query, each.key, each.value, each.output)]
+    for part in parts:
+        if type(part) is not nn.Linear:
+            raise ValueError(
+                f"Expected Linear projections (got {type(part).__module__}.{type(part).__name__}). Do merge adapters "
+                "and parametrizations first."
+            )
+    check_writable(model, parts, ("weight", "bias"))
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,30 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.attention.call import Core
-from gohgraph.convert.attention_interface import (
-    CHILD,
-    HeadGraphs,
-    attach,
-    base_of,
-    detach,
-    implementations,
-    switch_off,
-    switch_on,
-)
+from gohgraph.convert.attention_interface import CHILD, HOOKS, HeadGraphs, attach, detach
 from gohgraph.convert.blocks import Block, Search
 from gohgraph.convert.example_inputs import example_inputs
+from gohgraph.convert.trial_runs import quietly
 
 MINIMUM = (5, 0)
+FACTOR = 16.0
 
 
 class Call(NamedTuple):
-    """What an attention module handed over: its input, queries, values, head outputs, and the attention beneath."""
+    """What an attention module handed over: its input, queries, values, head outputs, and the attention beneath.
+
+    `scales`: whether that attention goes by the scale it is given.
+    """
 
     x: Any
     q: Tensor
     v: Tensor
     z: Tensor
     core: Core
+    scales: bool
 
 
 class Observer:
@@ -48,9 +45,14 @@ class Observer:
         self, x: Any, q: Tensor, k: Tensor, v: Tensor, core: Core, mask: Any, options: dict[str, Any]
     ) -> tuple[Tensor, Any]:
         """Attends as ever and keeps x, q, v and the outputs."""
-        z, weights = core.attend(q, k, v, options.get("scaling"), False)
+        scale = options.get("scaling")
+        z, weights = core.attend(q, k, v, scale, False)
         z = z.contiguous()
-        self.calls[self.name] = Call(x, q, v, z, core)
+        known = q.shape[-1] ** -0.5 if scale is None else scale
+        # A power of two, exact in floats: whoever goes by the scale computes the very same.
+        scaled, _ = core.attend(q * FACTOR, k, v, known / FACTOR, False)
+        scales = z.is_meta or torch.allclose(scaled, z, rtol=1e-3, atol=1e-5, equal_nan=True)
+        self.calls[self.name] = Call(x, q, v, z, core, scales)
         return z, weights
 
 
@@ -65,7 +67,7 @@ def find(model: nn.Module, search: Search, example: dict[str, Any] | None) -> No
             if reason := _reason(module, call):
                 search.skipped[full] = reason
                 continue
-            search.add(_block(full, part, module, call, projections.get(name)))
+            search.add(_block(full, call, module, projections.get(name)))
 
 
 def transformers_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -86,9 +88,10 @@ def observe(
     projections: dict[str, nn.Module] = {}
 
     def find_reader(module: nn.Module, args: tuple[Any, ...]) -> None:
-        # A view of the outputs of heads has their address.
+        # A view of the outputs of heads has their storage.
+        read = storage_of(args[0]) if args and isinstance(args[0], Tensor) else None
         for name, call in calls.items():
-            if args and isinstance(args[0], Tensor) and args[0].data_ptr() == call.z.data_ptr():
+            if read is not None and read == storage_of(call.z):
                 projections.setdefault(name, module)
 
     candidates = {
@@ -105,74 +108,64 @@ def observe(
     try:
         for name, module in candidates.items():
             attach(module, Observer(name, calls), required=False)
-        switch_on(model)
-        with _quietly(model):
+        with quietly(model):
             _run(model, example)
     finally:
-        switch_off(model)
         for module in candidates.values():
-            if hasattr(module, CHILD):
+            if HOOKS in vars(module):
                 detach(module)
         for hook in hooks:
             hook.remove()
     return calls, projections
 
 
+def storage_of(x: Tensor) -> int:
+    """Returns what tells storages apart, on meta too; 0 for tensors without one."""
+    try:
+        return x.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
 def undo(model: nn.Module) -> None:
-    """Takes all head graphs out and gives the attention implementations their names back."""
-    for module in list(model.modules()):
-        if isinstance(getattr(module, CHILD, None), HeadGraphs):
+    """Takes all head graphs out; PEFT may have wrapped them, so they are known by their hooks."""
+    for module in model.modules():
+        if HOOKS in vars(module) and hasattr(module, "config"):
             detach(module)
-    if implementations(model):
-        switch_off(model)
 
 
-def _block(
-    name: str, model: nn.Module, module: nn.Module, call: Call, projection: nn.Module | None
-) -> Block:
-    x, q, v, z, core = call
-    like = next((p for p in module.parameters() if p.is_floating_point()), x)
+def _block(name: str, call: Call, module: nn.Module, projection: nn.Module | None) -> Block:
+    x, q, v, z, core, scales = call
     no_scores = "" if q.shape[-1] == v.shape[-1] else "queries and values of unequal widths"
-    attaching = partial(_attach, model, module, q.shape[2])
+    no_scores = no_scores or ("" if scales else "its attention function does not go by the scale it is given")
+    attaching = partial(give, module, q.shape[2])
+    # The dtype and device it computes in, whatever its weights are quantised to or offloaded to.
+    like = x.new_empty(0)
     return Block(name, q.shape[2], z.shape[-1], x.shape[-1], like, projection, attaching, no_scores, ("whole",), core)
 
 
-def _attach(model: nn.Module, module: nn.Module, num_heads: int, **slots: nn.Module | None) -> None:
+def give(module: nn.Module, num_heads: int, **slots: nn.Module | None) -> None:
+    """Gives head graphs to an attention module that calls its attention by the interface."""
     attach(module, HeadGraphs(num_heads, **slots))
-    switch_on(model)
 
 
 def _reason(module: nn.Module, call: Call) -> str:
-    x, q, _, z, _ = call
+    x, q, z = call.x, call.q, call.z
     if not isinstance(x, Tensor) or x.shape[:-1] != z.shape[:2]:
         return "its first argument is not the hidden states of its queries"
-    if getattr(module, "reorder_and_upcast_attn", False) and base_of(module.config) == "eager":
-        return "reorder_and_upcast_attn, which only eager attention without the interface does"
     return "" if q.shape[2] == z.shape[2] else "its attention does not keep the heads of its queries"
 
 
 def _run(model: nn.Module, example: dict[str, Any] | None) -> None:
     inputs = example_inputs(model) if example is None else example
     try:
-        model(**inputs)
+        # A copy, since a pass may write into a cache that it was given.
+        model(**copy.deepcopy(inputs))
     except Exception as error:
         raise ValueError(
             f"Expected a model that runs on {sorted(inputs)} (got {type(error).__name__}: {error}). Do pass the inputs "
             "of one forward pass as example={...}."
         ) from error
-
-
-@contextmanager
-def _quietly(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and the random state left as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _check_version() -> None:

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.attention.slots import HeadSlots
-from gohgraph.convert.attention_interface import CHILD, CONTEXT, HOOKS, detach, hidden_states
+from gohgraph.convert import hidden_states
+from gohgraph.convert.attention_interface import CHILD, HOOKS
 from gohgraph.convert.blocks import Block, Search
+from gohgraph.convert.trial_runs import device_of, dtype_for
 
 # Where the projection is called so, and what the number of heads is called.
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "proj", "to_out", "out_lin", "dense", "wo", "o", "output.dense")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
+SOURCES = "_head_graph_sources"
 NO_SCORES = "its scores are out of reach: no attention interface"
 
 
@@ -44,55 +47,39 @@ def find(model: nn.Module, search: Search, example: Any) -> None:
             continue
         projection = module.get_submodule(path)
         inputs, outputs = _features(projection)
-        attach = partial(_attach, module, path, heads)
+        attach = partial(give, module, path, heads)
         search.skipped.pop(name, None)
-        search.add(Block(name, heads, inputs // heads, outputs, projection.weight, projection, attach, NO_SCORES))
+        like = torch.empty(0, dtype=dtype_for(projection.weight), device=device_of(projection))
+        search.add(Block(name, heads, inputs // heads, outputs, like, projection, attach, NO_SCORES))
 
 
 def undo(model: nn.Module) -> None:
-    """Takes all head graphs before projections out."""
-    for module in list(model.modules()):
-        if isinstance(getattr(module, CHILD, None), ProjectionGraphs):
-            for hook in module.__dict__.pop("_head_graph_sources"):
+    """Takes all head graphs before projections out; PEFT may have wrapped them, so they are known by their hooks."""
+    for projection in model.modules():
+        if SOURCES in vars(projection):
+            for hook in vars(projection).pop(SOURCES) + vars(projection).pop(HOOKS):
                 hook.remove()
-            detach(module)
+            delattr(projection, CHILD)
 
 
-def _attach(
+def give(
     module: nn.Module, path: str, num_heads: int, score_graph: nn.Module | None = None, **slots: nn.Module | None
 ) -> None:
+    """Gives head graphs to an attention module whose output projection has that path inside it."""
     projection = module.get_submodule(path)
     setattr(projection, CHILD, ProjectionGraphs(num_heads, **slots))
-    setattr(projection, HOOKS, [projection.register_forward_pre_hook(_pass_messages)])
-    # By their path, not the module itself: a copy of the model must find its own.
-    sources = [
-        module.register_forward_pre_hook(partial(_hand_over, path), with_kwargs=True),
-        module.register_forward_hook(partial(_check_called, path)),
-    ]
-    projection._head_graph_sources = sources
-
-
-def _hand_over(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    setattr(module.get_submodule(path), CONTEXT, hidden_states(args, kwargs))
+    vars(projection)[HOOKS] = [projection.register_forward_pre_hook(_pass_messages)]
+    vars(projection)[SOURCES] = hidden_states.note_for(module, path, required=True)
 
 
 def _pass_messages(projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    x = getattr(projection, CONTEXT, None)
+    x = hidden_states.read(projection)
     if not isinstance(x, Tensor) or x.shape[:-1] != args[0].shape[:-1]:
         raise RuntimeError(
             "Expected hidden states of the tokens whose heads are projected (got none). Do convert the model with "
             "where= that leaves this attention out, or after its layers were wrapped."
         )
-    setattr(projection, CONTEXT, None)
     return (getattr(projection, CHILD)(x, args[0]), *args[1:])
-
-
-def _check_called(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if getattr(module.get_submodule(path), CONTEXT, None) is not None:
-        raise RuntimeError(
-            f"Expected attention that calls its projection {path!r} (got {type(module).__name__}, which does not). Do "
-            "unconvert the model."
-        )
 
 
 def _num_heads(module: nn.Module) -> int | None:

@@ -1,14 +1,20 @@
-"""Head graphs in `torch.nn.MultiheadAttention`: each is replaced by the drop-in, which has its very weights."""
+"""Head graphs in `torch.nn.MultiheadAttention`: each becomes the drop-in, with its own weights, hooks and names."""
 
 from __future__ import annotations
 
 from functools import partial
+from types import MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gohgraph.convert.blocks import Block, Search
 from gohgraph.convert.dropin import GraphMultiheadAttention
+from gohgraph.convert.trial_runs import device_of, dtype_for
+
+# What accelerate keeps of a forward that it wraps.
+WRAPPED = "_old_forward"
 
 
 def find(model: nn.Module, search: Search, example: Any) -> None:
@@ -16,36 +22,48 @@ def find(model: nn.Module, search: Search, example: Any) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and not name:
             search.skipped["itself"] = "no model around it: take GraphMultiheadAttention.from_torch"
+        elif type(module) is nn.MultiheadAttention and "forward" in vars(module) and WRAPPED not in vars(module):
+            search.skipped[name] = "its forward was replaced by another function"
         elif type(module) is nn.MultiheadAttention:
             sizes = (module.num_heads, module.head_dim, module.embed_dim)
-            weight = module.out_proj.weight
-            search.add(Block(name, *sizes, weight, module.out_proj, partial(_replace, model, name)))
+            like = torch.empty(0, dtype=dtype_for(module.out_proj.weight), device=device_of(module))
+            attach, inputs = partial(give, model, module), partial(_inputs, module, like)
+            search.add(Block(name, *sizes, like, module.out_proj, attach, inputs=inputs))
         elif isinstance(module, nn.MultiheadAttention):
             search.skipped[name] = f"{type(module).__name__}, a subclass that may compute something else"
 
 
 def undo(model: nn.Module) -> None:
-    """Puts torch's modules back."""
-    for name, module in list(model.named_modules()):
+    """Makes the modules torch's again."""
+    for module in model.modules():
         if isinstance(module, GraphMultiheadAttention):
-            set_module(model, name, module.to_torch())
+            module.release()
+            _rebind(module)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = module.enable_nested_tensor and _is_fast(module.layers[0])
 
 
-def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts a module at a name."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, new)
-
-
-def _replace(model: nn.Module, name: str, **slots: nn.Module | None) -> None:
-    set_module(model, name, GraphMultiheadAttention.from_torch(model.get_submodule(name), **slots))
+def give(model: nn.Module, module: nn.MultiheadAttention, **slots: nn.Module | None) -> None:
+    """Gives head graphs to one of torch's modules inside a model."""
+    GraphMultiheadAttention.adopt(module, **slots)
+    _rebind(module)
     # Encoders built before would still hand nested tensors on in eval mode without gradients.
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
+    for outer in model.modules():
+        if isinstance(outer, nn.TransformerEncoder):
+            outer.use_nested_tensor = False
+
+
+def _rebind(module: nn.Module) -> None:
+    if WRAPPED in vars(module):
+        setattr(module, WRAPPED, MethodType(type(module).forward, module))
+
+
+def _inputs(module: nn.MultiheadAttention, like: Tensor) -> tuple[Tensor, ...]:
+    """A query, key and value of five tokens."""
+    sizes = (module.embed_dim, module.kdim, module.vdim)
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, 5, size, generator=generator, device="cpu").to(like) for size in sizes)
 
 
 def _is_fast(layer: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from gohgraph.analysis.module_names import graph_titles
 from gohgraph.drawing.circles import draw
 from gohgraph.drawing.curves import draw_curves
 from gohgraph.drawing.difference import draw_difference
+from gohgraph.drawing.faithfulness import draw_faithfulness
 from gohgraph.drawing.film import save_film
 from gohgraph.drawing.layered import draw_network
 from gohgraph.drawing.matrices import draw_matrices
@@ -15,6 +16,7 @@ __all__ = [
     "draw",
     "draw_curves",
     "draw_difference",
+    "draw_faithfulness",
     "draw_matrices",
     "draw_network",
     "draw_pruning",

@@ -20,7 +20,14 @@ MOST_EDGES = 300
 # Inches between rows, by the number of rows that has so much room.
 GAPS = ((6, 1.15), (12, 0.85), (24, 0.65), (1 << 30, 0.5))
 LEFT = 0.9
-STYLES = {"outputs": "solid", "scores": (0, (4, 1.5)), "weights": (0, (1, 1)), "queries": (0, (6, 1, 1, 1))}
+STYLES = {
+    "outputs": "solid", "scores": (0, (4, 1.5)), "weights": (0, (1, 1)), "queries": (0, (6, 1, 1, 1)),
+    "keys": (0, (9, 1)), "values": (0, (1, 3)), "mlp": (0, (3, 3)), "logits": "solid",
+}  # fmt: skip
+STYLE_NAMES = {
+    "outputs": "solid", "scores": "dashed", "weights": "dotted", "queries": "dash-dotted", "keys": "long dashes",
+    "values": "wide dots", "mlp": "short dashes", "logits": "solid",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,13 @@ def layout_of(network: HeadNetwork) -> Layout:
     return Layout(places, rows, radius, gap, LEFT + across * step + 0.2, len(blocks) * gap + 0.2)
 
 
+def head_names(network: HeadNetwork) -> list[str]:
+    """Returns what stands in every node: a head's number, the first letter of what is no head."""
+    is_head = (kind in ("head", "key/value", "shared", "routed") for kind in network.kind)
+    numbers = network.head.tolist()
+    return [str(n) if own else kind[0] for n, own, kind in zip(numbers, is_head, network.kind, strict=True)]
+
+
 def head_sizes(network: HeadNetwork) -> np.ndarray:
     """Returns the size of every head in [0.5, 1], `[N]`: by importance where that is known, else by load."""
     if "importance" in network and network.importance.nan_to_num().max() > 0:
@@ -178,9 +192,9 @@ def _draw_heads(axis, network: HeadNetwork, layout: Layout, colours) -> None:
     width = 0.8 if layout.radius > 0.08 else 0.4
     axis.add_collection(PatchCollection(patches, facecolors=fills, edgecolors=INK, linewidths=width, zorder=3))
     if 72 * layout.radius >= 4.4:
-        for head, place, fill in zip(network.head.tolist(), layout.places, fills, strict=True):
+        for name, place, fill in zip(head_names(network), layout.places, fills, strict=True):
             axis.text(
-                *place, str(head), fontsize=min(8.5, 90 * layout.radius), ha="center", va="center_baseline", zorder=4,
+                *place, name, fontsize=min(8.5, 90 * layout.radius), ha="center", va="center_baseline", zorder=4,
                 color="white" if is_dark(fill) else INK,
             )  # fmt: skip
 
@@ -191,8 +205,9 @@ def _label(network: HeadNetwork, shown: int, edges: int) -> str:
     notes.append("size: importance of the head" if "importance" in network else "")
     if any(kind == "routed" for kind in network.kind):
         notes.append("square: shared head;  circle: routed head" + ("" if "importance" in network else ";  size: load"))
+    if "key/value" in network.kind:
+        notes.append("right: key/value heads")
     sites = list(dict.fromkeys(network.site))
     if len(sites) > 1:
-        names = {"solid": "solid", STYLES["scores"]: "dashed", STYLES["weights"]: "dotted"}
-        notes.append(",  ".join(f"{names.get(STYLES.get(site), 'broken')}: {site}" for site in sites))
+        notes.append(",  ".join(f"{STYLE_NAMES.get(site, 'broken')}: {site}" for site in sites))
     return "\n".join([label, ";  ".join(filter(None, notes))]).rstrip()

@@ -32,7 +32,7 @@ WIDGETS = ":host, label, .bk-input-group, .bk-slider-title { color: var(--ink); 
 
 
 def save_page(
-    heads: Recordings,
+    heads: Recordings | HeadNetwork,
     path: str | os.PathLike[str],
     *,
     title: str = "head graphs",
@@ -50,7 +50,7 @@ def save_page(
     until the button is pressed.
 
     Args:
-        heads: a recording.
+        heads: a recording; or a network, by `attribution_graph` or another, which has no tokens to click.
         path: a file that ends in .html.
         title: of the page.
         importance, edge_importance: as in `head_graph_of`.
@@ -61,11 +61,14 @@ def save_page(
         ImportError: Bokeh is not installed.
         ValueError, OSError: another suffix, as `head_graph_of` and `draw`.
     """
-    from gohgraph.analysis.network import head_graph_of
+    from gohgraph.analysis.network import HeadNetwork, head_graph_of
 
     path = checked_path(path, (".html",))
     check_threshold(threshold)
-    network = head_graph_of(heads, importance=importance, edge_importance=edge_importance)
+    if isinstance(heads, HeadNetwork):
+        heads, network = Recordings({}), heads
+    else:
+        network = head_graph_of(heads, importance=importance, edge_importance=edge_importance)
     document = page_document(heads, network, title, threshold, most_edges)
     from bokeh.embed import file_html
     from bokeh.resources import INLINE

@@ -9,7 +9,7 @@ import torch
 
 from gohgraph.analysis.record import Recording, Recordings
 from gohgraph.drawing.figures import INK
-from gohgraph.drawing.layered import Layout, arcs, head_sizes
+from gohgraph.drawing.layered import Layout, arcs, head_names, head_sizes
 
 if TYPE_CHECKING:
     from gohgraph.analysis.network import HeadNetwork
@@ -73,7 +73,7 @@ def head_columns(network: HeadNetwork, layout: Layout, loops: np.ndarray) -> dic
         "loop": weight,
         "weight": weight,
         "ink": [INK] * network.num_nodes,
-        "number": [str(head) for head in network.head.tolist()],
+        "number": head_names(network),
         "load": network.load.numpy(),
         **{name: list(network[name]) for name in ("label", "block", "kind")},
     }

@@ -28,6 +28,9 @@ class LearnedTopologyConv(HeadGraphConv):
         graph, head_dim, context_dim, **options: as in `HeadGraphConv`.
         in_degree: k >= 1, edges that every head is to keep, its self-loop among them where it is strong enough.
 
+    Shape:
+        as `HeadGraphConv`: nodes `[*, H, D]`, context `[*, M]` -> `[*, H, D]`.
+
     Attributes:
         kept: bool `[E]`, the edges that are left; saved with the weights, as their strength `[E]` is.
 

@@ -6,7 +6,7 @@ nodes are heads with features; at `scores` and `weights` they are the heads' att
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +133,9 @@ class SiteGraph(nn.Module, ABC):
                 number for every node, `[*, H]`.
             values: `[*, H, F]`, every head's value of the token itself; handed over where the traits ask for it.
         """
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def key_state(self, source: Tensor) -> Tensor | None:
         """Returns what a keyed graph needs of the keys' tokens, `[B, S, M] -> [B, S, U]`; a cache keeps it."""

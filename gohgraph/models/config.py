@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gohgraph.common.checks import check_bool, check_choice, check_int, check_number
-from gohgraph.common.config_base import Config
+from gohgraph.common.config_base import Config, ignores
 from gohgraph.graphs.config import HeadGraphConfig
 
 FEED_FORWARD_ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu")
@@ -18,6 +18,8 @@ INITS = ("normal", "fan-in", "fan-in-zero")
 BEFORE = {"qk_norm": False, "embedding_norm": False, "logit_cap": None, "init": "normal", "residual": "plain"}
 
 
+# transformers' Trainer sets it on the configuration of every model; these keep no cache but where they are given one.
+@ignores("use_cache")
 @dataclass(frozen=True)
 class TransformerConfig(Config):
     """The shape of a transformer; every model of the package is built from one.
@@ -140,6 +142,7 @@ def with_settings_of_before(values: Any) -> Any:
     return {**BEFORE, **values} if {"d_model", "positions"} <= set(values) else values
 
 
+@ignores("use_cache")
 @dataclass(frozen=True)
 class ClassifierConfig(Config):
     """A classifier: the transformer's shape, what it reads and how many classes it tells apart.

@@ -153,7 +153,8 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+        # A linear map where the inputs are no tokens, as patches of images.
+        self.tokens: nn.Embedding | nn.Linear = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = positions_added(config)
         self.scale = math.sqrt(config.d_model) if config.positions == "sinusoidal" else 1.0
         # Scaled back, so that the scaled embedding has unit variance beside the positions' and tied logits stay small.

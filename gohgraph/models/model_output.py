@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,11 @@ class ModelOutput(NamedTuple):
         routing: the `Routing` of every routed attention, in model order; empty without routers.
         auxiliary_loss: scalar, the weighted losses of routers and graph experts, each a mean over its blocks; `None`
             where the configuration gives none a weight.
+
+    Example:
+        >>> output = ModelOutput(torch.zeros(1, 3, 7), loss=torch.tensor(2.5), auxiliary_loss=torch.tensor(0.5))
+        >>> output.cross_entropy.item()
+        2.0
     """
 
     logits: Tensor
@@ -56,11 +62,13 @@ def _auxiliary_loss(
     for stack in stacks:
         for name, losses in stack.losses.items():
             added.setdefault(name, []).extend(losses)
-    weighted = [(weights.get(name, 1.0), losses) for name, losses in added.items()]
+    weighted: list[tuple[float, Sequence[Tensor | None]]] = [
+        (weights.get(name, 1.0), losses) for name, losses in added.items()
+    ]
     if config.routing is not None:
         weighted.append((config.routing.balance_loss, [decision.balance_loss for decision in routing]))
         weighted.append((config.routing.z_loss, [decision.z_loss for decision in routing]))
     # Decoding gives no losses.
-    known = [(weight, losses) for weight, losses in weighted if weight and losses and losses[0] is not None]
-    terms = [weight * torch.stack(losses).mean() for weight, losses in known]
-    return sum(terms) if terms else None
+    known = [(weight, [loss for loss in losses if loss is not None]) for weight, losses in weighted if weight]
+    terms = [weight * torch.stack(losses).mean() for weight, losses in known if losses]
+    return reduce(torch.add, terms) if terms else None

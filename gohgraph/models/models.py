@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from gohgraph.models.config import ClassifierConfig, TransformerConfig
 from gohgraph.models.embeddings import TokenEmbedding
 from gohgraph.models.generation import beam_search, check_sampling, sample
 from gohgraph.models.init import initialize
+from gohgraph.models.keywords import by_name, next_tokens, real_tokens
 from gohgraph.models.model_output import ModelOutput, model_output
 from gohgraph.models.stacks import Stack, StackOutput
 
@@ -46,6 +49,7 @@ class LanguageModel(PretrainedMixin, nn.Module):
     """
 
     config_class = TransformerConfig
+    model_type = "gohgraph"
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -57,11 +61,14 @@ class LanguageModel(PretrainedMixin, nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None = None,
         targets: Tensor | None = None,
         *,
         keep_mask: Tensor | None = None,
         caches: list[tuple[KeyValueCache, ...]] | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> ModelOutput:
         """Predicts the next token at every position.
 
@@ -70,15 +77,23 @@ class LanguageModel(PretrainedMixin, nn.Module):
             targets: `[B, T]` next tokens; -100 is ignored.
             keep_mask: bool `[B, S]` over cached and new tokens, False = padding, on either side.
             caches: from `decoder.new_caches()`, extended in place.
+            input_ids, attention_mask, labels: the same by the names of transformers' Trainer, in place of the others;
+                labels are the tokens themselves. Returns a dictionary then, with `loss` and `logits`.
         """
+        if input_ids is not None:
+            targets = None if labels is None else next_tokens(labels)
+            return by_name(self(input_ids, targets, keep_mask=real_tokens(attention_mask)))
         check_tokens(tokens, self.config.vocab_size)
         past = len(caches[0][0]) if caches else 0
         check_length(self.config, past + tokens.shape[1])
         positions, mask, real = positions_and_masks(tokens, past, keep_mask)
         x = self.embedding(tokens, positions)  # [B, T, M]
         decoded = self.decoder(x, keep_mask=mask, positions=positions, caches=caches, token_mask=real)
-        logits = _logits(self, decoded.x)
+        logits = logits_of(self, decoded.x)
         return model_output(logits, next_token_loss(logits, targets), [decoded], self.config.head_graph)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @torch.no_grad()
     def generate(
@@ -152,6 +167,7 @@ class Transformer(PretrainedMixin, nn.Module):
     """
 
     config_class = TransformerConfig
+    model_type = "gohgraph-seq2seq"
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -190,18 +206,34 @@ class Transformer(PretrainedMixin, nn.Module):
 
     def forward(
         self,
-        source: Tensor,
-        target: Tensor,
+        source: Tensor | None = None,
+        target: Tensor | None = None,
         targets: Tensor | None = None,
         *,
         source_keep_mask: Tensor | None = None,
         target_keep_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> ModelOutput:
-        """Predicts the token after each target token (teacher forcing); -100 in `targets` is ignored."""
+        """Predicts the token after each target token (teacher forcing); -100 in `targets` is ignored.
+
+        The last five arguments are the same by the names of transformers' Trainer, in place of the others: `labels` is
+        what `targets` is. It returns a dictionary then, with `loss` and `logits`.
+        """
+        if input_ids is not None:
+            masks = real_tokens(attention_mask), real_tokens(decoder_attention_mask)
+            masks = dict(zip(("source_keep_mask", "target_keep_mask"), masks, strict=True))
+            return by_name(self(input_ids, decoder_input_ids, labels, **masks))
         encoded = self.encode(source, source_keep_mask)
         decoded = self.decode(target, encoded.x, keep_mask=target_keep_mask, memory_keep_mask=source_keep_mask)
-        logits = _logits(self, decoded.x)
+        logits = logits_of(self, decoded.x)
         return model_output(logits, next_token_loss(logits, targets), [encoded, decoded], self.config.head_graph)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @torch.no_grad()
     def generate(
@@ -231,7 +263,7 @@ class Transformer(PretrainedMixin, nn.Module):
         def step(tokens: Tensor, rows: Tensor) -> Tensor:
             reorder_all(caches, rows)
             decoded = self.decode(tokens.unsqueeze(1), memory, memory_keep_mask=mask, caches=caches)
-            return _logits(self, decoded.x[:, -1])
+            return logits_of(self, decoded.x[:, -1])
 
         return beam_search(
             step, source.shape[0], bos=bos, eos=eos, max_new_tokens=max_new_tokens, num_beams=num_beams,
@@ -257,6 +289,7 @@ class Classifier(PretrainedMixin, nn.Module):
     """
 
     config_class = ClassifierConfig
+    model_type = "gohgraph-classifier"
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -271,12 +304,28 @@ class Classifier(PretrainedMixin, nn.Module):
         initialize(self, encoder)
 
     def forward(
-        self, inputs: Tensor, targets: Tensor | None = None, *, keep_mask: Tensor | None = None
+        self,
+        inputs: Tensor | None = None,
+        targets: Tensor | None = None,
+        *,
+        keep_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> ModelOutput:
-        """Classifies each input; `keep_mask` `[B, T]` marks real tokens, `targets` `[B]` are class indices."""
+        """Classifies each input; `keep_mask` `[B, T]` marks real tokens, `targets` `[B]` are class indices.
+
+        The last four arguments are the same by the names of transformers' Trainer, in place of the others. It returns a
+        dictionary then, with `loss` and `logits`.
+        """
+        if inputs is None:
+            inputs = input_ids if pixel_values is None else pixel_values
+            return by_name(self(inputs, labels, keep_mask=real_tokens(attention_mask)))
         if self.config.patch_size is None:
             check_tokens(inputs, self.config.transformer.vocab_size)
-        features = inputs if self.config.patch_size is None else self._patches(inputs)  # [B, T] or [B, T, C*P*P]
+        side = self.config.patch_size
+        features = inputs if side is None else self._patches(inputs, side)  # [B, T] or [B, T, C*P*P]
         positions, mask, real = positions_and_masks(features, 0, keep_mask)
         x = self.embedding(features, positions)  # [B, T, M]
         encoded = self.encoder(x, keep_mask=mask, positions=positions, token_mask=real)
@@ -287,8 +336,11 @@ class Classifier(PretrainedMixin, nn.Module):
         cross_entropy = None if targets is None else F.cross_entropy(widened(logits), targets)
         return model_output(logits, cross_entropy, [encoded], self.config.transformer.head_graph)
 
-    def _patches(self, images: Tensor) -> Tensor:
-        side, channels = self.config.patch_size, self.config.channels
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _patches(self, images: Tensor, side: int) -> Tensor:
+        channels = self.config.channels
         if images.dim() != 4 or images.shape[1] != channels or images.shape[2] % side or images.shape[3] % side:
             raise ValueError(
                 f"Expected images [B, {channels}, height, width] with sides multiples of {side} "
@@ -299,7 +351,8 @@ class Classifier(PretrainedMixin, nn.Module):
         return F.unfold(images, side, stride=side).transpose(1, 2)  # [B, T, C*P*P]
 
 
-def _logits(model: LanguageModel | Transformer, x: Tensor) -> Tensor:
+def logits_of(model: LanguageModel | Transformer, x: Tensor) -> Tensor:
+    """Returns the logits `[*, V]` of the last hidden states `[*, M]`."""
     logits = F.linear(x, model.embedding.tokens.weight) if model.head is None else model.head(x)  # [B, T, V]
     cap = model.config.logit_cap
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,7 +40,9 @@ class FeedForward(nn.Module):
         self, d_model: int, d_ff: int, activation: str = "gelu", *, bias: bool = True, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        functions = {"relu": F.relu, "relu2": squared_relu, "gelu": F.gelu, "swiglu": F.silu}
+        functions: dict[str, Callable[[Tensor], Tensor]] = {
+            "relu": F.relu, "relu2": squared_relu, "gelu": F.gelu, "swiglu": F.silu,
+        }  # fmt: skip
         check_choice("activation", activation, functions)
         self.function = functions[activation]
         self.inner = nn.Linear(d_model, d_ff, bias=bias)
@@ -51,6 +56,9 @@ class FeedForward(nn.Module):
         if self.gate is not None:
             hidden = hidden * self.gate(x)
         return self.outer(self.dropout(hidden))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def squared_relu(x: Tensor) -> Tensor:

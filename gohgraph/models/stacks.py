@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -56,6 +57,9 @@ class EncoderLayer(nn.Module):
         x, heads = self.attention(x, cache=caches[0] if caches else None, **context)
         return self.feed_forward(x), (heads,)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class DecoderLayer(nn.Module):
     """One layer of causal self attention, cross attention to the encoder's output, and feed-forward.
@@ -98,6 +102,9 @@ class DecoderLayer(nn.Module):
         shared = {name: context[name] for name in ("token_mask", "losses") if name in context}
         x, cross_heads = self.cross_attention(x, memory, keep_mask=memory_keep_mask, cache=cross_cache, **shared)
         return self.feed_forward(x), (heads, cross_heads)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class StackOutput(NamedTuple):
@@ -154,10 +161,13 @@ class Stack(nn.Module):
         earlier = self.readers.nothing()
         routings: list[Routing] = []
         losses: Losses = {name: [] for name in self.losses}
-        x, inputs = self.path.enter(x), []
+        x = self.path.enter(x)
+        inputs: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             layer_caches = () if caches is None else caches[index]
-            run = partial(checkpoint, layer, use_reentrant=False) if self.recompute and self.training else layer
+            run: Callable[..., Any] = layer
+            if self.recompute and self.training:
+                run = partial(checkpoint, layer, use_reentrant=False)
             # Backward may run the layer again: what counts is what its first run gave.
             of_layer: Losses = {name: [] for name in losses}
             x = self.path.before(index, x, inputs)
@@ -168,9 +178,13 @@ class Stack(nn.Module):
                 losses[name] += values
         return StackOutput(self.norm(self.path.leave(x)), tuple(routings), losses)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def graphs_changed(self, graphs: HeadGraphConfig) -> None:
         """Takes note of what the graphs of its layers ask for: nodes of earlier layers, and losses."""
-        self.readers = Readers([layer.attention.object.graphs for layer in self.layers])
+        layers: Iterable[Any] = self.layers
+        self.readers = Readers([layer.attention.object.graphs for layer in layers])
         outputs = [block.output_graph for block in self.modules() if isinstance(block, MultiHeadAttention)]
         traits = [graph.traits for graph in outputs if graph is not None]
         names = dict.fromkeys(name for graph_traits in traits for name in graph_traits.losses)
@@ -184,7 +198,8 @@ class Stack(nn.Module):
 
 
 def _residual(object: nn.Module, config: TransformerConfig, place: int) -> Residual:
-    kind, common = config.residual, {"norm": config.norm, "dropout": config.dropout}
+    kind = config.residual
+    common: dict[str, Any] = {"norm": config.norm, "dropout": config.dropout}
     if kind in ("hyper", "dynamic-hyper"):
         return HyperConnection(object, config.d_model, place=place, dynamic=kind == "dynamic-hyper", **common)
     return Residual(object, config.d_model, norm_first=config.norm_first, **common)

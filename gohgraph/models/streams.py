@@ -47,15 +47,16 @@ class StreamWeights(nn.Module):
         self.mix[self.place % self.streams, 0] = 1
         self.mix[:, 1:].fill_diagonal_(1)
         nn.init.ones_(self.add)
-        if self.scales is not None:
+        if self.mix_of is not None and self.add_of is not None and self.scales is not None:
             nn.init.zeros_(self.mix_of)
             nn.init.zeros_(self.add_of)
             nn.init.constant_(self.scales, 0.01)
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns, for `[*, n, M]`, the weights of reading `[*, n]`, keeping `[*, n, n]` (rows send) and adding."""
-        mix, add = self.mix, self.add
-        if self.scales is not None:
+        mix: Tensor = self.mix
+        add: Tensor = self.add
+        if self.mix_of is not None and self.add_of is not None and self.scales is not None:
             normed = F.layer_norm(streams, streams.shape[-1:])  # [*, n, M]
             mix = mix + self.scales[0] * F.linear(normed, self.mix_of).tanh()  # [*, n, 1 + n]
             add = add + self.scales[1] * (normed @ self.add_of).tanh()  # [*, n]

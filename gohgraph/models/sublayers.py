@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from gohgraph.common.checks import check_choice
 
-NORMS = {
+NORMS: dict[str, Callable[..., nn.Module]] = {
     "layer": nn.LayerNorm,
     "rms": nn.RMSNorm,
     "unweighted-rms": partial(nn.RMSNorm, elementwise_affine=False),

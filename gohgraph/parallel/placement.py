@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.routing import HeadRouter
-from gohgraph.convert.head_order import permute_heads
+from gohgraph.common.modules import check_writable
+from gohgraph.convert.head_order import check_permutable, permute_heads
 from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.site_config import SiteConfig
@@ -125,6 +126,9 @@ def reorder_heads(model: LanguageModel, order: list[int]) -> LanguageModel:
     blocks = [layer.attention.object for layer in model.decoder.layers]
     for block in blocks:
         _check(block, order)
+    check_permutable(model, blocks)
+    inside = [graph for block in blocks for graph in (block.output_graph, block.score_graph) if graph is not None]
+    check_writable(model, [graph.edges for graph in inside], ("bias", "weight"))
     for block in blocks:
         permute_heads(block, order)
         for graph in (block.output_graph, block.score_graph):

@@ -9,7 +9,14 @@ from helpers import GRAPHS, assert_equal_to, small_config, trained_like
 from scipy.stats import spearmanr
 
 import gohgraph as goh
-from gohgraph.analysis import edge_ablation, edge_attribution, edge_strength, faithfulness, head_importance, measures
+from gohgraph.analysis import (
+    edge_ablation,
+    edge_attribution,
+    edge_strength,
+    head_importance,
+    measures,
+    rank_agreement,
+)
 from gohgraph.analysis.record import head_graphs
 from gohgraph.analysis.running_stats import Moments
 
@@ -214,18 +221,18 @@ def test_weak_edges_are_attributed_what_ablation_measures():
     measured, estimated = edge_ablation(model, loss, data), edge_attribution(model, loss, data, at=0)
     for name in measured:
         torch.testing.assert_close(estimated[name], measured[name], rtol=0.05, atol=1e-6)
-    assert faithfulness(estimated, measured) > 0.99
+    assert rank_agreement(estimated, measured) > 0.99
 
 
-def test_faithfulness_is_spearmans_rank_correlation():
+def test_rank_agreement_is_spearmans_rank_correlation():
     first = {"a": torch.tensor([0.3, 0.3, 0.1, 0.9, 0.5]), "b": torch.tensor([0.2, 0.3])}
     second = {"a": torch.tensor([1.0, 2.0, math.nan, 5.0, 5.0]), "b": torch.tensor([0.0, 1.0])}
     x, y = torch.cat([*first.values()]), torch.cat([*second.values()])
     expected = spearmanr(x[~y.isnan()], y[~y.isnan()]).statistic
-    assert faithfulness(first, second) == pytest.approx(expected)
-    assert faithfulness(second | {"a": torch.arange(5.0)}, {name: -v for name, v in first.items()}) < 0
+    assert rank_agreement(first, second) == pytest.approx(expected)
+    assert rank_agreement(second | {"a": torch.arange(5.0)}, {name: -v for name, v in first.items()}) < 0
     with pytest.raises(ValueError, match="Expected scores of"):
-        faithfulness({"a": first["a"]}, second)
+        rank_agreement({"a": first["a"]}, second)
 
 
 def test_strength_without_data_is_that_under_white_contexts():

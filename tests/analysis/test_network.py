@@ -9,7 +9,7 @@ from helpers import small_config, trained_like
 from torch_geometric.data import Data
 
 import gohgraph as goh
-from gohgraph.analysis.network import EDGE_ATTRIBUTES, NODE_ATTRIBUTES, WORDS
+from gohgraph.analysis.network import EDGE_ATTRIBUTES, HEAD_SCORES, NODE_ATTRIBUTES, WORDS
 
 
 def recorded(graph="outputs", model_class=goh.LanguageModel, **settings):
@@ -117,7 +117,7 @@ def test_files_round_trip(tmp_path, suffix, graph):
     path = tmp_path / f"heads.{suffix}"
     goh.save_head_graph(network, path)
     assert_same(goh.load_head_graph(path), network)
-    assert set(NODE_ATTRIBUTES) <= set(network.keys()) and set(EDGE_ATTRIBUTES) <= set(network.keys())
+    assert {*NODE_ATTRIBUTES, *EDGE_ATTRIBUTES} - set(HEAD_SCORES) <= set(network.keys())
     assert sorted(os.listdir(tmp_path)) == [f"heads.{suffix}"] + ["heads.nodes.csv"] * (suffix == "csv")
 
 
@@ -138,7 +138,7 @@ def test_bad_files(tmp_path):
         goh.load_head_graph(tmp_path / "heads.txt")
     with pytest.raises(OSError):
         goh.load_head_graph(tmp_path / "heads.json")
-    with pytest.raises(ValueError, match="Expected a recording with at least one head graph"):
+    with pytest.raises(ValueError, match="Expected a recording of at least one token"):
         goh.head_graph_of({})
     with pytest.raises(ValueError, match="Expected a model with head graphs"):
         goh.head_graph_of(torch.nn.Linear(2, 2))

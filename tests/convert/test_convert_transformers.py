@@ -271,11 +271,14 @@ def test_the_context_reaches_the_edges_and_recordings():
     assert all(recording.std.min() > 0 for recording in heads.values())
 
 
-def test_an_implementation_set_afterwards_does_not_skip_the_graphs_in_silence():
-    model = far("llama")
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(RuntimeError, match="'sdpa', set after the conversion"):
-        model(input_ids=tokens())
+@torch.no_grad()
+def test_an_implementation_set_afterwards_is_the_one_beneath():
+    model, ids = far("llama"), tokens()
+    before = logits(model, input_ids=ids)
+    model.set_attn_implementation("eager")
+    found = model(input_ids=ids, output_attentions=True)
+    torch.testing.assert_close(found.logits, before, rtol=1e-5, atol=1e-5)
+    assert found.attentions[0].shape == (2, 6, 7, 7) and model.config._attn_implementation == "eager"
 
 
 def test_copies_have_head_graphs_of_their_own():

@@ -1,6 +1,5 @@
 """Language models of any origin with head graphs, and how they read a text."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.convert import load_converted
-from gohgraph.convert.saving import BACKBONE
+from gohgraph.convert.saving import BACKBONE, is_converted
 from gohgraph.learning.checkpoints import load_language_model
 from gohgraph.learning.regimes.language import byte_strings, next_token_output
 from gohgraph.models.boundary import next_token_loss
@@ -39,8 +38,8 @@ def load_text_model(folder: str | os.PathLike[str]) -> TextModel:
     """Loads a language model with head graphs: one of gohgraph's own, or a converted one of transformers.
 
     Args:
-        folder: as for `load_language_model`, or written by `goh.save_converted`; a converted model's tokenizer is
-            looked for beside its backbone, then where the backbone came from.
+        folder: as for `load_language_model`, or as for `goh.load_converted`; a converted model's tokenizer is looked
+            for beside it, then where its backbone came from.
     """
     if not is_converted(folder):
         return of_bytes(load_language_model(folder))
@@ -64,15 +63,6 @@ def of_bytes(model: LanguageModel) -> TextModel:
         )
     longest = config.max_length if config.positions == "learned" else None
     return TextModel(model, lambda text: text, byte_strings, next_token_output, longest)
-
-
-def is_converted(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder was written by `goh.save_converted`."""
-    try:
-        return "base_class" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["config"]
-    # What is no such folder, or damaged, is for the other loader to name.
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def encoder_of(tokenizer: Any) -> Callable[[Tensor], Tensor]:
@@ -100,7 +90,7 @@ def _of_tokenizer(model: nn.Module, tokenizer: Any) -> TextModel:
 def _tokenizer(folder: Path, model: nn.Module) -> Any:
     from transformers import AutoTokenizer
 
-    places = [str(folder / BACKBONE), getattr(model.config, "_name_or_path", "")]
+    places = [str(folder), str(folder / BACKBONE), getattr(model.config, "_name_or_path", "")]
     reasons = []
     for place in filter(None, places):
         try:

@@ -1,0 +1,231 @@
+"""Which head did read which: edge attribution between the heads of a pretrained model, as a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gohgraph.analysis.against import Against, other_trace, token_masks
+from gohgraph.analysis.architectures import Reading, Wiring, wiring_of
+from gohgraph.analysis.architectures.weights import linear_weight
+from gohgraph.analysis.parts import Weights, Where, written
+from gohgraph.analysis.running_stats import Moments
+from gohgraph.analysis.traces import Trace, check_trace, evaluating, trace
+from gohgraph.analysis.unit_network import OTHERS, Reader, UnitNodes, network_of
+from gohgraph.common.checks import check_bool, check_choice, check_int
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork
+
+# Numbers of one block of parts or slopes, [nodes, tokens, M].
+BLOCK = 1 << 25
+Metric = Callable[[Any], Tensor]
+
+
+def attribution_graph(
+    model: nn.Module, inputs: Any, *, against: Against, metric: Metric, steps: int = 1, nodes: Collection[str] = (),
+    every_token: bool = False,
+) -> HeadNetwork:  # fmt: skip
+    r"""Returns which head did read which in a pretrained model: what every edge is worth for a behaviour.
+
+    .. math::
+        A(u \to r) = \sum_t \Big\langle c_u(t) - c'_u(t),\;
+        J_\mathrm{norm}(x_t)^T W_r^T \frac{\partial m}{\partial r(t)} \Big\rangle
+
+    c_u(t) is what head u wrote into the stream at token t, c' the same under `against`, and r the query, key or value
+    that reads it before rotary positions: the slope of the metric when u's output is replaced in that reader's input
+    alone, times -1. So A > 0 is an edge the metric needs. All edges at once: two forward passes and one backward, no
+    product larger than heads x tokens x M, the model's own attention, hooks that are gone afterwards.
+
+    Source: edge attribution patching, Syed et al. 2023, arXiv 2310.10348; `steps` > 1 averages the slope along the way
+    from the other input to this one: EAP-IG, Hanna et al. 2024, arXiv 2403.17806. Where a norm stands behind a block
+    (Gemma, OLMo 2) or on the stream (BERT, BART), heads' parts go through it with the norm's scale of that run.
+
+    Args:
+        model: see `wiring_of` for the architectures. With head graphs of our own, their messages are part of c.
+        inputs: of one batch: a mapping of keyword arguments, a tuple, or a tensor.
+        against: another batch of the same shape, `"mean"` over the batch (of real tokens at each place), or `"zero"`.
+        metric: what the model returns -> one number for each example, `[B]`; see `gohgraph.analysis.metrics`.
+        steps: points where the slope is taken; 1 takes it at the inputs.
+        nodes: of "embedding", "mlp" and "logits", what is a node beside heads.
+        every_token: also the attribution at every token, in `by_token`, `[E, T]`, mean over examples.
+
+    Returns:
+        The network; `mean` and `std` are over examples.
+
+    Raises:
+        ValueError: a model whose layers are not known or whose residual stream is no sum of what they write; inputs
+            of another shape; a metric that is not one number an example.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, d_model=8, num_heads=2, num_layers=2, d_ff=8))
+        >>> clean, other = torch.tensor([[1, 2, 3, 1]]), torch.tensor([[4, 2, 3, 1]])
+        >>> metric = lambda output: output.logits[:, -1, 2] - output.logits[:, -1, 5]
+        >>> network = attribution_graph(model, clean, against=other, metric=metric)
+        >>> network.num_edges, network.strongest(1)[0]["sender"][0]
+        (12, '0')
+    """
+    check_int("steps", steps, low=1)
+    check_bool("every_token", every_token)
+    for kind in nodes:
+        check_choice("nodes", kind, OTHERS)
+    wiring = wiring_of(model)
+    with evaluating(model):
+        clean, other, slopes = _runs(model, wiring, inputs, against, metric, steps)
+    table = UnitNodes(wiring, nodes)
+    masks = token_masks(inputs, wiring, clean)
+    width = clean.read[wiring.streams[0].name, -1].shape[-1]
+    found = _Edges(table, every_token, max(x.shape[1] for x in clean.read.values()))
+    weights = Weights(model, wiring, width)
+    for stream in wiring.streams:
+        for example, mask in enumerate(masks[stream.name]):
+            for where in _blocks(example, mask, table, width):
+                _add_stream(found, stream.name, where, (clean, other), slopes, weights)
+        found.end_of_stream()
+    network = network_of(table, found.values())
+    if every_token:
+        network.by_token = found.by_token()
+    return network
+
+
+def _runs(
+    model: nn.Module, wiring: Wiring, inputs: Any, against: Against, metric: Metric, steps: int
+) -> tuple[Trace, Trace, list[Trace]]:
+    """The clean and the other run, and those with slopes."""
+    clean, output = trace(model, wiring, inputs, zeros=steps == 1)
+    check_trace(clean, model, wiring)
+    examples = len(clean.read[wiring.streams[0].name, -1])
+    slopes = [clean]
+    if steps == 1:
+        clean.take_gradients(metric_value(metric, output, examples))
+    del output
+    other = other_trace(model, wiring, inputs, against, clean)
+    if steps > 1:
+        slopes = []
+        for step in range(1, steps + 1):
+            ends = ((run.read[stream.name, -1] for run in (other, clean)) for stream in wiring.streams)
+            starts = {s.name: a.lerp(b, step / steps) for s, (a, b) in zip(wiring.streams, ends, strict=True)}
+            slope, output = trace(model, wiring, inputs, zeros=True, starts=starts)
+            slope.take_gradients(metric_value(metric, output, examples))
+            slopes.append(slope)
+    return clean, other, slopes
+
+
+def metric_value(metric: Metric, output: Any, examples: int) -> Tensor:
+    """Returns a metric's numbers `[B]`; `ValueError` if they are not one an example."""
+    value = metric(output)
+    if isinstance(value, Tensor) and value.dim() == 0 and examples == 1:
+        value = value.unsqueeze(0)
+    if not isinstance(value, Tensor) or value.shape != (examples,):
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"Expected a metric of one number for each of {examples} examples (got {got}). Do leave the batch's "
+            "dimension, without a mean over it."
+        )
+    return value
+
+
+class _Edges:
+    """Attributions of all edges: sums over tokens of an example, means over examples."""
+
+    def __init__(self, table: UnitNodes, every_token: bool, length: int) -> None:
+        self.table, self.every_token, self.length = table, every_token, length
+        self._sums: dict[tuple[str, str], Tensor] = {}
+        self._moments: dict[tuple[str, str], Moments] = {}
+        self._tokens: dict[tuple[str, str], Tensor] = {}
+        self._example = -1
+
+    def begin(self, example: int) -> None:
+        if example != self._example:
+            self._flush()
+            self._example = example
+
+    def add(self, reader: Reader, parts: Tensor, slopes: Tensor, where: Where) -> None:
+        """Takes in parts `[W, N, M]` and slopes `[R, N, M]`."""
+        key = reader.unit, reader.site
+        if self.every_token:
+            values = torch.einsum("wnm,rnm->wrn", parts, slopes).double()  # [W, R, N]
+            total = self._tokens.setdefault(key, values.new_zeros(*values.shape[:2], self.length))
+            total.index_add_(2, where.tokens, values)
+            values = values.sum(dim=-1)  # [W, R]
+        else:
+            values = (parts.flatten(1) @ slopes.flatten(1).t()).double()  # [W, R]
+        self._sums[key] = self._sums.get(key, 0) + values
+
+    def end_of_stream(self) -> None:
+        self._flush()
+        self._example = -1
+
+    def _flush(self) -> None:
+        for key, values in self._sums.items():
+            self._moments.setdefault(key, Moments(values.shape)).update(values)
+        self._sums.clear()
+
+    def values(self) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+        return {key: (moments.mean, moments.std) for key, moments in self._moments.items()}
+
+    def by_token(self) -> Tensor:
+        readers = [(r.unit, r.site) for r in self.table.readers if (r.unit, r.site) in self._moments]
+        return torch.cat([self._tokens[key].flatten(0, 1).cpu() / self._moments[key].count for key in readers])
+
+
+def _blocks(example: int, mask: Tensor, table: UnitNodes, width: int) -> Iterator[Where]:
+    """The real tokens of an example, so many at a time that their parts fit a block."""
+    tokens = mask.nonzero().flatten()
+    for part in tokens.split(max(1, BLOCK // (width * len(table.columns["label"])))):
+        yield Where(example, part)
+
+
+def _add_stream(
+    found: _Edges, stream: str, where: Where, runs: tuple[Trace, Trace], slopes: list[Trace], weights: Weights
+) -> None:
+    """Walks along a stream: parts are added, carried through its norms, and read."""
+    table, wiring = found.table, weights.wiring
+    found.begin(where.example)
+    norms = [norm for norm in wiring.norms if norm.stream == stream]
+    events: list[tuple[int, int, Any]] = [(w.time, 0, w) for w in table.writers if w.stream == stream]
+    events += [(norm.time, 1, norm) for norm in norms]
+    events += [(r.reading.time, 2, r) for r in table.readers if r.reading.stream == stream]
+    parts: list[Tensor] = []
+    for _, kind, event in sorted(events, key=lambda event: event[:2]):
+        if kind == 0:
+            pair = [written(event, run, weights, where) for run in runs]
+            # Parts are kept apart where a norm of each run's own scale is still to come.
+            new = torch.stack(pair) if norms else (pair[0] - pair[1]).unsqueeze(0)  # [2 or 1, W, N, M]
+            parts = [torch.cat([*parts, new], dim=1)]
+        elif kind == 1 and parts:
+            at = (where.of(run.normed[event.module]) for run in runs)
+            parts = [torch.stack([weights.carried(event.module, p, x) for p, x in zip(parts[0], at, strict=True)])]
+        elif kind == 2 and parts:
+            change = parts[0][0] - parts[0][1] if norms else parts[0][0]  # [W, N, M]
+            slope = sum(_slope(event, run, weights, where) for run in slopes) / len(slopes)  # [R, N, M]
+            found.add(event, change, slope, where)
+
+
+def _slope(reader: Reader, run: Trace, weights: Weights, where: Where) -> Tensor:
+    """The slope of the metric in what each node of a reader reads of the stream, `[R, N, M]`."""
+    reading = reader.reading
+    if reader.site == "logits":
+        return where.of(run.gradients[reader.unit]).unsqueeze(0)
+    if reader.site == "mlp":
+        slope = where.of(run.gradients[reader.unit]).unsqueeze(0)  # [1, N, M]
+    else:
+        unit = weights.attentions[reader.unit]
+        rows = unit.rows[("queries", "keys", "values").index(reader.site)]
+        weight = rows.of(linear_weight(weights.model.get_submodule(rows.module)))  # [R, D, M]
+        gradient = rows.of(where.of(run.gradients[rows.module]), dim=-1)  # [N, R, D]
+        slope = torch.einsum("nrd,rdm->rnm", gradient, weight.to(gradient.dtype))
+    return slope if reading.norm is None else _through(reading, run, weights, where, slope)
+
+
+def _through(reading: Reading, run: Trace, weights: Weights, where: Where, slope: Tensor) -> Tensor:
+    """The transposed derivative of a norm at what was read, times slopes `[R, N, M]`."""
+    x = where.of(run.read[reading.stream, reading.time]).expand_as(slope)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        # Its `forward`, which no hook sees.
+        return torch.autograd.grad(weights.model.get_submodule(reading.norm).forward(x), x, slope)[0]

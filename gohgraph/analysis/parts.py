@@ -1,0 +1,64 @@
+"""The parts of a residual stream: what every node has written, carried through the norms that stand on it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gohgraph.analysis.architectures.norms import Gain, gain_of, scale_of
+from gohgraph.analysis.architectures.weights import linear_weight
+from gohgraph.analysis.architectures.wiring import AttentionUnit, Wiring
+from gohgraph.analysis.traces import Trace
+from gohgraph.analysis.unit_network import Writer
+
+
+class Weights:
+    """Weights and gains of a model's units, asked for once."""
+
+    def __init__(self, model: nn.Module, wiring: Wiring, width: int) -> None:
+        self.model, self.wiring, self.width = model, wiring, width
+        self._gains: dict[str, Gain] = {}
+        self.attentions = {unit.name: unit for unit in wiring.attentions}
+        self.feed_forwards = {unit.name: unit for unit in wiring.feed_forwards}
+
+    def output(self, unit: AttentionUnit) -> Tensor:
+        """W_O by head, `[H, D, M]`."""
+        weight = linear_weight(self.model.get_submodule(unit.output)).t()  # [H*D, M]
+        return weight.unflatten(0, (unit.queries.heads, unit.values.size))
+
+    def gain(self, norm: str) -> Gain:
+        if norm not in self._gains:
+            self._gains[norm] = gain_of(self.model.get_submodule(norm), self.width)
+        return self._gains[norm]
+
+    def carried(self, norm: str, parts: Tensor, x: Tensor) -> Tensor:
+        """Parts `[W, N, M]` of `x [N, M]` behind a norm whose scale is that of x."""
+        gain = self.gain(norm)
+        return gain(parts) * scale_of(self.model.get_submodule(norm), x, gain)
+
+
+class Where(NamedTuple):
+    """Tokens of one example: its number in the batch, and their places `[N]`."""
+
+    example: int
+    tokens: Tensor
+
+    def of(self, values: Tensor) -> Tensor:
+        """Returns `[B, T, F]` at these tokens, `[N, F]`."""
+        return values[self.example].index_select(0, self.tokens)
+
+
+def written(writer: Writer, seen: Trace, weights: Weights, where: Where) -> Tensor:
+    """Returns what every node of a writer added to its stream, `[W, N, M]`."""
+    if writer.time < 0:
+        return where.of(seen.read[writer.stream, -1]).unsqueeze(0)
+    if writer.unit in weights.feed_forwards:
+        return where.of(seen.wrote[writer.unit]).unsqueeze(0)
+    unit = weights.attentions[writer.unit]
+    heads = where.of(seen.heads[unit.name]).unflatten(-1, (unit.queries.heads, -1))  # [N, H, D]
+    parts = torch.einsum("nhd,hdm->hnm", heads, weights.output(unit).to(heads.dtype))  # [H, N, M]
+    if unit.post_norm is not None:
+        parts = weights.carried(unit.post_norm, parts, where.of(seen.normed[unit.name]))
+    return parts

@@ -1,0 +1,70 @@
+"""Attention patterns of stock models, whatever computes their attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gohgraph.analysis.architectures import AttentionUnit, Wiring
+from gohgraph.analysis.traces import Hooks, evaluating, run, trace
+
+
+def attention_patterns(model: nn.Module, wiring: Wiring, inputs: Any) -> Iterator[tuple[AttentionUnit, Tensor]]:
+    r"""Yields what every head attends to: units, in order, with `[B, H, T, S]`.
+
+    The model's own attention is asked, which may never make a map: with values that are unit vectors of their tokens,
+
+    .. math:: z_i(t) = \sum_s a_i(t, s)\, e_s = a_i(t, \cdot)
+
+    is the pattern, D keys a pass. What is read out stays that of the plain run, so later layers see no difference.
+
+    Raises:
+        ValueError: what reaches an output projection is no average of values: something stands between.
+    """
+    with evaluating(model):
+        seen, _ = trace(model, wiring, inputs)
+        for unit in wiring.attentions:
+            keys = seen.read[unit.source.stream, unit.source.time].shape[1]
+            parts = [_part(model, unit, inputs, start) for start in range(0, keys, unit.values.size)]
+            pattern = torch.cat(parts, dim=-1)[..., :keys]  # [B, H, T, S]
+            total = pattern.sum(dim=-1)
+            if not bool(((total - 1).abs().lt(1e-2) | total.abs().lt(1e-2)).all()):
+                raise ValueError(
+                    f"Expected heads whose outputs are averages of values in {unit.name} (got weights that add up to "
+                    f"{total.min():.3g} to {total.max():.3g}). Do leave out graphs at values, weights and outputs."
+                )
+            yield unit, pattern
+
+
+class _Seen(Exception):
+    """Nothing behind the layer that is looked at is needed."""
+
+
+def _part(model: nn.Module, unit: AttentionUnit, inputs: Any, start: int) -> Tensor:
+    """The pattern over D keys from `start`, `[B, H, T, D]`."""
+    found: list[Tensor] = []
+
+    def put(out: Tensor) -> Tensor:
+        size, tokens = unit.values.size, out.shape[1]
+        unit_vectors = torch.zeros(tokens, size, dtype=out.dtype, device=out.device)  # [S, D]
+        count = max(0, min(size, tokens - start))
+        unit_vectors[start : start + count, :count] = torch.eye(count, dtype=out.dtype, device=out.device)
+        out, features = out.clone(), unit.values.of(torch.arange(out.shape[-1], device=out.device))  # [G, D]
+        out[..., features.flatten()] = unit_vectors.repeat(1, unit.values.heads)
+        return out
+
+    def take(z: Tensor) -> None:
+        found.append(z.detach().unflatten(-1, (unit.queries.heads, -1)).transpose(1, 2))  # [B, H, T, D]
+        raise _Seen
+
+    with Hooks(model) as hooks, torch.no_grad():
+        hooks.on_output(unit.values.module, put)
+        hooks.on_input(unit.output, take)
+        try:
+            run(model, inputs)
+        except _Seen:
+            pass
+    return found[0]

@@ -1,0 +1,1 @@
+"""What tools/model_sweep.py needs: small configurations, checks of one class, and the table."""
