@@ -1,11 +1,13 @@
 """Graphs-of-Heads: attention heads as the nodes of an explicit graph that passes messages between them."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from gohgraph.analysis import head_importance, prune
 from gohgraph.analysis.attribution_graph import attribution_graph
 from gohgraph.analysis.composition import composition_graph
 from gohgraph.analysis.faithfulness import faithfulness
 from gohgraph.analysis.head_labels import label_heads
-from gohgraph.analysis.network import HeadNetwork, head_graph_of
 from gohgraph.analysis.network_files import load_head_graph, save_head_graph
 from gohgraph.analysis.record import record
 from gohgraph.attention.block import Heads, MultiHeadAttention
@@ -31,18 +33,40 @@ from gohgraph.drawing.confusion_chart import draw_confusion
 from gohgraph.drawing.load_chart import draw_load
 from gohgraph.drawing.tensorboard import log_head_graphs
 from gohgraph.graphs.config import HeadGraphConfig, RoutingConfig
-from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.cross_layer import CrossLayer
-from gohgraph.graphs.experts import GraphExperts
 from gohgraph.graphs.graph import head_graph
-from gohgraph.graphs.keyed import KeyedGraphConv
-from gohgraph.graphs.learned_topology import LearnedTopologyConv
 from gohgraph.graphs.site_config import BaselineConfig, SiteConfig
 from gohgraph.models.config import ClassifierConfig, TransformerConfig
 from gohgraph.models.model_output import ModelOutput
 from gohgraph.models.models import Classifier, LanguageModel, Transformer
 from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import DecoderLayer, EncoderLayer, Stack
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork, head_graph_of
+    from gohgraph.graphs.conv import HeadGraphConv
+    from gohgraph.graphs.experts import GraphExperts
+    from gohgraph.graphs.keyed import KeyedGraphConv
+    from gohgraph.graphs.learned_topology import LearnedTopologyConv
+else:
+    # Subclasses of PyG's classes, and what makes them. They are imported when they are first asked for: PyG takes
+    # longer than everything else together.
+    BUILT_ON_PYG = {
+        "GraphExperts": "gohgraph.graphs.experts",
+        "HeadGraphConv": "gohgraph.graphs.conv",
+        "HeadNetwork": "gohgraph.analysis.network",
+        "KeyedGraphConv": "gohgraph.graphs.keyed",
+        "LearnedTopologyConv": "gohgraph.graphs.learned_topology",
+        "head_graph_of": "gohgraph.analysis.network",
+    }
+
+    # Type checkers, which would take any name for one of the package's, do not see this.
+    def __getattr__(name: str) -> Any:
+        if name not in BUILT_ON_PYG:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(BUILT_ON_PYG[name]), name)
+        return value
+
 
 __version__ = "0.2.0"
 
@@ -106,3 +130,7 @@ __all__ = [
     "share_important_heads",
     "unconvert",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

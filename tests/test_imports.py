@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import gohgraph
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gohgraph"
 
@@ -38,9 +42,20 @@ def at_the_top(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def for_type_checkers(path):
+    """Returns what a file imports where types are checked alone: the module of every name."""
+    tests = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
+    imports = [node for test in tests if ast.unparse(test.test) == "TYPE_CHECKING" for node in test.body]
+    return {alias.name: node.module for node in imports for alias in node.names}
+
+
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 WITH_PYG = {f"graphs/{name}.py" for name in ("graph", "conv", "experts", "keyed", "learned_topology")}
 WITH_PYG |= {"analysis/network.py"}
+# Subclasses of PyG's classes, and of these.
+BUILT_ON_PYG = WITH_PYG - {"graphs/graph.py"} | {"parallel/sharded_graph.py"}
+# What is there without an extra: what torch brings, and these.
+BROUGHT = {"gohgraph", "numpy", "safetensors", "tqdm"}
 WITH_TRITON = {f"attention/kernels/{name}.py" for name in ("tiles", "forward", "backward", "launch")}
 # Subclasses of transformers' classes, imported by functions alone.
 WITH_TRANSFORMERS = {f"convert/{name}.py" for name in ("converted_config", "converted_models")}
@@ -82,6 +97,23 @@ def test_triton_is_imported_by_its_kernels_alone_and_these_where_they_run():
     assert found == WITH_TRITON
 
 
+def test_what_is_built_on_pyg_is_imported_where_it_is_used():
+    names = tuple(f"gohgraph.{name.removesuffix('.py').replace('/', '.')}." for name in BUILT_ON_PYG)
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in FILES
+        if any(f"{module}.".startswith(("torch_geometric.", *names)) for module in at_the_top(path))
+    }
+    # Megatron-Core takes longer than PyG, and who imports that room wants graphs.
+    assert {name for name in found if not name.startswith("parallel/megatron/")} == BUILT_ON_PYG
+
+
+def test_type_checkers_see_the_names_that_are_imported_when_they_are_asked_for():
+    assert for_type_checkers(PACKAGE / "__init__.py") == gohgraph.BUILT_ON_PYG
+    with pytest.raises(AttributeError, match="module 'gohgraph' has no attribute 'HeadGraphCon'"):
+        gohgraph.HeadGraphCon  # noqa: B018
+
+
 def test_what_subclasses_transformers_is_imported_where_transformers_is():
     files = tuple("gohgraph." + name.removesuffix(".py").replace("/", ".") for name in WITH_TRANSFORMERS)
     found = {
@@ -109,16 +141,27 @@ def test_importing_has_no_side_effects_and_optional_packages_come_where_they_are
         "    return (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(), random.getstate(),\n"
         "            torch.get_rng_state().tolist(), dict(os.environ), torch.are_deterministic_algorithms_enabled(),\n"
         "            torch.backends.cuda.matmul.allow_tf32, torch.is_grad_enabled(), os.getcwd())\n"
-        # It imports transformers itself where that is installed.
-        "import torch_geometric.nn\n"
-        "before, known = state(), set(sys.modules)\n"
+        "def packages():\n"
+        "    return {name.split('.')[0] for name in sys.modules} - sys.stdlib_module_names\n"
+        "before, known = state(), packages()\n"
         "import gohgraph\n"
         "assert state() == before\n"
-        "unwanted = {'accelerate', 'transformers', 'matplotlib.pyplot', 'matplotlib', 'megatron'}\n"
-        "unwanted &= set(sys.modules) - known\n"
+        f"assert packages() - known <= {BROUGHT}, packages() - known\n"
+        "missing = set(gohgraph.__all__) - set(dir(gohgraph))\n"
+        "assert not missing, missing\n"
+        "config = gohgraph.TransformerConfig(9, d_model=8, num_heads=2, num_layers=1, d_ff=8)\n"
+        "gohgraph.LanguageModel(config)\n"
+        "import gohgraph.learning.training, gohgraph.parallel\n"
+        "unwanted = {'torch_geometric', 'networkx', 'matplotlib', 'transformers', 'accelerate', 'triton', 'pandas'}\n"
+        "unwanted &= packages() - known\n"
         "assert not unwanted, unwanted\n"
-        "missing = [name for name in gohgraph.__all__ if not hasattr(gohgraph, name)]\n"
-        "assert not missing and sorted(gohgraph.__all__, key=str.lower), missing\n"
+        "graph = gohgraph.head_graph(2)\n"
+        "from gohgraph import *\n"
+        "missing = [name for name in gohgraph.__all__ if name not in globals()]\n"
+        "assert not missing, missing\n"
+        "assert isinstance(graph, sys.modules['torch_geometric'].data.Data)\n"
+        "assert issubclass(HeadGraphConv, sys.modules['torch_geometric'].nn.MessagePassing)\n"
+        "assert 'matplotlib' not in sys.modules\n"
         "from gohgraph.drawing import draw_curves\n"
         "draw_curves({'a': [{'step': 1, 'loss': 2.0}]})\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from gohgraph.analysis.interventions import check_intervention, fills, weights_of
 from gohgraph.analysis.losses import Loss, mean_loss
 from gohgraph.analysis.record import head_graphs
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edge_graph import EdgeGraph
 
 
 def edge_ablation(
@@ -64,7 +64,7 @@ def edge_ablation(
 
 
 @contextmanager
-def _without(conv: HeadGraphConv, edge: int, fill: Sequence[Tensor]) -> Iterator[None]:
+def _without(conv: EdgeGraph, edge: int, fill: Sequence[Tensor]) -> Iterator[None]:
     def replace(value: Tensor, module: nn.Module, inputs: Any, alpha: Tensor) -> Tensor:
         alpha = alpha.clone()
         alpha[..., edge] = value[:, edge].to(alpha.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from gohgraph.analysis.against import Against, other_trace, token_masks
 from gohgraph.analysis.architectures import Reading, Wiring, wiring_of
 from gohgraph.analysis.architectures.weights import linear_weight
-from gohgraph.analysis.network import HeadNetwork
 from gohgraph.analysis.parts import Weights, Where, written
 from gohgraph.analysis.running_stats import Moments
 from gohgraph.analysis.traces import Trace, check_trace, evaluating, trace
 from gohgraph.analysis.unit_network import OTHERS, Reader, UnitNodes, network_of
 from gohgraph.common.checks import check_bool, check_choice, check_int
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork
 
 # Numbers of one block of parts or slopes, [nodes, tokens, M].
 BLOCK = 1 << 25

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from gohgraph.analysis.architectures import AttentionUnit, Rows, Wiring, wiring_
 from gohgraph.analysis.architectures.norms import Gain, gain_of
 from gohgraph.analysis.architectures.weights import Folder, Modules, linear_weight, modules_of
 from gohgraph.analysis.architectures.wiring import SITES
-from gohgraph.analysis.network import HeadNetwork
 from gohgraph.analysis.unit_network import Reader, UnitNodes, Writer, network_of
 from gohgraph.common.checks import check_int
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork
 
 KINDS = {site[0]: site for site in SITES}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from gohgraph.analysis.against import Against, other_trace
 from gohgraph.analysis.architectures import Wiring, wiring_of
 from gohgraph.analysis.attribution_graph import Metric, metric_value
 from gohgraph.analysis.circuit_run import run_patched
-from gohgraph.analysis.network import HeadNetwork
 from gohgraph.analysis.traces import Trace, check_trace, evaluating, trace
 from gohgraph.analysis.unit_network import OTHERS, UnitNodes
 from gohgraph.common.checks import check_int, check_probability
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork
 
 # Of MIB (Mueller et al. 2025, arXiv 2504.13151).
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

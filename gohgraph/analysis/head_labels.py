@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from gohgraph.analysis.architectures import wiring_of
-from gohgraph.analysis.network import HEAD_SCORES, HeadNetwork
 from gohgraph.analysis.patterns import attention_patterns
 from gohgraph.analysis.prompts import repeated_tokens
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork
 
 
 def label_heads(model: nn.Module, network: HeadNetwork, tokens: Tensor | None = None) -> HeadNetwork:
@@ -41,6 +43,8 @@ def label_heads(model: nn.Module, network: HeadNetwork, tokens: Tensor | None = 
         >>> bool((network.previous_token >= 0).all()), network.induction.shape
         (True, torch.Size([4]))
     """
+    from gohgraph.analysis.network import HEAD_SCORES
+
     wiring = wiring_of(model)
     if len(wiring.streams) > 1 or getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise ValueError(

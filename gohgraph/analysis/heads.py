@@ -11,7 +11,7 @@ from gohgraph.analysis.losses import Loss, batch_loss, check_batches
 from gohgraph.analysis.module_names import block_of, site_of
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.convert.conversion import find_blocks
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edge_graph import EdgeGraph
 
 
 def head_importance(
@@ -62,7 +62,7 @@ def _blocks(model: nn.Module, example: dict[str, Any] | None) -> dict[str, tuple
     blocks: dict[str, tuple[nn.Module, int | None]] = {n: (b.output, b.num_heads) for n, b in attention.items()}
     for name, module in modules.items():
         is_inside = any(f"{name}.".startswith(f"{block}.".removeprefix(".")) for block in attention)
-        if isinstance(module, HeadGraphConv) and not is_inside and site_of(name) == "outputs":
+        if isinstance(module, EdgeGraph) and not is_inside and site_of(name) == "outputs":
             blocks[block_of(name)] = (module, None)
     if not blocks:
         convertible = find_blocks(model, example).blocks.values()

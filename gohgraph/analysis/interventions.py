@@ -9,20 +9,19 @@ from torch import Tensor, nn
 from gohgraph.analysis.losses import Loss, check_batches, mean_loss
 from gohgraph.analysis.running_stats import Moments
 from gohgraph.common.checks import check_choice, check_int
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.edges import EdgeWeights
-from gohgraph.graphs.keyed import KeyedGraphConv
 
 REPLACEMENTS = ("zero", "mean")
 
 
-def weights_of(conv: HeadGraphConv) -> list[EdgeWeights]:
+def weights_of(conv: EdgeGraph) -> list[EdgeWeights]:
     """Returns what gives a graph's weights: one module, and that of the keys' side where edges are keyed."""
-    return [conv.edges, conv.key_edges] if isinstance(conv, KeyedGraphConv) else [conv.edges]
+    return [conv.edges, conv.key_edges] if conv.traits.keyed else [conv.edges]
 
 
 def fills(
-    graphs: Mapping[str, HeadGraphConv], model: nn.Module, loss: Loss, batches: Sequence[Any], replace: str
+    graphs: Mapping[str, EdgeGraph], model: nn.Module, loss: Loss, batches: Sequence[Any], replace: str
 ) -> dict[str, list[Tensor]]:
     """Returns what takes the place of every edge's weight, `[R, E]` for each of `weights_of`."""
     moments = {

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from typing import TYPE_CHECKING
 
 from gohgraph.analysis.faithfulness import strongest_share
-from gohgraph.analysis.network import HeadNetwork
 from gohgraph.analysis.unit_network import OTHERS
 from gohgraph.common.checks import check_probability
 from gohgraph.common.files import checked_path, write_whole
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork
 
 LETTERS = {"queries": "<q>", "keys": "<k>", "values": "<v>"}
 

@@ -1,5 +1,7 @@
 """Files of a head network: GraphML, GEXF (Gephi), JSON and CSV, written whole and read back."""
 
+from __future__ import annotations
+
 import csv
 import json
 import math
@@ -7,10 +9,12 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gohgraph.analysis.network import HeadNetwork
 from gohgraph.common.files import checked_path, write_whole
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork
 
 GRAPH_SUFFIXES = (".graphml", ".gexf", ".json", ".csv")
 # What Gephi calls the columns of its tables of nodes and edges.
@@ -39,6 +43,8 @@ def save_head_graph(network: HeadNetwork, path: str | os.PathLike[str]) -> None:
 
 def load_head_graph(path: str | os.PathLike[str]) -> HeadNetwork:
     """Reads a head network that `save_head_graph` wrote."""
+    from gohgraph.analysis.network import HeadNetwork
+
     path = Path(path)
     if path.suffix.lower() not in GRAPH_SUFFIXES:
         raise ValueError(f"Expected a file that ends in {', '.join(GRAPH_SUFFIXES)} (got {path}). Do pass another.")

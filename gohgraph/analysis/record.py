@@ -16,7 +16,7 @@ from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.routing import HeadRouter, Routing
 from gohgraph.common.modules import is_recomputed, working_modules
 from gohgraph.graphs.chain import Chain
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.protocol import FEATURES, SiteGraph
 
@@ -54,7 +54,7 @@ class Recording:
     """
 
     def __init__(self, graph: SiteGraph, router: HeadRouter | None = None, *, every_token: bool = False) -> None:
-        is_conv, self.num_heads = isinstance(graph, HeadGraphConv), graph.traits.num_heads
+        is_conv, self.num_heads = isinstance(graph, EdgeGraph), graph.traits.num_heads
         self.edge_index = (graph if is_conv else head_graph(self.num_heads)).edge_index.detach().cpu()
         self.reach = graph.traits.reach if is_conv else 0
         self.num_shared = None if router is None else router.num_shared
@@ -255,9 +255,9 @@ def _warn_of_unseen(heads: Recordings) -> None:
         )
 
 
-def head_graphs(model: nn.Module) -> dict[str, HeadGraphConv]:
+def head_graphs(model: nn.Module) -> dict[str, EdgeGraph]:
     """Returns the head graphs of a model by module name, in model order; `ValueError` where there are none."""
-    graphs = {name: module for name, module in working_modules(model) if isinstance(module, HeadGraphConv)}
+    graphs = {name: module for name, module in working_modules(model) if isinstance(module, EdgeGraph)}
     if not graphs:
         others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, SiteGraph)})
         raise ValueError(
@@ -271,7 +271,7 @@ def recordable(model: nn.Module) -> tuple[dict[str, SiteGraph], dict[str, str]]:
     """Returns the graphs of a model that can be recorded, and why the others cannot, by module name in model order."""
     graphs: dict[str, SiteGraph] = {}
     left_out: dict[str, str] = {}
-    convs = {name for name, module in working_modules(model) if isinstance(module, HeadGraphConv)}
+    convs = {name for name, module in working_modules(model) if isinstance(module, EdgeGraph)}
     for name, module in working_modules(model):
         if name in convs:
             graphs[name] = module
@@ -319,7 +319,7 @@ def _hooks(
 
     block = model.get_submodule(block_of(name))
     # Both sites ask the edges for their weights, so that is where they are seen.
-    is_conv = isinstance(graph, HeadGraphConv)
+    is_conv = isinstance(graph, EdgeGraph)
     takers = [(graph.edges, on_edges) if is_conv else (graph, on_nodes)]
     if router is not None:
         takers.append((router, on_routing))

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.analysis.record import Recording, head_graphs
-from gohgraph.graphs.conv import HeadGraphConv
-from gohgraph.graphs.learned_topology import LearnedTopologyConv
+from gohgraph.graphs.edge_graph import EdgeGraph
 
 
 def edge_strength(source: nn.Module | Mapping[str, Recording]) -> dict[str, Tensor]:
@@ -54,7 +53,7 @@ def rank_agreement(scores: Mapping[str, Tensor], effects: Mapping[str, Tensor]) 
     return torch.corrcoef(ranks)[0, 1].clamp(-1, 1).item()
 
 
-def _weight_strength(conv: HeadGraphConv) -> Tensor:
+def _weight_strength(conv: EdgeGraph) -> Tensor:
     edges = conv.edges
     squares = edges.bias.detach().double().square()  # [R, E]
     if edges.weight is not None:
@@ -62,7 +61,7 @@ def _weight_strength(conv: HeadGraphConv) -> Tensor:
         weight = weight if edges.down is None else weight @ edges.down.detach().double()  # [R, E, M]
         squares = squares + weight.square().sum(dim=-1)
     strength = edges.rescaled(squares.mean(dim=0).sqrt(), edges.learned_scale).detach().abs().cpu()  # [E]
-    return strength * conv.kept.cpu() if isinstance(conv, LearnedTopologyConv) else strength
+    return strength * conv.kept.cpu() if conv.traits.learned else strength
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gohgraph.analysis.architectures.wiring import SITES, AttentionUnit, FeedForwardUnit, Reading, Wiring
-from gohgraph.analysis.network import HeadNetwork
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork
 
 # Nodes that a network may have beside heads, by kind.
 OTHERS = ("embedding", "mlp", "logits")
@@ -108,6 +110,8 @@ def network_of(nodes: UnitNodes, values: dict[tuple[str, str], tuple[Tensor, Ten
         values: for every reader that has edges, by `(unit, site)`: means and standard deviations `[W, R]`, rows in the
             order of `edges_into`.
     """
+    from gohgraph.analysis.network import HeadNetwork
+
     index, mean, std, graph, site = [], [], [], [], []
     for reader in nodes.readers:
         if (reader.unit, reader.site) not in values:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Kind = TypeVar("Kind", bound=type)
 
 
 class Config:
@@ -62,7 +64,7 @@ def default_of(definition: dataclasses.Field) -> Any:
     return definition.default if made is dataclasses.MISSING else made()
 
 
-def ignores(*names: str) -> Callable[[type], type]:
+def ignores(*names: str) -> Callable[[Kind], Kind]:
     """Lets what others set on any model's configuration pass without effect on a frozen one; all else is refused.
 
     Example:
@@ -77,14 +79,15 @@ def ignores(*names: str) -> Callable[[type], type]:
         dataclasses.FrozenInstanceError: cannot assign to field 'heads'
     """
 
-    def decorate(kind: Any) -> Any:
-        refuse = kind.__setattr__
+    def decorate(kind: Kind) -> Kind:
+        changed: Any = kind
+        refuse = changed.__setattr__
 
         def __setattr__(self: Any, name: str, value: Any) -> None:
             if name not in names:
                 refuse(self, name, value)
 
-        kind.__setattr__ = __setattr__
+        changed.__setattr__ = __setattr__
         return kind
 
     return decorate

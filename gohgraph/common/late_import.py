@@ -62,9 +62,10 @@ class _ActingLoader(Loader):
         """Returns what the module's own loader creates."""
         return self.loader.create_module(spec)
 
-    def exec_module(self, module: Any) -> None:
+    def exec_module(self, module: ModuleType) -> None:
         """Runs the module's code, then acts; where that code fails, the next import is waited for."""
-        module.__spec__.loader = module.__loader__ = self.loader
+        spec: Any = module.__spec__
+        spec.loader = module.__loader__ = self.loader
         try:
             self.loader.exec_module(module)
         except BaseException:

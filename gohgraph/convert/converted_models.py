@@ -22,7 +22,7 @@ from gohgraph.convert.blocks import head_slots
 from gohgraph.convert.converted_config import as_stock
 from gohgraph.convert.description import read_description
 from gohgraph.convert.restoring import names_in, restore
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edge_graph import EdgeGraph
 
 
 def register(config_class: type, stock: type) -> None:
@@ -74,11 +74,11 @@ def finish(model: nn.Module, name: Any) -> None:
     for place, slots in head_slots(model).items():
         slots.order_heads(slots.head_order)
         for path, conv in slots.named_modules():
-            if isinstance(conv, HeadGraphConv):
+            if isinstance(conv, EdgeGraph):
                 _finish(conv, f"{place}.{path}", name)
 
 
-def _finish(conv: HeadGraphConv, place: str, name: Any) -> None:
+def _finish(conv: EdgeGraph, place: str, name: Any) -> None:
     expected = conv._edge_list
     conv.edges_changed()
     if conv._edge_list != expected:

@@ -12,7 +12,7 @@ from gohgraph.attention.slots import HeadSlots
 from gohgraph.convert.arrival import arrive
 from gohgraph.convert.blocks import SLOTS, slots_of
 from gohgraph.graphs.config import HeadGraphConfig
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edge_graph import EdgeGraph
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def kept_edges(slots: dict[str, nn.Module | None], present: HeadSlots) -> dict[s
             here = present.get_submodule(name)
         except AttributeError:
             continue
-        edges = here.edge_index.t().tolist() if isinstance(here, HeadGraphConv) else None
+        edges = here.edge_index.t().tolist() if isinstance(here, EdgeGraph) else None
         if edges is not None and edges != conv.edge_index.t().tolist():
             found[name] = edges
     return found
@@ -142,11 +142,11 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, Any]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _convolutions(slots: dict[str, nn.Module | None]) -> dict[str, HeadGraphConv]:
+def _convolutions(slots: dict[str, nn.Module | None]) -> dict[str, EdgeGraph]:
     return {
         f"{slot}.{name}" if name else slot: module
         for slot, graph in slots.items()
         if graph is not None
         for name, module in graph.named_modules()
-        if isinstance(module, HeadGraphConv)
+        if isinstance(module, EdgeGraph)
     }

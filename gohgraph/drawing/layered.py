@@ -1,15 +1,20 @@
 """Figure of a whole model's head network: a row of heads for each layer."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gohgraph.analysis.network import HeadNetwork
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import arrows, check_threshold
 from gohgraph.drawing.colours import colour_bar, colour_scale, is_dark
 from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork
 
 MOST_EDGES = 300
 # Inches between rows, by the number of rows that has so much room.

@@ -1,14 +1,15 @@
 """The head network as an interactive page: one HTML file that opens without a network."""
 
+from __future__ import annotations
+
 import html
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from gohgraph.analysis.network import HeadNetwork, head_graph_of
 from gohgraph.analysis.record import Recordings
 from gohgraph.common.files import checked_path, write_whole
 from gohgraph.common.packages import needs
@@ -19,6 +20,9 @@ from gohgraph.drawing.page_data import as_bytes, edge_columns, head_columns, sel
 from gohgraph.drawing.page_figures import Themed, network_figure, strip_figure
 from gohgraph.drawing.page_script import PREFERENCE, STYLE, THEME, UPDATE
 from gohgraph.drawing.tokens import check_tokens_recorded, shades_of, token_changes
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork
 
 MOST_EDGES, MOST_TOKENS = 4000, 400
 # On dark paper a weight of 0 is dark as well.
@@ -57,6 +61,8 @@ def save_page(
         ImportError: Bokeh is not installed.
         ValueError, OSError: another suffix, as `head_graph_of` and `draw`.
     """
+    from gohgraph.analysis.network import HeadNetwork, head_graph_of
+
     path = checked_path(path, (".html",))
     check_threshold(threshold)
     if isinstance(heads, HeadNetwork):

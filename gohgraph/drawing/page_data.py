@@ -1,14 +1,18 @@
 """The columns an interactive page is drawn from."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from gohgraph.analysis.network import HeadNetwork
 from gohgraph.analysis.record import Recording, Recordings
 from gohgraph.drawing.figures import INK
 from gohgraph.drawing.layered import Layout, arcs, head_names, head_sizes
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork
 
 # A weight of a token is one byte: MOST_BYTE steps from 0 to the largest.
 MOST_BYTE = 127

@@ -1,14 +1,18 @@
 """The two figures of an interactive page: the layered network, and the text as a strip of tokens."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gohgraph.analysis.network import HeadNetwork
 from gohgraph.drawing.figures import INK
 from gohgraph.drawing.layered import Layout
 from gohgraph.drawing.tokens import CHOSEN, readable, strip_of
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork
 
 PIXELS = 110
 LINE = "#e6e6e6"

@@ -9,7 +9,6 @@ from torch import nn
 
 from gohgraph.analysis.measures import measures
 from gohgraph.analysis.module_names import graph_titles
-from gohgraph.analysis.network import at_rest
 from gohgraph.analysis.record import Recording
 from gohgraph.analysis.strength import edge_strength
 from gohgraph.drawing.circles import draw
@@ -28,6 +27,8 @@ def log_head_graphs(writer: Any, model: nn.Module | Mapping[str, Recording], ste
         model: a recording, for its means over tokens; or a model, for its weights at a context of zero.
         step: of training.
     """
+    from gohgraph.analysis.network import at_rest
+
     heads = at_rest(model) if isinstance(model, nn.Module) else model
     figure = draw(heads, limit=1.0)
     figure.set_dpi(DPI)

@@ -1,21 +1,17 @@
 """The modules at the sites of attention, made of their configurations."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from gohgraph.graphs.baselines import BASELINES
 from gohgraph.graphs.chain import Chain
-from gohgraph.graphs.conv import HeadGraphConv
-from gohgraph.graphs.experts import GraphExperts
-from gohgraph.graphs.keyed import KeyedGraphConv
-from gohgraph.graphs.learned_topology import LearnedTopologyConv
 from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.graphs.site_config import BaselineConfig, Site, SiteConfig, parts_of
 from gohgraph.graphs.wrapped import as_site_graph
 
-GRAPHS: dict[str, type[HeadGraphConv]] = {
-    "plain": HeadGraphConv,
-    "experts": GraphExperts,
-    "learned": LearnedTopologyConv,
-    "keyed": KeyedGraphConv,
-}
+if TYPE_CHECKING:
+    from gohgraph.graphs.conv import HeadGraphConv
 
 
 def build_graph(
@@ -44,11 +40,21 @@ def _build(part: SiteConfig | BaselineConfig, sizes: tuple[int, int, int], layer
     if isinstance(part, BaselineConfig):
         graph = _baseline(part, sizes)
     else:
-        graph = GRAPHS[part.kind].from_config(part, *sizes, layer=layer)
+        graph = _graphs()[part.kind].from_config(part, *sizes, layer=layer)
         if part.cross_layer and not graph.edges.num_edges:
             return None
     graph.traits = graph.traits._replace(learning_rate_factor=float(part.learning_rate_factor))
     return graph
+
+
+def _graphs() -> dict[str, type[HeadGraphConv]]:
+    """The classes of head graphs by `SiteConfig.kind`; whoever builds none does not import PyG."""
+    from gohgraph.graphs.conv import HeadGraphConv
+    from gohgraph.graphs.experts import GraphExperts
+    from gohgraph.graphs.keyed import KeyedGraphConv
+    from gohgraph.graphs.learned_topology import LearnedTopologyConv
+
+    return {"plain": HeadGraphConv, "experts": GraphExperts, "learned": LearnedTopologyConv, "keyed": KeyedGraphConv}
 
 
 def _baseline(part: BaselineConfig, sizes: tuple[int, int, int]) -> SiteGraph:

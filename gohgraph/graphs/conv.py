@@ -14,17 +14,18 @@ from torch_geometric.nn import MessagePassing
 from gohgraph.common.checks import check_choice, check_int
 from gohgraph.graphs.cross_layer import CrossLayer, reached
 from gohgraph.graphs.dense import add_layers, add_product, edge_kinds, pays_by_layer
+from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.edge_tables import EdgeTables, edge_tables
 from gohgraph.graphs.edges import EdgeWeights
 from gohgraph.graphs.graph import head_graph
-from gohgraph.graphs.protocol import FEATURES, MAPS, SiteGraph, Sparse, Traits
+from gohgraph.graphs.protocol import FEATURES, MAPS, Sparse, Traits
 from gohgraph.graphs.site_config import SiteConfig
 
 BACKENDS = ("dense", "pyg")
 OPTIONS = ("edges", "rank", "activation", "rounds", "cross_layer", "norm", "backend", "top_edges")
 
 
-class HeadGraphConv(MessagePassing, SiteGraph):
+class HeadGraphConv(MessagePassing, EdgeGraph):
     r"""Head-graph convolution: every head adds a signed, token-wise weighted sum of its senders.
 
     .. math::
@@ -129,11 +130,6 @@ class HeadGraphConv(MessagePassing, SiteGraph):
         options = {name: getattr(config, field) for name, field in cls.options.items()}
         options["cross_layer"] = CrossLayer.of(config.cross_layer).at(layer)
         return cls(graph, head_dim, context_dim, **options)
-
-    @property
-    def rounds(self) -> int:
-        """R, the number of message-passing rounds."""
-        return self.edges.rounds
 
     @property
     def is_complete(self) -> bool:

@@ -11,9 +11,7 @@ from torch_geometric.data import Data
 from gohgraph.common.checks import check_int
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.edge_tables import EdgeTables
-from gohgraph.graphs.protocol import FEATURES, Traits
-
-ALIGNMENT = "alignment"
+from gohgraph.graphs.protocol import ALIGNMENT, FEATURES, Traits
 
 
 class GraphExperts(HeadGraphConv):

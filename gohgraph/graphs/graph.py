@@ -1,15 +1,19 @@
 """The explicit graph over attention heads: nodes are heads, edges say who may send to whom."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
 
 from gohgraph.common.checks import check_int
 from gohgraph.graphs.topologies import TOPOLOGIES
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
 
 
 def head_graph(num_heads: int, topology: Any = "complete", *, self_loops: bool = True, **options: Any) -> Data:
@@ -45,6 +49,8 @@ def head_graph(num_heads: int, topology: Any = "complete", *, self_loops: bool =
         >>> head_graph(4, "ring").edge_index.tolist()
         [[0, 3, 0, 1, 1, 2, 2, 3], [0, 0, 1, 1, 2, 2, 3, 3]]
     """
+    from torch_geometric.data import Data
+
     check_int("num_heads", num_heads, low=1)
     edges = _named(num_heads, topology, options) if isinstance(topology, str) else _given(num_heads, topology, options)
     _check(num_heads, edges)
@@ -76,6 +82,8 @@ def _given(num_heads: int, topology: Any, options: dict[str, Any]) -> list[tuple
             f"Expected no topology options beside explicit edges (got {sorted(options)}). Do drop them, "
             "or name a topology."
         )
+    from torch_geometric.data import Data
+
     if isinstance(topology, Data):
         _check_nodes(num_heads, topology.num_nodes)
         topology = topology.edge_index

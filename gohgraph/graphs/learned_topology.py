@@ -73,7 +73,7 @@ class LearnedTopologyConv(HeadGraphConv):
 
     def _traits(self, tables: EdgeTables) -> Traits:
         # What is pruned is measured on all heads.
-        return super()._traits(tables)._replace(sharded=False)
+        return super()._traits(tables)._replace(sharded=False, learned=True)
 
     def keep_edges(self, kept: Tensor) -> None:
         """Leaves the edges of a bool mask `[E]` in the graph."""

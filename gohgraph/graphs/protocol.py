@@ -16,6 +16,7 @@ from gohgraph.graphs.cross_layer import Reach
 
 FEATURES = frozenset({"outputs", "queries", "keys", "values"})
 MAPS = frozenset({"scores", "weights"})
+ALIGNMENT = "alignment"
 # What is asked for of a training loss, by name, and what graphs have put there.
 Losses = dict[str, list[Tensor]]
 
@@ -39,6 +40,7 @@ class Traits(NamedTuple):
         run: messages stay within runs of so many heads, one after another; 0 for all heads.
         joins_keys: attention is one softmax over the keys of all heads of a run; its forms see to it.
         reads_values: of a graph at outputs, it is handed the values of the tokens themselves, `values`.
+        learned: its topology is: training prunes it, see `LearnedTopologyConv`.
     """
 
     num_heads: int
@@ -56,6 +58,7 @@ class Traits(NamedTuple):
     run: int = 0
     joins_keys: bool = False
     reads_values: bool = False
+    learned: bool = False
 
     @property
     def most_senders(self) -> int:

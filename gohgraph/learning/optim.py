@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gohgraph.attention.routing import HeadRouter
-from gohgraph.graphs.building import GRAPHS
+from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.learning.muon import MUON_GROUP, MuonWithAdamW
 from gohgraph.learning.train_config import TrainConfig
@@ -106,7 +106,7 @@ def regroup_as_saved(optimizer: torch.optim.Optimizer, model: nn.Module, config:
     """Groups parameters as a checkpoint has them that was written when opponents and routers were still decayed."""
     saved = torch.load(file, map_location="cpu", weights_only=True)["param_groups"]
     sizes = [len(group["params"]) for group in saved]
-    former = parameter_groups(model, config, tuple(GRAPHS.values()))
+    former = parameter_groups(model, config, (EdgeGraph,))
     if [len(group["params"]) for group in optimizer.param_groups] != sizes == [len(g["params"]) for g in former]:
         defaults = {name: value for name, value in optimizer.defaults.items() if name not in former[0]}
         optimizer.param_groups[:] = [{**defaults, **group} for group in former]

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from gohgraph.graphs.learned_topology import LearnedTopologyConv
+from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.learning.router_training import annealed_top_k
 
 
@@ -17,7 +17,8 @@ class TopologyTraining:
 
     def __init__(self, model: nn.Module, anneal_in_degree: int = 0) -> None:
         self.anneal_in_degree = anneal_in_degree
-        self.graphs = [module for module in model.modules() if isinstance(module, LearnedTopologyConv)]
+        graphs = (module for module in model.modules() if isinstance(module, EdgeGraph))
+        self.graphs = [graph for graph in graphs if graph.traits.learned]
         if anneal_in_degree and not self.graphs:
             kind = type(model).__name__
             raise ValueError(

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import (
 )
 
 from gohgraph.common.hub import local_folder
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.models.auto import GohgraphClassifierConfig, GohgraphConfig, GohgraphSeq2SeqConfig
 from gohgraph.models.auto_cache import OwnCache
 from gohgraph.models.keywords import check_unused, next_tokens, real_tokens, shifted_right
@@ -70,7 +70,7 @@ class OwnModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         # The constructor has done so. What loading leaves empty are the tables.
-        if isinstance(module, HeadGraphConv) and not module.edge_index.is_meta:
+        if isinstance(module, EdgeGraph) and not module.edge_index.is_meta:
             module.edges_changed()
 
     def _prepare_cache_for_generation(self, settings: Any, given: dict[str, Any], *rest: Any) -> None:
@@ -258,7 +258,7 @@ def as_transformers(model: LanguageModel | Transformer | Classifier) -> OwnModel
 
 def _prune(model: nn.Module, edges: dict[str, Tensor]) -> None:
     for name, module in reversed(list(model.named_modules())):
-        if isinstance(module, HeadGraphConv):
+        if isinstance(module, EdgeGraph):
             module.prune_to_saved(edges, f"{name}.")
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from gohgraph.attention.routing import Routing
 from gohgraph.graphs.config import HeadGraphConfig
-from gohgraph.graphs.experts import ALIGNMENT
-from gohgraph.graphs.protocol import Losses
+from gohgraph.graphs.protocol import ALIGNMENT, Losses
 from gohgraph.models.stacks import StackOutput
 
 

@@ -15,8 +15,7 @@ from gohgraph.attention.history import Readers
 from gohgraph.attention.routing import HeadRouter, Routing
 from gohgraph.graphs.building import build_graph
 from gohgraph.graphs.config import HeadGraphConfig
-from gohgraph.graphs.experts import ALIGNMENT
-from gohgraph.graphs.protocol import Losses
+from gohgraph.graphs.protocol import ALIGNMENT, Losses
 from gohgraph.models.config import TransformerConfig
 from gohgraph.models.embeddings import positions_of_heads
 from gohgraph.models.objects import FeedForward

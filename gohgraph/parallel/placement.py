@@ -11,7 +11,7 @@ from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.routing import HeadRouter
 from gohgraph.common.modules import check_writable
 from gohgraph.convert.head_order import check_permutable, permute_heads
-from gohgraph.graphs.conv import HeadGraphConv
+from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.site_config import SiteConfig
 from gohgraph.models.models import LanguageModel
@@ -142,7 +142,7 @@ def reorder_heads(model: LanguageModel, order: list[int]) -> LanguageModel:
     return model
 
 
-def _relabel(graph: HeadGraphConv, order: list[int]) -> None:
+def _relabel(graph: EdgeGraph, order: list[int]) -> None:
     heads = graph.num_heads
     places = torch.tensor(order).argsort()  # [H], the new index of each old head
     senders, receivers = graph.edge_index.cpu()

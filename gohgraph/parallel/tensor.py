@@ -21,7 +21,6 @@ from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import Stack, StackOutput
 from gohgraph.models.sublayers import Residual
 from gohgraph.parallel.collectives import gather_parts, local, own_part
-from gohgraph.parallel.sharded_graph import ShardedHeadGraphConv
 
 Module = TypeVar("Module", bound=nn.Module)
 WHOLE, TOKENS = Replicate(), Shard(1)
@@ -104,7 +103,11 @@ def _rows(between: Any) -> RowwiseParallel:
 
 
 def _sharded(graph: nn.Module | None, mesh: DeviceMesh, *, over_maps: bool = False) -> nn.Module | None:
-    return None if graph is None else ShardedHeadGraphConv(graph, mesh, over_maps=over_maps)
+    if graph is None:
+        return None
+    from gohgraph.parallel.sharded_graph import ShardedHeadGraphConv
+
+    return ShardedHeadGraphConv(graph, mesh, over_maps=over_maps)
 
 
 class Block(ParallelStyle):

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.protocol import FEATURES, SiteGraph, Traits
 
@@ -85,6 +84,8 @@ class OwnContext(SiteGraph):
     """
 
     def __init__(self, num_heads: int, head_dim: int, context_dim: int) -> None:
+        from gohgraph.graphs.conv import HeadGraphConv
+
         super().__init__()
         self.num_heads = num_heads
         self.traits = Traits(num_heads, FEATURES)
