@@ -94,7 +94,7 @@ def test_the_network_has_a_row_for_each_layer(graph):
 
 def test_arcs_lead_to_the_right_above_and_to_the_left_below():
     edges = torch.tensor([[0, 3], [3, 0]])
-    one = SimpleNamespace(edge_index=edges, num_heads=4, mean=torch.tensor([[0.9, -0.5]]).double())
+    one = SimpleNamespace(edge_index=edges, num_heads=4, tokens=7, mean=torch.tensor([[0.9, -0.5]]).double())
     one.std, one.share, one.load, one.num_shared = torch.zeros(1, 2), torch.ones(1, 2), torch.ones(4), None
     figure = draw_network(goh.head_graph_of({NAME.format(0): one}))
     (lines,) = [item for item in figure.axes[0].collections if isinstance(item, LineCollection)]
