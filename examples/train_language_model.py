@@ -50,7 +50,7 @@ class LanguageModelTraining(Comparison):
 
     name, runs = "train_language_model", "demo or runs/language-model"
     # Two models of this size, trained for this long, take about three minutes on one thread.
-    full = dict(d_model=128, num_heads=8, num_layers=4, d_ff=512, length=128, batch_size=8, steps=320)
+    full = dict(d_model=128, num_heads=8, num_layers=4, d_ff=512, length=128, batch_size=8, steps=260)
     smoke = dict(d_model=32, num_heads=4, num_layers=2, d_ff=64, length=32, batch_size=4, steps=20)
     learning_rate = 4e-3
     pictures = ("heads.png", "load.png")
