@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_compare_trains_both_on_the_same_data_with_equal_parameters(main, tmp_pa
     plain = LanguageModel.from_pretrained(tmp_path / "out" / "plain" / "model").config
     assert plain.head_graph is None and plain.d_ff > 13
     assert (tmp_path / "out" / "curves.png").exists() and "out/curves.png, out/goh/heads.png" in shown
-    assert "goh is ahead by" in shown and "this is no verdict" in shown
+    assert re.search("goh is (ahead|behind) by", shown) and "this is no verdict" in shown
     # A new head graph is plain attention, but for the width of the feed-forward: equal data shows in the first losses.
     configs = [json.loads((tmp_path / "out" / name / "config.json").read_text()) for name in results]
     assert configs[0]["data"] == configs[1]["data"] and configs[0]["training"] == configs[1]["training"]
@@ -118,7 +119,7 @@ def test_routing_without_messages_is_compared_with_plain(main, tmp_path, capsys)
     assert graph.outputs is graph.scores is None and (graph.routing.num_shared, graph.routing.top_k) == (2, 3)
     assert [path.name for path in folder.rglob("load.png")] == ["load.png"] and not list(folder.rglob("heads.png"))
     assert "load" not in results["plain"] and "moh: heads routed by token; plain: plain attention" in shown
-    assert "goh" not in shown and "moh is ahead by" in shown
+    assert "goh" not in shown and re.search("moh is (ahead|behind) by", shown)
     assert main("--sites", "none", "--router", "--match-parameters", "--run", "plain") == 0
     assert log(tmp_path / "plain") == log(folder / "plain")
 

@@ -36,7 +36,12 @@ def trained(goh, plain):
 
 def test_one_seed_is_no_verdict_however_sure_the_examples_are():
     told = verdict(trained([[1.0, 3.0, 5.0]], [[1.1, 3.1, 5.11]]))
-    assert told.startswith("goh is ahead by +0.1033 ± 0.0033 nats over the examples; of one seed, this is no verdict")
+    assert told.startswith("goh is ahead by 0.1033 ± 0.0033 nats over the examples; of one seed, this is no verdict")
+
+
+def test_one_seed_may_be_behind():
+    told = verdict(trained([[1.1, 3.1, 5.11]], [[1.0, 3.0, 5.0]]))
+    assert told.startswith("goh is behind by 0.1033 ± 0.0033 nats")
 
 
 @pytest.mark.parametrize("gains,better", [([0.1, 0.11, 0.12], "goh"), ([-0.1, -0.11, -0.12], "plain")])

@@ -60,7 +60,7 @@ def verdict(trained: Mapping[tuple[int, str], Result]) -> str:
     Example:
         >>> losses = {"goh": torch.tensor([1.0, 3.0]), "plain": torch.tensor([1.5, 2.6])}
         >>> verdict({(0, name): {"losses": values} for name, values in losses.items()})
-        'goh is ahead by +0.0500 ± 0.4500 nats over the examples; of one seed, this is no verdict: --seeds 0 1 2'
+        'goh is ahead by 0.0500 ± 0.4500 nats over the examples; of one seed, this is no verdict: --seeds 0 1 2'
         >>> verdict({(seed, name): {"losses": losses[name] + seed} for seed in range(3) for name in losses})
         'better: goh, by 0.0500 ± 0.0000 nats (3 seeds)'
     """
@@ -69,8 +69,9 @@ def verdict(trained: Mapping[tuple[int, str], Result]) -> str:
     ((other, other_losses),) = losses.items()
     gains = [reference - values for reference, values in zip(plain, other_losses, strict=True)]
     if len(gains) == 1:
-        told = f"{gains[0].mean().item():+.4f} ± {standard_error(gains[0]):.4f} nats over the examples"
-        return f"{other} is ahead by {told}; of one seed, this is no verdict: --seeds 0 1 2"
+        gain = gains[0].mean().item()
+        told = f"{'ahead' if gain > 0 else 'behind'} by {abs(gain):.4f} ± {standard_error(gains[0]):.4f} nats"
+        return f"{other} is {told} over the examples; of one seed, this is no verdict: --seeds 0 1 2"
     means = torch.stack([gain.mean() for gain in gains])
     gain, half = means.mean().item(), STUDENT.get(len(gains) - 1, 2.0) * standard_error(means)
     if not abs(gain) > half:
