@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import types
 
@@ -264,3 +265,11 @@ def test_digits_held_out_are_never_trained_on():
     assert 0 <= images.min() and images.max() == 1
     seen = {image.numpy().tobytes() for image in images}
     assert not any(image.numpy().tobytes() in seen for image in held_out)
+
+
+@pytest.mark.parametrize("name", ["two-cues", "two-hops"])
+@pytest.mark.parametrize("field,value", [("embedding_norm", True), ("logit_cap", 5.0)])
+def test_what_a_model_of_its_own_would_leave_out_is_refused(name, field, value):
+    task = TASKS[name]()
+    with pytest.raises(ValueError, match=f"Expected no {field}"):
+        task.model(dataclasses.replace(task.config(), **{field: value}))

@@ -163,3 +163,10 @@ def generator_of(seed: int, index: int) -> torch.Generator:
 def distinct(count: int, low: int, high: int, batch: int, generator: torch.Generator) -> Tensor:
     """Draws `count` different numbers of low..high-1 for each row, `[batch, count]`."""
     return low + torch.rand(batch, high - low, generator=generator).argsort(dim=1)[:, :count]
+
+
+def check_stack_alone(config: TransformerConfig) -> None:
+    """Raises `ValueError` for what a model with embeddings and a head of its own around a stack would leave out."""
+    for name in ("embedding_norm", "logit_cap"):
+        if getattr(config, name):
+            raise ValueError(f"Expected no {name} in this task's model (got {getattr(config, name)}). Do leave it out.")

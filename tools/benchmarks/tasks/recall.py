@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks.tasks.base import check_stack_alone
 from gohgraph.common.checks import check_int
 from gohgraph.models.config import TransformerConfig
 from gohgraph.models.init import initialize
@@ -129,6 +130,7 @@ class RecallModel(nn.Module):
 
     def __init__(self, task: RecallTask, config: TransformerConfig) -> None:
         super().__init__()
+        check_stack_alone(config)
         if config.vocab_size != task.vocab_size:
             raise ValueError(
                 f"Expected vocab_size = {task.vocab_size}, the task's (got {config.vocab_size}). Do pass "

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.tasks.base import HELD_OUT_EPISODES, HELD_OUT_SEEDS, Task, distinct, generator_of
+from benchmarks.tasks.base import (
+    HELD_OUT_EPISODES,
+    HELD_OUT_SEEDS,
+    Task,
+    check_stack_alone,
+    distinct,
+    generator_of,
+)
 from gohgraph.models.config import TransformerConfig
 from gohgraph.models.init import initialize
 from gohgraph.models.stacks import Stack
@@ -94,6 +101,7 @@ class HopModel(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        check_stack_alone(config)
         self.config = config
         self.embedding = nn.Embedding(2 * config.vocab_size, config.d_model)
         self.encoder = Stack(config, "encoder")
