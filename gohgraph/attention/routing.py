@@ -202,7 +202,10 @@ class HeadRouter(nn.Module):
     def _choose(self, routed: Tensor) -> Tensor:
         if self.top_k == self.num_routed:
             return torch.ones_like(routed, dtype=torch.bool)
-        best = self._scores(routed).argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]  # [*, k]
+        scores = self._scores(routed)
+        if torch.compiler.is_exporting():
+            return _ranks(scores) < self.top_k
+        best = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]  # [*, k]
         return torch.zeros_like(routed, dtype=torch.bool).scatter(-1, best, True)
 
     def _scores(self, routed: Tensor) -> Tensor:
@@ -294,3 +297,14 @@ def _scaled_shares(logits: list[float], total: int) -> list[float]:
     weights = [math.exp(logit - largest) for logit in logits]
     whole = sum(weights)
     return [weight * total / whole for weight in weights]
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """The places `[*, h_r]` of scores from the largest on, of equal ones the first before; exported programs sort so.
+
+    ONNX has no stable sort.
+    """
+    this, other = scores.unsqueeze(-1), scores.unsqueeze(-2)  # [*, h_r, 1], [*, 1, h_r]
+    heads = torch.arange(scores.shape[-1], device=scores.device)  # [h_r]
+    is_before = (other > this) | (other == this) & (heads < heads[:, None])  # [*, h_r, h_r]
+    return is_before.sum(dim=-1)
