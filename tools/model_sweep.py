@@ -2,9 +2,9 @@
 
     python tools/model_sweep.py --rows runs/model_sweep.jsonl --table docs/models.md
 
-Every class runs in a process of its own, one after the other, with a limit of its CPU time; Ctrl-C leaves the rows so far, and the
-same command goes on with the others. Causality, caches and loading are checked of models whose edges are far from their
-start, where the stock model passes the same check itself ("-": it does not, or has no such thing).
+Every class runs in a process of its own, one after the other, with a limit of its CPU time; Ctrl-C leaves the rows so
+far, and the same command goes on with the others. Causality, caches and loading are checked of models whose edges are
+far from their start, where the stock model passes the same check itself ("-": it does not, or has no such thing).
 """
 
 from __future__ import annotations

@@ -43,6 +43,15 @@ class Logits(torch.nn.Module):
         return self.model(input_ids=ids, use_cache=False).logits
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("config", [BOTH, ROUTED], ids=["both", "routed"])
+def test_a_traced_model_chooses_heads_anew(config):
+    model, ids = Logits(far("llama", config)), torch.randint(3, 90, (2, 7))
+    traced = torch.jit.trace(model, (ids,), check_trace=False)
+    for other in (ids, torch.randint(3, 90, (2, 7)), torch.randint(3, 90, (2, 11))):
+        torch.testing.assert_close(traced(other), model(other), rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [BOTH, ROUTED], ids=["both", "routed"])
 def test_onnx_computes_the_same_at_other_sizes(config, tmp_path):
