@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.forkserver import ensure_running
 from typing import Any
+from unittest import mock
 
 import torch
 
-# One process imports everything once, and every rank is a fork of it.
+# One process imports everything once, what ranks do in the tests too, and every rank is a fork of it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["gohgraph.learning.cli.comparison", "accelerate", "matplotlib.pyplot", "torch._dynamo"])
+CONTEXT.set_forkserver_preload([
+    "accelerate", "matplotlib.pyplot", "torch._dynamo", "gohgraph.learning.cli.comparison", "megatron_ranks",
+    "parallel_checks", "sharded_graphs", "shared_statistics",
+])  # fmt: skip
 
 
 def run_ranks(
@@ -23,10 +29,13 @@ def run_ranks(
 
     Where the last one `dies`, what the others gave.
     """
+    # Python 3.11's fork server does not look for modules where this process does.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         pool = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
         processes = [
-            CONTEXT.Process(target=_rank, args=(rank, world, f"{folder}/store", sender, function, args), daemon=True)
+            CONTEXT.Process(target=_rank, args=(rank, world, f"{folder}/store", sender, function, args))
             for rank, (_, sender) in enumerate(pool)
         ]
         for process in processes:
