@@ -1,8 +1,12 @@
-"""Leaves out what needs an optional package that is not there, for doctests too; begins with the longest files."""
+"""For all tests, doctests too: no figures of runs, nothing that needs a package which is not there, the longest first."""
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
 
 # Flower needs Python 3.11.
 _NEEDS = {
@@ -32,6 +36,13 @@ _LONGEST = (
     "test_benchmark",
     "test_drawing_views",
 )
+# Who draws the figures of a run: to draw one takes longer than a training of a few steps.
+_FIGURES = {
+    "gohgraph.learning.training": "draw_curves",
+    "gohgraph.learning.cli.contest_script": "draw_curves",
+    "gohgraph.learning.cli.comparison": "draw",
+    "gohgraph.learning.federated.server": "draw_curves",
+}
 _PLACES = {name: place for place, name in enumerate(_LONGEST)}
 
 
@@ -43,3 +54,23 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: _PLACES.get(item.path.stem, len(_PLACES)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_figures():
+    """Runs leave empty files in place of their figures, but for tests that ask for `figures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in _FIGURES.items():
+            if module in sys.modules:
+                patch.setattr(f"{module}.{name}", lambda drawn, path, **options: Path(path).touch())
+        yield
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Runs draw their figures."""
+    from gohgraph import drawing
+
+    for module, name in _FIGURES.items():
+        if module in sys.modules:
+            monkeypatch.setattr(f"{module}.{name}", getattr(drawing, name))

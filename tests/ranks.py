@@ -16,10 +16,7 @@ import torch
 
 # One process imports everything once, what ranks do in the tests too, and every rank is a fork of it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([
-    "accelerate", "matplotlib.pyplot", "torch._dynamo", "gohgraph.learning.cli.comparison", "megatron_ranks",
-    "parallel_checks", "sharded_graphs", "shared_statistics",
-])  # fmt: skip
+CONTEXT.set_forkserver_preload(["rank_imports"])
 
 
 def run_ranks(

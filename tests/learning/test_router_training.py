@@ -23,8 +23,6 @@ from gohgraph.learning.recipes import RECIPES
 from gohgraph.learning.regimes.language import head_loads, next_token_output, window_losses
 from gohgraph.learning.router_training import COLUMNS, RouterTraining, annealed_top_k
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 TEXT = torch.randint(97, 123, (5003,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 WINDOWS = {"batch_size": 4, "length": 17}
 CONFIG = TrainConfig(
