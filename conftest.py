@@ -1,4 +1,4 @@
-"""For all tests, doctests too: no figures of runs, nothing that needs a package which is not there, the longest first."""
+"""For all tests, doctests too: the longest files first, none of a package that is not there, and no figures of runs."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ from ranks import run_ranks
 from gohgraph.parallel import ParallelConfig, plan_exchange
 from gohgraph.parallel.ranks import lost_ranks
 
-# What takes long is dealt out among the kinds of parallelism. Graphs by themselves are all compared at one, two and four
-# ranks in test_sharded_graph.py; a whole training by tensor parallelism is, below.
+# What takes long is dealt out among the kinds of parallelism. By themselves, all graphs are compared at one, two and
+# four ranks in test_sharded_graph.py; a whole training by tensor parallelism is below.
 ALL, SPECIAL = list(cases()), list(special_cases())
 TP, DDP, FSDP = (ParallelConfig((mode,)) for mode in ("tp", "ddp", "fsdp"))
 TP_FSDP, TP_DDP = ParallelConfig(("tp", "fsdp")), ParallelConfig(("ddp", "tp"))
