@@ -20,6 +20,7 @@ from gohgraph.attention.routing import routers
 from gohgraph.models.config import BEFORE
 
 TINY = "--d-model 14 --num-heads 7 --num-layers 2 --d-ff 13 --length 17 --batch-size 3 --steps 11 --device cpu".split()
+TINY += ["--eval-every", "4"]
 
 
 @pytest.fixture(scope="module")
