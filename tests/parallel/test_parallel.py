@@ -36,7 +36,7 @@ ALL, SPECIAL = list(cases()), list(special_cases())
 TP, DDP, FSDP = (ParallelConfig((mode,)) for mode in ("tp", "ddp", "fsdp"))
 TP_FSDP, TP_DDP = ParallelConfig(("tp", "fsdp")), ParallelConfig(("ddp", "tp"))
 TOKENS = ParallelConfig(("tp",), sequence_parallel=True, recompute=True)
-STEPS = 5
+STEPS = 20 if EXHAUSTIVE else 5
 
 
 def some(names, first, of=2):
