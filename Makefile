@@ -38,7 +38,8 @@ docs: $(VENV)/.installed-docs  ## build the site into site/, strictly; it is rea
 	@echo "built: open site/index.html"
 
 notebooks: $(ALL) $(VENV)/.installed-docs  ## run the notebooks of the site and keep what they print and draw
-	$(BIN)/python -m nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
+	PYTHONWARNINGS=ignore TQDM_DISABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python -m nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False docs/notebooks/*.ipynb
 
 smoke: $(DEMO)  ## the demo with a few steps, to see that it runs
 	$(TRAIN) --smoke
