@@ -6,6 +6,9 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
+# Letters of LaTeX that fit on a line of a page; beyond, what stands apart by \\qquad has a line of its own.
+LONGEST = 110
+
 
 def formula(source: str, *_: Any, **__: Any) -> str:
     """Returns the MathML of a formula in LaTeX; one that is aligned by & or broken by \\\\ needs no environment.
@@ -16,6 +19,9 @@ def formula(source: str, *_: Any, **__: Any) -> str:
     """
     if "&" in source or r"\\" in source:
         source = rf"\begin{{aligned}}{source}\end{{aligned}}"
+    elif r"\qquad" in source and len(source) > LONGEST:
+        rows = r" \\ ".join(part.strip() for part in source.split(r"\qquad"))
+        source = rf"\begin{{array}}{{l}}{rows}\end{{array}}"
     return convert(source, display="block")
 
 

@@ -11,7 +11,8 @@ from nbconvert import MarkdownExporter
 
 def page(path: Path) -> tuple[str, dict[str, bytes]]:
     """Returns a notebook as Markdown, and its pictures by their names beside it."""
-    body, resources = MarkdownExporter().from_filename(str(path), {"unique_key": path.stem})
+    exporter = MarkdownExporter(preprocessors=["nbconvert.preprocessors.CoalesceStreamsPreprocessor"])
+    body, resources = exporter.from_filename(str(path), {"unique_key": path.stem})
     title, _, rest = body.lstrip().partition("\n")
     return f"{title}\n\n[Download this notebook]({path.name}){{download}}\n{rest}", resources["outputs"]
 
