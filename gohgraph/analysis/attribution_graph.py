@@ -6,11 +6,13 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.analysis.against import Against, other_trace, token_masks
 from gohgraph.analysis.architectures import Reading, Wiring, wiring_of
 from gohgraph.analysis.architectures.weights import linear_weight
+from gohgraph.analysis.learned_edges import LearnedGraph, learned_graphs, worth
 from gohgraph.analysis.parts import Weights, Where, written
 from gohgraph.analysis.running_stats import Moments
 from gohgraph.analysis.traces import Trace, check_trace, evaluating, trace
@@ -27,7 +29,7 @@ Metric = Callable[[Any], Tensor]
 
 def attribution_graph(
     model: nn.Module, inputs: Any, *, against: Against, metric: Metric, steps: int = 1, nodes: Collection[str] = (),
-    every_token: bool = False,
+    every_token: bool = False, learned: bool = True,
 ) -> HeadNetwork:  # fmt: skip
     r"""Returns which head did read which in a pretrained model: what every edge is worth for a behaviour.
 
@@ -45,20 +47,24 @@ def attribution_graph(
     (Gemma, OLMo 2) or on the stream (BERT, BART), heads' parts go through it with the norm's scale of that run.
 
     Args:
-        model: see `wiring_of` for the architectures. With head graphs of our own, their messages are part of c.
+        model: see `wiring_of` for the architectures. Head graphs of our own have edges beside those of the stream: what
+            one is worth is the slope of the metric when its message, alpha_ji(t) z_j(t), is the other run's in what
+            its receiver receives. What c_u is, is then the head's output after its messages.
         inputs: of one batch: a mapping of keyword arguments, a tuple, or a tensor.
         against: another batch of the same shape, `"mean"` over the batch (of real tokens at each place), or `"zero"`.
         metric: what the model returns -> one number for each example, `[B]`; see `gohgraph.analysis.metrics`.
         steps: points where the slope is taken; 1 takes it at the inputs.
         nodes: of "embedding", "mlp" and "logits", what is a node beside heads.
         every_token: also the attribution at every token, in `by_token`, `[E, T]`, mean over examples.
+        learned: the edges of head graphs are edges of the network too.
 
     Returns:
         The network; `mean` and `std` are over examples.
 
     Raises:
-        ValueError: a model whose layers are not known or whose residual stream is no sum of what they write; inputs
-            of another shape; a metric that is not one number an example.
+        ValueError: a model whose layers are not known or whose residual stream is no sum of what they write; with
+            `learned`, a head graph of several rounds, keyed or with norms; inputs of another shape; a metric that is
+            not one number an example.
 
     Example:
         >>> import gohgraph as goh
@@ -71,12 +77,14 @@ def attribution_graph(
     """
     check_int("steps", steps, low=1)
     check_bool("every_token", every_token)
+    check_bool("learned", learned)
     for kind in nodes:
         check_choice("nodes", kind, OTHERS)
     wiring = wiring_of(model)
+    graphs = learned_graphs(model, wiring) if learned else []
     with evaluating(model):
-        clean, other, slopes = _runs(model, wiring, inputs, against, metric, steps)
-    table = UnitNodes(wiring, nodes)
+        clean, other, slopes = _runs(model, wiring, inputs, against, metric, steps, graphs)
+    table = UnitNodes(wiring, nodes, graphs)
     masks = token_masks(inputs, wiring, clean)
     width = clean.read[wiring.streams[0].name, -1].shape[-1]
     found = _Edges(table, every_token, max(x.shape[1] for x in clean.read.values()))
@@ -86,30 +94,43 @@ def attribution_graph(
             for where in _blocks(example, mask, table, width):
                 _add_stream(found, stream.name, where, (clean, other), slopes, weights)
         found.end_of_stream()
-    network = network_of(table, found.values())
+    of_graphs = {one.name: _messages(one, (clean, other), slopes, masks[one.stream]) for one in graphs}
+    moments = {name: Moments(values.shape[1:2]) for name, values in of_graphs.items()}
+    for name, values in of_graphs.items():
+        moments[name].update(values.sum(dim=-1))
+    network = network_of(table, found.values(), {name: (m.mean, m.std) for name, m in moments.items()})
     if every_token:
-        network.by_token = found.by_token()
+        tokens = (values.mean(dim=0).cpu() for values in of_graphs.values())  # [E, T]
+        network.by_token = torch.cat([found.by_token(), *(F.pad(t, (0, found.length - t.shape[1])) for t in tokens)])
     return network
 
 
+def _messages(graph: LearnedGraph, runs: tuple[Trace, Trace], slopes: list[Trace], mask: Tensor) -> Tensor:
+    """What the edges of a head graph are worth, `[B, E, T]`."""
+    slope = sum(run.gradients[graph.name] for run in slopes) / len(slopes)  # [B, T, H, F]
+    pair = runs[0].sent[graph.name], runs[1].sent[graph.name]
+    return torch.stack([worth(graph, pair, slope, example, mask[example]) for example in range(len(mask))])
+
+
 def _runs(
-    model: nn.Module, wiring: Wiring, inputs: Any, against: Against, metric: Metric, steps: int
-) -> tuple[Trace, Trace, list[Trace]]:
+    model: nn.Module, wiring: Wiring, inputs: Any, against: Against, metric: Metric, steps: int,
+    graphs: list[LearnedGraph],
+) -> tuple[Trace, Trace, list[Trace]]:  # fmt: skip
     """The clean and the other run, and those with slopes."""
-    clean, output = trace(model, wiring, inputs, zeros=steps == 1)
+    clean, output = trace(model, wiring, inputs, graphs=graphs, zeros=steps == 1)
     check_trace(clean, model, wiring)
     examples = len(clean.read[wiring.streams[0].name, -1])
     slopes = [clean]
     if steps == 1:
         clean.take_gradients(metric_value(metric, output, examples))
     del output
-    other = other_trace(model, wiring, inputs, against, clean)
+    other = other_trace(model, wiring, inputs, against, clean, graphs)
     if steps > 1:
         slopes = []
         for step in range(1, steps + 1):
             ends = ((run.read[stream.name, -1] for run in (other, clean)) for stream in wiring.streams)
             starts = {s.name: a.lerp(b, step / steps) for s, (a, b) in zip(wiring.streams, ends, strict=True)}
-            slope, output = trace(model, wiring, inputs, zeros=True, starts=starts)
+            slope, output = trace(model, wiring, inputs, graphs=graphs, zeros=True, starts=starts)
             slope.take_gradients(metric_value(metric, output, examples))
             slopes.append(slope)
     return clean, other, slopes
