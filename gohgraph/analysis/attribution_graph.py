@@ -13,7 +13,7 @@ from gohgraph.analysis.against import Against, other_trace, token_masks
 from gohgraph.analysis.architectures import Reading, Wiring, wiring_of
 from gohgraph.analysis.architectures.weights import linear_weight
 from gohgraph.analysis.learned_edges import LearnedGraph, learned_graphs, worth
-from gohgraph.analysis.parts import Weights, Where, written
+from gohgraph.analysis.parts import Weights, Where, changed, written
 from gohgraph.analysis.running_stats import Moments
 from gohgraph.analysis.traces import Trace, check_trace, evaluating, trace
 from gohgraph.analysis.unit_network import OTHERS, Reader, UnitNodes, network_of
@@ -165,17 +165,20 @@ class _Edges:
             self._flush()
             self._example = example
 
-    def add(self, reader: Reader, parts: Tensor, slopes: Tensor, where: Where) -> None:
-        """Takes in parts `[W, N, M]` and slopes `[R, N, M]`."""
-        key = reader.unit, reader.site
+    def add(self, readers: list[Reader], parts: Tensor, slopes: Tensor, where: Where) -> None:
+        """Takes in parts `[W, N, M]` and the slopes of several readers one after another, `[R, N, M]`."""
+        # One product for all: to read the parts takes as long as to multiply them.
         if self.every_token:
             values = torch.einsum("wnm,rnm->wrn", parts, slopes).double()  # [W, R, N]
-            total = self._tokens.setdefault(key, values.new_zeros(*values.shape[:2], self.length))
-            total.index_add_(2, where.tokens, values)
-            values = values.sum(dim=-1)  # [W, R]
         else:
             values = (parts.flatten(1) @ slopes.flatten(1).t()).double()  # [W, R]
-        self._sums[key] = self._sums.get(key, 0) + values
+        for reader, own in zip(readers, values.split([len(r.nodes) for r in readers], dim=1), strict=True):
+            key = reader.unit, reader.site
+            if self.every_token:
+                total = self._tokens.setdefault(key, own.new_zeros(*own.shape[:2], self.length))
+                total.index_add_(2, where.tokens, own)
+                own = own.sum(dim=-1)  # [W, R]
+            self._sums[key] = self._sums.get(key, 0) + own
 
     def end_of_stream(self) -> None:
         self._flush()
@@ -208,39 +211,59 @@ def _add_stream(
     table, wiring = found.table, weights.wiring
     found.begin(where.example)
     norms = [norm for norm in wiring.norms if norm.stream == stream]
-    events: list[tuple[int, int, Any]] = [(w.time, 0, w) for w in table.writers if w.stream == stream]
+    writers = [writer for writer in table.writers if writer.stream == stream]
+    events: list[tuple[int, int, Any]] = [(writer.time, 0, writer) for writer in writers]
     events += [(norm.time, 1, norm) for norm in norms]
-    events += [(r.reading.time, 2, r) for r in table.readers if r.reading.stream == stream]
-    parts: list[Tensor] = []
+    events += [(readers[0].reading.time, 2, readers) for readers in _together(table, stream)]
+    # Parts are kept apart where a norm of each run's own scale is still to come.
+    like, count = runs[0].read[stream, -1], sum(len(writer.nodes) for writer in writers)
+    parts = like.new_empty(1 + bool(norms), count, len(where.tokens), like.shape[-1])  # [2 or 1, W, N, M]
+    done = 0
     for _, kind, event in sorted(events, key=lambda event: event[:2]):
         if kind == 0:
-            pair = [written(event, run, weights, where) for run in runs]
-            # Parts are kept apart where a norm of each run's own scale is still to come.
-            new = torch.stack(pair) if norms else (pair[0] - pair[1]).unsqueeze(0)  # [2 or 1, W, N, M]
-            parts = [torch.cat([*parts, new], dim=1)]
-        elif kind == 1 and parts:
-            at = (where.of(run.normed[event.module]) for run in runs)
-            parts = [torch.stack([weights.carried(event.module, p, x) for p, x in zip(parts[0], at, strict=True)])]
-        elif kind == 2 and parts:
-            change = parts[0][0] - parts[0][1] if norms else parts[0][0]  # [W, N, M]
+            there = parts[:, done : done + len(event.nodes)]
+            if norms:
+                for one, run in zip(there, runs, strict=True):
+                    one.copy_(written(event, run, weights, where))
+            else:
+                there[0].copy_(changed(event, runs, weights, where))
+            done += len(event.nodes)
+        elif kind == 1:
+            for one, run in zip(parts, runs, strict=True):
+                one[:done] = weights.carried(event.module, one[:done], where.of(run.normed[event.module]))
+        elif done:
+            change = parts[0, :done] - parts[1, :done] if norms else parts[0, :done]  # [W, N, M]
             slope = sum(_slope(event, run, weights, where) for run in slopes) / len(slopes)  # [R, N, M]
             found.add(event, change, slope, where)
 
 
-def _slope(reader: Reader, run: Trace, weights: Weights, where: Where) -> Tensor:
-    """The slope of the metric in what each node of a reader reads of the stream, `[R, N, M]`."""
-    reading = reader.reading
-    if reader.site == "logits":
-        return where.of(run.gradients[reader.unit]).unsqueeze(0)
-    if reader.site == "mlp":
-        slope = where.of(run.gradients[reader.unit]).unsqueeze(0)  # [1, N, M]
-    else:
-        unit = weights.attentions[reader.unit]
-        rows = unit.rows[("queries", "keys", "values").index(reader.site)]
-        weight = rows.of(linear_weight(weights.model.get_submodule(rows.module)))  # [R, D, M]
-        gradient = rows.of(where.of(run.gradients[rows.module]), dim=-1)  # [N, R, D]
-        slope = torch.einsum("nrd,rdm->rnm", gradient, weight.to(gradient.dtype))
-    return slope if reading.norm is None else _through(reading, run, weights, where, slope)
+def _together(table: UnitNodes, stream: str) -> list[list[Reader]]:
+    """The readers of a stream, those that read the same through the same norm together."""
+    found: dict[tuple[int, str | None, bool], list[Reader]] = {}
+    for reader in table.readers:
+        if reader.reading.stream == stream:
+            key = reader.reading.time, reader.reading.norm, reader.site == "logits"
+            found.setdefault(key, []).append(reader)
+    return list(found.values())
+
+
+def _slope(readers: list[Reader], run: Trace, weights: Weights, where: Where) -> Tensor:
+    """The slope of the metric in what each node of readers together reads of the stream, `[R, N, M]`."""
+    slope = torch.cat([_behind_norm(reader, run, weights, where) for reader in readers])
+    reading = readers[0].reading
+    # The model's head reads the end of the stream, where the slope is known before the norm.
+    has_norm = reading.norm is not None and readers[0].site != "logits"
+    return _through(reading, run, weights, where, slope) if has_norm else slope
+
+
+def _behind_norm(reader: Reader, run: Trace, weights: Weights, where: Where) -> Tensor:
+    if reader.site in ("logits", "mlp"):
+        return where.of(run.gradients[reader.unit]).unsqueeze(0)  # [1, N, M]
+    unit = weights.attentions[reader.unit]
+    rows = unit.rows[("queries", "keys", "values").index(reader.site)]
+    weight = rows.of(linear_weight(weights.model.get_submodule(rows.module)))  # [R, D, M]
+    gradient = rows.of(where.of(run.gradients[rows.module]), dim=-1)  # [N, R, D]
+    return torch.einsum("nrd,rdm->rnm", gradient, weight.to(gradient.dtype))
 
 
 def _through(reading: Reading, run: Trace, weights: Weights, where: Where, slope: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from gohgraph.analysis.learned_edges import learned_graphs
 from gohgraph.analysis.traces import Trace, check_trace, evaluating, trace
 from gohgraph.analysis.unit_network import OTHERS, UnitNodes
 from gohgraph.common.checks import check_int, check_probability
+from gohgraph.common.tables import markdown_table
 
 if TYPE_CHECKING:
     from gohgraph.analysis.network import HeadNetwork
@@ -67,6 +69,16 @@ class Faithfulness:
     def cmd(self, order: str = "network") -> Interval:
         """Returns the area between f and 1: how far the circuits are from the model, 0 the best."""
         return self._interval(order, lambda f: self._area((1 - f).abs()))
+
+    def table(self) -> str:
+        """Returns f at every share, CPR and CMD with their intervals as a table of Markdown, an order a column."""
+        rows: list[tuple[str, Any]] = [(f"{share:.1%}", partial(self.at, share)) for share in self.shares]
+        rows += [("CPR (1 is best)", self.cpr), ("CMD (0 is best)", self.cmd)]
+        lines = [["edges kept", *self.values]]
+        for label, measure in rows:
+            cells = (measure(order) for order in self.values)
+            lines.append([label, *(f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in cells)])
+        return markdown_table(lines)
 
     def _area(self, f: Tensor) -> Tensor:
         return torch.trapezoid(f, torch.tensor(self.shares, dtype=f.dtype), dim=0)

@@ -38,8 +38,8 @@ def label_heads(model: nn.Module, network: HeadNetwork, tokens: Any = None) -> H
         same where there are none (patches, audio).
 
     Raises:
-        ValueError: none given for a model that reads no tokens; a network of another model; messages between weights or a
-            router, which leave no pattern to be asked for.
+        ValueError: none given for a model that reads no tokens; a network of another model; messages between weights,
+            or a router, which leave no pattern to be asked for.
 
     Example:
         >>> import gohgraph as goh

@@ -57,8 +57,23 @@ def written(writer: Writer, seen: Trace, weights: Weights, where: Where) -> Tens
     if writer.unit in weights.feed_forwards:
         return where.of(seen.wrote[writer.unit]).unsqueeze(0)
     unit = weights.attentions[writer.unit]
-    heads = where.of(seen.heads[unit.name]).unflatten(-1, (unit.queries.heads, -1))  # [N, H, D]
-    parts = torch.einsum("nhd,hdm->hnm", heads, weights.output(unit).to(heads.dtype))  # [H, N, M]
+    parts = _read_out(unit, where.of(seen.heads[unit.name]), weights)
     if unit.post_norm is not None:
         parts = weights.carried(unit.post_norm, parts, where.of(seen.normed[unit.name]))
     return parts
+
+
+def changed(writer: Writer, runs: tuple[Trace, Trace], weights: Weights, where: Where) -> Tensor:
+    """Returns how two runs differ in what every node of a writer added to its stream, `[W, N, M]`."""
+    unit = weights.attentions.get(writer.unit) if writer.time >= 0 else None
+    if unit is not None and unit.post_norm is None:
+        first, second = (where.of(run.heads[unit.name]) for run in runs)
+        return _read_out(unit, first - second, weights)
+    first, second = (written(writer, run, weights, where) for run in runs)
+    return first - second
+
+
+def _read_out(unit: AttentionUnit, heads: Tensor, weights: Weights) -> Tensor:
+    """Heads' outputs `[N, H*D]` through W_O, `[H, N, M]`."""
+    by_head = heads.unflatten(-1, (unit.queries.heads, -1))  # [N, H, D]
+    return torch.einsum("nhd,hdm->hnm", by_head, weights.output(unit).to(heads.dtype))

@@ -5,7 +5,7 @@ A GPT-2 of random weights is measured whole: `composition` are the Q-, K- and V-
 backward pass. Every call has a process of its own, one after the other in rounds. Time is that of the processor over
 all threads, without loading; memory is the peak of the process above what it held before. With `--opponent`,
 TransformerLens 4.3 does the same in the same rounds: `all_composition_scores`, `attribution_patch`, and in its strongest
-form, its hooks and caches with one matrix product for each reader instead of its loop over edges. The difference is the
+form, its hooks and caches with one matrix product a reader instead of its loop over edges. The difference is the
 largest of all edges, to the largest edge.
 
 `--stream` measures composition of a folder that is never loaded: a Llama of random bfloat16 weights, written first and
@@ -128,6 +128,8 @@ def _measured(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
                 progress.set_description(f"{case.kind} {case.layers} x {case.heads} {case.who}")
                 found = in_own_process(case)
                 row["values"] = found.pop("values")
+                took = f"{found['cpu_seconds']:.2f} s of CPU, {found['peak_bytes'] / 2**20:,.0f} MiB"
+                progress.write(f"{case.kind}, {case.layers} x {case.heads}, {case.who}: {took}")
                 for name, value in found.items():
                     row.setdefault(name, []).append(value)
                 progress.update()
@@ -207,9 +209,10 @@ def _streamed(flags: argparse.Namespace) -> list[dict[str, Any]]:
     shape = Shape.of(flags.stream)
     folder = Path(tempfile.mkdtemp(dir=flags.folder))
     try:
-        size = write_folder(folder, shape)
-        print(f"{size / 2**30:.1f} GiB of weights in {folder}")
-        case = Case("streamed", OURS, shape.layers, shape.heads, shape.d_model, threads=flags.threads, folder=str(folder))
+        total = write_folder(folder, shape)
+        print(f"{total / 2**30:.1f} GiB of weights in {folder}")
+        size = {"layers": shape.layers, "heads": shape.heads, "d_model": shape.d_model}
+        case = Case("streamed composition", OURS, **size, threads=flags.threads, folder=str(folder))
         return _measured([case], flags.repeats)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -224,8 +227,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         place = (row["layers"], row["heads"], row["d_model"], row["kind"])
         ours.setdefault(place, row)
         numbers = [interval(row[name]) for name in ("cpu_seconds", "peak_bytes")]
-        base = [interval(ours[place][name])[0] for name in ("cpu_seconds", "peak_bytes")]
-        ratios = [f"{mean / own:.1f}x" if row["who"] != OURS else "" for (mean, _), own in zip(numbers, base, strict=True)]
+        base = [sum(ours[place][name]) / len(ours[place][name]) for name in ("cpu_seconds", "peak_bytes")]
+        pairs = zip(numbers, base, strict=True)
+        ratios = [f"{mean / own:.1f}x" if row["who"] != OURS else "" for (mean, _), own in pairs]
         (seconds, spread), (peak, more) = numbers
         lines.append([
             f"{row['layers']} x {row['heads']}", row["kind"], f"{ours[place]['edges'][0]:,}", row["who"],

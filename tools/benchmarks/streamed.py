@@ -35,7 +35,8 @@ class Shape(NamedTuple):
         """
         numbers = [int(part) if part.isdecimal() else 0 for part in text.split("/")]
         if len(numbers) != len(cls._fields):
-            raise ValueError(f"Expected {'/'.join(cls._fields)} (got {text!r}). Do pass e.g. 32/32/8/4096/14336/128256.")
+            form = "/".join(cls._fields)
+            raise ValueError(f"Expected {form} (got {text!r}). Do pass e.g. 32/32/8/4096/14336/128256.")
         for name, number in zip(cls._fields, numbers, strict=True):
             check_int(name, number, low=1)
         return cls(*numbers)
