@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.analysis.against import Against, other_trace, token_masks
-from gohgraph.analysis.architectures import Reading, Wiring, wiring_of
+from gohgraph.analysis.architectures import Wiring, wiring_of
 from gohgraph.analysis.architectures.weights import linear_weight
 from gohgraph.analysis.learned_edges import LearnedGraph, learned_graphs, worth
 from gohgraph.analysis.parts import Weights, Where, changed, written
@@ -252,8 +252,10 @@ def _slope(readers: list[Reader], run: Trace, weights: Weights, where: Where) ->
     slope = torch.cat([_behind_norm(reader, run, weights, where) for reader in readers])
     reading = readers[0].reading
     # The model's head reads the end of the stream, where the slope is known before the norm.
-    has_norm = reading.norm is not None and readers[0].site != "logits"
-    return _through(reading, run, weights, where, slope) if has_norm else slope
+    if reading.norm is None or readers[0].site == "logits":
+        return slope
+    at = where.of(run.read[reading.stream, reading.time])
+    return weights.pulled_back(reading.norm, at, slope)
 
 
 def _behind_norm(reader: Reader, run: Trace, weights: Weights, where: Where) -> Tensor:
@@ -264,12 +266,3 @@ def _behind_norm(reader: Reader, run: Trace, weights: Weights, where: Where) -> 
     weight = rows.of(linear_weight(weights.model.get_submodule(rows.module)))  # [R, D, M]
     gradient = rows.of(where.of(run.gradients[rows.module]), dim=-1)  # [N, R, D]
     return torch.einsum("nrd,rdm->rnm", gradient, weight.to(gradient.dtype))
-
-
-def _through(reading: Reading, run: Trace, weights: Weights, where: Where, slope: Tensor) -> Tensor:
-    """The transposed derivative of a norm at what was read, times slopes `[R, N, M]`."""
-    x = where.of(run.read[reading.stream, reading.time]).expand_as(slope)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        # Its `forward`, which no hook sees.
-        return torch.autograd.grad(weights.model.get_submodule(reading.norm).forward(x), x, slope)[0]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gohgraph.analysis.architectures.norms import Gain, gain_of, scale_of
+from gohgraph.analysis.architectures.norms import Gain, gain_of, pulled_back, scale_of
 from gohgraph.analysis.architectures.weights import linear_weight
 from gohgraph.analysis.architectures.wiring import AttentionUnit, Wiring
 from gohgraph.analysis.traces import Trace
@@ -20,6 +20,8 @@ class Weights:
     def __init__(self, model: nn.Module, wiring: Wiring, width: int) -> None:
         self.model, self.wiring, self.width = model, wiring, width
         self._gains: dict[str, Gain] = {}
+        # By norm, whether its derivative has the form that is computed fast.
+        self._is_usual: dict[str, bool] = {}
         self.attentions = {unit.name: unit for unit in wiring.attentions}
         self.feed_forwards = {unit.name: unit for unit in wiring.feed_forwards}
 
@@ -37,6 +39,22 @@ class Weights:
         """Parts `[W, N, M]` of `x [N, M]` behind a norm whose scale is that of x."""
         gain = self.gain(norm)
         return gain(parts) * scale_of(self.model.get_submodule(norm), x, gain)
+
+    def pulled_back(self, norm: str, x: Tensor, slopes: Tensor) -> Tensor:
+        """The transposed derivative of a norm at `x [N, M]`, times slopes `[R, N, M]`."""
+        gain = self.gain(norm)
+        usual = pulled_back(gain, scale_of(self.model.get_submodule(norm), x, gain), x, slopes)
+        if norm not in self._is_usual:
+            exact = self._by_autograd(norm, x, slopes[:1])
+            limit = torch.finfo(exact.dtype).eps ** 0.5 * exact.abs().max()
+            self._is_usual[norm] = bool((usual[:1] - exact).abs().max() <= limit)
+        return usual if self._is_usual[norm] else self._by_autograd(norm, x, slopes)
+
+    def _by_autograd(self, norm: str, x: Tensor, slopes: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.expand_as(slopes).detach().requires_grad_()
+            # Its `forward`, which no hook sees.
+            return torch.autograd.grad(self.model.get_submodule(norm).forward(x), x, slopes)[0]
 
 
 class Where(NamedTuple):

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def work(
     if case.kind == "composition":
         # Folds the norms and centres what is written, as ours does; both are loading.
         bridge.enable_compatibility_mode(disable_warnings=True)
-        return lambda: {mode: bridge.all_composition_scores(mode).scores for mode in MODES}, _of_scores
+        return partial(_scores, bridge), _of_scores
     metric = lambda logits: logits[0, -1, 5] - logits[0, -1, 7]  # noqa: E731
     if case.who == HOOKS:
         return lambda: _by_products(bridge, clean, other, metric), lambda found: found
@@ -84,6 +85,12 @@ def _bridge(model: Any) -> Any:
             folder, hf_model=model, tokenizer=tokenizer, dtype=next(model.parameters()).dtype, device="cpu"
         )
     return bridge.eval()
+
+
+@torch.no_grad()
+def _scores(bridge: Any) -> dict[str, Tensor]:
+    """Its scores of each mode; with gradients they would take far more memory."""
+    return {mode: bridge.all_composition_scores(mode).scores for mode in MODES}
 
 
 def _of_scores(scores: dict[str, Tensor]) -> dict[Edge, float]:
