@@ -44,7 +44,7 @@ def _tokenizer() -> dict[str, Any]:
     end = {"id": 0, "content": END, "special": True}
     end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     vocabulary = {character: byte for byte, character in enumerate(_characters())}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None,
