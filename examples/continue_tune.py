@@ -40,8 +40,8 @@ from gohgraph.learning.contests.matching import count_parameters
 from gohgraph.learning.data.corpus import load_corpus, sample_batch
 from gohgraph.learning.data.domains import DOMAINS, load_domain
 from gohgraph.learning.loop import TrainConfig, train
+from gohgraph.learning.readers.tokens import encoder_of
 from gohgraph.learning.regimes.language import window_losses
-from gohgraph.learning.regimes.text_models import encoder_of
 from gohgraph.learning.run_folder import write_text
 from gohgraph.models.boundary import next_token_loss
 from gohgraph.models.model_output import ModelOutput, model_output
