@@ -24,10 +24,6 @@ from gohgraph.learning.regimes.language import byte_strings, next_token_output
 WORDS = "heads talk to heads, and some of them listen"
 
 
-def draw(*arguments):
-    return main(["draw", *map(str, arguments)])
-
-
 @pytest.fixture(autouse=True)
 def keep_threads():
     threads = torch.get_num_threads()
@@ -212,7 +208,7 @@ def test_both_sites_rounds_and_earlier_layers(tmp_path, capsys):
 
 def test_pictures_are_whole_documents(tmp_path):
     saved(tmp_path / "model")
-    assert main(["draw", str(tmp_path / "model"), "--text", "$a & <b>$ \", "--view", "tokens", "--out",
+    assert main(["draw", str(tmp_path / "model"), "--text", "$a & <b>$ \\", "--view", "tokens", "--out",
                       str(tmp_path / "heads.svg")]) == 0  # fmt: skip
     xml.etree.ElementTree.parse(tmp_path / "heads.svg")
 

@@ -41,7 +41,7 @@ KINDS = {
 }
 
 
-ABOUT_DEMO = """Train a small language model with head graphs beside a plain one of as many parameters, and draw its graph.
+ABOUT_DEMO = """Train a small language model with head graphs beside a plain one of equal size, and draw its graph.
 
     gohgraph demo                                     three minutes on one thread
     gohgraph demo --smoke                             a few steps, to see that it runs
