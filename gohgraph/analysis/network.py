@@ -12,6 +12,7 @@ from torch_geometric.utils import to_networkx
 
 from gohgraph.analysis.module_names import block_of, block_titles, family_of, layer_of, site_of
 from gohgraph.analysis.record import OF_KEYS, Recording, head_graphs, record
+from gohgraph.analysis.summary import html_of_network
 from gohgraph.graphs.cross_layer import layers_read
 
 # What `label_heads` gives heads.
@@ -69,6 +70,9 @@ class HeadNetwork(Data):
                     continue
                 network[name] = _column(name, rows)
         return network
+
+    def _repr_html_(self) -> str:
+        return html_of_network(self)
 
     def attributes(self) -> tuple[list[str], list[str]]:
         """Returns the names of the node and of the edge attributes that are there."""

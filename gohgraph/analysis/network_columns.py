@@ -79,8 +79,8 @@ def residual_edges(network: HeadNetwork) -> list[tuple[int, int]]:
         before, last[stack] = last.get(stack), block
         if before is None or (before, block) in joined or (block, before) in joined:
             continue
-        own = [(kind, head) for at, kind, head in places if at == block]
-        found += [(places[before, *one], places[block, *one]) for one in own if (before, *one) in places]
+        pairs = [((before, *own[1:]), own) for own in places if own[0] == block]
+        found += [(places[sender], places[receiver]) for sender, receiver in pairs if sender in places]
     return found
 
 

@@ -10,6 +10,7 @@ from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import check_threshold
 from gohgraph.drawing.colours import colour_bar, colour_scale
 from gohgraph.drawing.figures import INK, finish, new_figure
+from gohgraph.drawing.given import recordings_of
 from gohgraph.drawing.panels import Panel, draw_panels, grid_of, panels_of, strongest_weight
 
 LABEL = "mean edge weight   (row: receiver,  column: sender,  white: no edge)"
@@ -44,6 +45,7 @@ def draw_matrices(
     """
     path = checked_path(path)
     check_threshold(threshold)
+    heads = recordings_of(heads)
     panels = panels_of(heads)
     rounds = max(len(recording.mean) for recording in heads.values())
     rows, columns, size = grid_of(panels, widest=max(rounds, 4 // rounds * rounds))

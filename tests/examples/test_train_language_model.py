@@ -17,6 +17,7 @@ from helpers import load_script
 from gohgraph import LanguageModel
 from gohgraph.attention.head_load import load_cv
 from gohgraph.attention.routing import routers
+from gohgraph.learning.cli import language_model
 from gohgraph.models.config import BEFORE
 
 TINY = "--d-model 14 --num-heads 7 --num-layers 2 --d-ff 13 --length 17 --batch-size 3 --steps 11 --device cpu".split()
@@ -39,7 +40,7 @@ def text(tmp_path_factory) -> Path:
 def main(script, text, tmp_path, monkeypatch, no_curves):
     monkeypatch.chdir(tmp_path)
     # A figure for every evaluation; one test draws them.
-    monkeypatch.setattr(script, "log_head_graphs", lambda writer, model, step: None)
+    monkeypatch.setattr(language_model, "log_head_graphs", lambda writer, model, step: None)
     return lambda *arguments: script.main(["--data", str(text), *TINY, *arguments])
 
 

@@ -93,7 +93,7 @@ def test_the_tables_name_the_strongest_and_most_important_edges(tmp_path, capsys
 PICTURES = ("circle png", "matrix png", "network png", "pruning png", "tokens png", "tokens svg", "tokens pdf")
 
 
-@pytest.mark.parametrize("view, suffix", map(str.split, PICTURES))
+@pytest.mark.parametrize("view, suffix", [picture.split() for picture in PICTURES])
 def test_views_are_drawn_in_the_format_of_the_file(tmp_path, view, suffix):
     saved(tmp_path / "model")
     out = tmp_path / f"heads.{suffix}"

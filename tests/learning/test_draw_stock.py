@@ -77,7 +77,7 @@ def test_masked_models_have_masked_tokens(folders, tmp_path, capsys):
     [
         (["--from", "graph"], "Expected --from weights or attribution"),
         (["--from", "weights", "--against", "zero"], "Expected --against with --from attribution"),
-        (["--from", "weights", "--text", "heads talk"], "Expected no text"),
+        (["--from", "weights", "--text", "heads talk"], "Expected no --text for --from weights"),
         (["--view", "circle", "--out", "x.png"], "Expected --view network"),
         (["--text", "heads"], "at least two"),
         (["--text", "heads talk", "--target", "sing|sing"], "Expected --target WORD"),

@@ -56,7 +56,7 @@ class LanguageModelTraining(Comparison):
 
     name, runs = "train_language_model", "demo or runs/language-model"
     # Two models of this size, trained for this long, take about three minutes on one thread.
-    full = dict(d_model=128, num_heads=8, num_layers=4, d_ff=512, length=128, batch_size=8, steps=260)
+    full = dict(d_model=128, num_heads=8, num_layers=4, d_ff=512, length=128, batch_size=8, steps=240)
     smoke = dict(d_model=32, num_heads=4, num_layers=2, d_ff=64, length=32, batch_size=4, steps=20)
     learning_rate = 4e-3
     pictures = ("heads.png", "load.png")
@@ -101,7 +101,7 @@ class LanguageModelTraining(Comparison):
         self.corpus = load_corpus(self.flags.data)
         self.windows = self.values("batch_size", "length")
         # Windows that are evaluated in training, and looked at for pictures.
-        self.limit = 16 if self.flags.smoke else 256
+        self.limit = 16 if self.flags.smoke else 64
         # Both refuse windows that are too long for the text, before there is a run folder.
         sample_batch(self.corpus.train, 0, **self.windows, seed=0)
         evaluation_batches(self.corpus.validation, **self.windows)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gohgraph.analysis.metrics import log_probability, logit_difference
+from gohgraph.analysis.metrics import log_probability, logit_difference, logits_of
 from gohgraph.learning.readers.reader import BATCH, Batch, Inputs, Reader, Task
 from gohgraph.learning.readers.tokens import BYTES, Tokens
 
@@ -89,7 +89,7 @@ class Classes(Reader):
 
     @torch.inference_mode()
     def _predicted(self, inputs: Inputs) -> Tensor:
-        return self.model(**inputs).logits.argmax(dim=-1).clone()
+        return logits_of(self.model(**inputs)).argmax(dim=-1).clone()
 
     def _class(self, name: str) -> int:
         if name in self.names:
@@ -183,8 +183,8 @@ class Translation(Reader):
         """The greedy translation of a sentence, its end included, int64 `[T]`."""
         said: list[int] = [self.begin]
         for _ in range(min(self.most, (self.longest or self.most + 1) - 1)):
-            output: Any = self.model(input_ids=ids[None], decoder_input_ids=torch.tensor([said]))
-            said.append(int(output.logits[0, -1].argmax()))
+            output = self.model(input_ids=ids[None], decoder_input_ids=torch.tensor([said]))
+            said.append(int(logits_of(output)[0, -1].argmax()))
             if said[-1] == self.end:
                 break
         return torch.tensor(said[1:], dtype=torch.long)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gohgraph.analysis.metrics import IGNORED, log_probability, logit_difference
+from gohgraph.analysis.metrics import IGNORED, log_probability, logit_difference, logits_of
 from gohgraph.learning.data.corpus import evaluation_batches
 from gohgraph.learning.readers.tokens import Tokens
 
@@ -132,7 +132,7 @@ class Reader(ABC):
         if len(ids) == 2:
             metric = logit_difference(*(torch.tensor([token]) for token in ids), at=place)
             return metric, f"logit({words[0]!r}) - logit({words[1]!r}) {where}", notes
-        return (lambda out: out.logits[:, place].log_softmax(-1)[:, ids[0]]), f"log p({target!r}) {where}", notes
+        return (lambda out: logits_of(out)[:, place].log_softmax(-1)[:, ids[0]]), f"log p({target!r}) {where}", notes
 
 
 class Causal(Reader):

@@ -84,7 +84,8 @@ def of_subwords(tokenizer: Any) -> Tokens:
 
 def of_tokenizer(tokenizer: Any) -> Tokens:
     """Returns the tokens of a tokenizer of transformers."""
-    special = frozenset(tokenizer.all_special_ids)
+    # What is unknown is a word of the text, if one without a name.
+    special = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     ids = tokenizer("a")["input_ids"]
     inner = [place for place, token in enumerate(ids) if token not in special]
     first, last = (inner[0], inner[-1]) if inner else (len(ids), len(ids))
