@@ -61,7 +61,7 @@ def test_a_short_demo_says_so_and_goes_on_with_its_own_flags(text, tmp_path, cap
     assert main(["demo", "--data", text, "--steps", "5", *TINY, "--run", "out"]) == 0
     shown = capsys.readouterr().out
     assert "no verdict: 5 steps show that it runs" in shown and "goh is" not in shown
-    assert "tokens/s" in shown and "ratio: median over" in shown and "gohgraph draw out/goh" in shown
+    assert "tokens/s" in shown and "ratio: of a step to plain" in shown and "gohgraph draw out/goh" in shown
     (tmp_path / "out" / "goh" / "result.json").unlink()
     # Of all flags, the run alone is named.
     assert main(["demo", "--run", "out", "--resume"]) == 0

@@ -194,4 +194,7 @@ def _read(path: Path) -> Any:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    if cut := next((number for number, row in enumerate(rows) if None in row.values()), None):
+        raise ValueError(f"row {cut + 1} of {path.name} is cut off")
+    return rows

@@ -185,7 +185,7 @@ def test_gephi_is_given_weights_places_and_what_holds_layers_together(tmp_path, 
 
 def test_layers_that_edges_join_have_no_residual_edges():
     assert residual_edges(goh.head_graph_of(recorded("cross-layer")[1])) == []
-    assert len(residual_edges(goh.head_graph_of(recorded("rounds", goh.Transformer, num_layers=2)[1]))) == 15
+    assert len(residual_edges(goh.head_graph_of(recorded("rounds", goh.Transformer, num_layers=2)[1]))) == 20
 
 
 def test_an_empty_network_and_odd_numbers_are_written(tmp_path):

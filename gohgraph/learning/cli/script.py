@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from gohgraph.common.command_line import ArgumentParser, given_flags, run
 from gohgraph.common.files import read_json
 from gohgraph.learning.cli.flags import add_run_flags, add_size_flags, add_training_flags, fill_sizes, train_config
-from gohgraph.learning.contests.results import too_short
+from gohgraph.learning.contests.results import FEWEST_STEPS, too_short
 from gohgraph.learning.loop import Training, TrainingInterrupted
 from gohgraph.learning.recipes import RECIPES
 from gohgraph.learning.run_folder import CONFIG, last_folder, new_folder, runs_in, write_text
@@ -122,7 +122,8 @@ class Script:
         """Prints a table, and writes it to table.md; says so where the runs are too short to tell anything."""
         write_text(self.folder / "table.md", table + "\n")
         print(f"\n{table}\n")
-        if short := too_short(getattr(self.flags, "steps", sys.maxsize)):
+        full = self.full.get("steps", FEWEST_STEPS)
+        if short := too_short(getattr(self.flags, "steps", full), min(full, FEWEST_STEPS)):
             print(short)
 
     def _run(self, argv: Sequence[str]) -> None:

@@ -63,8 +63,8 @@ def about_table(trained: Mapping[tuple[int, str], Result], steps: int) -> str:
     return f"on validation data after {steps:,} steps, {over}; step: median of a training step; time: of training alone"
 
 
-def too_short(steps: int) -> str:
-    """Returns the sentence that a run of so few steps tells nothing, "" where it is long enough.
+def too_short(steps: int, fewest: int = FEWEST_STEPS) -> str:
+    """Returns the sentence that a run of so few steps tells nothing, "" where it has `fewest` or more.
 
     Example:
         >>> too_short(20)
@@ -72,9 +72,9 @@ def too_short(steps: int) -> str:
         >>> too_short(260)
         ''
     """
-    if steps >= FEWEST_STEPS:
+    if steps >= fewest:
         return ""
-    return f"no verdict: {steps:,} steps show that it runs, not what is better; take {FEWEST_STEPS} or more"
+    return f"no verdict: {steps:,} steps show that it runs, not what is better; take {fewest} or more"
 
 
 def verdict(trained: Mapping[tuple[int, str], Result]) -> str:

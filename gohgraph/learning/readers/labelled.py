@@ -87,9 +87,9 @@ class Classes(Reader):
     def _is_own(self, batches: list[Batch]) -> bool:
         return self.examples is not None and batches[0][0][self.key].shape[1:] == self.examples[0].shape[1:]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _predicted(self, inputs: Inputs) -> Tensor:
-        return logits_of(self.model(**inputs)).argmax(dim=-1).clone()
+        return logits_of(self.model(**inputs)).argmax(dim=-1)
 
     def _class(self, name: str) -> int:
         if name in self.names:
@@ -178,7 +178,7 @@ class Translation(Reader):
         before = torch.cat([torch.tensor([self.begin]), said[:-1]])
         return ({**self.given(ids), "decoder_input_ids": before[None]}, said[None]), words, notes
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _translated(self, ids: Tensor) -> Tensor:
         """The greedy translation of a sentence, its end included, int64 `[T]`."""
         said: list[int] = [self.begin]
