@@ -122,8 +122,8 @@ def _finite(value: Any) -> Any:
 def _write_edges(network: HeadNetwork, file: TextIO) -> None:
     found = columns_of(network)
     weight = network.mean.abs().tolist()
-    rows = zip(*found.ends, *map(_words_escaped, found.edges.values()), weight, strict=True)
-    _write_rows(file, [*ENDS, *found.edges, WEIGHT], rows)
+    rows = zip(*found.ends, weight, *map(_words_escaped, found.edges.values()), strict=True)
+    _write_rows(file, [*ENDS, WEIGHT, *found.edges], rows)
 
 
 def _write_nodes(network: HeadNetwork, file: TextIO) -> None:
@@ -195,6 +195,6 @@ def _read(path: Path) -> Any:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if cut := next((number for number, row in enumerate(rows) if None in row.values()), None):
-        raise ValueError(f"row {cut + 1} of {path.name} is cut off")
+    if any(None in row.values() for row in rows):
+        raise ValueError(f"a row of {path.name} is cut off")
     return rows

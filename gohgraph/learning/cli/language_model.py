@@ -174,7 +174,7 @@ class LanguageModelTraining(Comparison):
         lines = [f"{models}; loss in nats a byte \u00b1 standard error over the validation text, one line a run"]
         lines.append("step: median; time: of training alone, without evaluations")
         if self.flags.compare:
-            lines.append("ratio: of a step to plain's of the same minute, as both train in turns: their median, which is")
+            lines.append("ratio: of a step to plain's of the same minute, as both train in turns; their median is")
             lines.append("steadier than the quotient of the medians in the table")
         return "\n".join([*lines, *filter(None, [too_short(self.flags.steps)])])
 
