@@ -93,7 +93,7 @@ def test_compare_trains_both_on_the_same_data_with_equal_parameters(main, tmp_pa
 
 
 def test_a_router_shows_its_load(script, main, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "draw_load", draw_load)
+    monkeypatch.setattr(language_model, "draw_load", draw_load)
     flags = "--router --num-shared 2 --top-k 3 1 --balance-loss 0.02 --z-loss 0.001 --bias-rate 0.01 --anneal-top-k 5"
     assert main("--run", "out", *flags.split()) == 0
     folder, shown = tmp_path / "out", capsys.readouterr().out

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gohgraph.attention.head_load import load_cv, load_entropy
 from gohgraph.common.command_line import ArgumentParser
@@ -55,11 +55,13 @@ class LanguageModelTraining(Comparison):
     """The text, the model, and what is measured, written and drawn in the end."""
 
     name, runs = "train_language_model", "demo or runs/language-model"
-    # Two models of this size, trained for this long, take about three minutes on one thread.
-    full = dict(d_model=128, num_heads=8, num_layers=4, d_ff=512, length=128, batch_size=8, steps=240)
+    # Two models of this size, trained for this long, take three minutes on one thread.
+    full = dict(d_model=128, num_heads=8, num_layers=4, d_ff=512, length=128, batch_size=8, steps=260)
     smoke = dict(d_model=32, num_heads=4, num_layers=2, d_ff=64, length=32, batch_size=4, steps=20)
     learning_rate = 4e-3
     pictures = ("heads.png", "load.png")
+    # Windows that are evaluated on the way, the same each time, and looked at for heads.png.
+    evaluated: ClassVar[int] = 256
     examples = "validation text"
 
     @classmethod
@@ -100,8 +102,8 @@ class LanguageModelTraining(Comparison):
     def load(self) -> TransformerConfig:
         self.corpus = load_corpus(self.flags.data)
         self.windows = self.values("batch_size", "length")
-        # Windows that are evaluated in training, and looked at for pictures.
-        self.limit = 16 if self.flags.smoke else 64
+        # Windows that routers are looked at on.
+        self.limit = 16 if self.flags.smoke else 256
         # Both refuse windows that are too long for the text, before there is a run folder.
         sample_batch(self.corpus.train, 0, **self.windows, seed=0)
         evaluation_batches(self.corpus.validation, **self.windows)
@@ -128,7 +130,7 @@ class LanguageModelTraining(Comparison):
         return {"tracker": tracker, "on_evaluate": log if can_log else None, "parallel": self.parallel}
 
     def evaluate(self, model: LanguageModel) -> dict[str, float]:
-        losses = language.window_losses(model, self.corpus.validation, **self.windows, limit=self.limit)
+        losses = language.window_losses(model, self.corpus.validation, **self.windows, limit=min(self.limit, self.evaluated))
         return {"validation_loss": losses.mean().item()}
 
     def measure(self, model: LanguageModel, leaf: Path) -> Result:
@@ -193,6 +195,8 @@ class Demo(LanguageModelTraining):
     """The comparison at its default size: head graphs beside plain attention, drawn in the end."""
 
     command, runs = "gohgraph demo", "demo"
+    # Of three minutes, more would take a fifth; in the end both models are measured on the whole text.
+    evaluated = 32
 
     @classmethod
     def parser(cls) -> ArgumentParser:
