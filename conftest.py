@@ -28,7 +28,7 @@ _LONGEST = (
     "test_routed_training",
     "test_router_training",
     "test_continual",
-    "test_visualize_heads",
+    "test_draw",
     "test_pretrain_gpt",
     "test_continue_tune",
     "test_meta",

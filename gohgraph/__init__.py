@@ -28,6 +28,7 @@ from gohgraph.drawing import (
     draw_tokens,
     save_film,
     save_page,
+    show,
 )
 from gohgraph.drawing.confusion_chart import draw_confusion
 from gohgraph.drawing.load_chart import draw_load
@@ -128,6 +129,7 @@ __all__ = [
     "save_head_graph",
     "save_page",
     "share_important_heads",
+    "show",
     "unconvert",
 ]
 

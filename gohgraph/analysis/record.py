@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gohgraph.analysis import summary
 from gohgraph.analysis.module_names import block_of, site_of
 from gohgraph.analysis.passes import Counter, Passes
 from gohgraph.analysis.running_stats import Moments, samples
@@ -66,6 +67,9 @@ class Recording:
             self._balanced[router.num_shared :] = router.top_k / max(1, router.num_routed)
         self._outputs: Moments | None = None
         self._every: dict[str, list[Tensor]] | None = {} if every_token else None
+
+    def __repr__(self) -> str:
+        return summary.line_of(self)
 
     def update(self, alpha: Tensor, used: Tensor | None = None) -> None:
         """Takes in the weights of one pass, `[*, R, E]`, and those that are used, with zeros for the others."""
@@ -155,6 +159,12 @@ class Recordings(dict[str, Recording]):
         super().__init__(recordings)
         self.left_out: dict[str, str] = {}
         self.token_strings = None if token_strings is None else list(token_strings)
+
+    def __repr__(self) -> str:
+        return summary.text_of(self)
+
+    def _repr_html_(self) -> str:
+        return summary.html_of(self)
 
 
 @contextmanager

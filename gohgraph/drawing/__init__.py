@@ -8,6 +8,7 @@ from gohgraph.drawing.faithfulness import draw_faithfulness
 from gohgraph.drawing.film import save_film
 from gohgraph.drawing.layered import draw_network
 from gohgraph.drawing.matrices import draw_matrices
+from gohgraph.drawing.notebook import show
 from gohgraph.drawing.page import save_page
 from gohgraph.drawing.pruning import draw_pruning
 from gohgraph.drawing.tokens import draw_tokens
@@ -24,4 +25,5 @@ __all__ = [
     "graph_titles",
     "save_film",
     "save_page",
+    "show",
 ]

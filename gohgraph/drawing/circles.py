@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.colours import FAINT, colour_bar, colour_scale, is_dark
 from gohgraph.drawing.figures import INK, finish, new_figure
+from gohgraph.drawing.given import recordings_of
 from gohgraph.drawing.panels import Panel, draw_panels, grid_of, panels_of, strongest_weight
 
 RING_GAP = 0.46
@@ -19,7 +21,7 @@ LABEL = "mean edge weight   (arrow: from sender to receiver,  fill: a head's sel
 
 
 def draw(
-    heads: Mapping[str, Any],
+    heads: Mapping[str, Any] | nn.Module,
     path: str | os.PathLike[str] | None = None,
     *,
     title: str | None = None,
@@ -37,7 +39,8 @@ def draw(
 
     Args:
         heads: the result of `record`: {module name: Recording}, each with
-            `edge_index [2, E]`, `num_heads` and `mean [R, E]`, and where known `load` and `num_shared`.
+            `edge_index [2, E]`, `num_heads` and `mean [R, E]`, and where known `load` and `num_shared`; or a model,
+            for the weights its edges have at a context of zero.
         path: where to save; a name that ends in .png, .svg or .pdf. `None` saves nothing.
         title: a line above the circles.
         threshold: edges weaker than this share (0 to 1) of the strongest one are faint grey hairlines.
@@ -65,7 +68,7 @@ def draw(
     """
     path = checked_path(path)
     check_threshold(threshold)
-    panels = panels_of(heads)
+    panels = panels_of(recordings_of(heads))
     rows, columns, size = grid_of(panels)
     most_edges = next(most for least, most in MOST_EDGES.items() if size >= least) if most_edges is None else most_edges
     label = circle_label(label, panels, most_edges)

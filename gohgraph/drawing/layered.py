@@ -12,6 +12,7 @@ from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import arrows, check_threshold
 from gohgraph.drawing.colours import colour_bar, colour_scale, is_dark
 from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
+from gohgraph.drawing.given import network_given
 
 if TYPE_CHECKING:
     from gohgraph.analysis.network import HeadNetwork
@@ -67,13 +68,14 @@ def draw_network(
     squares.
 
     Args:
-        network: as `head_graph_of` makes it.
+        network: as `head_graph_of` makes it; or a recording or a model, of which it is made.
         threshold: edges weaker than this share (0 to 1) of the strongest are left out.
         most_edges: so many edges are drawn, the strongest of all layers.
         path, title, limit, and what is returned and raised: as in `draw`.
     """
     path = checked_path(path)
     check_threshold(threshold)
+    network = network_given(network)
     weights = network.mean.numpy()
     if not np.isfinite(weights).all():
         raise ValueError("Expected finite edge weights (got NaN or infinity). Do check the training run.")

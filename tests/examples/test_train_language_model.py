@@ -17,6 +17,7 @@ from helpers import load_script
 from gohgraph import LanguageModel, draw_load
 from gohgraph.attention.head_load import load_cv
 from gohgraph.attention.routing import routers
+from gohgraph.learning.cli import language_model
 from gohgraph.models.config import BEFORE
 
 TINY = "--d-model 14 --num-heads 7 --num-layers 2 --d-ff 13 --length 17 --batch-size 3 --steps 11 --device cpu".split()
@@ -40,8 +41,8 @@ def text(tmp_path_factory) -> Path:
 def main(script, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # A figure for every evaluation; one test draws them.
-    monkeypatch.setattr(script, "log_head_graphs", lambda writer, model, step: None)
-    monkeypatch.setattr(script, "draw_load", lambda load, path, **options: path.touch())
+    monkeypatch.setattr(language_model, "log_head_graphs", lambda writer, model, step: None)
+    monkeypatch.setattr(language_model, "draw_load", lambda load, path, **options: path.touch())
     return lambda *arguments: script.main(["--data", str(text), *TINY, *arguments])
 
 
@@ -92,7 +93,7 @@ def test_compare_trains_both_on_the_same_data_with_equal_parameters(main, tmp_pa
 
 
 def test_a_router_shows_its_load(script, main, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "draw_load", draw_load)
+    monkeypatch.setattr(language_model, "draw_load", draw_load)
     flags = "--router --num-shared 2 --top-k 3 1 --balance-loss 0.02 --z-loss 0.001 --bias-rate 0.01 --anneal-top-k 5"
     assert main("--run", "out", *flags.split()) == 0
     folder, shown = tmp_path / "out", capsys.readouterr().out
