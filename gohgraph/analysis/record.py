@@ -15,6 +15,7 @@ from gohgraph.analysis.passes import Counter, Passes
 from gohgraph.analysis.running_stats import Moments, samples
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.routing import HeadRouter, Routing
+from gohgraph.attention.watching import is_beside
 from gohgraph.common.modules import is_recomputed, working_modules
 from gohgraph.graphs.chain import Chain
 from gohgraph.graphs.edge_graph import EdgeGraph
@@ -349,7 +350,7 @@ def _hooks(
 def _hook(owner: nn.Module, take: Callable[[Recording, Any, Any], None], layers: Layers, counter: Counter):
     def take_result(module: nn.Module, inputs: Any, result: Any) -> None:
         # A deep copy of the model made inside the block carries this hook along: it is not what is recorded.
-        if module is owner and not is_recomputed():
+        if module is owner and not is_recomputed() and not is_beside():
             with torch.no_grad():
                 take(layers.of_call(counter.next()), inputs, result)
 

@@ -5,13 +5,13 @@ from torch import Tensor
 from gohgraph.attention.call import Call, Mask
 from gohgraph.attention.forms import attend
 from gohgraph.attention.runs import interleaved, interleaved_mask, parted
-from gohgraph.attention.watching import watching
+from gohgraph.attention.watching import nobody, watching
 
 
 def attention_map(call: Call) -> Tensor:
     """Returns the weights of the keys, `[B, T, H, S]`, after all messages between maps and without dropout.
 
-    It is computed by the slow definition, on whole maps, and not shown to who watches. Of heads that share one softmax over the keys of several, the
+    It is computed by the slow definition, on whole maps, beside the model's own pass. Of heads that share one softmax over the keys of several, the
     weight of a token is that of all its keys.
 
     Example:
@@ -20,7 +20,7 @@ def attention_map(call: Call) -> Tensor:
         >>> attention_map(Call(q, q, q)).sum(dim=-1).allclose(torch.ones(2, 7, 5))
         True
     """
-    with watching(None):
+    with watching(nobody):
         return _map_of(call._replace(dropout=0.0, core=None, routed=None, need_weights=True))
 
 
@@ -29,6 +29,6 @@ def _map_of(call: Call) -> Tensor:
         return attend(call, "maps")[1]
     run = call.scores.graph.traits.run
     q, k, v = (interleaved(heads, run) for heads in (call.q, call.k, call.v))  # [B, run*T or run*S, H/run, D]
-    mask = Mask(interleaved_mask(call.mask.whole(call.q, call.k), call.q, call.k, run))
+    mask = Mask(interleaved_mask(call.mask.keep, call.q, call.k, run), call.mask.causal)
     weights = attend(call._replace(q=q, k=k, v=v, mask=mask, scores=None), "maps")[1]  # [B, run*T, H/run, run*S]
     return parted(weights, run).unflatten(-1, (-1, run)).sum(dim=-1)  # [B, T, H, S]

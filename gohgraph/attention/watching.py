@@ -16,8 +16,8 @@ _WATCHER: ContextVar[Callable[[Call], None] | None] = ContextVar("gohgraph_atten
 
 
 @contextmanager
-def watching(watcher: Callable[[Call], None] | None) -> Iterator[None]:
-    """Shows `watcher` every `Call` of this thread before it is computed, while the block runs; `None` shows nobody.
+def watching(watcher: Callable[[Call], None]) -> Iterator[None]:
+    """Shows `watcher` every `Call` of this thread before it is computed, while the block runs.
 
     Example:
         >>> from gohgraph.attention.call import Call
@@ -39,3 +39,12 @@ def show(call: Call) -> None:
     """Shows a call to who watches; nobody does under `torch.compile`."""
     if not torch.compiler.is_compiling() and (watcher := _WATCHER.get()) is not None:
         watcher(call)
+
+
+def nobody(call: Call) -> None:
+    """The watcher of what is computed beside the model's own pass: see `is_beside`."""
+
+
+def is_beside() -> bool:
+    """Whether what runs in this thread is no part of the model's own pass, and not to be recorded."""
+    return _WATCHER.get() is nobody
