@@ -51,7 +51,7 @@ class Choice(NamedTuple):
         for name in ("layers", "heads"):
             numbers = getattr(choice, name)
             if numbers is not None and (not numbers or not all(type(n) is int and n >= 0 for n in numbers)):
-                raise ValueError(f"Expected {name} as a list of numbers from 0 (got {numbers!r}). Do name at least one.")
+                raise ValueError(f"Expected {name} as a list of numbers from 0 (got {numbers!r}). Do name some.")
         return choice
 
 
@@ -116,10 +116,11 @@ def recording_attention(
     `scaled_dot_product_attention`, or where it computes weights itself, for these. Its results are not touched.
     """
     modules = attention_modules(model)
-    chosen = {name: title for name, title in modules.items() if choice.layers is None or layer_of(name) in choice.layers}
+    wanted = choice.layers
+    chosen = {name: title for name, title in modules.items() if wanted is None or layer_of(name) in wanted}
     if not chosen:
         known = sorted({layer_of(name) for name in modules} - {None})
-        raise ValueError(f"Expected layers of {known} (got {list(choice.layers or ())}). Do choose among them.")
+        raise ValueError(f"Expected layers of {known} (got {list(wanted or ())}). Do choose among them.")
     found: dict[str, AttentionRecording] = {}
     calls: dict[tuple[str, int], AttentionRecording] = {}
     watch = _Watch(choice, len(chosen))

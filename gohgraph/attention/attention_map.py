@@ -11,8 +11,8 @@ from gohgraph.attention.watching import nobody, watching
 def attention_map(call: Call) -> Tensor:
     """Returns the weights of the keys, `[B, T, H, S]`, after all messages between maps and without dropout.
 
-    It is computed by the slow definition, on whole maps, beside the model's own pass. Of heads that share one softmax over the keys of several, the
-    weight of a token is that of all its keys.
+    It is computed by the slow definition, on whole maps, beside the model's own pass. Of heads that share one softmax
+    over the keys of several, the weight of a token is that of all its keys.
 
     Example:
         >>> import torch

@@ -14,7 +14,6 @@ from transformers_models import far, tokens
 
 import gohgraph as goh
 from gohgraph.analysis import attention_record
-from gohgraph.analysis.traces import run
 from gohgraph.attention.attention_map import attention_map
 from gohgraph.attention.call import Call, Mask
 from gohgraph.attention.forms import attend
