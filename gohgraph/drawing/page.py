@@ -19,7 +19,7 @@ from gohgraph.drawing.attention_patterns import WEIGHTS
 from gohgraph.drawing.layered import Layout, layout_of, self_loops
 from gohgraph.drawing.page_data import as_bytes, edge_columns, head_columns, strongest_edges, token_weights
 from gohgraph.drawing.page_figures import Drawn, Themed, network_figure, strip_figure
-from gohgraph.drawing.page_patterns import NAMES, pattern_columns, pattern_figures
+from gohgraph.drawing.page_patterns import NAMES, SIDE, pattern_columns, pattern_figures
 from gohgraph.drawing.page_script import KEYS, PREFERENCE, STYLE, THEME, UPDATE, VIEW
 from gohgraph.drawing.tokens import check_tokens_recorded, shades_of, token_changes
 
@@ -32,6 +32,7 @@ DARK_DIVERGING = ("#9ecbff", "#4a94e0", "#25568c", "#33363c", "#8a4a1c", "#e8762
 GREYS, DARK_GREYS = ("#ffffff", "#9a9a9a"), ("#1b1d21", "#6f7580")
 DARK_WEIGHTS = ("#1b1d21", "#233a55", "#2f6fb0", "#7fb0d9", "#d7e8f8", "#ffffff")
 WRAPPED = ":host { flex-wrap: wrap; max-width: 100%; }"
+STICKY = ":host { position: sticky; top: 8px; align-self: flex-start; }"
 WIDGETS = ":host, label, .bk-input-group, .bk-slider-title { color: var(--ink); }"
 
 
@@ -115,7 +116,7 @@ def page_document(
     slider, sites, layers, toggle, status = _controls(network, limit, threshold * strongest)
     strip, tokens, letters, greys = _strip(heads, themed)
     patterns, shades = _patterns(heads, network, themed)
-    about = Div(text="", name="about", stylesheets=[WIDGETS], width_policy="max", margin=(2, 5, 2, 15))
+    about = Div(text="", name="about", stylesheets=[WIDGETS], width=SIDE)
     between = int((network.edge_index[0] != network.edge_index[1]).sum())
     shared = {
         "filter": shown, "threshold": slider, "layers": layers, "sites": sites, "status": status, "toggle": toggle,
@@ -136,9 +137,9 @@ def page_document(
     heading = Div(text=f"<b>{html.escape(title)}</b>", stylesheets=[WIDGETS])
     document = Document(title=title)
     controls = row(*filter(None, (slider, sites, layers, toggle)), stylesheets=[WRAPPED])
-    below = row(*patterns["figures"], stylesheets=[WRAPPED]) if patterns["patterns"] else None
-    parts = (heading, controls, status, strip, about, below, drawn.plot)
-    document.add_root(column(*filter(None, parts), sizing_mode="stretch_width"))
+    beside = column(about, *(patterns["figures"] or ()), width=SIDE, stylesheets=[STICKY])
+    below = row(drawn.plot, beside, sizing_mode="stretch_width", stylesheets=[WRAPPED])
+    document.add_root(column(*filter(None, (heading, controls, status, strip, below)), sizing_mode="stretch_width"))
     # The first drawing is that of the controls as they stand.
     ready = [update, view, CustomJS(args={"toggle": toggle}, code=PREFERENCE)]
     document.js_on_event(DocumentReady, *ready, *([CustomJS(args={"tokens": tokens}, code=KEYS)] if tokens else []))

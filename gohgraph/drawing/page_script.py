@@ -33,7 +33,7 @@ for (let e = 0; e < count; e++) {
   if (shown[e]) drawn++
 }
 const moved = {}, placed = {}
-// Rows that are not chosen move together: between two of them a tenth of the room is left.
+// Rows that are not chosen move together: between two of them a tenth of the room is left, beside one that is half.
 if (edges._layers !== layers.value.join()) {
   edges._layers = layers.value.join()
   edges._base ??= {ys: data.ys, tip_y: data.tip_y, y: heads.data.y, names: Object.keys(heads.data).filter(
@@ -42,7 +42,7 @@ if (edges._layers !== layers.value.join()) {
   const base = edges._base, from = rows.data.base, count_rows = from.length
   const kept = rows.data.title.map((title) => chosen.size == 0 || chosen.has(title))
   const to = [0]
-  for (let r = 1; r < count_rows; r++) to.push(to[r - 1] + (from[r] - from[r - 1]) * (kept[r] || kept[r - 1] ? 1 : 0.1))
+  for (let r = 1; r < count_rows; r++) to.push(to[r - 1] + (from[r] - from[r - 1]) * [0.1, 0.55, 1][kept[r] + kept[r - 1]])
   const gap = count_rows > 1 ? from[1] - from[0] : 1
   const move = (y) => {
     const r = Math.max(0, Math.min(count_rows - 2, Math.floor(y / gap)))
@@ -190,7 +190,7 @@ STYLE = """
 <style>
   :root { --ink: #333333; --paper: #ffffff; }
   :root[data-theme="dark"] { --ink: #dddddd; --paper: #1b1d21; }
-  html, body { background: var(--paper); color: var(--ink); font-family: sans-serif; margin: 0.5rem; }
+  html, body { background: var(--paper); color: var(--ink); font-family: sans-serif; margin: 0.5rem; overflow-x: clip; }
 </style>
 {% endblock %}
 """
