@@ -13,9 +13,9 @@ from torch import Tensor
 from gohgraph.analysis.record import Recordings
 from gohgraph.common.files import checked_path, write_whole
 from gohgraph.common.packages import needs
+from gohgraph.drawing.attention_patterns import WEIGHTS
 from gohgraph.drawing.circles import check_threshold
 from gohgraph.drawing.colours import DIVERGING, round_limit
-from gohgraph.drawing.attention_patterns import WEIGHTS
 from gohgraph.drawing.layered import Layout, layout_of, self_loops
 from gohgraph.drawing.page_data import as_bytes, edge_columns, head_columns, strongest_edges, token_weights
 from gohgraph.drawing.page_figures import Drawn, Themed, network_figure, strip_figure
@@ -231,8 +231,8 @@ def _patterns(heads: Recordings, network: HeadNetwork, themed: Themed) -> tuple[
     figures = pattern_figures(columns, heads.token_strings, shades, themed)
     of_heads = {name: columns[name] for name in ("pattern", "queries", "keys")}
     args = {
-        "patterns": ColumnDataSource(of_heads, name="patterns"), "bytes": ColumnDataSource({"weight": columns["weight"]}),
-        "figures": figures, "side": columns["size"], "asked": columns["tokens"],
+        "patterns": ColumnDataSource(of_heads, name="patterns"),
+        "bytes": ColumnDataSource({"weight": columns["weight"]}), "figures": figures, "side": columns["size"], "asked": columns["tokens"],
     }  # fmt: skip
     for part in ("cells", "marks"):
         args[part] = [

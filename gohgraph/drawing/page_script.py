@@ -42,7 +42,8 @@ if (edges._layers !== layers.value.join()) {
   const base = edges._base, from = rows.data.base, count_rows = from.length
   const kept = rows.data.title.map((title) => chosen.size == 0 || chosen.has(title))
   const to = [0]
-  for (let r = 1; r < count_rows; r++) to.push(to[r - 1] + (from[r] - from[r - 1]) * [0.1, 0.55, 1][kept[r] + kept[r - 1]])
+  const room = [0.1, 0.55, 1]
+  for (let r = 1; r < count_rows; r++) to.push(to[r - 1] + (from[r] - from[r - 1]) * room[kept[r] + kept[r - 1]])
   const gap = count_rows > 1 ? from[1] - from[0] : 1
   const move = (y) => {
     const r = Math.max(0, Math.min(count_rows - 2, Math.floor(y / gap)))
@@ -89,7 +90,8 @@ const strongest = (end, other) => {
   const own = []
   for (let e = 0; e < count; e++) if (data[end][e] == head && Math.abs(weight[e]) > 0) own.push(e)
   own.sort((a, b) => Math.abs(weight[b]) - Math.abs(weight[a]))
-  const told = own.slice(0, 6).map((e) => `${data[other][e]} ${signed(weight[e])} <small>${plain(data.site[e])}</small>`)
+  const told = own.slice(0, 6).map(
+    (e) => `${plain(data[other][e])} ${signed(weight[e])} <small>${plain(data.site[e])}</small>`)
   return told.length ? told.join(", ") : "nobody on this page"
 }
 if (head >= 0) {
@@ -99,7 +101,7 @@ if (head >= 0) {
   const side = {queries: "the queries: what its receiver looks for", keys: "the keys: where its receiver is found",
     values: "the values: what is read there", scores: "the scores: where the receiver attends, with the sender",
     weights: "the weights after the softmax", outputs: "the outputs: what the receiver writes"}
-  about.text = `<b>${data.sender[edge]} \\u2192 ${data.receiver[edge]}</b> ${signed(weight[edge])}<br>into `
+  about.text = `<b>${plain(data.sender[edge])} \\u2192 ${plain(data.receiver[edge])}</b> ${signed(weight[edge])}<br>into `
     + plain(side[data.site[edge]] || data.site[edge])
 } else {
   about.text = hint
