@@ -15,7 +15,7 @@ from gohgraph.analysis.module_names import layer_of
 from gohgraph.analysis.record import Recordings
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
-from gohgraph.drawing.tokens import readable
+from gohgraph.drawing.tokens import readable, text_of
 
 # From paper to ink in one hue, of falling lightness: in grey print the order stays.
 WEIGHTS = ("#ffffff", "#cfe0f1", "#7fb0d9", "#2f6fb0", "#123a73", "#081a3a")
@@ -122,20 +122,6 @@ def patterns_of(recording: AttentionRecording, example: int | None = None) -> Te
     if not 0 <= example < len(maps):
         raise ValueError(f"Expected an example from 0 to {len(maps) - 1} (got {example}). Do choose one of them.")
     return maps[example]
-
-
-def text_of(strings: Sequence[str] | None, most: int = 48) -> str:
-    """Returns the beginning of a text for a title, with its quotation marks; nothing where it is not known.
-
-    Example:
-        >>> text_of(["heads", " talk"])
-        ' over \u201cheads talk\u201d'
-    """
-    if not strings:
-        return ""
-    text = " ".join("".join(strings).split())
-    shown = text if len(text) <= most else text[: most - 1] + "\u2026"
-    return f" over \u201c{shown}\u201d"
 
 
 def _strings(

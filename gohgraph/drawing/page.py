@@ -232,7 +232,8 @@ def _patterns(heads: Recordings, network: HeadNetwork, themed: Themed) -> tuple[
     of_heads = {name: columns[name] for name in ("pattern", "queries", "keys")}
     args = {
         "patterns": ColumnDataSource(of_heads, name="patterns"),
-        "bytes": ColumnDataSource({"weight": columns["weight"]}), "figures": figures, "side": columns["size"], "asked": columns["tokens"],
+        "bytes": ColumnDataSource({"weight": columns["weight"]}), "figures": figures, "side": columns["size"],
+        "asked": columns["tokens"],
     }  # fmt: skip
     for part in ("cells", "marks"):
         args[part] = [

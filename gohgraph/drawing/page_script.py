@@ -101,8 +101,8 @@ if (head >= 0) {
   const side = {queries: "the queries: what its receiver looks for", keys: "the keys: where its receiver is found",
     values: "the values: what is read there", scores: "the scores: where the receiver attends, with the sender",
     weights: "the weights after the softmax", outputs: "the outputs: what the receiver writes"}
-  about.text = `<b>${plain(data.sender[edge])} \\u2192 ${plain(data.receiver[edge])}</b> ${signed(weight[edge])}<br>into `
-    + plain(side[data.site[edge]] || data.site[edge])
+  about.text = `<b>${plain(data.sender[edge])} \\u2192 ${plain(data.receiver[edge])}</b> `
+    + `${signed(weight[edge])}<br>into ` + plain(side[data.site[edge]] || data.site[edge])
 } else {
   about.text = hint
 }

@@ -223,9 +223,9 @@ def test_curves_show_training_and_validation():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["goh", "plain"]
     assert sorted(text.get_text() for text in right.texts) == ["goh", "plain"]
     lengths = [len(line.get_xdata()) for line in left.lines]
-    assert lengths == [200, 200, 10, 0] * 2
+    assert lengths == [200, 200, 10] * 2
     assert [list(line.get_xdata()) for line in right.lines] == [[100, 120, 140, 160, 180, 200]] * 2
-    assert left.lines[0].get_color() == left.lines[2].get_color() != left.lines[4].get_color()
+    assert left.lines[0].get_color() == left.lines[2].get_color() != left.lines[3].get_color()
 
 
 def test_many_runs_have_styles_and_places_of_their_own(tmp_path):
