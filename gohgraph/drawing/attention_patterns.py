@@ -189,7 +189,7 @@ def _draw_thumbnails(
     figure = new_figure(cell * len(numbers) + 1.6, cell * len(blocks) + 1.25)
     axis = figure.subplots()
     colours, norm = _scale()
-    colours.set_bad("#d9d9d9")
+    axis.set_facecolor("#d9d9d9")
     axis.imshow(np.ma.masked_invalid(whole), cmap=colours, norm=norm, interpolation="nearest", aspect="equal")
     middle = np.arange(max(len(blocks), len(numbers))) * (dots + 1) + dots / 2 + 0.5
     step = next(step for step in (1, 2, 4, 8, 16) if 72 * cell * step >= 13 or step == 16)

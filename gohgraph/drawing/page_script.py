@@ -65,7 +65,8 @@ if (edges._layers !== layers.value.join()) {
   plot.y_range.reset_end = end
   plot.height = Math.max(220, Math.round(130 + (base.height - 130) * (end - bottom) / (base.end - bottom)))
 }
-edges.data = {...data, ...moved, weight, width, tip, alpha}
+// One redrawing for both: where the filter changes, its data are read again.
+edges.setv({data: {...data, ...moved, weight, width, tip, alpha}}, {silent: true})
 filter.booleans = shown
 const ink = new Array(size)
 for (let ring = 0; ring < rings; ring++) {
