@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gohgraph.analysis.attention_record import AttentionRecording, Choice, attention_modules, recording_attention
+from gohgraph.analysis.attention_record import AttentionRecording, attention_modules, recording_attention
+from gohgraph.analysis.attention_watch import Choice
 from gohgraph.analysis.module_names import block_of, site_of
 from gohgraph.analysis.passes import Counter, Passes
 from gohgraph.analysis.running_stats import Moments, samples

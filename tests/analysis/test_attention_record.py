@@ -13,7 +13,7 @@ from torch import nn
 from transformers_models import far, tokens
 
 import gohgraph as goh
-from gohgraph.analysis import attention_record
+from gohgraph.analysis import attention_record, attention_watch
 from gohgraph.attention.attention_map import attention_map
 from gohgraph.attention.call import Call, Mask
 from gohgraph.attention.forms import attend
@@ -196,7 +196,7 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch):
         with torch.no_grad(), goh.record(model, attention=True):
             model(ids)
             model(ids[:, :5])
-    monkeypatch.setattr(attention_record, "MOST_BYTES", 1000)
+    monkeypatch.setattr(attention_watch, "MOST_BYTES", 1000)
     with pytest.raises(ValueError, match="Expected attention maps of at most"):
         maps_of(model, ids)
     AttentionInterface.register("silent", lambda module, q, k, v, mask, **more: (v.transpose(1, 2), None))
