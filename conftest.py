@@ -1,8 +1,13 @@
-"""Leaves out what needs an optional package that is not there, for doctests too; begins with the longest files."""
+"""For all tests, doctests too: the longest files first, none of a package that is not there, and no figures of runs."""
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
 
 # Flower needs Python 3.11.
 _NEEDS = {
@@ -16,22 +21,32 @@ collect_ignore_glob = [glob for package, globs in _NEEDS.items() if find_spec(pa
 _LONGEST = (
     "test_federated_example",
     "test_parallel",
-    "test_megatron",
     "test_kernels",
-    "test_convert_transformers",
+    "test_megatron",
+    "test_saving",
+    "test_benchmark_quality",
+    "test_router_training",
     "test_train_language_model",
     "test_routed_training",
-    "test_router_training",
     "test_continual",
-    "test_visualize_heads",
+    "test_convert_transformers",
+    "test_drawing_views",
+    "test_draw",
     "test_pretrain_gpt",
     "test_continue_tune",
-    "test_meta",
-    "test_multitask",
-    "test_tuning",
     "test_benchmark",
-    "test_drawing_views",
+    "test_loop",
+    "test_federated",
+    "test_round_trips",
+    "test_meta",
 )
+# Who draws the figures of a run: to draw one takes longer than a training of a few steps.
+_FIGURES = {
+    "gohgraph.learning.training": "draw_curves",
+    "gohgraph.learning.cli.contest_script": "draw_curves",
+    "gohgraph.learning.cli.comparison": "draw",
+    "gohgraph.learning.federated.server": "draw_curves",
+}
 _PLACES = {name: place for place, name in enumerate(_LONGEST)}
 
 
@@ -43,3 +58,28 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: _PLACES.get(item.path.stem, len(_PLACES)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_figures():
+    """Runs leave empty files in place of their figures, but for tests that ask for `figures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in _drawing():
+            patch.setattr(owner, name, lambda drawn, path, **options: Path(path).touch())
+        yield
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Runs draw their figures."""
+    from gohgraph import drawing
+
+    for owner, name in _drawing():
+        monkeypatch.setattr(owner, name, getattr(drawing, name))
+
+
+def _drawing():
+    for module, name in _FIGURES.items():
+        # Flower need not be there, and takes its time.
+        if "federated" not in module or module in sys.modules:
+            yield import_module(module), name

@@ -13,13 +13,20 @@ from unittest import mock
 
 import pytest
 from benchmarks.tasks import TASKS
+from website.links import source_url
 
+import gohgraph as goh
 from gohgraph.graphs.baselines import BASELINES
 from gohgraph.graphs.baselines.presets import PRESETS
 from gohgraph.graphs.topologies import TOPOLOGIES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = "gohgraph/__main__.py"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
+# Where README's links lead, so that they hold on a package index too.
+LINKED = re.compile(rf"{re.escape(source_url())}/(?:blob|tree)/main/")
+PICTURE = re.compile(r"https://raw\.githubusercontent\.com/[\w-]+/[\w-]+/main/")
 
 
 def blocks(language: str, *pages: Path) -> list[str]:
@@ -38,6 +45,7 @@ def commands() -> list[list[str]]:
     lines = "".join(blocks("bash", *PAGES)).replace("\\\n", " ").splitlines()
     # Environment variables may stand before a command.
     lines = [re.sub(r"^(\w+=\S+\s+)+", "", line) for line in lines]
+    lines = [re.sub(r"^gohgraph ", f"python {COMMAND} ", line) for line in lines]
     # What torchrun starts stands behind its own flags.
     lines = [re.sub(r"^torchrun .*? -- ", "python ", line) for line in lines]
     return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
@@ -45,7 +53,7 @@ def commands() -> list[list[str]]:
 
 def called(command: list[str]) -> tuple[str, ...]:
     """The script and, where its first argument names one, its subcommand: each has flags of its own."""
-    named = command[1] == "tools/benchmark.py" and len(command) > 2 and not command[2].startswith("-")
+    named = command[1] in ("tools/benchmark.py", COMMAND) and len(command) > 2 and not command[2].startswith("-")
     return tuple(command[1 : 2 + named])
 
 
@@ -78,7 +86,8 @@ def test_every_text_block_is_the_output_of_the_python_block_before_it():
 
 @pytest.mark.parametrize("script", sorted({called(command) for command in commands()}), ids=" ".join)
 def test_commands_name_existing_scripts_flags_and_values(script, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str((ROOT / script[0]).parent))
+    if script[0] != COMMAND:
+        monkeypatch.syspath_prepend(str((ROOT / script[0]).parent))
     for command in (command for command in commands() if called(command) == script):
         # Values are checked before the help is shown, flags are found in it; nothing is run.
         monkeypatch.setattr(sys, "argv", [*command[1:], "--help"])
@@ -92,8 +101,9 @@ def test_commands_name_existing_scripts_flags_and_values(script, monkeypatch, ca
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_in_the_text_exist(page):
-    named = set(re.findall(r"\b(?:gohgraph|tools|examples|tests|docs)/[\w/]+\.\w+", page.read_text()))
-    assert named and not [name for name in sorted(named) if not (ROOT / name).is_file()]
+    text = LINKED.sub("", PICTURE.sub("", page.read_text()))
+    named = set(re.findall(r"\b(?:gohgraph|tools|examples|tests|docs)/[\w/]+\.\w+", text))
+    assert not [name for name in sorted(named) if not (ROOT / name).is_file()]
 
 
 def test_make_targets_exist():
@@ -102,14 +112,31 @@ def test_make_targets_exist():
     assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
 
+def sections(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_linked_files_and_sections_exist(page):
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)|src=\"([^\"]+)\"", page.read_text())
-    assert links
-    for link in (a or b for a, b in links):
+    for link in (a or b for a, b in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", page.read_text())):
         name, _, section = link.partition("#")
         target = page.parent / name if name else page
+        if name.startswith("https:"):
+            target = ROOT / LINKED.sub("", PICTURE.sub("", name))
+            if target == ROOT / name:
+                continue
         assert target.exists(), link
-        if section:
-            titles = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.MULTILINE)
-            assert section in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
+        assert not section or section in sections(target), link
+
+
+def test_the_readme_is_short_and_links_absolutely():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 110
+    assert not re.findall(r"\]\((?!https:)", text) and LINKED.search(text) and PICTURE.search(text)
+
+
+def test_every_public_name_is_in_the_reference():
+    text = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+    documented = re.findall(r"^::: gohgraph\.(\w+)$", text, flags=re.MULTILINE)
+    assert sorted(documented) == sorted(goh.__all__)

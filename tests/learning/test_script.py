@@ -60,7 +60,7 @@ class Fit(ContestScript):
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch, no_curves):
+def main(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: Fit.main(["--smoke", "--device", "cpu", *arguments])
 
@@ -79,21 +79,33 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatc
     check_resumed(lambda *more: main(*flags, *more), tmp_path, monkeypatch, capsys, stop_at=stop_at)
 
 
-@pytest.mark.parametrize("given, folder", [([], "runs/fit-2"), (["--run", "here", "--resume"], "here")])
-def test_ctrl_c_names_the_command_that_goes_on(given, folder):
-    again = f"stopped; to go on: python examples/fit.py --width 3 --run {folder} --resume$"
-    with pytest.raises(KeyboardInterrupt, match=again):
-        with resumable("fit", ["--width", "3", *given], Path(folder)):
+@pytest.mark.parametrize("command", ["python examples/fit.py", "gohgraph demo"])
+def test_ctrl_c_names_the_command_that_goes_on(command):
+    with pytest.raises(KeyboardInterrupt, match=f"stopped; to go on: {command} --run 'the runs/fit' --resume$"):
+        with resumable(command, Path("the runs/fit")):
             raise TrainingInterrupted("stopped")
 
 
-def test_a_contest_leaves_results_and_curves_and_reports(main, tmp_path, capsys):
+def test_a_resumed_run_has_the_flags_it_was_started_with(main, tmp_path, capsys):
+    flags = ["--width", "3", "--models", "large", "--learning-rates", "0.05", "--seeds", "4"]
+    assert main("--run", "out", *flags) == 0
+    before = logs(tmp_path / "out")
+    (tmp_path / "out" / "result.json").unlink()
+    assert Fit.main(["--resume", "--run", "out"]) == 0
+    assert logs(tmp_path / "out") == before and (tmp_path / "out" / "result.json").is_file()
+    # What is given goes over it, and is refused where it cannot change, a flag's default too.
+    assert "width = 10 for 6" in refused(Fit.main(["--resume", "--run", "out", "--width", "5"]), capsys)
+    assert "others" in refused(Fit.main(["--resume", "--run", "out", "--models", *MODELS]), capsys)
+
+
+def test_a_contest_leaves_results_and_curves_and_reports(main, tmp_path, capsys, figures):
     assert main("--seeds", "2", "5", "--run", "out") == 0
     leaves = {f"seed-{seed}/{name}" for seed in (2, 5) for name in MODELS}
     assert {str(path.parent.relative_to(tmp_path / "out")) for path in tmp_path.rglob("result.json")} == leaves
     # Tensors are for the report alone.
     assert json.loads((tmp_path / "out" / "seed-5" / "large" / "result.json").read_text()) == {"width": 4}
-    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len(pictures := list((tmp_path / "out").rglob("curves.png"))) == 5
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
     assert "best rates [0.1]" in capsys.readouterr().out
     settings = json.loads((tmp_path / "out" / "seed-2" / "small" / "config.json").read_text())
     assert settings["width"] == 2 and settings["flags"]["steps"] == settings["training"]["steps"] == 7

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def tool():
 @pytest.mark.parametrize("name", TASKS)
 def test_all_variants_have_equal_parameters(name):
     task = TASKS[name]()
-    # What stands in the last two layers needs two.
+    # What stands in the last two layers needs two; more are more of the same.
+    task = replace(task, num_layers=min(task.num_layers, 2))
     names = [variant for variant in PRESETS if task.num_layers > 1 or variant != "mudd"]
     configs = equal_configs(task, names)
     counts = {variant: count_parameters(task.model(config)) for variant, config in configs.items()}
