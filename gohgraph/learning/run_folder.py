@@ -25,8 +25,8 @@ class RunFolder:
 
     Args:
         path: the folder.
-        settings: what defines the run, as JSON values: `{"training": TrainConfig.to_dict(), ...}`. The sections
-            `"flags"` and `"model_type"`, by which transformers knows the folder, are kept for readers; all others must
+        settings: what defines the run, as JSON values: `{"training": TrainConfig.to_dict(), ...}`. The section
+            `"flags"` is what `--resume` repeats, `"model_type"` by which transformers knows the folder; all others must
             be equal when the run is resumed.
 
     Attributes:
