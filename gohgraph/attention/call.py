@@ -4,12 +4,12 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from gohgraph.attention.grouped import TokenGroups, group_tokens
 from gohgraph.attention.maps import causal_mask
 from gohgraph.attention.skipped import ActiveHeads
+from gohgraph.common.modules import is_traced
 from gohgraph.graphs.protocol import Messages
 
 
@@ -128,5 +128,5 @@ class Call(NamedTuple):
 
     @property
     def is_compiling(self) -> bool:
-        """Whether torch's compiler traces the call."""
-        return torch.compiler.is_compiling()
+        """Whether the call is traced, for other inputs too."""
+        return is_traced()

@@ -20,6 +20,7 @@ from gohgraph.attention.runs import interleaved, interleaved_mask, parted
 from gohgraph.attention.skipped import only_multiplies
 from gohgraph.attention.tiled import FEWEST_ROWS, tiled_attention
 from gohgraph.attention.watching import show
+from gohgraph.common.modules import is_traced
 
 # Wide heads cost about in-degree times the plain attention core and hold no map of scores: on a CPU less than mixing
 # whole maps from length 1024 on, as much at 512. On denser graphs their widened keys outgrow the maps.
@@ -125,7 +126,7 @@ def why_all_heads(block: Any, x: Tensor, keys: int) -> str:
     """Returns why a routed block projects all heads of `x [B, T, M]` over `keys` keys; empty if it does not."""
     if x.shape[1] != 1 or not len(x):
         return "more than one token"
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or (block.training and block.dropout):
+    if torch.is_grad_enabled() or is_traced() or (block.training and block.dropout):
         return "in training, or under torch.compile"
     if block.inner_graphs or (block.score_graph is not None and block.score_graph.traits.keyed):
         return "graphs at further sites, or edges that read the keys' tokens"

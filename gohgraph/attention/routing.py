@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.common.checks import check_int
+from gohgraph.common.modules import is_traced
 from gohgraph.graphs.config import RoutingConfig
 
 
@@ -160,7 +161,7 @@ class HeadRouter(nn.Module):
             # One product for all three: in decoding, calls cost more than numbers.
             weight = torch.cat((self.routed, self.shared, self.kinds)).to(x.dtype)  # [h_r + h_s + 2, M]
             logits = F.linear(x, weight)  # [*, h_r + h_s + 2]
-            is_one = logits.shape[:-1].numel() == 1 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+            is_one = logits.shape[:-1].numel() == 1 and x.device.type == "cpu" and not is_traced()
             if is_one and not statistics and not torch.is_grad_enabled():
                 return self._of_one_token(logits)
             routed, shared, group_gate = logits.split((self.num_routed, self.num_shared, 2), dim=-1)  # [*, h_r], ...
@@ -205,7 +206,10 @@ class HeadRouter(nn.Module):
     def _choose(self, routed: Tensor) -> Tensor:
         if self.top_k == self.num_routed:
             return torch.ones_like(routed, dtype=torch.bool)
-        best = self._scores(routed).argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]  # [*, k]
+        scores = self._scores(routed)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return _ranks(scores) < self.top_k
+        best = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]  # [*, k]
         return torch.zeros_like(routed, dtype=torch.bool).scatter(-1, best, True)
 
     def _scores(self, routed: Tensor) -> Tensor:
@@ -297,3 +301,14 @@ def _scaled_shares(logits: list[float], total: int) -> list[float]:
     weights = [math.exp(logit - largest) for logit in logits]
     whole = sum(weights)
     return [weight * total / whole for weight in weights]
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """The places `[*, h_r]` of scores from the largest on, of equal ones the first before, for what is traced.
+
+    ONNX has no stable sort, and torch.jit no scatter of booleans.
+    """
+    this, other = scores.unsqueeze(-1), scores.unsqueeze(-2)  # [*, h_r, 1], [*, 1, h_r]
+    heads = torch.arange(scores.shape[-1], device=scores.device)  # [h_r]
+    is_before = (other > this) | (other == this) & (heads < heads[:, None])  # [*, h_r, h_r]
+    return is_before.sum(dim=-1)

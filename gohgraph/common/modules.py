@@ -30,6 +30,16 @@ def working_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
+def is_traced() -> bool:
+    """Whether what is computed is written down for other inputs too: under torch.compile, export and torch.jit.trace.
+
+    Example:
+        >>> is_traced()
+        False
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def check_writable(model: nn.Module, parts: Iterable[nn.Module], names: Iterable[str] = ("weight",)) -> None:
     """Raises `ValueError` unless what a part has under these names is its own to write into.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """
     from gohgraph.convert.converted_models import register
 
-    made = type(stock.__name__, (stock,), {"__module__": stock.__module__, "stock_class": stock})
+    methods = {"__module__": stock.__module__, "stock_class": stock, "save_pretrained": _save}
+    made = type(stock.__name__, (stock,), methods)
     register(made, stock)
     return made
 
@@ -74,6 +76,14 @@ def as_stock(config: PreTrainedConfig) -> Any:
     """Makes a configuration that came with head graphs the backbone's own, in place; returns their description."""
     config.__class__ = type(config).stock_class
     return config.__dict__.pop(HEAD_GRAPHS)
+
+
+def _save(self: Any, save_directory: str | os.PathLike[str], **options: Any) -> None:
+    """Writes a configuration that came with head graphs as it was read."""
+    stock = copy(self)
+    description = as_stock(stock)
+    os.makedirs(save_directory, exist_ok=True)
+    WrittenWithGraphs(stock, description).save_pretrained(save_directory, **options)
 
 
 class WrittenWithGraphs:

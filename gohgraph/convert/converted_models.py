@@ -8,6 +8,7 @@ that comes out is of the stock class.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _init(self: PreTrainedModel, config: Any, *args: Any, **options: Any) -> None:
+    # A copy: the same configuration may make another model.
+    config = copy(config)
     stock, described = type(self).stock_class, read_description(as_stock(config))
     stock.__init__(self, config, *args, **options)
     restore(self, names_in(self, described))
@@ -106,7 +109,8 @@ def load(folder: Path, values: dict[str, Any], options: dict[str, Any]) -> nn.Mo
         options: of `from_pretrained`.
     """
     names = values.get("architectures") or [""]
-    kind = type(AutoConfig.from_pretrained(folder))
+    config = AutoConfig.from_pretrained(folder)
+    kind = type(config)
     for auto in _auto_classes():
         known = auto._model_mapping.get(kind, ())
         if names[0] in {model.__name__ for model in (known if isinstance(known, tuple) else (known,))}:
@@ -117,4 +121,5 @@ def load(folder: Path, values: dict[str, Any], options: dict[str, Any]) -> nn.Mo
             f"Expected a class of transformers, or of one of its Auto classes (got {names[0]!r}). Do register it, or "
             "pass the backbone as `model`."
         )
-    return model_class(stock).from_pretrained(folder, **options)
+    # Left to itself, the class would read the backbone's configuration out of the file.
+    return model_class(stock).from_pretrained(folder, **{"config": config, **options})

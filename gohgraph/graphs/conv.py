@@ -134,7 +134,7 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
     @property
     def is_complete(self) -> bool:
         """True when every sender reaches every receiver, so that edges in order are the rows of the adjacency."""
-        return self.edges.num_edges == self.num_heads * self.num_senders
+        return self.own_edges.num_edges == self.num_heads * self.num_senders
 
     @property
     def local_edges(self) -> Tensor:
@@ -233,9 +233,9 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         """Returns the linear map `[*, H, H]` of all rounds, z' = matrix z; `ValueError` unless `traits.linear`."""
         if not self.traits.linear:
             return super().matrix(context, active)
-        dtype = self.edges.bias.dtype if context is None else context.dtype
+        dtype = self.own_edges.bias.dtype if context is None else context.dtype
         eye = torch.eye(self.num_senders, dtype=dtype, device=self.edge_index.device)  # [S, S]
-        varying = context if self.edges.weight is not None else active
+        varying = context if self.own_edges.weight is not None else active
         tokens = () if varying is None else varying.shape[:-1]
         return self(eye.expand(*tokens, -1, -1), context, active=active)  # [*, H, S]
 

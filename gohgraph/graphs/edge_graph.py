@@ -1,7 +1,7 @@
 """What is read of a head graph with edges, by whoever records, measures, draws or prunes it."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -37,7 +37,19 @@ class EdgeGraph(SiteGraph):
     @property
     def rounds(self) -> int:
         """R, the number of message-passing rounds."""
-        return self.edges.rounds
+        return self.own_edges.rounds
+
+    @property
+    def own_edges(self) -> EdgeWeights:
+        """The edge weights themselves: where an adapter stands in their place, it answers calls alone."""
+        beneath = getattr(self.edges, "get_base_layer", None)
+        return self.edges if beneath is None else beneath()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EdgeGraph":
+        # What follows from edges is in no file: who loads a model on meta tensor by tensor leaves it there.
+        if not self.edge_index.is_meta and any(buffer.is_meta for buffer in self.buffers()):
+            self.edges_changed()
+        return super()._apply(fn, recurse)
 
     @abstractmethod
     def select(self, alpha: Tensor, active: Tensor | None = None) -> Tensor:

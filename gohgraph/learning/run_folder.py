@@ -15,6 +15,8 @@ from gohgraph.learning.train_config import BEFORE, FREE_ON_RESUME, TrainConfig
 from gohgraph.models.config import with_settings_of_before
 
 CONFIG, LOG, CURVES, CHECKPOINTS, STATE = "config.json", "log.csv", "curves.png", "checkpoints", "trainer.json"
+# Sections that a run need not have been started with.
+FOR_READERS = {"flags", "model_type"}
 COLUMNS = ("step", "loss", "validation_loss", "lr", "tokens_per_second", "seconds")
 
 
@@ -24,7 +26,8 @@ class RunFolder:
     Args:
         path: the folder.
         settings: what defines the run, as JSON values: `{"training": TrainConfig.to_dict(), ...}`. The section
-            `"flags"` is what `--resume` repeats; all others must be equal when the run is resumed.
+            `"flags"` is what `--resume` repeats, `"model_type"` by which transformers knows the folder; all others must
+            be equal when the run is resumed.
 
     Attributes:
         rows: the log so far.
@@ -159,7 +162,7 @@ def _number(text: str | None) -> float | None:
 def _differences(saved: Any, given: Any, name: str = "") -> Iterable[str]:
     if isinstance(saved, dict) and isinstance(given, dict):
         for key in saved.keys() | given.keys():
-            if name or key != "flags":
+            if name or key not in FOR_READERS:
                 if key not in FREE_ON_RESUME or name != "training":
                     inner = f"{name}.{key}" if name else key
                     yield from _differences(saved.get(key), given.get(key), inner)

@@ -4,15 +4,19 @@
 are in `auto_models`, imported when a configuration is read.
 """
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from gohgraph.common.files import read_json
 from gohgraph.models.config import ClassifierConfig, TransformerConfig
 from gohgraph.models.models import Classifier, LanguageModel, Transformer
 
 # Of `config.json` as gohgraph's own models write it, what is not about the shape.
 OWN = {"model", "format", "gohgraph"}
+# In a run's folder, where the trained model is.
+OF_RUN, CONFIG = "model", "config.json"
 
 
 class GohgraphConfig(PreTrainedConfig):
@@ -38,11 +42,15 @@ class GohgraphConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-        """Builds the configuration, and has its models registered with the Auto classes."""
+        """Builds the configuration, of a run's folder that of its model; has the models registered.
+
+        Raises:
+            ValueError: a run without a trained model.
+        """
         from gohgraph.models.auto_models import register
 
         register()
-        return super().from_dict(config_dict, **options)
+        return super().from_dict(_of_model(config_dict, options.get("name_or_path")), **options)
 
     @property
     def own(self) -> Any:
@@ -116,3 +124,21 @@ class GohgraphClassifierConfig(GohgraphConfig):
 
 
 CONFIGS = (GohgraphConfig, GohgraphSeq2SeqConfig, GohgraphClassifierConfig)
+
+
+def model_folder(folder: Path) -> Path:
+    """Returns where the weights are: of a run's folder, its model's."""
+    return folder / OF_RUN if (folder / OF_RUN / CONFIG).is_file() else folder
+
+
+def _of_model(values: dict[str, Any], name: Any) -> dict[str, Any]:
+    """The document of a model, where the settings of a run may have been read."""
+    if not isinstance(values.get("model"), dict):
+        return values
+    file = Path(name or "") / OF_RUN / CONFIG
+    if not file.is_file():
+        raise ValueError(
+            f"Expected a run that has left a model (got {name} without {OF_RUN}/{CONFIG}). Do resume it, or load one "
+            "of its checkpoints with gohgraph.learning.checkpoints."
+        )
+    return read_json(file, remedy="resume the run, which writes it again")

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import (
 
 from gohgraph.common.hub import local_folder
 from gohgraph.graphs.edge_graph import EdgeGraph
-from gohgraph.models.auto import GohgraphClassifierConfig, GohgraphConfig, GohgraphSeq2SeqConfig
+from gohgraph.models.auto import GohgraphClassifierConfig, GohgraphConfig, GohgraphSeq2SeqConfig, model_folder
 from gohgraph.models.auto_cache import OwnCache
 from gohgraph.models.keywords import check_unused, next_tokens, real_tokens, shifted_right
 from gohgraph.models.model_output import ModelOutput
@@ -67,8 +67,8 @@ class OwnModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
     ) -> "Self":
-        """Loads what gohgraph or transformers wrote; as `PreTrainedModel.from_pretrained`, for pruned models too."""
-        folder = local_folder(pretrained_model_name_or_path, dict(kwargs))
+        """Loads what gohgraph or transformers wrote, a run's folder too; as `PreTrainedModel.from_pretrained`."""
+        folder = model_folder(local_folder(pretrained_model_name_or_path, dict(kwargs)))
         config = cls.config_class.from_pretrained(folder) if config is None else config
         setattr(config, EDGES, _edges_in(folder))
         return super().from_pretrained(folder, *model_args, config=config, **kwargs)

@@ -6,9 +6,12 @@ import copy
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, init_empty_weights
+from accelerate import cpu_offload, disk_offload, init_empty_weights, load_checkpoint_and_dispatch
 from helpers import moved
+from ranks import run_ranks
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from transformers_models import BOTH, INTERFACE, OUTPUTS, OUTPUTS_ONLY, build, inputs_of
 
 import gohgraph as goh
@@ -34,6 +37,14 @@ def converted(name):
     return moved(model), inputs, logits(model, **inputs)
 
 
+def copy_tables(real, model):
+    """Of transformers' own tables a state dict holds none."""
+    for key, buffer in real.named_buffers():
+        owner, _, last = key.rpartition(".")
+        if "head_graphs" not in key:
+            model.get_submodule(owner)._buffers[last] = buffer.clone()
+
+
 @pytest.mark.parametrize("way", ["assign", "to_empty"])
 @pytest.mark.parametrize("name", NAMES)
 def test_converted_on_meta_and_filled(name, way):
@@ -48,11 +59,7 @@ def test_converted_on_meta_and_filled(name, way):
     state = {key: value.clone() for key, value in real.state_dict().items()}
     model.load_state_dict(state, strict=False, assign=way == "assign")
     model.tie_weights()
-    # Of transformers' own tables the state holds none.
-    for key, buffer in real.named_buffers():
-        owner, _, last = key.rpartition(".")
-        if "head_graphs" not in key:
-            model.get_submodule(owner)._buffers[last] = buffer.clone()
+    copy_tables(real, model)
     assert torch.equal(logits(model, **inputs), expected)
 
 
@@ -111,3 +118,56 @@ def test_what_is_not_in_memory_is_not_written_into(where):
     for change in (goh.fold, goh.prune):
         with pytest.raises(ValueError, match="on meta, or offloaded.*Do load it first"):
             change(model)
+
+
+LAYERS = {"llama": "LlamaDecoderLayer", "gpt2": "GPT2Block", "bert": "BertLayer", "t5": "T5Block"}
+
+
+def sharded_from_meta(rank, names):
+    return [sharded(name) for name in names]
+
+
+def sharded(name):
+    """FSDP2's recipe; returns how far logits and gradients are from those of the model in one piece."""
+    torch.manual_seed(0)
+    real, inputs, expected = converted(name)
+    with torch.device("meta"):
+        model = INTERFACE[name]().eval()
+    goh.convert(model, BOTH)
+    for layer in [module for module in model.modules() if type(module).__name__ == LAYERS[name]]:
+        fully_shard(layer)
+    fully_shard(model)
+    model.to_empty(device="cpu")
+    state = {key: value.clone() for key, value in real.state_dict().items()}
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=True))
+    model.tie_weights()
+    copy_tables(real, model)
+    found = model(**inputs).logits
+    found.square().mean().backward()
+    real(**inputs).logits.square().mean().backward()
+    gradients = {key: parameter.grad for key, parameter in real.named_parameters() if parameter.grad is not None}
+    away = [(parameter.grad.full_tensor() - gradients[key]).abs().max() for key, parameter in model.named_parameters()
+            if key in gradients]  # fmt: skip
+    assert len(away) == len(gradients)
+    return (found - expected).abs().max().item(), max(away).item()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_fsdp_shards_a_model_that_was_converted_on_meta(world):
+    names = [*LAYERS] if world == 1 else ["llama", "t5"]
+    for found in run_ranks(world, sharded_from_meta, names):
+        assert len(found) == len(names) and all(off < 1e-5 for pair in found for off in pair)
+
+
+@pytest.mark.parametrize("placed", [{"": "cpu"}, "auto"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_accelerate_loads_a_checkpoint_tensor_by_tensor(name, placed, tmp_path):
+    real, inputs, expected = converted(name)
+    real.save_pretrained(tmp_path)
+    # Buffers stay in memory, and those of the head graphs are in no file.
+    with init_empty_weights():
+        model = INTERFACE[name]().eval()
+        goh.convert(model, BOTH)
+    model.tie_weights()
+    model = load_checkpoint_and_dispatch(model, tmp_path, device_map=placed)
+    assert torch.equal(logits(model, **inputs), expected)

@@ -293,6 +293,41 @@ def test_edges_are_spelled_out_where_no_topology_says_them(tmp_path):
     assert sum(len(edges) for block in pruned.values() for edges in block["edges"].values()) == 36
 
 
+def test_one_configuration_makes_several_models_and_is_written_as_it_was_read(tmp_path):
+    far("llama").save_pretrained(tmp_path / "model")
+    config = hf.AutoConfig.from_pretrained(tmp_path / "model")
+    config.save_pretrained(tmp_path / "config")
+    assert config_of(tmp_path / "config") == config_of(tmp_path / "model")
+    for read in (config, config, hf.AutoConfig.from_pretrained(tmp_path / "config")):
+        made = hf.AutoModelForCausalLM.from_config(read)
+        assert hasattr(made.model.layers[1].self_attn, "head_graphs") and type(made.config) is hf.LlamaConfig
+
+
+def test_a_class_that_no_auto_class_knows_for_its_configuration(tmp_path):
+    shape = dict(hidden_size=24, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4)
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = hf.Emu3TextConfig(vocab_size=97, num_key_value_heads=2, **shape, **ids)
+    model = hf.Emu3ForCausalLM(config).eval()
+    convert(model, BOTH)
+    moved(model).save_pretrained(tmp_path)
+    loaded = load_converted(tmp_path)
+    assert type(loaded) is hf.Emu3ForCausalLM and torch.equal(output(loaded), output(model))
+
+
+def test_an_adapter_on_the_edges_themselves():
+    model = far("llama")
+    before = output(model)
+    settings = {"target_modules": [], "target_parameters": ["head_graphs.output_graph.edges.weight"]}
+    adapted = get_peft_model(model, LoraConfig(r=2, **settings)).eval()
+    assert torch.equal(output(adapted), before)
+    for name, parameter in adapted.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(parameter, std=0.3)
+    expected = output(adapted)
+    assert (expected - before).abs().max() > 1e-3
+    torch.testing.assert_close(output(adapted.merge_and_unload()), expected, rtol=0, atol=1e-5)
+
+
 def test_a_loaded_model_folds_and_says_the_same_again(tmp_path):
     model = far("bert", HeadGraphConfig(SiteConfig(edges="static")))
     model.save_pretrained(tmp_path / "first")

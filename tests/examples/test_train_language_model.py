@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from example_runs import check_resumed, refused
 from helpers import load_script
 
@@ -57,7 +58,8 @@ def test_one_run_leaves_everything(script, text, tmp_path, monkeypatch, capsys, 
     assert script.main(["--data", str(text), *TINY, *flags]) == 0
     folder = tmp_path / "out"
     assert all((folder / name).stat().st_size > 5000 for name in ("curves.png", "heads.png"))
-    names = "config.json log.csv curves.png checkpoints model sample.txt heads.png result.json tensorboard"
+    names = "config.json log.csv curves.png checkpoints model sample.txt heads.png result.json tensorboard "
+    names += "tokenizer.json tokenizer_config.json"
     assert {path.name for path in folder.iterdir()} == set(names.split())
     model = LanguageModel.from_pretrained(folder / "model")
     assert model.config.head_graph.outputs.cross_layer == 1 and model.config.head_graph.scores.options == {}
@@ -68,6 +70,19 @@ def test_one_run_leaves_everything(script, text, tmp_path, monkeypatch, capsys, 
     assert settings["flags"]["sites"] == "both" and settings["model"] == model.config.to_dict()
     shown = capsys.readouterr().out
     assert "out/heads.png" in shown and f"{result['parameters']:,}" in shown
+    ids = torch.randint(256, (1, 9))
+    for place in (folder, folder / "model"):
+        loaded = hf.AutoModelForCausalLM.from_pretrained(place)
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+        assert hf.AutoTokenizer.from_pretrained(place)("né").input_ids == list("né".encode())
+        write = hf.pipeline("text-generation", model=str(place))
+        written = write("heads pass", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+        expected = model.generate(torch.tensor([list(b"heads pass")]), 5, temperature=0)[0].tolist()
+        assert written == bytes(expected).decode("utf-8", "replace")
+    (folder / "model" / "config.json").unlink()
+    with pytest.raises(ValueError, match="a run that has left a model"):
+        hf.AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_the_default_folder_and_a_smoke_run(script, main, text, tmp_path):

@@ -40,12 +40,15 @@ def linear_weight(module: nn.Module) -> Tensor:
         >>> linear_weight(torch.nn.Linear(3, 5)).shape
         torch.Size([5, 3])
     """
-    if type(module) is nn.Linear:
+    # The weight of a plain Linear may be a quantised tensor that says it is of floats.
+    if type(module) is nn.Linear and type(module.weight.data) is Tensor:
         return module.weight.detach()
     if type(module).__name__ == "Conv1D":
         return module.weight.detach().t()
     width = next(getattr(module, name) for name in ("in_features", "nx") if hasattr(module, name))
-    weight = next(p for p in module.parameters() if p.is_floating_point())
+    kept = [*module.parameters(), *module.buffers()]
+    plain = [tensor for tensor in kept if type(tensor.data) is Tensor and tensor.is_floating_point()]
+    weight = plain[0] if plain else torch.empty(0, device=kept[0].device if kept else "cpu")
     with torch.no_grad():
         eye = torch.eye(width, dtype=weight.dtype, device=weight.device)
         return (module.forward(eye) - module.forward(torch.zeros_like(eye[:1]))).t()  # [out, M]

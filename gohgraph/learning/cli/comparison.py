@@ -88,10 +88,10 @@ class Comparison(ContestScript):
         model = self.build(config)
         # The plain side has no heads to leave out.
         anneal = (self.flags.anneal_top_k or 0) if config.head_graph is not None else 0
+        settings = {"model_type": model.model_type, "model": model.config.to_dict(), "data": self.data_settings}
         return self.training(
             model, self.batches(seed), self.loss, self.config(seed, rate, anneal_top_k=anneal, **self.schedule()), leaf,
-            evaluate=self.evaluate, settings={"model": model.config.to_dict(), "data": self.data_settings},
-            **self.tracking(model, leaf),
+            evaluate=self.evaluate, settings=settings, **self.tracking(model, leaf),
         )  # fmt: skip
 
     def finish(self, training: Training, leaf: Path) -> Result:

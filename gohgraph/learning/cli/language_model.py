@@ -29,6 +29,7 @@ from gohgraph.learning.data.corpus import PYTHON_DOCS, evaluation_batches, load_
 from gohgraph.learning.regimes import language
 from gohgraph.learning.run_folder import step_seconds, write_text
 from gohgraph.learning.tracking import TensorBoard
+from gohgraph.models.byte_tokenizer import save_byte_tokenizer
 from gohgraph.models.config import FEED_FORWARD_ACTIVATIONS, POSITIONS, TransformerConfig
 from gohgraph.models.models import LanguageModel
 
@@ -138,6 +139,9 @@ class LanguageModelTraining(Comparison):
         text = self.corpus.validation
         losses = language.window_losses(model, text, **self.windows, limit=self.limit if self.flags.smoke else None)
         write_text(leaf / "sample.txt", language.sample_text(model, text, length=self.flags.length))
+        # transformers loads the run's folder, and the model's alone.
+        for folder in (leaf, leaf / "model"):
+            save_byte_tokenizer(folder)
         result = {
             "losses": losses, "validation_loss": losses.mean().item(), "standard_error": language.standard_error(losses)
         }  # fmt: skip
