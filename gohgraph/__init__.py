@@ -20,6 +20,7 @@ from gohgraph.convert.fold import fold
 from gohgraph.convert.head_order import share_important_heads
 from gohgraph.drawing import (
     draw,
+    draw_attention,
     draw_difference,
     draw_faithfulness,
     draw_matrices,
@@ -105,6 +106,7 @@ __all__ = [
     "composition_graph",
     "convert",
     "draw",
+    "draw_attention",
     "draw_confusion",
     "draw_difference",
     "draw_faithfulness",

@@ -1,6 +1,7 @@
 """Figures of head graphs, one file per view; each function takes data, returns the figure and never shows it."""
 
 from gohgraph.analysis.module_names import graph_titles
+from gohgraph.drawing.attention_patterns import draw_attention
 from gohgraph.drawing.circles import draw
 from gohgraph.drawing.curves import draw_curves
 from gohgraph.drawing.difference import draw_difference
@@ -15,6 +16,7 @@ from gohgraph.drawing.tokens import draw_tokens
 
 __all__ = [
     "draw",
+    "draw_attention",
     "draw_curves",
     "draw_difference",
     "draw_faithfulness",

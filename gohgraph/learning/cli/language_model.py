@@ -130,7 +130,8 @@ class LanguageModelTraining(Comparison):
         return {"tracker": tracker, "on_evaluate": log if can_log else None, "parallel": self.parallel}
 
     def evaluate(self, model: LanguageModel) -> dict[str, float]:
-        losses = language.window_losses(model, self.corpus.validation, **self.windows, limit=min(self.limit, self.evaluated))
+        limit = min(self.limit, self.evaluated)
+        losses = language.window_losses(model, self.corpus.validation, **self.windows, limit=limit)
         return {"validation_loss": losses.mean().item()}
 
     def measure(self, model: LanguageModel, leaf: Path) -> Result:
