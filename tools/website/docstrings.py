@@ -1,7 +1,7 @@
 """An extension of griffe: docstrings as mkdocstrings renders them.
 
-Formulas of `.. math::` become blocks of ```math, drawings behind `::` blocks of text, the doctests under `Example:` code,
-and arguments that share a line have one each.
+Formulas of `.. math::` become blocks of ```math, drawings behind `::` blocks of text, the doctests under `Example:`
+code, and arguments that share a line have one each.
 """
 
 from __future__ import annotations
