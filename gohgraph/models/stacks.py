@@ -17,7 +17,7 @@ from gohgraph.graphs.building import build_graph
 from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.graphs.protocol import ALIGNMENT, Losses
 from gohgraph.models.config import TransformerConfig
-from gohgraph.models.embeddings import positions_of_heads
+from gohgraph.models.embeddings import positions_of_heads, shared_rotation
 from gohgraph.models.objects import FeedForward
 from gohgraph.models.streams import HyperConnection, ResidualPath
 from gohgraph.models.sublayers import NORMS, Residual
@@ -161,6 +161,8 @@ class Stack(nn.Module):
         earlier = self.readers.nothing()
         routings: list[Routing] = []
         losses: Losses = {name: [] for name in self.losses}
+        rotaries = [layer.attention.object.rotary for layer in self.layers]
+        masks["positions"] = shared_rotation(rotaries, masks.get("positions"))
         x = self.path.enter(x)
         inputs: list[Tensor] = []
         for index, layer in enumerate(self.layers):
