@@ -4,6 +4,7 @@
     python tools/benchmark.py routing --sizes 512/8 --contexts 512 8192
     python tools/benchmark.py kernels --sizes 8/64 32/128 --capability 80
     python tools/benchmark.py convert --kinds "forward and backward" decode --threads 1
+    python tools/benchmark.py generate --threads 1
     python tools/benchmark.py quality --tasks text two-cues --variants plain element-gate outputs
 
 The first argument names what is measured, `speed` without one; each is a module of `benchmarks`, which says
@@ -22,7 +23,7 @@ from functools import partial
 from types import ModuleType
 
 import torch
-from benchmarks import convert, kernels, laws, memory, quality, recipe, routing, scaling, speed
+from benchmarks import convert, counts, generate, kernels, laws, memory, quality, recipe, routing, scaling, speed
 from benchmarks.timing import machine
 from tqdm import tqdm
 
@@ -38,6 +39,8 @@ COMMANDS = {
     "laws": laws,
     "recipe": recipe,
     "convert": convert,
+    "generate": generate,
+    "counts": counts,
     "kernels": kernels,
 }
 DEFAULT = "speed"
