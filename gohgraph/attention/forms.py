@@ -67,7 +67,7 @@ def attend(call: Call, form: str | None = None) -> Result:
         >>> attend(Call(q, q, q))[0].shape
         torch.Size([2, 7, 5, 4])
     """
-    call = _with_senders(call)
+    call = _prepared(call)
     if form is not None:
         return _named(form, call).run(call)
     return _chosen(call).run(call)
@@ -81,7 +81,7 @@ def explain(call: Call, form: str | None = None) -> dict[str, str]:
         >>> explain(Call(q, q, q))["plain"], explain(Call(q, q, q))["grouped"]
         ('taken', 'no router')
     """
-    call = _with_senders(call)
+    call = _prepared(call)
     taken = _chosen(call) if form is None else _named(form, call)
     reasons = {one.name: one.refuses(call) or one.pays(call) or f"{taken.name} comes first" for one in FORMS}
     return {**reasons, taken.name: "taken"}
@@ -109,7 +109,10 @@ def _named(name: str, call: Call) -> Form:
     return form
 
 
-def _with_senders(call: Call) -> Call:
+def _prepared(call: Call) -> Call:
+    """A call under messages as forms take it: with the senders of other ranks, and a mask that says what it is."""
+    if call.messages and call.mask.is_float:
+        call = call._replace(mask=call.mask.without_zeros())
     if call.scores is None:
         return call
     q, k = call.scores.graph.gather_senders(call.q, call.k)

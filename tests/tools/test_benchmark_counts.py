@@ -59,5 +59,5 @@ def test_the_table_and_the_file_are_the_counts(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(counts, "all_counts", lambda: {"a": counts.Counts(7, 2_500_000, 2048, 1024)})
     tool, file = load_script("tools", "benchmark"), tmp_path / "budgets.json"
     assert tool.main(["counts", "--json", str(file)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["|", "a", "|", "7", "|", "2.50", "|", "2", "|", "1", "|"]
+    assert capsys.readouterr().out.splitlines()[-1].replace("|", "").split() == ["a", "7", "2.50", "2", "1"]
     assert json.loads(file.read_text()) == {"a": {"calls": 7, "flops": 2_500_000, "bytes": 2048, "largest": 1024}}

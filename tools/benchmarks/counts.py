@@ -1,9 +1,10 @@
 """What a step of every form costs, counted and not timed: equal on every run, however busy the machine is.
 
 Counted are calls of torch's operators, floating-point operations of their products (not those inside torch's own
-attention on a CPU), bytes that they allocate, and the largest allocation: a form that copies caches, or leaves its tiles for whole maps, is seen there. `block` is a causal
-block in training (forward and backward) on 256 tokens, `decode` adds one token to 255 cached ones, in our block, in our
-language model and in a converted Llama. The budgets that the tests hold are `tools/benchmarks/budgets.json`:
+attention on a CPU), bytes that they allocate, and the largest allocation: a form that copies caches, or leaves its
+tiles for whole maps, is seen there. `block` is a causal block in training (forward and backward) on 256 tokens,
+`decode` adds one token to 255 cached ones, in our block, in our language model and in a converted Llama. The budgets
+that the tests hold are `tools/benchmarks/budgets.json`:
 
     python tools/benchmark.py counts --json tools/benchmarks/budgets.json
 """
@@ -116,7 +117,7 @@ def all_counts() -> dict[str, Counts]:
     found = {f"block, {name}": trained(name) for name in TRAINED}
     found |= {f"decode, {name}": decoded(name) for name in DECODED}
     models = [(backbone, variant) for backbone in BACKBONES for variant in CONVERTED]
-    return found | {f"decode, {backbone}, {variant}": decoded_by_model(backbone, variant) for backbone, variant in models}
+    return found | {f"decode, {', '.join(names)}": decoded_by_model(*names) for names in models}
 
 
 def budgets() -> dict[str, Counts]:
