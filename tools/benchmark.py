@@ -23,7 +23,20 @@ from functools import partial
 from types import ModuleType
 
 import torch
-from benchmarks import convert, counts, generate, kernels, laws, memory, quality, recipe, routing, scaling, speed
+from benchmarks import (
+    convert,
+    counts,
+    generate,
+    kernels,
+    laws,
+    memory,
+    quality,
+    recipe,
+    routing,
+    scaling,
+    speed,
+    thresholds,
+)
 from benchmarks.timing import machine
 from tqdm import tqdm
 
@@ -34,6 +47,7 @@ COMMANDS = {
     "speed": speed,
     "memory": memory,
     "scaling": scaling,
+    "thresholds": thresholds,
     "routing": routing,
     "quality": quality,
     "laws": laws,

@@ -26,13 +26,19 @@ from gohgraph.attention.tiled import FEWEST_ROWS, tiled_attention
 WIDEST_IN_DEGREE = 4
 
 # Where tiles are the fastest form of dense graphs on a CPU, given queries enough for a tile: from so many keys, or from
-# so many numbers of a head's keys, where whole maps take about as long and more memory. Below, and for a few queries
-# over many keys, what is done once a tile outweighs it: `tools/benchmark.py`, score-complete and score-complete-eager.
+# so many numbers of a head's keys, where whole maps take about as long and more memory, or where the maps of the whole
+# batch outgrow the cache and those of a sequence are worth a tile. Below, and for a few queries over many keys, what is
+# done once a tile outweighs it: `tools/benchmark.py thresholds`.
 TILED_FROM_KEYS, TILED_FROM_NUMBERS = 256, 128 * 64
+TILED_FROM_MAPS, TILED_FROM_SEQUENCE = 2**18, 2**17
+
+# Wide heads up to so many numbers are faster than tiles at every length: a tile's products are as thin as heads are.
+NARROW_WIDTH = 32
 
 # Numbers per row that need not be read for heads that are off, from which leaving these out pays on a CPU; with fewer
-# the calls cost more. Between 0.33 and 0.39 million by `tools/benchmark.py routing`, two threads.
-SKIP_FROM_UNREAD = 350_000
+# the calls cost more. By `tools/benchmark.py routing`: between 0.79 and 0.98 million on one thread, between 0.33 and
+# 0.39 on two, where a single token's `F.linear` keeps but one of them busy.
+SKIP_FROM_UNREAD_ON_ONE_THREAD, SKIP_FROM_UNREAD = 950_000, 350_000
 
 Result = tuple[Tensor, Any]
 
@@ -140,7 +146,8 @@ def why_all_heads(block: Any, x: Tensor, keys: int) -> str:
         return "" if block.form == "skipped" else f"{block.form} was asked for"
     off = 1 - block.router.num_active / block.num_heads
     unread = off * (keys * block.num_kv_heads * block.head_dim + block.d_model**2 / x.shape[0])
-    return "" if unread >= SKIP_FROM_UNREAD else f"{unread:,.0f} unread numbers, it pays from {SKIP_FROM_UNREAD:,} on"
+    pays_from = SKIP_FROM_UNREAD_ON_ONE_THREAD if torch.get_num_threads() == 1 else SKIP_FROM_UNREAD
+    return "" if unread >= pays_from else f"{unread:,.0f} unread numbers, it pays from {pays_from:,} on"
 
 
 def _refuses_skipped(call: Call) -> str:
@@ -283,10 +290,18 @@ def _kernel(call: Call) -> Result:
 def _pays_tiled(call: Call) -> str:
     if call.q.device.type != "cpu":
         return "measured to pay on a CPU only"
-    keys, head_dim = call.k.shape[1], call.k.shape[-1]
-    if call.q.shape[1] >= FEWEST_ROWS and (keys >= TILED_FROM_KEYS or keys * head_dim >= TILED_FROM_NUMBERS):
+    width = call.scores.graph.traits.most_senders * call.q.shape[-1] if call.scores is not None else 0
+    if 0 < width <= NARROW_WIDTH and not (_refuses_wide(call) or _pays_wide(call)):
+        return f"wide heads of {width} numbers are faster, up to {NARROW_WIDTH}"
+    (batch, rows, heads), (keys, head_dim) = call.q.shape[:3], call.k.shape[1::2]
+    maps = heads * rows * keys
+    outgrows = maps >= TILED_FROM_SEQUENCE and batch * maps >= TILED_FROM_MAPS
+    if rows >= FEWEST_ROWS and (keys >= TILED_FROM_KEYS or keys * head_dim >= TILED_FROM_NUMBERS or outgrows):
         return ""
-    return f"pays from {FEWEST_ROWS} queries and {TILED_FROM_KEYS} keys on, or {TILED_FROM_NUMBERS} numbers of a head's"
+    return (
+        f"pays from {FEWEST_ROWS} queries on, and {TILED_FROM_KEYS} keys, {TILED_FROM_NUMBERS} numbers of a head's, or "
+        f"{TILED_FROM_MAPS} of all maps"
+    )
 
 
 def _tiled(call: Call) -> Result:
