@@ -10,7 +10,7 @@ DEMO := $(or $(wildcard $(ALL)),$(VENV)/.installed-train)
 TRAIN := $(BIN)/python examples/train_language_model.py --compare $(if $(RUN),--run "$(RUN)")
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint smoke benchmark dist clean
+.PHONY: help venv demo test lint docs notebooks smoke benchmark dist clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,14 @@ lint: $(ALL)  ## check the style and the types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
+docs: $(VENV)/.installed-docs  ## build the site into site/, strictly; it is read from disk
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "built: open site/index.html"
+
+notebooks: $(ALL) $(VENV)/.installed-docs  ## run the notebooks of the site and keep what they print and draw
+	PYTHONWARNINGS=ignore TQDM_DISABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python -m nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False docs/notebooks/*.ipynb
+
 smoke: $(DEMO)  ## the demo with a few steps, to see that it runs
 	$(TRAIN) --smoke
 
@@ -45,5 +53,5 @@ dist: $(VENV)/.installed-dev  ## build the packages and check what an index woul
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove the virtual environment, build files and caches; run folders stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find gohgraph tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,13 @@
-"""Leaves out what needs an optional package that is not there, for doctests too; begins with the longest files."""
+"""For all tests, doctests too: the longest files first, none of a package that is not there, and no figures of runs."""
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
 
 # Flower needs Python 3.11.
 _NEEDS = {
@@ -32,6 +37,13 @@ _LONGEST = (
     "test_benchmark",
     "test_drawing_views",
 )
+# Who draws the figures of a run: to draw one takes longer than a training of a few steps.
+_FIGURES = {
+    "gohgraph.learning.training": "draw_curves",
+    "gohgraph.learning.cli.contest_script": "draw_curves",
+    "gohgraph.learning.cli.comparison": "draw",
+    "gohgraph.learning.federated.server": "draw_curves",
+}
 _PLACES = {name: place for place, name in enumerate(_LONGEST)}
 
 
@@ -43,3 +55,28 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: _PLACES.get(item.path.stem, len(_PLACES)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_figures():
+    """Runs leave empty files in place of their figures, but for tests that ask for `figures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in _drawing():
+            patch.setattr(owner, name, lambda drawn, path, **options: Path(path).touch())
+        yield
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Runs draw their figures."""
+    from gohgraph import drawing
+
+    for owner, name in _drawing():
+        monkeypatch.setattr(owner, name, getattr(drawing, name))
+
+
+def _drawing():
+    for module, name in _FIGURES.items():
+        # Flower need not be there, and takes its time.
+        if "federated" not in module or module in sys.modules:
+            yield import_module(module), name

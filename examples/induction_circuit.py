@@ -59,7 +59,7 @@ def study(flags: argparse.Namespace) -> None:
     goh.draw_network(drawn, flags.out / "circuit.png", title=title, threshold=0.03, limit=flags.limit)
     beside = {"composition": goh.composition_graph(model)}
     measured = goh.faithfulness(model, network, **held_out._asdict(), beside=beside, random=flags.random)
-    print(f"\n{_table(measured)}")
+    print(f"\n{measured.table()}")
     goh.draw_faithfulness(measured, flags.out / "faithfulness.png")
     lost = _without(model, network, held_out)
     print(
@@ -85,18 +85,6 @@ def _strongest(network: goh.HeadNetwork) -> str:
         numbers = "  ".join(f"{score:>8.2f}" for score in scores)
         ends = f"{edge['sender']} -> {edge['receiver']}"
         lines.append(f"{ends:<18} {edge['site']:<8} {edge['mean']:>+11.3f}           {numbers}")
-    return "\n".join(lines)
-
-
-def _table(measured: Faithfulness) -> str:
-    """f at every share, then the two areas, each with its interval."""
-    names = list(measured.values)
-    lines = ["  ".join([f"{'edges kept':>10}", *(f"{name:>22}" for name in names)])]
-    rows = [(f"{share:.1%}", [measured.at(share, name) for name in names]) for share in measured.shares]
-    rows += [("CPR", [measured.cpr(name) for name in names]), ("CMD", [measured.cmd(name) for name in names])]
-    for label, cells in rows:
-        texts = (f"{cell.value:.2f} [{cell.low:.2f}, {cell.high:.2f}]" for cell in cells)
-        lines.append("  ".join([f"{label:>10}", *(f"{text:>22}" for text in texts)]))
     return "\n".join(lines)
 
 

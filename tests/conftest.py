@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +16,3 @@ python_text.documentation = cache(python_text.documentation)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(20240229)
-
-
-@pytest.fixture
-def no_curves(monkeypatch):
-    """Leaves an empty curves.png in the folder of a run: to draw it takes longer than a training of a few steps."""
-    monkeypatch.setattr("gohgraph.learning.training.draw_curves", lambda histories, path: Path(path).touch())

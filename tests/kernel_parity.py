@@ -79,7 +79,7 @@ def test_blocks_of_heads_and_of_features_equal_whole_ones(monkeypatch):
     monkeypatch.setitem(launch.ROW_NUMBERS, 4, 256)
     sizes = launch.sizes(13, 19, itemsize=4)
     assert sizes["BLOCK"] == 8 and sizes["H"] == 16 and sizes["CHUNK"] == 16 and sizes["D"] == 32
-    assert_equals_maps(inputs(13, 13, S, head_dim=19), some_mask(S))
+    assert_equals_maps([x.detach()[:1].requires_grad_() for x in inputs(13, 13, S, head_dim=19)], some_mask(S)[:1])
 
 
 def test_tensors_of_any_strides():
@@ -113,8 +113,9 @@ def test_nothing_to_attend_gives_zeros_and_no_gradient(shape):
 
 
 def test_gradients_of_every_sample_are_those_of_a_loop():
-    tensors = [x.detach() for x in inputs(3, 3, S)]
-    keep = some_mask(S)
+    # One tile: the loop is over samples.
+    tensors = [x.detach()[:, :7] for x in inputs(3, 3, S)]
+    keep = some_mask(S)[..., :7, :7]
 
     def loss(q, k, v, w, keep):
         return flash_mixed_attention(*(x.unsqueeze(0) for x in (q, k, v, w, keep))).sin().sum()

@@ -1,15 +1,8 @@
-"""What the ranks in the tests of Megatron-Core do: `main(folder)` runs 1, 2 and 4 of them.
-
-Each rank leaves what it found in the folder. All are forked from one process, so that the imports are paid for once.
-"""
+"""What the ranks in the tests of Megatron-Core do; each leaves what it found in a folder."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -235,55 +228,19 @@ def save(folder: Path, model: GPTModel, optimizer: torch.optim.Optimizer) -> Non
     save_checkpoint(folder, model, optimizer, step=STEPS)
 
 
-def run_rank(rank: int, ranks: int, folder: Path, meeting: str, checks: tuple[str, ...]) -> None:
-    """One rank of one size."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+def run_checks(rank: int, folder: Path, checks: tuple[str, ...]) -> None:
+    """Checks of one rank of one size."""
+    ranks, found = dist.get_world_size(), {}
     parallel_state.initialize_model_parallel(ranks)
-    found = {}
     with cpu_trial(), mock.patch.object(WrappedTorchNorm, "__new__", norm):
         for check in checks:
             arguments = (folder,) if check == "data_parallel" else (folder, ranks)
             found[check] = globals()[f"check_{check}"](*arguments)
     torch.save(found, folder / f"{checks[0]}-{ranks}-{rank}.pt")
+
+
+def run_script(rank: int, port: int, flags: list[str]) -> int:
+    """The training script on one of many ranks, which meet again at a free port as torchrun's do; its exit code."""
     dist.destroy_process_group()
-
-
-def start_ranks(ranks: int, folder: Path, *checks: str) -> None:
-    """Runs the checks on so many ranks, and ends if one of them fails."""
-    meeting = tempfile.mktemp(dir=folder)
-    _start(run_rank, [(rank, ranks, folder, meeting, checks) for rank in range(ranks)])
-
-
-def run_script(ranks: int, *flags: str) -> None:
-    """Runs the training script on so many ranks, as torchrun does; they meet at a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    _start(run_script_rank, [(rank, ranks, port, flags) for rank in range(ranks)])
-
-
-def run_script_rank(rank: int, ranks: int, port: int, flags: tuple[str, ...]) -> None:
-    """One rank of the training script."""
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in numbers.items()})
-    sys.exit(load_script("examples/megatron", "pretrain_gpt").main(list(flags)))
-
-
-def _start(work: Any, arguments: list[tuple[Any, ...]]) -> None:
-    forked = multiprocessing.get_context("fork")
-    processes = [forked.Process(target=work, args=each) for each in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit(1)
-
-
-def main(folder: Path) -> None:
-    """Runs all sizes, one after another."""
-    start_ranks(1, folder, "equal", "training")
-    start_ranks(2, folder, "equal", "training")
-    start_ranks(1, folder, "resuming")
-    start_ranks(4, folder, "equal", "training", "resuming", "data_parallel")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return load_script("examples/megatron", "pretrain_gpt").main(flags)

@@ -234,9 +234,12 @@ def train_language_model(rank: int, argv: list[str], die_at: int | None = None) 
     Training._train_step = dying
     errors = io.StringIO()
     # Figures take longer than such a training; the tests of the script have them drawn.
-    no_curves = mock.patch("gohgraph.learning.training.draw_curves")
-    no_heads = mock.patch("gohgraph.learning.cli.comparison.draw")
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()), no_curves, no_heads:
+    figures = ("gohgraph.learning.training.draw_curves", "gohgraph.learning.cli.comparison.draw", "gohgraph.draw_load")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stderr(errors))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        for name in figures:
+            stack.enter_context(mock.patch(name))
         code = load_script("examples", "train_language_model").main(argv)
     return code, errors.getvalue()
 

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.forkserver import ensure_running
+from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest import mock
 
 import torch
 
-# One process imports everything once, and every rank is a fork of it.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["gohgraph.learning.cli.comparison", "accelerate", "matplotlib.pyplot", "torch._dynamo"])
+# One process imports everything once, what ranks do in the tests too, and every rank is a fork of it.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["rank_imports"])
+
+
+def start(function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """Calls the function in a process of its own."""
+    # Python 3.11's fork server does not look for modules where this process does.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        ensure_running()
+    process = _CONTEXT.Process(target=function, args=args)
+    process.start()
+    return process
 
 
 def run_ranks(
@@ -24,13 +38,11 @@ def run_ranks(
     Where the last one `dies`, what the others gave.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pool = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
+        pool = [_CONTEXT.Pipe(duplex=False) for _ in range(world)]
         processes = [
-            CONTEXT.Process(target=_rank, args=(rank, world, f"{folder}/store", sender, function, args), daemon=True)
+            start(_rank, rank, world, f"{folder}/store", sender, function, args)
             for rank, (_, sender) in enumerate(pool)
         ]
-        for process in processes:
-            process.start()
         try:
             living = pool[: world - dies]
             found = [receiver.recv() if receiver.poll(timeout) else "timed out" for receiver, _ in living]

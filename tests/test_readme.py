@@ -13,13 +13,19 @@ from unittest import mock
 
 import pytest
 from benchmarks.tasks import TASKS
+from website.links import source_url
 
+import gohgraph as goh
 from gohgraph.graphs.baselines import BASELINES
 from gohgraph.graphs.baselines.presets import PRESETS
 from gohgraph.graphs.topologies import TOPOLOGIES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
+# Where README's links lead, so that they hold on a package index too.
+LINKED = re.compile(rf"{re.escape(source_url())}/(?:blob|tree)/main/")
+PICTURE = re.compile(r"https://raw\.githubusercontent\.com/[\w-]+/[\w-]+/main/")
 
 
 def blocks(language: str, *pages: Path) -> list[str]:
@@ -92,8 +98,9 @@ def test_commands_name_existing_scripts_flags_and_values(script, monkeypatch, ca
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_in_the_text_exist(page):
-    named = set(re.findall(r"\b(?:gohgraph|tools|examples|tests|docs)/[\w/]+\.\w+", page.read_text()))
-    assert named and not [name for name in sorted(named) if not (ROOT / name).is_file()]
+    text = LINKED.sub("", PICTURE.sub("", page.read_text()))
+    named = set(re.findall(r"\b(?:gohgraph|tools|examples|tests|docs)/[\w/]+\.\w+", text))
+    assert not [name for name in sorted(named) if not (ROOT / name).is_file()]
 
 
 def test_make_targets_exist():
@@ -102,14 +109,31 @@ def test_make_targets_exist():
     assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
 
+def sections(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_linked_files_and_sections_exist(page):
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)|src=\"([^\"]+)\"", page.read_text())
-    assert links
-    for link in (a or b for a, b in links):
+    for link in (a or b for a, b in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", page.read_text())):
         name, _, section = link.partition("#")
         target = page.parent / name if name else page
+        if name.startswith("https:"):
+            target = ROOT / LINKED.sub("", PICTURE.sub("", name))
+            if target == ROOT / name:
+                continue
         assert target.exists(), link
-        if section:
-            titles = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.MULTILINE)
-            assert section in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
+        assert not section or section in sections(target), link
+
+
+def test_the_readme_is_short_and_links_absolutely():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 110
+    assert not re.findall(r"\]\((?!https:)", text) and LINKED.search(text) and PICTURE.search(text)
+
+
+def test_every_public_name_is_in_the_reference():
+    text = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+    documented = re.findall(r"^::: gohgraph\.(\w+)$", text, flags=re.MULTILINE)
+    assert sorted(documented) == sorted(goh.__all__)

@@ -5,6 +5,7 @@
     python tools/benchmark.py kernels --sizes 8/64 32/128 --capability 80
     python tools/benchmark.py convert --kinds "forward and backward" decode --threads 1
     python tools/benchmark.py generate --threads 1
+    python tools/benchmark.py attribution --sizes 12/12/768 --opponent --threads 1
     python tools/benchmark.py quality --tasks text two-cues --variants plain element-gate outputs
 
 The first argument names what is measured, `speed` without one; each is a module of `benchmarks`, which says
@@ -24,6 +25,7 @@ from types import ModuleType
 
 import torch
 from benchmarks import (
+    attribution,
     convert,
     counts,
     generate,
@@ -55,6 +57,7 @@ COMMANDS = {
     "convert": convert,
     "generate": generate,
     "counts": counts,
+    "attribution": attribution,
     "kernels": kernels,
 }
 DEFAULT = "speed"

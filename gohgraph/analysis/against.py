@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.analysis.architectures.wiring import Wiring
+from gohgraph.analysis.learned_edges import LearnedGraph, in_its_place
 from gohgraph.analysis.traces import Trace, check_trace, trace
 from gohgraph.common.checks import check_choice
 
@@ -24,7 +25,9 @@ MASKS = {
 }
 
 
-def other_trace(model: nn.Module, wiring: Wiring, inputs: Any, against: Against, clean: Trace) -> Trace:
+def other_trace(
+    model: nn.Module, wiring: Wiring, inputs: Any, against: Against, clean: Trace, graphs: Sequence[LearnedGraph] = ()
+) -> Trace:
     """Returns what takes the place of a clean run's parts; of words, with the clean run's norms."""
     if isinstance(against, str):
         check_choice("against", against, WORDS)
@@ -34,8 +37,9 @@ def other_trace(model: nn.Module, wiring: Wiring, inputs: Any, against: Against,
         heads = {name: take(values, masks[stream_of[name]]) for name, values in clean.heads.items()}
         wrote = {name: take(values, masks[stream_of[name]]) for name, values in clean.wrote.items()}
         starts = {(s.name, -1): take(clean.read[s.name, -1], masks[s.name]) for s in wiring.streams}
-        return replace(clean, heads=heads, wrote=wrote, read=clean.read | starts)
-    other, _ = trace(model, wiring, against)
+        sent = {one.name: in_its_place(against, clean.sent[one.name], masks[one.stream]) for one in graphs}
+        return replace(clean, heads=heads, wrote=wrote, read=clean.read | starts, sent=sent)
+    other, _ = trace(model, wiring, against, graphs=graphs)
     check_trace(other, model, wiring)
     masks, others = token_masks(inputs, wiring, clean), token_masks(against, wiring, other)
     for name, mask in masks.items():

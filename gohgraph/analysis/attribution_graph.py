@@ -6,12 +6,14 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.analysis.against import Against, other_trace, token_masks
-from gohgraph.analysis.architectures import Reading, Wiring, wiring_of
+from gohgraph.analysis.architectures import Wiring, wiring_of
 from gohgraph.analysis.architectures.weights import linear_weight
-from gohgraph.analysis.parts import Weights, Where, written
+from gohgraph.analysis.learned_edges import LearnedGraph, learned_graphs, worth
+from gohgraph.analysis.parts import Weights, Where, changed, written
 from gohgraph.analysis.running_stats import Moments
 from gohgraph.analysis.traces import Trace, check_trace, evaluating, trace
 from gohgraph.analysis.unit_network import OTHERS, Reader, UnitNodes, network_of
@@ -27,7 +29,7 @@ Metric = Callable[[Any], Tensor]
 
 def attribution_graph(
     model: nn.Module, inputs: Any, *, against: Against, metric: Metric, steps: int = 1, nodes: Collection[str] = (),
-    every_token: bool = False,
+    every_token: bool = False, learned: bool = True,
 ) -> HeadNetwork:  # fmt: skip
     r"""Returns which head did read which in a pretrained model: what every edge is worth for a behaviour.
 
@@ -45,20 +47,24 @@ def attribution_graph(
     (Gemma, OLMo 2) or on the stream (BERT, BART), heads' parts go through it with the norm's scale of that run.
 
     Args:
-        model: see `wiring_of` for the architectures. With head graphs of our own, their messages are part of c.
+        model: see `wiring_of` for the architectures. Head graphs of our own have edges beside those of the stream: what
+            one is worth is the slope of the metric when its message, alpha_ji(t) z_j(t), is the other run's in what
+            its receiver receives. What c_u is, is then the head's output after its messages.
         inputs: of one batch: a mapping of keyword arguments, a tuple, or a tensor.
         against: another batch of the same shape, `"mean"` over the batch (of real tokens at each place), or `"zero"`.
         metric: what the model returns -> one number for each example, `[B]`; see `gohgraph.analysis.metrics`.
         steps: points where the slope is taken; 1 takes it at the inputs.
         nodes: of "embedding", "mlp" and "logits", what is a node beside heads.
         every_token: also the attribution at every token, in `by_token`, `[E, T]`, mean over examples.
+        learned: the edges of head graphs are edges of the network too.
 
     Returns:
         The network; `mean` and `std` are over examples.
 
     Raises:
-        ValueError: a model whose layers are not known or whose residual stream is no sum of what they write; inputs
-            of another shape; a metric that is not one number an example.
+        ValueError: a model whose layers are not known or whose residual stream is no sum of what they write; with
+            `learned`, a head graph of several rounds, keyed or with norms; inputs of another shape; a metric that is
+            not one number an example.
 
     Example:
         >>> import gohgraph as goh
@@ -71,12 +77,14 @@ def attribution_graph(
     """
     check_int("steps", steps, low=1)
     check_bool("every_token", every_token)
+    check_bool("learned", learned)
     for kind in nodes:
         check_choice("nodes", kind, OTHERS)
     wiring = wiring_of(model)
+    graphs = learned_graphs(model, wiring) if learned else []
     with evaluating(model):
-        clean, other, slopes = _runs(model, wiring, inputs, against, metric, steps)
-    table = UnitNodes(wiring, nodes)
+        clean, other, slopes = _runs(model, wiring, inputs, against, metric, steps, graphs)
+    table = UnitNodes(wiring, nodes, graphs)
     masks = token_masks(inputs, wiring, clean)
     width = clean.read[wiring.streams[0].name, -1].shape[-1]
     found = _Edges(table, every_token, max(x.shape[1] for x in clean.read.values()))
@@ -86,30 +94,43 @@ def attribution_graph(
             for where in _blocks(example, mask, table, width):
                 _add_stream(found, stream.name, where, (clean, other), slopes, weights)
         found.end_of_stream()
-    network = network_of(table, found.values())
+    of_graphs = {one.name: _messages(one, (clean, other), slopes, masks[one.stream]) for one in graphs}
+    moments = {name: Moments(values.shape[1:2]) for name, values in of_graphs.items()}
+    for name, values in of_graphs.items():
+        moments[name].update(values.sum(dim=-1))
+    network = network_of(table, found.values(), {name: (m.mean, m.std) for name, m in moments.items()})
     if every_token:
-        network.by_token = found.by_token()
+        tokens = (values.mean(dim=0).cpu() for values in of_graphs.values())  # [E, T]
+        network.by_token = torch.cat([found.by_token(), *(F.pad(t, (0, found.length - t.shape[1])) for t in tokens)])
     return network
 
 
+def _messages(graph: LearnedGraph, runs: tuple[Trace, Trace], slopes: list[Trace], mask: Tensor) -> Tensor:
+    """What the edges of a head graph are worth, `[B, E, T]`."""
+    slope = sum(run.gradients[graph.name] for run in slopes) / len(slopes)  # [B, T, H, F]
+    pair = runs[0].sent[graph.name], runs[1].sent[graph.name]
+    return torch.stack([worth(graph, pair, slope, example, mask[example]) for example in range(len(mask))])
+
+
 def _runs(
-    model: nn.Module, wiring: Wiring, inputs: Any, against: Against, metric: Metric, steps: int
-) -> tuple[Trace, Trace, list[Trace]]:
+    model: nn.Module, wiring: Wiring, inputs: Any, against: Against, metric: Metric, steps: int,
+    graphs: list[LearnedGraph],
+) -> tuple[Trace, Trace, list[Trace]]:  # fmt: skip
     """The clean and the other run, and those with slopes."""
-    clean, output = trace(model, wiring, inputs, zeros=steps == 1)
+    clean, output = trace(model, wiring, inputs, graphs=graphs, zeros=steps == 1)
     check_trace(clean, model, wiring)
     examples = len(clean.read[wiring.streams[0].name, -1])
     slopes = [clean]
     if steps == 1:
         clean.take_gradients(metric_value(metric, output, examples))
     del output
-    other = other_trace(model, wiring, inputs, against, clean)
+    other = other_trace(model, wiring, inputs, against, clean, graphs)
     if steps > 1:
         slopes = []
         for step in range(1, steps + 1):
             ends = ((run.read[stream.name, -1] for run in (other, clean)) for stream in wiring.streams)
             starts = {s.name: a.lerp(b, step / steps) for s, (a, b) in zip(wiring.streams, ends, strict=True)}
-            slope, output = trace(model, wiring, inputs, zeros=True, starts=starts)
+            slope, output = trace(model, wiring, inputs, graphs=graphs, zeros=True, starts=starts)
             slope.take_gradients(metric_value(metric, output, examples))
             slopes.append(slope)
     return clean, other, slopes
@@ -144,17 +165,20 @@ class _Edges:
             self._flush()
             self._example = example
 
-    def add(self, reader: Reader, parts: Tensor, slopes: Tensor, where: Where) -> None:
-        """Takes in parts `[W, N, M]` and slopes `[R, N, M]`."""
-        key = reader.unit, reader.site
+    def add(self, readers: list[Reader], parts: Tensor, slopes: Tensor, where: Where) -> None:
+        """Takes in parts `[W, N, M]` and the slopes of several readers one after another, `[R, N, M]`."""
+        # One product for all: to read the parts takes as long as to multiply them.
         if self.every_token:
             values = torch.einsum("wnm,rnm->wrn", parts, slopes).double()  # [W, R, N]
-            total = self._tokens.setdefault(key, values.new_zeros(*values.shape[:2], self.length))
-            total.index_add_(2, where.tokens, values)
-            values = values.sum(dim=-1)  # [W, R]
         else:
             values = (parts.flatten(1) @ slopes.flatten(1).t()).double()  # [W, R]
-        self._sums[key] = self._sums.get(key, 0) + values
+        for reader, own in zip(readers, values.split([len(r.nodes) for r in readers], dim=1), strict=True):
+            key = reader.unit, reader.site
+            if self.every_token:
+                total = self._tokens.setdefault(key, own.new_zeros(*own.shape[:2], self.length))
+                total.index_add_(2, where.tokens, own)
+                own = own.sum(dim=-1)  # [W, R]
+            self._sums[key] = self._sums.get(key, 0) + own
 
     def end_of_stream(self) -> None:
         self._flush()
@@ -187,45 +211,58 @@ def _add_stream(
     table, wiring = found.table, weights.wiring
     found.begin(where.example)
     norms = [norm for norm in wiring.norms if norm.stream == stream]
-    events: list[tuple[int, int, Any]] = [(w.time, 0, w) for w in table.writers if w.stream == stream]
+    writers = [writer for writer in table.writers if writer.stream == stream]
+    events: list[tuple[int, int, Any]] = [(writer.time, 0, writer) for writer in writers]
     events += [(norm.time, 1, norm) for norm in norms]
-    events += [(r.reading.time, 2, r) for r in table.readers if r.reading.stream == stream]
-    parts: list[Tensor] = []
+    events += [(readers[0].reading.time, 2, readers) for readers in _together(table, stream)]
+    # Parts are kept apart where a norm of each run's own scale is still to come.
+    like, count = runs[0].read[stream, -1], sum(len(writer.nodes) for writer in writers)
+    parts = like.new_empty(1 + bool(norms), count, len(where.tokens), like.shape[-1])  # [2 or 1, W, N, M]
+    done = 0
     for _, kind, event in sorted(events, key=lambda event: event[:2]):
         if kind == 0:
-            pair = [written(event, run, weights, where) for run in runs]
-            # Parts are kept apart where a norm of each run's own scale is still to come.
-            new = torch.stack(pair) if norms else (pair[0] - pair[1]).unsqueeze(0)  # [2 or 1, W, N, M]
-            parts = [torch.cat([*parts, new], dim=1)]
-        elif kind == 1 and parts:
-            at = (where.of(run.normed[event.module]) for run in runs)
-            parts = [torch.stack([weights.carried(event.module, p, x) for p, x in zip(parts[0], at, strict=True)])]
-        elif kind == 2 and parts:
-            change = parts[0][0] - parts[0][1] if norms else parts[0][0]  # [W, N, M]
+            there = parts[:, done : done + len(event.nodes)]
+            if norms:
+                for one, run in zip(there, runs, strict=True):
+                    one.copy_(written(event, run, weights, where))
+            else:
+                there[0].copy_(changed(event, runs, weights, where))
+            done += len(event.nodes)
+        elif kind == 1:
+            for one, run in zip(parts, runs, strict=True):
+                one[:done] = weights.carried(event.module, one[:done], where.of(run.normed[event.module]))
+        elif done:
+            change = parts[0, :done] - parts[1, :done] if norms else parts[0, :done]  # [W, N, M]
             slope = sum(_slope(event, run, weights, where) for run in slopes) / len(slopes)  # [R, N, M]
             found.add(event, change, slope, where)
 
 
-def _slope(reader: Reader, run: Trace, weights: Weights, where: Where) -> Tensor:
-    """The slope of the metric in what each node of a reader reads of the stream, `[R, N, M]`."""
-    reading = reader.reading
-    if reader.site == "logits":
-        return where.of(run.gradients[reader.unit]).unsqueeze(0)
-    if reader.site == "mlp":
-        slope = where.of(run.gradients[reader.unit]).unsqueeze(0)  # [1, N, M]
-    else:
-        unit = weights.attentions[reader.unit]
-        rows = unit.rows[("queries", "keys", "values").index(reader.site)]
-        weight = rows.of(linear_weight(weights.model.get_submodule(rows.module)))  # [R, D, M]
-        gradient = rows.of(where.of(run.gradients[rows.module]), dim=-1)  # [N, R, D]
-        slope = torch.einsum("nrd,rdm->rnm", gradient, weight.to(gradient.dtype))
-    return slope if reading.norm is None else _through(reading, run, weights, where, slope)
+def _together(table: UnitNodes, stream: str) -> list[list[Reader]]:
+    """The readers of a stream, those that read the same through the same norm together."""
+    found: dict[tuple[int, str | None, bool], list[Reader]] = {}
+    for reader in table.readers:
+        if reader.reading.stream == stream:
+            key = reader.reading.time, reader.reading.norm, reader.site == "logits"
+            found.setdefault(key, []).append(reader)
+    return list(found.values())
 
 
-def _through(reading: Reading, run: Trace, weights: Weights, where: Where, slope: Tensor) -> Tensor:
-    """The transposed derivative of a norm at what was read, times slopes `[R, N, M]`."""
-    x = where.of(run.read[reading.stream, reading.time]).expand_as(slope)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        # Its `forward`, which no hook sees.
-        return torch.autograd.grad(weights.model.get_submodule(reading.norm).forward(x), x, slope)[0]
+def _slope(readers: list[Reader], run: Trace, weights: Weights, where: Where) -> Tensor:
+    """The slope of the metric in what each node of readers together reads of the stream, `[R, N, M]`."""
+    slope = torch.cat([_behind_norm(reader, run, weights, where) for reader in readers])
+    reading = readers[0].reading
+    # The model's head reads the end of the stream, where the slope is known before the norm.
+    if reading.norm is None or readers[0].site == "logits":
+        return slope
+    at = where.of(run.read[reading.stream, reading.time])
+    return weights.pulled_back(reading.norm, at, slope)
+
+
+def _behind_norm(reader: Reader, run: Trace, weights: Weights, where: Where) -> Tensor:
+    if reader.site in ("logits", "mlp"):
+        return where.of(run.gradients[reader.unit]).unsqueeze(0)  # [1, N, M]
+    unit = weights.attentions[reader.unit]
+    rows = unit.rows[("queries", "keys", "values").index(reader.site)]
+    weight = rows.of(linear_weight(weights.model.get_submodule(rows.module)))  # [R, D, M]
+    gradient = rows.of(where.of(run.gradients[rows.module]), dim=-1)  # [N, R, D]
+    return torch.einsum("nrd,rdm->rnm", gradient, weight.to(gradient.dtype))

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from gohgraph.analysis.architectures.weights import linear_weight
 from gohgraph.analysis.architectures.wiring import AttentionUnit, Reading, Rows, Wiring
+from gohgraph.analysis.learned_edges import LearnedGraph, on_whole_maps, sent
 from gohgraph.analysis.parts import Weights, written
 from gohgraph.analysis.traces import Hooks, Trace, keep, run, sites_of
 from gohgraph.analysis.unit_network import UnitNodes, Writer
 
-# By unit and site: whether an edge carries the other run's part, bool [W, R].
+# By unit and site: whether an edge carries the other run's part, bool [W, R]; of a head graph, [E, 1].
 Patched = Mapping[tuple[str, str], Tensor]
 
 
@@ -88,8 +89,12 @@ def run_patched(
         norm = model.get_submodule(reading.norm)
         return readers, norm.forward(own) - norm.forward(x)
 
-    with Hooks(model) as hooks, torch.no_grad():
+    with Hooks(model) as hooks, on_whole_maps(model, table.learned), torch.no_grad():
         _watch(hooks, wiring, now, changes)
+        for graph in table.learned:
+            drop = patched.get((graph.name, graph.site))
+            if drop is not None and drop.any():
+                hooks.on_graph(graph.name, partial(_other_messages, graph, other, drop.flatten()))
         for unit in wiring.units:
             if isinstance(unit, AttentionUnit):
                 for module in dict.fromkeys(rows.module for rows in unit.rows):
@@ -103,6 +108,15 @@ def run_patched(
         put = (hooks.on_output, end.last) if end.end.norm is None else (hooks.on_input, end.end.norm)
         put[0](put[1], lambda x: _shift(x, moved((end.last, "logits"), plain)))
         return run(model, inputs)
+
+
+def _other_messages(
+    graph: LearnedGraph, other: Trace, drop: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
+) -> Tensor:
+    """What a head graph returns, `[B, T, H, F]`, where some messages are the other run's."""
+    receivers, heads, drop = graph.conv.edge_index[1], graph.conv.num_heads, drop.to(result.device)
+    here = sent(graph, args, kwargs).received(receivers, heads, drop)
+    return result - here + other.sent[graph.name].received(receivers, heads, drop)
 
 
 def _watch(hooks: Hooks, wiring: Wiring, now: Trace, changes: Mapping[str, _Changes]) -> None:

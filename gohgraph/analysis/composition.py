@@ -13,8 +13,10 @@ from gohgraph.analysis.architectures import AttentionUnit, Rows, Wiring, wiring_
 from gohgraph.analysis.architectures.norms import Gain, gain_of
 from gohgraph.analysis.architectures.weights import Folder, Modules, linear_weight, modules_of
 from gohgraph.analysis.architectures.wiring import SITES
+from gohgraph.analysis.learned_edges import learned_graphs
+from gohgraph.analysis.strength import edge_strength
 from gohgraph.analysis.unit_network import Reader, UnitNodes, Writer, network_of
-from gohgraph.common.checks import check_int
+from gohgraph.common.checks import check_bool, check_int
 
 if TYPE_CHECKING:
     from gohgraph.analysis.network import HeadNetwork
@@ -23,8 +25,9 @@ KINDS = {site[0]: site for site in SITES}
 
 
 def composition_graph(
-    model: nn.Module | str | os.PathLike[str], kinds: str = "qkv", *, components: int | None = None
-) -> HeadNetwork:
+    model: nn.Module | str | os.PathLike[str], kinds: str = "qkv", *, components: int | None = None,
+    learned: bool = True,
+) -> HeadNetwork:  # fmt: skip
     r"""Returns which head could read which in a pretrained model: composition scores of all pairs, by weights alone.
 
     .. math::
@@ -46,12 +49,14 @@ def composition_graph(
         kinds: of "q", "k" and "v", which edges there are: sites "queries", "keys" and "values".
         components: so many leading singular components of both matrices are compared, instead of the whole, in which
             much is noise; from 1 to D.
+        learned: edges of head graphs are edges of the network too, with `edge_strength`, their size by weights alone.
 
     Returns:
         The network, whose `mean` is the score; `std` is 0.
 
     Raises:
-        ValueError: an unknown kind; a model whose layers are not known, or whose weights are elsewhere.
+        ValueError: an unknown kind; a model whose layers are not known, or whose weights are elsewhere; with `learned`,
+            a head graph of several rounds, keyed or with norms.
 
     Example:
         >>> import gohgraph as goh
@@ -62,12 +67,14 @@ def composition_graph(
     """
     if not kinds or set(kinds) - set(KINDS):
         raise ValueError(f"Expected kinds of 'q', 'k' and 'v' (got {kinds!r}). Do pass e.g. 'qkv'.")
+    check_bool("learned", learned)
     if components is not None:
         check_int("components", components, low=1)
     folder = None if isinstance(model, nn.Module) else Folder(model)
     wiring = wiring_of(model if folder is None else folder.model)
     modules = modules_of(model) if folder is None else folder
-    nodes = UnitNodes(wiring)
+    graphs = learned_graphs(model, wiring) if learned and isinstance(model, nn.Module) else []
+    nodes = UnitNodes(wiring, learned=graphs)
     units = {unit.name: unit for unit in wiring.attentions}
     values: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
@@ -76,7 +83,8 @@ def composition_graph(
             if readers:
                 found = _scores(readers, units, wiring, modules, nodes, components)
                 values |= {(name, site): (scores, torch.zeros_like(scores)) for site, scores in found.items()}
-    return network_of(nodes, values)
+    strengths = edge_strength(model) if graphs else {}
+    return network_of(nodes, values, {one.name: (s := strengths[one.name], torch.zeros_like(s)) for one in graphs})
 
 
 class _Side(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,9 +15,11 @@ from gohgraph.analysis.against import Against, other_trace
 from gohgraph.analysis.architectures import Wiring, wiring_of
 from gohgraph.analysis.attribution_graph import Metric, metric_value
 from gohgraph.analysis.circuit_run import run_patched
+from gohgraph.analysis.learned_edges import learned_graphs
 from gohgraph.analysis.traces import Trace, check_trace, evaluating, trace
 from gohgraph.analysis.unit_network import OTHERS, UnitNodes
 from gohgraph.common.checks import check_int, check_probability
+from gohgraph.common.tables import markdown_table
 
 if TYPE_CHECKING:
     from gohgraph.analysis.network import HeadNetwork
@@ -67,6 +70,16 @@ class Faithfulness:
         """Returns the area between f and 1: how far the circuits are from the model, 0 the best."""
         return self._interval(order, lambda f: self._area((1 - f).abs()))
 
+    def table(self) -> str:
+        """Returns f at every share, CPR and CMD with their intervals as a table of Markdown, an order a column."""
+        rows: list[tuple[str, Any]] = [(f"{share:.1%}", partial(self.at, share)) for share in self.shares]
+        rows += [("CPR (1 is best)", self.cpr), ("CMD (0 is best)", self.cmd)]
+        lines = [["edges kept", *self.values]]
+        for label, measure in rows:
+            cells = (measure(order) for order in self.values)
+            lines.append([label, *(f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in cells)])
+        return markdown_table(lines)
+
     def _area(self, f: Tensor) -> Tensor:
         return torch.trapezoid(f, torch.tensor(self.shares, dtype=f.dtype), dim=0)
 
@@ -102,7 +115,8 @@ def faithfulness(
 
     Args:
         model, inputs, against, metric: as in `attribution_graph`; best on other examples than the network was made of.
-        network: of `attribution_graph` or `composition_graph`.
+        network: of `attribution_graph` or `composition_graph`. Edges of head graphs that it has are patched as the
+            others are: the message of the other run arrives. Their weights' contexts hear everything.
         shares: of edges kept, each in [0, 1].
         beside: networks of the same edges whose order is measured too, by name, e.g. `{"composition": ...}`.
         random: so many random orders (seeds 0, 1, ...), whose mean is "random"; 0 for none.
@@ -193,14 +207,16 @@ class Circuit:
     def __init__(self, model: nn.Module, network: HeadNetwork, inputs: Any, against: Against, metric: Metric) -> None:
         self.model, self.inputs, self.metric = model, inputs, metric
         self.wiring: Wiring = wiring_of(model)
-        self.table = UnitNodes(self.wiring, [kind for kind in OTHERS if kind in network.kind])
+        named = set(network.graph) - {unit.name for unit in self.wiring.units}
+        graphs = [one for one in learned_graphs(model, self.wiring) if one.name in named] if named else []
+        self.table = UnitNodes(self.wiring, [kind for kind in OTHERS if kind in network.kind], graphs)
         self.blocks = edge_blocks(network, self.table)
         with evaluating(model):
-            clean, output = trace(model, self.wiring, inputs)
+            clean, output = trace(model, self.wiring, inputs, graphs=graphs)
             check_trace(clean, model, self.wiring)
             self.examples = len(clean.read[self.wiring.streams[0].name, -1])
             self.everything = self._metric(output)
-            self.other: Trace = other_trace(model, self.wiring, inputs, against, clean)
+            self.other: Trace = other_trace(model, self.wiring, inputs, against, clean, graphs)
 
     def value(self, kept: Tensor) -> Tensor:
         """Returns the metric `[B]` where only the kept edges, bool `[E]`, carry this run."""
@@ -229,6 +245,12 @@ def edge_blocks(
             [reader.unit] * (end - start), [reader.site] * (end - start)
         ):  # fmt: skip
             blocks[reader.unit, reader.site] = (start, end, shape)
+            start = end
+    for graph in table.learned:
+        shape = (graph.edges.shape[1], 1)
+        end = start + shape[0]
+        if network.graph[start:end] == [graph.name] * shape[0]:
+            blocks[graph.name, graph.site] = (start, end, shape)
             start = end
     if start != network.num_edges or network.label != table.columns["label"]:
         raise ValueError(

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from gohgraph.analysis.faithfulness import strongest_share
+from gohgraph.analysis.module_names import block_of
 from gohgraph.analysis.unit_network import OTHERS
 from gohgraph.common.checks import check_probability
 from gohgraph.common.files import checked_path, write_whole
@@ -36,6 +37,11 @@ def save_mib_circuit(network: HeadNetwork, path: str | os.PathLike[str], *, shar
         raise ValueError(
             f"Expected a decoder's network with the nodes {', '.join(OTHERS)} (got {missing or network.blocks}). Do "
             "pass them to attribution_graph."
+        )
+    if learned := sorted({graph for graph in network.graph if block_of(graph) != graph}):
+        raise ValueError(
+            f"Expected edges of the residual stream alone (got those of {len(learned)} head graphs, {learned[0]} the "
+            "first). Do pass learned=False to attribution_graph."
         )
     heads = max(head for head, kind in zip(network.head.tolist(), network.kind, strict=True) if kind == "head") + 1
     groups = max((h for h, k in zip(network.head.tolist(), network.kind, strict=True) if k == "key/value"), default=-1)

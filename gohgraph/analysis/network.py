@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,6 +70,23 @@ class HeadNetwork(Data):
                     continue
                 network[name] = _column(name, rows)
         return network
+
+    def only(self, chosen: Tensor) -> HeadNetwork:
+        """Returns a network of the same nodes with the edges of a bool mask `[E]` alone.
+
+        Example:
+            >>> import gohgraph as goh
+            >>> model = goh.LanguageModel(goh.TransformerConfig(9, d_model=8, num_heads=2, num_layers=2, d_ff=8))
+            >>> network = goh.composition_graph(model)
+            >>> network.only(torch.tensor([site == "keys" for site in network.site])).num_edges
+            4
+        """
+        places, kept = chosen.nonzero().flatten(), copy.copy(self)
+        for name in (*self.attributes()[1], *(["by_token"] if "by_token" in self else [])):
+            values = self[name]
+            kept[name] = values[places] if isinstance(values, Tensor) else [values[place] for place in places.tolist()]
+        kept.edge_index = self.edge_index[:, places]
+        return kept
 
     def attributes(self) -> tuple[list[str], list[str]]:
         """Returns the names of the node and of the edge attributes that are there."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gohgraph.analysis.architectures.norms import Gain, gain_of, scale_of
+from gohgraph.analysis.architectures.norms import Gain, gain_of, pulled_back, scale_of
 from gohgraph.analysis.architectures.weights import linear_weight
 from gohgraph.analysis.architectures.wiring import AttentionUnit, Wiring
 from gohgraph.analysis.traces import Trace
@@ -20,6 +20,8 @@ class Weights:
     def __init__(self, model: nn.Module, wiring: Wiring, width: int) -> None:
         self.model, self.wiring, self.width = model, wiring, width
         self._gains: dict[str, Gain] = {}
+        # By norm, whether its derivative has the form that is computed fast.
+        self._is_usual: dict[str, bool] = {}
         self.attentions = {unit.name: unit for unit in wiring.attentions}
         self.feed_forwards = {unit.name: unit for unit in wiring.feed_forwards}
 
@@ -37,6 +39,22 @@ class Weights:
         """Parts `[W, N, M]` of `x [N, M]` behind a norm whose scale is that of x."""
         gain = self.gain(norm)
         return gain(parts) * scale_of(self.model.get_submodule(norm), x, gain)
+
+    def pulled_back(self, norm: str, x: Tensor, slopes: Tensor) -> Tensor:
+        """The transposed derivative of a norm at `x [N, M]`, times slopes `[R, N, M]`."""
+        gain = self.gain(norm)
+        usual = pulled_back(gain, scale_of(self.model.get_submodule(norm), x, gain), x, slopes)
+        if norm not in self._is_usual:
+            exact = self._by_autograd(norm, x, slopes[:1])
+            limit = torch.finfo(exact.dtype).eps ** 0.5 * exact.abs().max()
+            self._is_usual[norm] = bool((usual[:1] - exact).abs().max() <= limit)
+        return usual if self._is_usual[norm] else self._by_autograd(norm, x, slopes)
+
+    def _by_autograd(self, norm: str, x: Tensor, slopes: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.expand_as(slopes).detach().requires_grad_()
+            # Its `forward`, which no hook sees.
+            return torch.autograd.grad(self.model.get_submodule(norm).forward(x), x, slopes)[0]
 
 
 class Where(NamedTuple):
@@ -57,8 +75,23 @@ def written(writer: Writer, seen: Trace, weights: Weights, where: Where) -> Tens
     if writer.unit in weights.feed_forwards:
         return where.of(seen.wrote[writer.unit]).unsqueeze(0)
     unit = weights.attentions[writer.unit]
-    heads = where.of(seen.heads[unit.name]).unflatten(-1, (unit.queries.heads, -1))  # [N, H, D]
-    parts = torch.einsum("nhd,hdm->hnm", heads, weights.output(unit).to(heads.dtype))  # [H, N, M]
+    parts = _read_out(unit, where.of(seen.heads[unit.name]), weights)
     if unit.post_norm is not None:
         parts = weights.carried(unit.post_norm, parts, where.of(seen.normed[unit.name]))
     return parts
+
+
+def changed(writer: Writer, runs: tuple[Trace, Trace], weights: Weights, where: Where) -> Tensor:
+    """Returns how two runs differ in what every node of a writer added to its stream, `[W, N, M]`."""
+    unit = weights.attentions.get(writer.unit) if writer.time >= 0 else None
+    if unit is not None and unit.post_norm is None:
+        first, second = (where.of(run.heads[unit.name]) for run in runs)
+        return _read_out(unit, first - second, weights)
+    first, second = (written(writer, run, weights, where) for run in runs)
+    return first - second
+
+
+def _read_out(unit: AttentionUnit, heads: Tensor, weights: Weights) -> Tensor:
+    """Heads' outputs `[N, H*D]` through W_O, `[H, N, M]`."""
+    by_head = heads.unflatten(-1, (unit.queries.heads, -1))  # [N, H, D]
+    return torch.einsum("nhd,hdm->hnm", by_head, weights.output(unit).to(heads.dtype))

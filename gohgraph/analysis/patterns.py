@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.analysis.architectures import AttentionUnit, Wiring
+from gohgraph.analysis.architectures.layouts import has
+from gohgraph.analysis.learned_edges import HOLDER
 from gohgraph.analysis.traces import Hooks, evaluating, run, trace
 
 
@@ -20,9 +22,10 @@ def attention_patterns(model: nn.Module, wiring: Wiring, inputs: Any) -> Iterato
     .. math:: z_i(t) = \sum_s a_i(t, s)\, e_s = a_i(t, \cdot)
 
     is the pattern, D keys a pass. What is read out stays that of the plain run, so later layers see no difference.
+    Where head graphs stand at outputs or values, the pattern is that of the heads before, or after, their messages.
 
     Raises:
-        ValueError: what reaches an output projection is no average of values: something stands between.
+        ValueError: what heads give is no average of values: messages between weights or gates stand between.
     """
     with evaluating(model):
         seen, _ = trace(model, wiring, inputs)
@@ -34,7 +37,7 @@ def attention_patterns(model: nn.Module, wiring: Wiring, inputs: Any) -> Iterato
             if not bool(((total - 1).abs().lt(1e-2) | total.abs().lt(1e-2)).all()):
                 raise ValueError(
                     f"Expected heads whose outputs are averages of values in {unit.name} (got weights that add up to "
-                    f"{total.min():.3g} to {total.max():.3g}). Do leave out graphs at values, weights and outputs."
+                    f"{total.min():.3g} to {total.max():.3g}). Do leave out graphs at weights, and routers."
                 )
             yield unit, pattern
 
@@ -52,19 +55,29 @@ def _part(model: nn.Module, unit: AttentionUnit, inputs: Any, start: int) -> Ten
         unit_vectors = torch.zeros(tokens, size, dtype=out.dtype, device=out.device)  # [S, D]
         count = max(0, min(size, tokens - start))
         unit_vectors[start : start + count, :count] = torch.eye(count, dtype=out.dtype, device=out.device)
+        if out.dim() == 4:
+            # What a graph between the values returns.
+            return unit_vectors[:, None].expand_as(out)
         out, features = out.clone(), unit.values.of(torch.arange(out.shape[-1], device=out.device))  # [G, D]
         out[..., features.flatten()] = unit_vectors.repeat(1, unit.values.heads)
         return out
 
     def take(z: Tensor) -> None:
-        found.append(z.detach().unflatten(-1, (unit.queries.heads, -1)).transpose(1, 2))  # [B, H, T, D]
+        heads = z.detach() if z.dim() == 4 else z.detach().unflatten(-1, (unit.queries.heads, -1))  # [B, T, H, D]
+        found.append(heads.transpose(1, 2))  # [B, H, T, D]
         raise _Seen
 
     with Hooks(model) as hooks, torch.no_grad():
-        hooks.on_output(unit.values.module, put)
-        hooks.on_input(unit.output, take)
+        hooks.on_output(_graph_of(model, unit, "inner_graphs.value") or unit.values.module, put)
+        hooks.on_input(_graph_of(model, unit, "output_graph") or unit.output, take)
         try:
             run(model, inputs)
         except _Seen:
             pass
     return found[0]
+
+
+def _graph_of(model: nn.Module, unit: AttentionUnit, slot: str) -> str | None:
+    """The name of what stands at a site of our own attention, or of a converted one; `None` where nothing does."""
+    names = (f"{unit.name}.{slot}", f"{unit.name}{HOLDER}.{slot}")
+    return next((name for name in names if has(model, name)), None)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gohgraph.analysis.architectures.wiring import SITES, AttentionUnit, FeedForwardUnit, Reading, Stream, Wiring
+from gohgraph.analysis.learned_edges import LearnedGraph, Sent, on_whole_maps, sent
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Trace:
         heads: by unit, the heads' outputs before W_O, `[B, T, H*D]`.
         wrote: by unit, what it added to the stream, `[B, T, M]`.
         normed: by unit with a norm behind and by module of a norm on the stream, what went in, `[B, T, M]`.
+        sent: by head graph, what its edges carried.
         zeros: by module, a zero that was added to what it returned or read; `gradients` are those of a metric.
     """
 
@@ -30,6 +33,7 @@ class Trace:
     heads: dict[str, Tensor] = field(default_factory=dict)
     wrote: dict[str, Tensor] = field(default_factory=dict)
     normed: dict[str, Tensor] = field(default_factory=dict)
+    sent: dict[str, Sent] = field(default_factory=dict)
     zeros: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
@@ -81,6 +85,14 @@ class Hooks:
 
         self._stack.enter_context(self.model.get_submodule(name).register_forward_hook(hook))
 
+    def on_graph(self, name: str, take: Callable[[tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]) -> None:
+        """Calls `take` with all that a head graph was given and what it returns, which a result replaces."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> Tensor | None:
+            return take(args, kwargs, result) if threading.get_ident() == self._thread else None
+
+        self._stack.enter_context(self.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+
 
 def run(model: nn.Module, inputs: Any) -> Any:
     """Returns the model's output for keyword arguments in a mapping, positional ones in a tuple, or one tensor."""
@@ -102,16 +114,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def trace(
-    model: nn.Module, wiring: Wiring, inputs: Any, *, zeros: bool = False, starts: Mapping[str, Tensor] | None = None
-) -> tuple[Trace, Any]:
+    model: nn.Module, wiring: Wiring, inputs: Any, *, graphs: Sequence[LearnedGraph] = (), zeros: bool = False,
+    starts: Mapping[str, Tensor] | None = None,
+) -> tuple[Trace, Any]:  # fmt: skip
     """Runs a model and returns what its units did, and its output.
 
     Args:
+        graphs: head graphs whose messages are kept.
         zeros: adds the zeros whose gradients are asked for later.
         starts: by stream, what takes the place of its first layer's input.
     """
     seen = Trace()
-    with Hooks(model) as hooks, torch.set_grad_enabled(zeros):
+    with Hooks(model) as hooks, on_whole_maps(model, graphs), torch.set_grad_enabled(zeros):
         for stream in wiring.streams:
             if starts is not None:
                 hooks.on_input(stream.first, lambda x, stream=stream: starts[stream.name].to(x.dtype))
@@ -121,6 +135,8 @@ def trace(
             hooks.on_input(norm.module, keep(seen.normed, norm.module))
         for unit in wiring.units:
             _watch(hooks, unit, seen, zeros)
+        for graph in graphs:
+            hooks.on_graph(graph.name, partial(_take_messages, graph, seen, zeros))
         output = run(model, inputs)
     return seen, output
 
@@ -143,6 +159,13 @@ def _watch(hooks: Hooks, unit: AttentionUnit | FeedForwardUnit, seen: Trace, zer
         hooks.on_input(unit.post_norm, keep(seen.normed, unit.name))
         last = unit.post_norm
     hooks.on_output(last, keep(seen.wrote, unit.name))
+
+
+def _take_messages(
+    graph: LearnedGraph, seen: Trace, zeros: bool, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
+) -> Tensor | None:
+    seen.sent[graph.name] = sent(graph, args, kwargs, result)
+    return _add_zero(seen.zeros, graph.name)(result) if zeros else None
 
 
 def _watch_reading(hooks: Hooks, reading: Reading, seen: Trace) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gohgraph.analysis.architectures.wiring import SITES, AttentionUnit, FeedForwardUnit, Reading, Wiring
+from gohgraph.analysis.learned_edges import OF_KEYS, LearnedGraph
 
 if TYPE_CHECKING:
     from gohgraph.analysis.network import HeadNetwork
@@ -47,13 +48,17 @@ class UnitNodes:
     Args:
         wiring: of the model.
         others: of `OTHERS`, which nodes there are beside heads.
+        learned: head graphs whose edges the network has, after those of the residual stream.
 
     Attributes:
         columns: of every node, as `HeadNetwork` has them.
         readers, writers: in the order they run.
     """
 
-    def __init__(self, wiring: Wiring, others: Collection[str] = ()) -> None:
+    def __init__(self, wiring: Wiring, others: Collection[str] = (), learned: Sequence[LearnedGraph] = ()) -> None:
+        self.learned = learned
+        # Of every attention unit, its query heads and its key/value heads.
+        self._heads: dict[str, tuple[range, range]] = {}
         self.columns: dict[str, list] = {name: [] for name in ("label", "block", "layer", "head", "kind")}
         self.readers: list[Reader] = []
         self.writers: list[Writer] = []
@@ -75,6 +80,13 @@ class UnitNodes:
         stream, time = reader.reading.stream, reader.reading.time
         return [writer for writer in self.writers if writer.stream == stream and writer.time < time]
 
+    def edges_of(self, graph: LearnedGraph) -> Tensor:
+        """Returns the edges of a head graph as nodes of the network, `[2, E]`."""
+        kind = graph.site in OF_KEYS
+        starts = torch.tensor([self._heads[unit.name][kind].start for unit in graph.units])
+        heads = graph.conv.num_heads
+        return starts[graph.edges // heads] + graph.edges % heads
+
     def _add(self, title: str, label: str, kind: str, count: int = 1, first: int = 0) -> range:
         start = len(self.columns["label"])
         numbers = [int(part) for part in title.split() if part.isdigit()]
@@ -90,6 +102,7 @@ class UnitNodes:
         short, heads, groups = unit.title.replace("layer ", ""), unit.queries.heads, unit.keys.heads
         nodes = self._add(unit.title, f"{short}.{{}}", "head", heads)
         keys = nodes if groups == heads else self._add(unit.title, f"{short}.{{}}kv", "key/value", groups)
+        self._heads[unit.name] = nodes, keys
         for site, reading, own in zip(SITES, unit.readings, (nodes, keys, keys), strict=True):
             self.readers.append(Reader(unit.name, site, reading, own))
         self.writers.append(Writer(unit.name, unit.reads.stream, unit.writes_at, nodes))
@@ -102,13 +115,17 @@ class UnitNodes:
         self.writers.append(Writer(unit.name, unit.reads.stream, unit.writes_at, nodes))
 
 
-def network_of(nodes: UnitNodes, values: dict[tuple[str, str], tuple[Tensor, Tensor]]) -> HeadNetwork:
+def network_of(
+    nodes: UnitNodes, values: Mapping[tuple[str, str], tuple[Tensor, Tensor]],
+    learned: Mapping[str, tuple[Tensor, Tensor]],
+) -> HeadNetwork:  # fmt: skip
     """Returns the network of all edges.
 
     Args:
         nodes: of the model.
         values: for every reader that has edges, by `(unit, site)`: means and standard deviations `[W, R]`, rows in the
             order of `edges_into`.
+        learned: the same `[E]` of the edges of every head graph, by its name.
     """
     from gohgraph.analysis.network import HeadNetwork
 
@@ -125,6 +142,12 @@ def network_of(nodes: UnitNodes, values: dict[tuple[str, str], tuple[Tensor, Ten
             column.append(part.detach().double().cpu().flatten())  # [W*R]
         graph += [reader.unit] * index[-1].shape[1]
         site += [reader.site] * index[-1].shape[1]
+    for one in nodes.learned:
+        index.append(nodes.edges_of(one))
+        for column, part in zip((mean, std), learned[one.name], strict=True):
+            column.append(part.detach().double().cpu())  # [E]
+        graph += [one.name] * index[-1].shape[1]
+        site += [one.site] * index[-1].shape[1]
     if not index:
         raise ValueError("Expected a model with edges between its layers (got none). Do pass one of at least two.")
     count, columns = len(graph), dict(nodes.columns)

@@ -206,8 +206,8 @@ class MultiHeadAttention(nn.Module):
         mask, dropout = Mask(keep_mask, self.causal), self.dropout if self.training else 0.0
         z, _ = attend(Call(q, k, v, mask, dropout, scores, weights, routed), self.form)  # [B, T, H, D]
         if self.output_graph is not None:
-            own = {"values": self._own(v, x, memory)} if self.output_graph.traits.reads_values else {}
-            z = self._pass_messages(z, x, history, active, token_mask, losses, **own)
+            read = {"values": self._values_of(v, x, memory)} if self.output_graph.traits.reads_values else {}
+            z = self._pass_messages(z, x, history, active, token_mask, losses, **read)
         if routing is not None:
             z = z * routing.gates.unsqueeze(-1).to(z.dtype)
         history.hand_on("outputs", z)
@@ -281,15 +281,15 @@ class MultiHeadAttention(nn.Module):
             for graph in self._map_graphs()
         ]
 
-    def _own(self, v: Tensor, x: Tensor, memory: Tensor | None) -> Tensor:
+    def _values_of(self, v: Tensor, x: Tensor, memory: Tensor | None) -> Tensor:
         """Of all values `[B, S, G, D]` those of the tokens of `x` themselves, for every head: `[B, T, H, D]`."""
         if memory is not None:
             raise ValueError(
                 f"Expected self attention for {type(self.output_graph).__name__}, which reads the tokens' own values "
                 "(got a memory). Do leave the graph out of cross attention."
             )
-        own = v[:, v.shape[1] - x.shape[1] :]  # [B, T, G, D]
-        return own.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
+        v = v[:, v.shape[1] - x.shape[1] :]  # [B, T, G, D]
+        return v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
 
     def _pass_messages(
         self,

@@ -84,5 +84,5 @@ def reorder_all(caches: list[tuple[KeyValueCache, ...]], rows: Tensor) -> None:
 
 def padded(mask: Tensor, length: int) -> Tensor:
     """Returns a token mask `[B, T]` continued with True to `length` tokens."""
-    more = mask.new_ones(mask.shape[0], length - mask.shape[1])
-    return torch.cat((mask, more), dim=1)  # [B, length]
+    continued = mask.new_ones(mask.shape[0], length - mask.shape[1])
+    return torch.cat((mask, continued), dim=1)  # [B, length]

@@ -89,7 +89,7 @@ def explain(call: Call, form: str | None = None) -> dict[str, str]:
     """
     call = _prepared(call)
     taken = _chosen(call) if form is None else _named(form, call)
-    reasons = {one.name: one.refuses(call) or one.pays(call) or f"{taken.name} comes first" for one in FORMS}
+    reasons = {other.name: other.refuses(call) or other.pays(call) or f"{taken.name} comes first" for other in FORMS}
     return {**reasons, taken.name: "taken"}
 
 

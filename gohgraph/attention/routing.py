@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +173,9 @@ class HeadRouter(nn.Module):
             if self.straight_through:
                 gates = active.to(gates.dtype) + (gates - gates.detach())
             return Routing(gates, active, *(self._statistics(routed, chosen, keep_mask) if statistics else ()))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @torch.no_grad()
     def update_balance_bias(self, load: Tensor) -> None:

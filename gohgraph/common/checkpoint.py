@@ -230,8 +230,8 @@ def _read_config(folder: Path, saved_with: dict[str, Any]) -> dict[str, Any]:
 def _parse(text: str, where: str) -> dict[str, Any]:
     document = parse_json(text, where, remedy="copy the file again or load another checkpoint")
     keys = {"model", "format", "gohgraph", "config"}
-    found = set(document) - {MODEL_TYPE} if isinstance(document, dict) else set()
-    if found != keys or not isinstance(document["config"], dict):
+    given = set(document) - {MODEL_TYPE} if isinstance(document, dict) else set()
+    if given != keys or not isinstance(document["config"], dict):
         got = sorted(document) if isinstance(document, dict) else type(document).__name__
         raise ValueError(
             f"Expected a gohgraph checkpoint with the keys {sorted(keys)} in {where} (got {got}). "

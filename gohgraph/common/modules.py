@@ -21,11 +21,12 @@ def working_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         copies = getattr(module, "modules_to_save", None)
         if isinstance(copies, nn.ModuleDict) and isinstance(getattr(module, "original_module", None), nn.Module):
-            chosen = [one for one in module.active_adapters if one in copies and not module.disable_adapters]
+            active = [] if module.disable_adapters else module.active_adapters
+            chosen = [adapter for adapter in active if adapter in copies]
             prefix = f"{name}." if name else ""
             working = f"modules_to_save.{chosen[0]}" if chosen else "original_module"
-            every = ["original_module", *(f"modules_to_save.{one}" for one in copies)]
-            idle += [f"{prefix}{one}." for one in every if one != working]
+            every = ["original_module", *(f"modules_to_save.{adapter}" for adapter in copies)]
+            idle += [f"{prefix}{copy}." for copy in every if copy != working]
         yield name, module
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -195,6 +195,9 @@ class GraphMultiheadAttention(HeadSlots):
             return y, None
         weights = weights.mean(dim=2) if average_attn_weights else weights.transpose(1, 2)  # [B, T, S], [B, H, T, S]
         return y, weights if batched else weights.squeeze(0)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         same_query, same_value = query is key, key is value

@@ -35,9 +35,9 @@ class Chain(nn.ModuleList, SiteGraph):
         """Passes the nodes `[*, H, F]` through all graphs."""
         for graph in self:
             state = keys if graph.traits.keyed else None
-            own = {"values": values} if graph.traits.reads_values else {}
+            read = {"values": values} if graph.traits.reads_values else {}
             before = reached(earlier, graph.traits.reach)
-            nodes = graph(nodes, context, before, active, keys=state, losses=losses, **own)
+            nodes = graph(nodes, context, before, active, keys=state, losses=losses, **read)
         return nodes
 
     def key_state(self, source: Tensor) -> Tensor | None:

@@ -98,12 +98,12 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         self.reach, self.num_senders = cross.layers, self.num_heads * (1 + self.cross_layer)
         self.top_edges = top_edges
         edge_index = cross.joined(head_graph(self.num_heads, graph, self_loops=False).edge_index, self.num_heads)
-        num_edges, more = edge_index.shape[1], {}
+        num_edges, scaling = edge_index.shape[1], {}
         if cross.scale is not None and self.cross_layer:
-            more = {"scaled": edge_index[0] >= self.num_heads, "scale_start": cross.scale}
+            scaling = {"scaled": edge_index[0] >= self.num_heads, "scale_start": cross.scale}
         scale = max(1.0, num_edges / self.num_heads) ** -0.5
         self.edges = EdgeWeights(
-            num_edges, context_dim, kind=edges, rank=rank, activation=activation, rounds=rounds, scale=scale, **more
+            num_edges, context_dim, kind=edges, rank=rank, activation=activation, rounds=rounds, scale=scale, **scaling
         )
         self.fusion = nn.Parameter(torch.zeros(rounds)) if rounds > 1 else None
         self.gain = nn.Parameter(torch.ones(self.num_senders, head_dim)) if norm else None

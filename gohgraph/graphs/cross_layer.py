@@ -86,9 +86,9 @@ class CrossLayer(Config):
 
     def joined(self, edge_index: Tensor, num_heads: int) -> Tensor:
         """Returns a graph's edges `[2, E]` with those from earlier layers, `[2, E']`: sender j + l*H, by receiver."""
-        own = [(j, i) for j, i in edge_index.t().tolist()]
-        pairs = self.pairs(own, num_heads)
-        edges = own + [(j + layer * num_heads, i) for layer in range(1, self.count + 1) for j, i in pairs]
+        local = [(j, i) for j, i in edge_index.t().tolist()]
+        pairs = self.pairs(local, num_heads)
+        edges = local + [(j + layer * num_heads, i) for layer in range(1, self.count + 1) for j, i in pairs]
         edges.sort(key=lambda edge: (edge[1], edge[0]))
         # On the CPU whatever the default device is, as `head_graph` does.
         return torch.tensor(edges, dtype=torch.long, device="cpu").reshape(-1, 2).t().contiguous()  # [2, E']

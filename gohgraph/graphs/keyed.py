@@ -42,8 +42,8 @@ class KeyedGraphConv(HeadGraphConv):
 
     def __init__(self, graph: Data, head_dim: int, context_dim: int, **options: Any) -> None:
         super().__init__(graph, head_dim, context_dim, **options)
-        more = {"rounds": self.rounds != 1, "cross_layer": self.cross_layer, "norm": self.gain is not None}
-        for option, is_set in {**more, "top_edges": self.top_edges is not None}.items():
+        refused = {"rounds": self.rounds != 1, "cross_layer": self.cross_layer, "norm": self.gain is not None}
+        for option, is_set in {**refused, "top_edges": self.top_edges is not None}.items():
             if is_set:
                 raise ValueError(
                     f"Expected keyed edges of one plain round (got {option} set). Do leave {option} at its default."

@@ -78,9 +78,9 @@ def _factors(graphs: list[nn.Module]) -> dict[int, float]:
     """Of every parameter at a site, the product of the factors of all graphs around it."""
     factors: dict[int, float] = {}
     for graph in graphs:
-        own = graph.traits.learning_rate_factor if isinstance(graph, SiteGraph) else 1.0
+        factor = graph.traits.learning_rate_factor if isinstance(graph, SiteGraph) else 1.0
         for parameter in graph.parameters():
-            factors[id(parameter)] = factors.get(id(parameter), 1.0) * own
+            factors[id(parameter)] = factors.get(id(parameter), 1.0) * factor
     return factors
 
 

@@ -6,7 +6,7 @@ Each holds one of `gohgraph.models.models` as `model` and speaks transformers' n
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -35,6 +35,9 @@ from gohgraph.models.keywords import check_unused, next_tokens, real_tokens, shi
 from gohgraph.models.model_output import ModelOutput
 from gohgraph.models.models import Classifier, LanguageModel, Transformer, logits_of
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 EDGES = "edge_index"
 # What the cache is called in outputs: older versions of transformers say past_key_values.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -61,7 +64,7 @@ class OwnModel(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **options: Any) -> Any:
+    def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **options: Any) -> "Self":
         """Loads what gohgraph or transformers wrote; as `PreTrainedModel.from_pretrained`, for pruned models too."""
         folder = local_folder(name, dict(options))
         config = cls.config_class.from_pretrained(folder) if config is None else config
@@ -113,6 +116,9 @@ class GohgraphForCausalLM(OwnModel, GenerationMixin):
         targets = None if labels is None else next_tokens(labels)
         output = self.model(input_ids, targets, keep_mask=real_tokens(attention_mask), caches=caches)
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits[:, -logits_to_keep:], **{CACHE: cache})
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def prepare_inputs_for_generation(
         self,
@@ -186,6 +192,9 @@ class GohgraphForSeq2SeqLM(OwnModel, GenerationMixin):
         decoded = self.model.decode(decoder_input_ids, memory, caches=cache and cache.layers, **masks)
         return Seq2SeqLMOutput(logits=logits_of(self.model, decoded.x), **{CACHE: cache})
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, cache: Any = None, past_key_values: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -221,6 +230,9 @@ class GohgraphForClassification(OwnModel):
         inputs = input_ids if pixel_values is None else pixel_values
         output: ModelOutput = self.model(inputs, labels, keep_mask=real_tokens(attention_mask))
         return ImageClassifierOutput(loss=output.loss, logits=output.logits)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 @cache

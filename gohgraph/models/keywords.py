@@ -63,5 +63,5 @@ def check_unused(others: dict[str, Any]) -> None:
 
 def by_name(output: ModelOutput) -> Any:
     """Returns an output as the dictionary that transformers' Trainer takes from models of others."""
-    found = {"loss": output.loss, "logits": output.logits}
-    return {name: value for name, value in found.items() if value is not None}
+    entries = {"loss": output.loss, "logits": output.logits}
+    return {name: value for name, value in entries.items() if value is not None}

@@ -21,9 +21,9 @@ def sum_gradients(value: Tensor, group: ProcessGroup) -> Tensor:
     return _apply(value, group, 0, _same, _all_reduce)
 
 
-def gather_heads(own: Tensor, group: ProcessGroup) -> Tensor:
+def gather_heads(heads: Tensor, group: ProcessGroup) -> Tensor:
     """All-gathers `[*, b, D]` of every rank to `[*, n*b, D]`; backward is one reduce-scatter."""
-    return _apply(own, group, HEADS, _all_gather, _reduce_scatter)
+    return _apply(heads, group, HEADS, _all_gather, _reduce_scatter)
 
 
 def scatter_heads(sums: Tensor, group: ProcessGroup) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 import gohgraph as goh
 from gohgraph.analysis.architectures.norms import gain_of, scale_of
+from gohgraph.analysis.module_names import block_of
 
 SITES = ("queries", "keys", "values")
 
@@ -98,7 +99,7 @@ def test_scores_are_those_of_whole_matrices(name):
         chosen = torch.tensor([g == graph and s == site for g, s in zip(network.graph, network.site, strict=True)])
         torch.testing.assert_close(network.mean[chosen].view(scores.shape), scores, rtol=1e-9, atol=1e-9)
         found += scores.numel()
-    assert found == network.num_edges and (network.std == 0).all()
+    assert found == sum(block_of(graph) == graph for graph in network.graph) and (network.std == 0).all()
 
 
 def test_leading_components_are_those_of_the_singular_value_decomposition():

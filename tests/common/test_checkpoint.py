@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from ranks import CONTEXT
+from ranks import start
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -208,8 +208,7 @@ def die_at(target, folder):
 @pytest.mark.parametrize("target, width", [("model.safetensors", 5), ("config.json", 11)])
 def test_a_killed_process_leaves_a_whole_checkpoint(model, tmp_path, target, width):
     model.save_pretrained(tmp_path)
-    process = CONTEXT.Process(target=die_at, args=(target, tmp_path))
-    process.start()
+    process = start(die_at, target, tmp_path)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert Tiny.from_pretrained(tmp_path).config.d_model == width

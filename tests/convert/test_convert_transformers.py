@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from helpers import moved
+from pairs import pairwise
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers_models import (
@@ -47,9 +48,13 @@ def logits(model, **inputs):
     return model(**inputs).logits
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", INTERFACE)
+# What stays bit for bit is looked at in every model.
+CONVERTED = pairwise(
+    INTERFACE, ("sdpa", "eager"), CONFIGS, keep=lambda name, *how: how == ("sdpa", "outputs") or name == "llama"
+)
+
+
+@pytest.mark.parametrize(("name", "implementation", "config"), CONVERTED)
 @torch.no_grad()
 def test_converting_changes_nothing_moving_edges_does_and_unconverting_restores(name, implementation, config):
     model = build(name, implementation)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from helpers import moved
+from pairs import pairwise
 from transformers_models import INTERFACE, inputs_of, tokens
 
 import gohgraph as goh
@@ -95,9 +96,11 @@ def by_head_graphs_alone(name, config, folder):
 DOORS = (by_auto_class, by_trainer, by_pickle, by_state_dict, by_save_converted, by_head_graphs_alone)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+@pytest.mark.parametrize(
+    ("door", "config", "name"),
+    pairwise(DOORS, CONFIGS, MODELS),
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_a_model_comes_back_as_it_was(door, config, name, tmp_path):
     again = partial(door, name, config, tmp_path)
     if door is by_state_dict and config == "pruned":

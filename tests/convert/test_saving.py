@@ -29,9 +29,26 @@ def output(model, inputs=None):
     return found.logits if hasattr(found, "logits") else found[0]
 
 
-def run(code):
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    return done.returncode, done.stderr
+# Every code in a process of its own, in which nothing but torch has been imported.
+FORKS = """
+import os, sys, torch, traceback
+for number, code in enumerate(sys.argv[2:]):
+    if not os.fork():
+        try:
+            exec(code, {})
+        except BaseException:
+            with open(f"{sys.argv[1]}/{number}.txt", "w") as file:
+                traceback.print_exc(file=file)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def in_processes(folder, *codes):
+    """Runs each code in a process of its own; none may fail."""
+    folder.mkdir()
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS, str(folder), *codes], check=True)
+    assert [path.read_text() for path in folder.iterdir()] == []
 
 
 def config_of(folder):
@@ -50,36 +67,46 @@ def test_every_family_comes_back_from_its_own_save_pretrained(name, tmp_path):
     assert torch.equal(output(load_converted(tmp_path), inputs), output(model, inputs))
 
 
-def test_without_gohgraph_the_folder_is_refused_and_with_it_read_whichever_is_imported_first(tmp_path):
-    model = far("llama")
-    model.save_pretrained(tmp_path)
-    load = f"from transformers import AutoModelForCausalLM as A; m = A.from_pretrained({str(tmp_path)!r})"
-    code, error = run(load)
-    assert code and "gohgraph-converted" in error
-    # Asked by its name, the stock class finds the backbone's configuration, and no weights.
-    code, error = run(load.replace("AutoModel", "Llama"))
-    assert code and "import gohgraph and load them with an Auto class" in error
-    check = "; assert m.model.layers[0].self_attn.head_graphs.score_graph is not None"
-    for both in (f"import gohgraph; {load}{check}", load.replace("; m =", "; import gohgraph; m =") + check):
-        code, error = run(both)
-        assert not code, error
+WITHOUT_GOHGRAPH = """
+import traceback
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+def refusal(cls):
+    try:
+        cls.from_pretrained({saved!r})
+    except Exception:
+        return traceback.format_exc()
+assert "gohgraph-converted" in refusal(AutoModelForCausalLM)
+# Asked by its name, the stock class finds the backbone's configuration, and no weights.
+assert "import gohgraph and load them with an Auto class" in refusal(LlamaForCausalLM)
+import gohgraph
+model = AutoModelForCausalLM.from_pretrained({saved!r})
+assert model.model.layers[0].self_attn.head_graphs.score_graph is not None
+"""
+GOHGRAPH_FIRST = """
+import gohgraph
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({saved!r})
+assert model.model.layers[0].self_attn.head_graphs.score_graph is not None
+"""
+PICKLED = """
+import torch
+model = torch.load({pickled!r}, weights_only=False)
+inputs, expected = torch.load({expected!r})
+assert torch.equal(model(**inputs).logits, expected)
+# And it is saved with its head graphs.
+model.save_pretrained({again!r})
+"""
 
 
-def test_a_model_that_is_pickled_runs_in_a_process_that_imports_nothing_for_it(tmp_path):
-    model = far("llama")
-    torch.save(model, tmp_path / "model.pt")
-    ids, expected = tmp_path / "ids.pt", tmp_path / "expected.pt"
-    torch.save(tokens(), ids)
-    torch.save(output(model, {"input_ids": torch.load(ids)}), expected)
-    code, error = run(
-        f"import torch; m = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
-        f"y = m(input_ids=torch.load({str(ids)!r})).logits\n"
-        f"assert torch.equal(y, torch.load({str(expected)!r}))\n"
-        # And it is saved with its head graphs.
-        f"m.save_pretrained({str(tmp_path / 'again')!r})"
-    )
-    assert not code, error
-    assert torch.equal(output(load_converted(tmp_path / "again")), output(model))
+def test_without_gohgraph_a_folder_is_refused_and_read_whichever_is_imported_first_and_pickles_import_all(tmp_path):
+    names = {name: str(tmp_path / name) for name in ("saved", "pickled", "expected", "again")}
+    model, inputs = far("llama"), {"input_ids": tokens()}
+    model.save_pretrained(names["saved"])
+    torch.save(model, names["pickled"])
+    torch.save((inputs, output(model, inputs)), names["expected"])
+    codes = (WITHOUT_GOHGRAPH, GOHGRAPH_FIRST, PICKLED)
+    in_processes(tmp_path / "errors", *(code.format(**names) for code in codes))
+    assert torch.equal(output(load_converted(names["again"])), output(model))
 
 
 def test_a_users_configuration_is_left_alone(tmp_path):

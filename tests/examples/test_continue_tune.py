@@ -36,7 +36,7 @@ def example(monkeypatch):
 
 
 @pytest.fixture
-def text(tmp_path, no_curves):
+def text(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
     return str(file)

@@ -18,7 +18,7 @@ def keep_threads():
 
 
 @pytest.mark.slow
-def test_two_seeds_give_tables_and_curves(tmp_path, monkeypatch, capsys, no_curves):
+def test_two_seeds_give_tables_and_curves(tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text("heads talk to heads, and some of them listen. " * 200)
     train = load_script("examples", "train_language_model")

@@ -33,8 +33,6 @@ def script(monkeypatch):
 @pytest.fixture
 def main(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # The curves of every method; those of the whole comparison are drawn, and these by the simulation in processes.
-    monkeypatch.setattr("gohgraph.learning.federated.server.draw_curves", lambda histories, path: Path(path).touch())
     return lambda *arguments: script.main(["--smoke", "--clients", "3", *arguments])
 
 

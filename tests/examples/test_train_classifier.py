@@ -12,7 +12,7 @@ from gohgraph import Classifier
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch, no_curves):
+def main(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = load_script("examples", "train_classifier")
     return lambda *arguments: script.main(["--smoke", "--device", "cpu", *arguments])

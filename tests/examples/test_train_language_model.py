@@ -14,12 +14,13 @@ import torch
 from example_runs import check_resumed, refused
 from helpers import load_script
 
-from gohgraph import LanguageModel
+from gohgraph import LanguageModel, draw_load
 from gohgraph.attention.head_load import load_cv
 from gohgraph.attention.routing import routers
 from gohgraph.models.config import BEFORE
 
 TINY = "--d-model 14 --num-heads 7 --num-layers 2 --d-ff 13 --length 17 --batch-size 3 --steps 11 --device cpu".split()
+TINY += ["--eval-every", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,11 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def main(script, text, tmp_path, monkeypatch, no_curves):
+def main(script, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # A figure for every evaluation; one test draws them.
     monkeypatch.setattr(script, "log_head_graphs", lambda writer, model, step: None)
+    monkeypatch.setattr(script, "draw_load", lambda load, path, **options: path.touch())
     return lambda *arguments: script.main(["--data", str(text), *TINY, *arguments])
 
 
@@ -48,11 +50,12 @@ def log(folder: Path) -> list[list[str]]:
         return [[row[name] for name in ("step", "loss", "validation_loss", "lr")] for row in csv.DictReader(file)]
 
 
-def test_one_run_leaves_everything(script, text, tmp_path, monkeypatch, capsys):
+def test_one_run_leaves_everything(script, text, tmp_path, monkeypatch, capsys, figures):
     monkeypatch.chdir(tmp_path)
     flags = "--run out --sites both --cross-layer 1 --eval-every 6".split()
     assert script.main(["--data", str(text), *TINY, *flags]) == 0
     folder = tmp_path / "out"
+    assert all((folder / name).stat().st_size > 5000 for name in ("curves.png", "heads.png"))
     names = "config.json log.csv curves.png checkpoints model sample.txt heads.png result.json tensorboard"
     assert {path.name for path in folder.iterdir()} == set(names.split())
     model = LanguageModel.from_pretrained(folder / "model")
@@ -71,7 +74,7 @@ def test_the_default_folder_and_a_smoke_run(script, main, text, tmp_path):
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"language-model"}
 
 
-def test_compare_trains_both_on_the_same_data_with_equal_parameters(main, tmp_path, capsys):
+def test_compare_trains_both_on_the_same_data_with_equal_parameters(main, tmp_path, capsys, figures):
     assert main("--compare", "--run", "out") == 0
     shown = capsys.readouterr().out
     results = {name: json.loads((tmp_path / "out" / name / "result.json").read_text()) for name in ("goh", "plain")}
@@ -79,7 +82,7 @@ def test_compare_trains_both_on_the_same_data_with_equal_parameters(main, tmp_pa
     assert abs(counts[0] - counts[1]) <= 2 * 14 + 1 and all(f"{count:,}" in shown for count in counts)
     plain = LanguageModel.from_pretrained(tmp_path / "out" / "plain" / "model").config
     assert plain.head_graph is None and plain.d_ff > 13
-    assert (tmp_path / "out" / "curves.png").exists() and "out/curves.png, out/goh/heads.png" in shown
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 5000 and "out/curves.png, out/goh/heads.png" in shown
     assert re.search("goh is (ahead|behind) by", shown) and "this is no verdict" in shown
     # A new head graph is plain attention, but for the width of the feed-forward: equal data shows in the first losses.
     configs = [json.loads((tmp_path / "out" / name / "config.json").read_text()) for name in results]
@@ -88,7 +91,8 @@ def test_compare_trains_both_on_the_same_data_with_equal_parameters(main, tmp_pa
     assert log(tmp_path / "plain") == log(tmp_path / "out" / "plain")
 
 
-def test_a_router_shows_its_load(main, tmp_path, capsys):
+def test_a_router_shows_its_load(script, main, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "draw_load", draw_load)
     flags = "--router --num-shared 2 --top-k 3 1 --balance-loss 0.02 --z-loss 0.001 --bias-rate 0.01 --anneal-top-k 5"
     assert main("--run", "out", *flags.split()) == 0
     folder, shown = tmp_path / "out", capsys.readouterr().out
@@ -104,6 +108,7 @@ def test_a_router_shows_its_load(main, tmp_path, capsys):
     assert result["load_cv"] == pytest.approx(load_cv(load, 2).mean().item())
     assert f"routing of out: load CV {result['load_cv']:.3f}, load entropy {result['load_entropy']:.3f}" in shown
     assert "heads as a graph, routed by token" in shown and "out/heads.png" in shown and "out/load.png" in shown
+    assert (folder / "load.png").stat().st_size > 5000
     with open(folder / "log.csv", newline="") as file:
         row = list(csv.DictReader(file))[-1]
     assert all(row[name] for name in ("balance_loss", "z_loss", "load_cv", "load_entropy", "router_entropy"))

@@ -17,7 +17,7 @@ def script():
 
 
 @pytest.fixture
-def main(script, tmp_path, monkeypatch, no_curves):
+def main(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: script.main(["--smoke", "--device", "cpu", *arguments])
 

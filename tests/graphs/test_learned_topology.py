@@ -109,7 +109,7 @@ def _interrupted(steps, step):
     return batch(step)
 
 
-def test_training_prunes_every_graph_to_its_budget(tmp_path, no_curves):
+def test_training_prunes_every_graph_to_its_budget(tmp_path):
     own, _ = run(tmp_path / "run")
     graphs = [module for module in own.modules() if isinstance(module, LearnedTopologyConv)]
     degrees = [torch.bincount(graph.topology().edge_index[1], minlength=5).tolist() for graph in graphs]
@@ -121,7 +121,7 @@ def test_training_prunes_every_graph_to_its_budget(tmp_path, no_curves):
     assert torch.equal(again.eval()(tokens).logits, own.eval()(tokens).logits)
 
 
-def test_resumed_training_prunes_the_same_edges(tmp_path, no_curves):
+def test_resumed_training_prunes_the_same_edges(tmp_path):
     whole, losses = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "parts", steps=5)

@@ -117,7 +117,7 @@ def test_a_strong_ewc_forgets_less(tmp_path):
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch, no_curves):
+def main(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = load_script("examples", "continual_learning")
     return lambda *arguments: script.main(["--smoke", "--device", "cpu", *arguments])

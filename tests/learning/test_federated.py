@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import (
 
 from gohgraph import HeadGraphConfig, LanguageModel, RoutingConfig, TransformerConfig
 from gohgraph.learning.data.corpus import Corpus
-from gohgraph.learning.federated import flower, server
+from gohgraph.learning.federated import flower
 from gohgraph.learning.federated.apps import client_app
 from gohgraph.learning.federated.client import Client
 from gohgraph.learning.federated.flower import Array, ArrayRecord, MetricRecord
@@ -36,10 +36,9 @@ from gohgraph.learning.regimes.low_rank import add_low_rank
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Without Flower's many lines, and without pictures, which have tests of their own."""
+def quiet():
+    """Without Flower's many lines."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    monkeypatch.setattr(server, "draw_curves", lambda *arguments: None)
 
 
 SIZES = (2, 3, 5)

@@ -14,8 +14,6 @@ from gohgraph.learning.contests.contest import Contest
 from gohgraph.learning.contests.grid import Grid
 from gohgraph.learning.loop import TrainConfig, Training
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 # A model's loss, by its offset and the rate, at the end of a training that changes nothing.
 LOSSES = {("goh", 0.1): 3.0, ("goh", 0.2): 2.0, ("plain", 0.1): 2.5, ("plain", 0.2): 4.0}
 

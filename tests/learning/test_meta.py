@@ -147,7 +147,7 @@ def test_impossible_inner_loops():
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch, no_curves):
+def main(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = load_script("examples", "meta_learning")
     return lambda *arguments: script.main(["--smoke", "--device", "cpu", *arguments])

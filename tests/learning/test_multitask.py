@@ -63,7 +63,7 @@ def test_models_with_and_without_adapters():
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch, no_curves):
+def main(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = load_script("examples", "multitask_learning")
     return lambda *arguments: script.main(["--smoke", "--device", "cpu", *arguments])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_equal_to
-from ranks import CONTEXT
+from ranks import run_ranks
 from torch import nn
 
 from gohgraph import HeadGraphConfig, HeadRouter, LanguageModel, RoutingConfig, TransformerConfig
@@ -22,8 +22,6 @@ from gohgraph.learning.loop import TrainConfig, TrainingInterrupted, train
 from gohgraph.learning.recipes import RECIPES
 from gohgraph.learning.regimes.language import head_loads, next_token_output, window_losses
 from gohgraph.learning.router_training import COLUMNS, RouterTraining, annealed_top_k
-
-pytestmark = pytest.mark.usefixtures("no_curves")
 
 TEXT = torch.randint(97, 123, (5003,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 WINDOWS = {"batch_size": 4, "length": 17}
@@ -300,28 +298,18 @@ def _half_of_the_training(rank: int, folder: str) -> None:
     torch.save((trained.state_dict(), rows), f"{folder}/training-{rank}.pt")
 
 
-def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
-    # What a launcher tells accelerate; the group is there already, so that no port is used.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
-    try:
-        _half_of_the_padded_batch(rank, folder)
-        _half_of_the_training(rank, folder)
-    finally:
-        torch.distributed.destroy_process_group()
+def _both(rank: int, folder: str) -> None:
+    # What a launcher tells accelerate besides; the group is there already, so that no port is used.
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+    _half_of_the_padded_batch(rank, folder)
+    _half_of_the_training(rank, folder)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """The folder where two processes that train together left what they computed."""
     folder = tmp_path_factory.mktemp("processes")
-    processes = [CONTEXT.Process(target=_process, args=(rank, str(folder))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_ranks(2, _both, str(folder))
     return folder
 
 

@@ -60,7 +60,7 @@ class Fit(ContestScript):
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch, no_curves):
+def main(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: Fit.main(["--smoke", "--device", "cpu", *arguments])
 
@@ -87,13 +87,14 @@ def test_ctrl_c_names_the_command_that_goes_on(given, folder):
             raise TrainingInterrupted("stopped")
 
 
-def test_a_contest_leaves_results_and_curves_and_reports(main, tmp_path, capsys):
+def test_a_contest_leaves_results_and_curves_and_reports(main, tmp_path, capsys, figures):
     assert main("--seeds", "2", "5", "--run", "out") == 0
     leaves = {f"seed-{seed}/{name}" for seed in (2, 5) for name in MODELS}
     assert {str(path.parent.relative_to(tmp_path / "out")) for path in tmp_path.rglob("result.json")} == leaves
     # Tensors are for the report alone.
     assert json.loads((tmp_path / "out" / "seed-5" / "large" / "result.json").read_text()) == {"width": 4}
-    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len(pictures := list((tmp_path / "out").rglob("curves.png"))) == 5
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
     assert "best rates [0.1]" in capsys.readouterr().out
     settings = json.loads((tmp_path / "out" / "seed-2" / "small" / "config.json").read_text())
     assert settings["width"] == 2 and settings["flags"]["steps"] == settings["training"]["steps"] == 7

@@ -13,8 +13,6 @@ from torch import nn
 from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.tracking import TensorBoard
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 CONFIG = TrainConfig(steps=12, log_every=2, eval_every=6, checkpoint_every=4, device="cpu")
 
 

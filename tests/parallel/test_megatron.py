@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
-from pathlib import Path
 
 import megatron_ranks as ranks_program
 import pytest
@@ -18,6 +16,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron_ranks import BATCH, GRAPHS, HEAD_DIM, HEADS, TOKENS, VARIANTS, WIDTH, build, draw_far, transformer_config
+from ranks import run_ranks
 from torch import nn
 
 from gohgraph import BaselineConfig, HeadGraphConfig, RoutingConfig, SiteConfig
@@ -284,11 +283,13 @@ def test_without_megatron_the_error_names_the_extra(monkeypatch):
 def found(tmp_path_factory):
     """What all ranks of all sizes found, by check, number of ranks and rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    # Not as a script: Megatron-Core starts processes that would import it, with all that it imports, once more.
-    code = f"import megatron_ranks, pathlib; megatron_ranks.main(pathlib.Path({str(folder)!r}))"
-    command, tests = [sys.executable, "-c", code], Path(ranks_program.__file__).parent
-    done = subprocess.run(command, cwd=tests, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
+    for ranks, checks in (
+        (1, ("equal", "training")),
+        (2, ("equal", "training")),
+        (1, ("resuming",)),
+        (4, ("equal", "training", "resuming", "data_parallel")),
+    ):
+        run_ranks(ranks, ranks_program.run_checks, folder, checks)
     return {path.stem: torch.load(path) for path in folder.glob("*-*-*.pt")}
 
 

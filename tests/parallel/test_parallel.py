@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 
 import pytest
 from example_runs import logs
+from pairs import EXHAUSTIVE
 from parallel_checks import (
     BATCH,
     LENGTH,
@@ -30,13 +30,13 @@ from ranks import run_ranks
 from gohgraph.parallel import ParallelConfig, plan_exchange
 from gohgraph.parallel.ranks import lost_ranks
 
-# Everything under every kind of parallelism; otherwise what takes long is dealt out among the kinds.
-EXHAUSTIVE = "GOHGRAPH_EXHAUSTIVE" in os.environ
+# What takes long is dealt out among the kinds of parallelism. By themselves, all graphs are compared at one, two and
+# four ranks in test_sharded_graph.py; a whole training by tensor parallelism is below.
 ALL, SPECIAL = list(cases()), list(special_cases())
 TP, DDP, FSDP = (ParallelConfig((mode,)) for mode in ("tp", "ddp", "fsdp"))
 TP_FSDP, TP_DDP = ParallelConfig(("tp", "fsdp")), ParallelConfig(("ddp", "tp"))
 TOKENS = ParallelConfig(("tp",), sequence_parallel=True, recompute=True)
-STEPS = 8
+STEPS = 20 if EXHAUSTIVE else 5
 
 
 def some(names, first, of=2):
@@ -51,22 +51,10 @@ def trains(config, names, optimizer="adamw"):
     return (losses_apart, config, names, STEPS, optimizer)
 
 
-def check(world, calls):
-    found = run_ranks(world, all_of, calls, timeout=1000)
-    for (function, *args), *results in zip(calls, *found, strict=True):
-        errors = {name: max(result[name] for result in results) for name in results[0]}
-        limit = 1e-4 if function is losses_apart else 1e-9
-        print(f"{world} ranks, {args[0]}, {len(errors)} cases, {function.__name__}: {max(errors.values()):.1e}")
-        assert {name: error for name, error in errors.items() if not error <= limit} == {}, (function, args[0])
-
-
-def test_one_rank_is_plain_training():
-    check(1, [equal(TP, ALL[:2]), equal(TP, SPECIAL, layers=2), trains(TP, ALL[:1])])
-
-
-def test_two_ranks_equal_one_process():
-    check(2, [
-        equal(TP, ALL), equal(DDP, ALL), equal(FSDP, ALL),
+ONE_PROCESS = {
+    1: [equal(TP, ALL[:2]), equal(TP, SPECIAL, layers=2)],
+    2: [
+        equal(TP, ALL), equal(DDP, ALL if EXHAUSTIVE else ALL[::2]), equal(FSDP, ALL if EXHAUSTIVE else ALL[1::2]),
         equal(TP, SPECIAL, layers=2), equal(TOKENS, ["deep", "moh"], layers=2, norm_first=False),
         (others_apart, TP), (others_apart, TOKENS),
         equal(TP, ["deep"], layers=2, num_kv_heads=4, activation="swiglu", tie_embeddings=False, bias=False),
@@ -74,16 +62,55 @@ def test_two_ranks_equal_one_process():
         equal(FSDP, ["deep"], layers=2, **MODERN),
         trains(TP, some(ALL, 0)), trains(DDP, some(ALL, 1)), trains(FSDP, some(ALL, 2)),
         trains(TP, ["deep"], "muon"), trains(FSDP, ["moh"], "muon"),
-    ])  # fmt: skip
-
-
-def test_four_ranks_equal_one_process():
-    check(4, [
-        equal(TP, some(ALL, 1, of=4)), equal(TP_FSDP, some(ALL, 3, of=4)), equal(TP_DDP, some(ALL, 4, of=1)),
+    ],
+    4: [
+        equal(TP, some(ALL, 1)), equal(TP_FSDP, some(ALL, 3)), equal(TP_DDP, some(ALL, 4, of=1)),
         equal(TOKENS, some(SPECIAL, 2, of=1), layers=2),
-        trains(TP, some(ALL, 3, of=1)), trains(TP_FSDP, some(ALL, 4, of=1)), trains(TP_FSDP, ["deep"], "muon"),
-        *([trains(TP_DDP, ALL)] * EXHAUSTIVE),
-    ])  # fmt: skip
+        trains(TP_FSDP, some(ALL, 4, of=1)), trains(TP_FSDP, ["deep"], "muon"),
+        *([trains(TP, some(ALL, 3, of=1)), trains(TP_DDP, ALL)] * EXHAUSTIVE),
+    ],
+}  # fmt: skip
+# The first half of the cases has no router, which adds the same to all. Of two sites and two numbers of ranks, every
+# case sends its heads at two of the four.
+SENT = [*ALL[:8], "ring-routed", "deep", "into-one"]
+BYTES = {
+    ranks: [
+        (bytes_sent, TP, ["plain", *(SENT if EXHAUSTIVE else SENT[(ranks == 4) ^ (site == "scores") :: 2])], site)
+        for site in ("outputs", "scores")
+    ]
+    for ranks in (2, 4)
+}
+CALLS = {
+    1: ONE_PROCESS[1],
+    2: [*ONE_PROCESS[2], *BYTES[2], (bytes_sent, FSDP, ["plain", *ALL[:8]], "outputs"), (refusals,)],
+    4: [*ONE_PROCESS[4], *BYTES[4]],
+}
+
+
+@pytest.fixture(scope="module")
+def found(request):
+    """The number of ranks, and of each of their calls what every rank gave, from one group: to start it takes long."""
+    calls = CALLS[request.param]
+    return request.param, list(zip(calls, zip(*run_ranks(request.param, all_of, calls), strict=True), strict=True))
+
+
+def of(found, calls):
+    """The results of these calls."""
+    return [next(results for call, results in found[1] if call == wanted) for wanted in calls]
+
+
+def ranks(*numbers):
+    return pytest.mark.parametrize("found", numbers, indirect=True)
+
+
+@ranks(1, 2, 4)
+def test_ranks_equal_one_process(found):
+    world = found[0]
+    for (function, *args), results in zip(ONE_PROCESS[world], of(found, ONE_PROCESS[world]), strict=True):
+        errors = {name: max(result[name] for result in results) for name in results[0]}
+        limit = 1e-4 if function is losses_apart else 1e-9
+        print(f"{world} ranks, {args[0]}, {len(errors)} cases, {function.__name__}: {max(errors.values()):.1e}")
+        assert {name: error for name, error in errors.items() if not error <= limit} == {}, (function, args[0])
 
 
 SMALL = "--d-model 16 --num-heads 4 --num-layers 1 --d-ff 20 --length 12 --batch-size 2 --steps 6 --smoke".split()
@@ -126,28 +153,34 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_after_one_is_lost(tmp_path
     assert losses(part) == expected
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_plan_predicts_the_bytes_that_are_counted(ranks):
-    # The first half of the cases has no router, which adds the same to all.
-    names = ["plain", *ALL[:8], "ring-routed", "deep", "into-one"]
-    sites = ("outputs", "scores")
-    counted = run_ranks(ranks, all_of, [(bytes_sent, TP, names, site) for site in sites])[0]
+@ranks(2, 4)
+def test_the_plan_predicts_the_bytes_that_are_counted(found):
+    world = found[0]
     model = Workload(8, 1, 48, 20, vocab_size=VOCAB, length=LENGTH, batch_size=BATCH, number_bytes=8)
-    cluster = Cluster(tensor=ranks)
-    for site, bytes_of in zip(sites, counted, strict=True):
-        plain = sum(bytes_of["plain"].values())
+    cluster = Cluster(tensor=world)
+    for (_, _, names, site), results in zip(BYTES[world], of(found, BYTES[world]), strict=True):
+        counted = results[0]
+        plain = sum(counted["plain"].values())
         assert plain == pytest.approx(plain_cost(model, cluster).tensor_bytes, rel=0.2)
         for name in names[1:]:
             graphs = alone((cases() | special_cases())[name], site)
-            added = sum(bytes_of[name].values()) - plain
+            added = sum(counted[name].values()) - plain
             predicted = graph_cost(graphs, model, cluster).tensor_bytes
             assert added == pytest.approx(predicted, rel=0.2, abs=8 * 8), (site, name)
             if name in ("groups", "empty"):
                 assert added == predicted == 0
 
 
-def test_the_plan_predicts_the_bytes_of_sharded_parameters():
-    counted = run_ranks(2, bytes_sent, FSDP, ["plain", *ALL[:8]], "outputs")[0]
+def test_every_case_is_counted_at_both_sites_and_both_numbers_of_ranks():
+    counted = {(world, site, name) for world in BYTES for _, _, names, site in BYTES[world] for name in names[1:]}
+    assert {(world, name) for world, _, name in counted} == {(world, name) for world in BYTES for name in SENT}
+    assert {(site, name) for _, site, name in counted} == {(s, name) for s in ("outputs", "scores") for name in SENT}
+
+
+@ranks(2)
+def test_the_plan_predicts_the_bytes_of_sharded_parameters(found):
+    call = (bytes_sent, FSDP, ["plain", *ALL[:8]], "outputs")
+    ((counted, *_),) = of(found, [call])
     model = Workload(8, 1, 48, 20, vocab_size=VOCAB, length=LENGTH, batch_size=BATCH, number_bytes=8)
     for name in ALL[:8]:
         added = sum(counted[name].values()) - sum(counted["plain"].values())
@@ -206,9 +239,10 @@ def test_the_exchange_moves_the_fewest_heads(edges, may_scatter, kind, heads):
     assert (exchange.kind, exchange.heads) == (kind, heads)
 
 
-def test_what_cannot_be_sharded_is_refused():
-    calls = [(refusals,)]
-    assert run_ranks(2, all_of, calls)[0] == [[
+@ranks(2)
+def test_what_cannot_be_sharded_is_refused(found):
+    ((told, *_),) = of(found, [(refusals,)])
+    assert told == [
         "Expected num_heads to be a multiple of 2 ranks (got 5). Do change either.",
         "Expected a HeadGraphConv at outputs, whose heads may lie on several ranks (got GraphExperts). Do replace it, "
         "or train data parallel: ddp or fsdp.",
@@ -217,4 +251,4 @@ def test_what_cannot_be_sharded_is_refused():
         "Expected a multiple of 2 tokens with sequence_parallel (got 5). Do pad them, or turn it off.",
         "Expected residual='plain' under tensor parallelism (got 'hyper'). Do change it, or train data parallel: ddp "
         "or fsdp.",
-    ]]  # fmt: skip
+    ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -139,8 +140,9 @@ def test_peak_memory_is_the_largest_sum_of_live_allocations():
     assert timing.cpu_peak(allocate_and_free) == 16_000_000
 
 
-@pytest.mark.slow
-def test_compiled_forms_are_timed(tool, capsys):
+def test_compiled_forms_are_timed(tool, monkeypatch, capsys):
+    # What is built where is up to the compiler: `tests/graphs/test_conv.py` builds machine code.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     assert tool.main(["--smoke", "--compile", "--only", "output", "--threads", "2"]) == 0
     assert "| output" in capsys.readouterr().out
     torch.compiler.reset()

@@ -19,8 +19,8 @@ every class that can be built from its configuration with small sizes, {version}
 **Off by** is the largest difference that new head graphs make to the logits, as a share of the largest of them, on 15
 tokens and a padded row, windows and choices of keys being 4. The other checks are of models whose edges are far from
 their start; "-": the stock model does not pass the check itself, or has no such thing. A silent difference is a class
-that was converted and computes something else, or was refused and left changed. How to convert a model is in the
-[README](../README.md#give-your-model-a-head-graph).
+that was converted and computes something else, or was refused and left changed. How to
+convert a model: [convert](convert.md).
 """
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-# Far above any epsilon inside a norm's square root, and within float16.
-AMPLITUDE = 1e2
+# Far above any epsilon inside a norm's square root; 1e2 is within float16.
+AMPLITUDE, AMPLITUDE_OF_DOUBLE = 1e2, 1e5
 
 
 class Gain(NamedTuple):
@@ -50,9 +50,10 @@ def gain_of(norm: nn.Module, width: int) -> Gain:
         # The mean has to be zero.
         signs[-3:] = torch.tensor([1.0, 1.0, -2.0], **make)
     with torch.no_grad():
-        ones, probe = torch.ones_like(signs), AMPLITUDE * signs
+        size = AMPLITUDE_OF_DOUBLE if signs.dtype == torch.float64 else AMPLITUDE
+        flat, probe = size * torch.ones_like(signs), size * signs
         # Differences take biases away. Calls of `forward`, which no hook sees.
-        flat = norm.forward(AMPLITUDE * ones) - norm.forward(-AMPLITUDE * ones)
+        flat = norm.forward(flat) - norm.forward(-flat)
         size = signs.square().mean().sqrt()
         weight = (norm.forward(probe) - norm.forward(-probe)) / 2 * size / signs
     return Gain(weight, bool(flat.abs().max() <= 1e-3 * weight.abs().max()))
@@ -65,3 +66,20 @@ def scale_of(norm: nn.Module, x: Tensor, gain: Gain) -> Tensor:
         result = norm.forward(x) - norm.forward(torch.zeros_like(x[..., :1, :]))
         power = linear.square().sum(dim=-1, keepdim=True)
         return (result * linear).sum(dim=-1, keepdim=True) / power.clamp(min=torch.finfo(power.dtype).tiny)
+
+
+def pulled_back(gain: Gain, scale: Tensor, x: Tensor, slopes: Tensor) -> Tensor:
+    r"""Returns J^T v of s(x) * gain(x) where s(x) is one over a root of the mean square, as LayerNorm's and RMSNorm's.
+
+    .. math:: J^T v = s\, (w v - s^2 c\, \langle c, w v \rangle / M), \qquad c = x \text{ or } x - \mathrm{mean}(x)
+
+    Args:
+        scale: `[N, 1]`, of `scale_of`; x: `[N, M]`.
+        slopes: v, `[R, N, M]`.
+    """
+    centred = x - x.mean(dim=-1, keepdim=True) if gain.centred else x
+    weighed = slopes * gain.weight  # [R, N, M]
+    along = torch.einsum("rnm,nm->rn", weighed, centred).unsqueeze(-1) * scale.square() / x.shape[-1]  # [R, N, 1]
+    if gain.centred:
+        weighed -= weighed.mean(dim=-1, keepdim=True)
+    return weighed.addcmul_(along, centred, value=-1).mul_(scale)

@@ -119,8 +119,8 @@ class Contest:
         """The runs that the searches of all models need next."""
         runs = []
         for name, grid in self.grids.items():
-            own = {run.point: loss for run, loss in losses.items() if run.name == name}
-            runs += [Run(name, point, self.seeds[0]) for point in grid.next_points(own)]
+            tried = {run.point: loss for run, loss in losses.items() if run.name == name}
+            runs += [Run(name, point, self.seeds[0]) for point in grid.next_points(tried)]
         return runs
 
     def _leaves(self) -> set[Path]:

@@ -39,7 +39,7 @@ class Point:
 
     def replaced(self, name: str, value: float) -> Point:
         """Returns the point that differs in one setting."""
-        return Point(tuple((own, value if own == name else other) for own, other in self.settings))
+        return Point(tuple((setting, value if setting == name else kept) for setting, kept in self.settings))
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,14 @@ def best_points(grids: Mapping[str, Grid], losses: Mapping[tuple[str, Point], fl
 
     Example:
         >>> low, high = Point.of(learning_rate=0.1), Point.of(learning_rate=0.2)
-        >>> found = best_points({"goh": Grid.of_rates([0.1, 0.2])}, {("goh", low): 2.0, ("goh", high): float("nan")})
-        >>> str(found["goh"])
+        >>> best = best_points({"goh": Grid.of_rates([0.1, 0.2])}, {("goh", low): 2.0, ("goh", high): float("nan")})
+        >>> str(best["goh"])
         '0.1'
     """
     best, lost = {}, []
     for name, grid in grids.items():
         try:
-            best[name] = grid.best({point: loss for (own, point), loss in losses.items() if own == name})
+            best[name] = grid.best({point: loss for (model, point), loss in losses.items() if model == name})
         except ValueError:
             lost.append(name)
     if lost:

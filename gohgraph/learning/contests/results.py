@@ -43,7 +43,8 @@ def results_table(trained: Mapping[tuple[int, str], Result], columns: Mapping[st
     rows = [["model", "learning rate", "parameters", *columns]]
     for name, seeds in by_model(trained).items():
         measures = (
-            mean_and_deviation([scale * one[key] for one in seeds], digits) for key, digits, scale in columns.values()
+            mean_and_deviation([scale * result[key] for result in seeds], digits)
+            for key, digits, scale in columns.values()
         )
         rows.append([name, f"{seeds[0]['learning_rate']:g}", f"{seeds[0]['parameters']:,}", *measures])
     return markdown_table(rows)
@@ -64,7 +65,7 @@ def verdict(trained: Mapping[tuple[int, str], Result]) -> str:
         >>> verdict({(seed, name): {"losses": losses[name] + seed} for seed in range(3) for name in losses})
         'better: goh, by 0.0500 ± 0.0000 nats (3 seeds)'
     """
-    losses = {name: [one["losses"] for one in seeds] for name, seeds in by_model(trained).items()}
+    losses = {name: [result["losses"] for result in seeds] for name, seeds in by_model(trained).items()}
     plain = losses.pop("plain")
     ((other, other_losses),) = losses.items()
     gains = [reference - values for reference, values in zip(plain, other_losses, strict=True)]

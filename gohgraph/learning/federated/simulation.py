@@ -56,7 +56,8 @@ def simulate(
     def main(grid: Grid, context: Context) -> None:
         results.append(serve(grid))
 
-    config = {"init_args": {"num_cpus": cpus or os.cpu_count()}, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    started = {"num_cpus": cpus or os.cpu_count(), "include_dashboard": False}
+    config = {"init_args": started, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     run_simulation(server, client, num_clients, backend_name="ray", backend_config=config)
     return results[0]
 
