@@ -290,12 +290,13 @@ def _kernel(call: Call) -> Result:
 def _pays_tiled(call: Call) -> str:
     if call.q.device.type != "cpu":
         return "measured to pay on a CPU only"
-    width = call.scores.graph.traits.most_senders * call.q.shape[-1] if call.scores is not None else 0
-    if 0 < width <= NARROW_WIDTH and not (_refuses_wide(call) or _pays_wide(call)):
+    widens = call.scores is not None and not (_refuses_wide(call) or _pays_wide(call))
+    width = call.scores.graph.traits.most_senders * call.q.shape[-1] if widens else 0
+    if 0 < width <= NARROW_WIDTH:
         return f"wide heads of {width} numbers are faster, up to {NARROW_WIDTH}"
     (batch, rows, heads), (keys, head_dim) = call.q.shape[:3], call.k.shape[1::2]
     maps = heads * rows * keys
-    outgrows = maps >= TILED_FROM_SEQUENCE and batch * maps >= TILED_FROM_MAPS
+    outgrows = not widens and maps >= TILED_FROM_SEQUENCE and batch * maps >= TILED_FROM_MAPS
     if rows >= FEWEST_ROWS and (keys >= TILED_FROM_KEYS or keys * head_dim >= TILED_FROM_NUMBERS or outgrows):
         return ""
     return (

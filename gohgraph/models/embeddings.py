@@ -215,9 +215,12 @@ def shared_rotation(rotaries: Sequence[nn.Module | None], positions: Tensor | No
 
     Angles are computed once a forward pass, in place of twice a layer: in decode that is a sixth of all calls.
     """
-    if positions is None or not all(isinstance(rotary, (RotaryPositions, QueryKeyNorm)) for rotary in rotaries):
+    first = rotaries[0] if rotaries else None
+    if positions is None or not isinstance(first, (RotaryPositions, QueryKeyNorm)):
         return positions
-    return rotaries[0].rotation(positions) if rotaries else positions
+    if not all(isinstance(rotary, (RotaryPositions, QueryKeyNorm)) for rotary in rotaries):
+        return positions
+    return first.rotation(positions)
 
 
 def positions_added(config: TransformerConfig) -> nn.Module | None:

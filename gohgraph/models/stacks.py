@@ -161,8 +161,9 @@ class Stack(nn.Module):
         earlier = self.readers.nothing()
         routings: list[Routing] = []
         losses: Losses = {name: [] for name in self.losses}
-        rotaries = [layer.attention.object.rotary for layer in self.layers]
-        masks["positions"] = shared_rotation(rotaries, masks.get("positions"))
+        layers: Iterable[Any] = self.layers
+        rotaries = [layer.attention.object.rotary for layer in layers]
+        context: dict[str, Any] = {**masks, "positions": shared_rotation(rotaries, masks.get("positions"))}
         x = self.path.enter(x)
         inputs: list[Tensor] = []
         for index, layer in enumerate(self.layers):
@@ -173,7 +174,7 @@ class Stack(nn.Module):
             # Backward may run the layer again: what counts is what its first run gave.
             of_layer: Losses = {name: [] for name in losses}
             x = self.path.before(index, x, inputs)
-            x, blocks = run(x, *memory, caches=layer_caches, earlier=earlier, losses=of_layer, **masks)
+            x, blocks = run(x, *memory, caches=layer_caches, earlier=earlier, losses=of_layer, **context)
             earlier = self.readers.after(index, earlier, blocks[0].nodes)
             routings += [heads.routing for heads in blocks if heads.routing is not None]
             for name, values in of_layer.items():
