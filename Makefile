@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The mark of each extra of setup.cfg that is installed. What the tests need is enough for the demo.
 ALL := $(VENV)/.installed-test
 DEMO := $(or $(wildcard $(ALL)),$(VENV)/.installed-train)
-TRAIN := $(BIN)/python examples/train_language_model.py --compare $(if $(RUN),--run "$(RUN)")
+TRAIN := $(BIN)/gohgraph demo $(if $(RUN),--run "$(RUN)")
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint docs notebooks smoke benchmark dist clean

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import gohgraph as goh
 from gohgraph.analysis import head_importance
-from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.command_line import ArgumentParser, fill_in, run
 from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.convert.conversion import find_blocks
 from gohgraph.convert.head_order import share_important_heads
@@ -40,8 +40,8 @@ from gohgraph.learning.contests.matching import count_parameters
 from gohgraph.learning.data.corpus import load_corpus, sample_batch
 from gohgraph.learning.data.domains import DOMAINS, load_domain
 from gohgraph.learning.loop import TrainConfig, train
+from gohgraph.learning.readers.tokens import encoder_of
 from gohgraph.learning.regimes.language import window_losses
-from gohgraph.learning.regimes.text_models import encoder_of
 from gohgraph.learning.run_folder import write_text
 from gohgraph.models.boundary import next_token_loss
 from gohgraph.models.model_output import ModelOutput, model_output
@@ -56,7 +56,10 @@ VARIANTS = {
 }
 BASE_SCRIPT = Path(__file__).with_name("train_language_model.py")
 EVALUATIONS, WINDOWS, IMPORTANCE_BATCHES = 4, 256, 16
-SMOKE = {"steps": 6, "length": 16, "batch_size": 2, "base_steps": 6, "learning_rates": [1e-3], "seeds": [0]}
+# Of flags that the command line does not give: in full, and to see that it runs.
+FULL = {"steps": 250, "length": 128, "batch_size": 8, "base_steps": 1500, "seeds": [0, 1, 2]}
+FULL |= {"learning_rates": [3e-4, 1e-3, 3e-3, 1e-2]}
+SMOKE = {"steps": 6, "length": 16, "batch_size": 2, "base_steps": 6, "seeds": [0], "learning_rates": [1e-3]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def tune(flags: argparse.Namespace) -> None:
     """Trains what is missing, then writes and prints the table."""
-    if flags.smoke:
-        vars(flags).update(SMOKE)
+    fill_in(flags, SMOKE if flags.smoke else FULL)
     if flags.steps < 2:
         raise ValueError(f"Expected --steps of at least 2 (got {flags.steps}). Do raise them.")
     folder = Path(flags.run)
@@ -239,14 +241,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="name or path of the hub, or a run of train_language_model.py (default: trains one)")
     add("--data", default="cpp", help=f"text of {' '.join(DOMAINS)}, a corpus, or a file (default: %(default)s)")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="the first is the reference")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
-    add("--steps", type=int, default=250, help="of every run (default: %(default)s)")
-    add("--base-steps", type=int, default=1500, help="of the model to start from (default: %(default)s)")
-    add("--learning-rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2], help="the grid, the same for all")
-    add("--length", type=int, default=128, help="tokens per sequence (default: %(default)s)")
-    add("--batch-size", type=int, default=8, help="sequences per step (default: %(default)s)")
+    add("--seeds", nargs="+", type=int, help="(default: 0 1 2)")
+    add("--steps", type=int, help=f"of every run (default: {FULL['steps']})")
+    add("--base-steps", type=int, help=f"of the model to start from (default: {FULL['base_steps']})")
+    add("--learning-rates", nargs="+", type=float, help="the grid, the same for all (default: 3e-4 to 1e-2)")
+    add("--length", type=int, help=f"tokens per sequence (default: {FULL['length']})")
+    add("--batch-size", type=int, help=f"sequences per step (default: {FULL['batch_size']})")
     add("--jobs", type=int, default=2, help="processes of one thread each (default: %(default)s)")
-    add("--smoke", action="store_true", help="a tiny run, to see that it works")
+    add("--smoke", action="store_true", help="a tiny run, to see that it works, where no flag says otherwise")
     return parser
 
 

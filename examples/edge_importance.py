@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gohgraph import analysis, draw_pruning, record
-from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.command_line import ArgumentParser, fill_in, run
 from gohgraph.common.files import read_json
 from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.learning.checkpoints import load_language_model
@@ -32,6 +32,7 @@ from gohgraph.learning.run_folder import write_text
 KEEP = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)
 TABLE = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0)
 RANDOM_ORDERS = 3
+FULL, SMOKE = {"windows": 32, "length": 128}, {"windows": 2, "length": 32}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(flags: argparse.Namespace) -> None:
     """Measures every seed of a run, prints the tables and draws the curves."""
+    fill_in(flags, SMOKE if flags.smoke else FULL)
     if flags.threads < 1 or flags.windows < 1 or flags.length < 1:
         raise ValueError("Expected --threads, --windows and --length of at least 1 (got less). Do raise them.")
     torch.set_num_threads(flags.threads)
@@ -48,7 +50,7 @@ def measure(flags: argparse.Namespace) -> None:
     seeds = sorted(folder.glob("seed-*")) or [folder]
     results = []
     for seed in seeds:
-        file = seed / "importance.json"
+        file = seed / f"importance{_mark(flags)}.json"
         if not file.is_file():
             write_text(file, json.dumps(_measure(seed, flags), indent=1))
         results.append(read_json(file, "delete it"))
@@ -56,21 +58,33 @@ def measure(flags: argparse.Namespace) -> None:
             raise ValueError(
                 f"Expected --windows and --length as in {file} (got others). Do repeat them, or delete that file."
             )
+    about = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {flags.windows} windows of {flags.length} bytes"
     print(_agreement_table(results))
+    print(f"order of all edges against that by ablation, 1 is the same; {about}")
     print(_pruning_table(results))
+    print(f"loss in nats a byte on other windows, by the share of edges kept; {about}")
+    if flags.smoke:
+        print("too few windows to tell anything: leave out --smoke")
     shares = [share for result in results for share in result["static_shares"]]
     print(f"static share of edges: {min(shares):.2f} to {max(shares):.2f} by layer and seed")
     curves = {name: [curve for result in results for curve in result["curves"][name]] for name in results[0]["curves"]}
-    draw_pruning(curves, folder / "pruning.png", title=f"loss without the least edges, {len(seeds)} seeds")
-    print(f"picture: {folder / 'pruning.png'}")
+    picture = folder / f"pruning{_mark(flags)}.png"
+    draw_pruning(curves, picture, title=f"loss without the least edges, {len(seeds)} seeds")
+    print(f"picture: {picture}")
+
+
+def _mark(flags: argparse.Namespace) -> str:
+    """What stands in the names of files that no measurement goes on from."""
+    return "-smoke" if flags.smoke else ""
 
 
 def _parser() -> ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("run", help="the run folder of one seed or several")
-    parser.add_argument("--windows", type=int, default=32, help="of text, for edges and again for pruned models")
-    parser.add_argument("--length", type=int, default=128, help="bytes of a window (default: %(default)s)")
+    parser.add_argument("--windows", type=int, help=f"of text, for edges, and again for pruning ({FULL['windows']})")
+    parser.add_argument("--length", type=int, help=f"bytes of a window (default: {FULL['length']})")
+    parser.add_argument("--smoke", action="store_true", help="a few short windows, to see that it runs")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     return parser
 

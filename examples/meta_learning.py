@@ -72,6 +72,7 @@ class MetaLearning(ContestScript):
         add("--inner-learning-rate", type=float, default=0.1, help="to begin with, then learned (default %(default)s)")
 
     def check(self) -> None:
+        super().check()
         if self.flags.test_batches < 1:
             raise ValueError(f"Expected --test-batches of at least 1 (got {self.flags.test_batches}). Do raise it.")
 

@@ -75,6 +75,7 @@ class MultitaskLearning(ContestScript):
         add("--temperature", type=float, help="tasks are drawn by size^(1/temperature) (default: all alike)")
 
     def check(self) -> None:
+        super().check()
         if self.flags.steps < len(DOMAINS):
             raise ValueError(f"Expected --steps of at least {len(DOMAINS)} (got {self.flags.steps}). Do raise it.")
 

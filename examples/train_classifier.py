@@ -25,7 +25,6 @@ from typing import Any
 
 from gohgraph import Classifier, ClassifierConfig, TransformerConfig, draw_confusion
 from gohgraph.learning.cli.comparison import Comparison
-from gohgraph.learning.cli.graph_flags import graph_from_flags
 from gohgraph.learning.data.classification import (
     classification_output,
     classify,
@@ -59,6 +58,7 @@ class ClassifierTraining(Comparison):
         add("--dropout", type=float, default=0.1, help="default %(default)s")
 
     def check(self) -> None:
+        super().check()
         flags = self.flags
         if flags.data is not None and flags.task != "text":
             raise ValueError("Expected no --data with --task digits (got one). Do add --task text.")
@@ -74,14 +74,11 @@ class ClassifierTraining(Comparison):
         self.data = load_digits() if images else load_text_classes(flags.data, length=flags.length, per_class=per_class)
         crc32 = zlib.crc32(self.data.train[0].numpy().tobytes())
         self.data_settings = {"name": self.data.name, "crc32": crc32, "batch_size": flags.batch_size}
-        return TransformerConfig(
-            1 if images else 256,
-            **self.values(),
-            dropout=flags.dropout,
-            max_length=16 if images else flags.length,
-            positions="learned",
-            head_graph=graph_from_flags(flags, flags.num_heads),
-        )
+        return self.transformer(1 if images else 256)
+
+    def shape(self) -> dict[str, Any]:
+        length = 16 if self.flags.task == "digits" else self.flags.length
+        return self.values() | {"dropout": self.flags.dropout, "max_length": length, "positions": "learned"}
 
     def build(self, config: TransformerConfig) -> Classifier:
         patches = {"patch_size": 2, "channels": 1} if self.data.name == "digits" else {}

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from gohgraph import Transformer, TransformerConfig
 from gohgraph.learning.cli.comparison import Comparison
-from gohgraph.learning.cli.graph_flags import graph_from_flags
 from gohgraph.learning.contests.contest import Result, results_table
+from gohgraph.learning.contests.results import about_table
 from gohgraph.learning.data.parallel_text import NUMERALS, PairBatches, ParallelText, Subwords, load_parallel_text
 from gohgraph.learning.regimes.translation import bleu, sentence_losses, translate, translation_output
 from gohgraph.learning.run_folder import write_text
@@ -65,6 +65,7 @@ class TranslationTraining(Comparison):
         add("--length-penalty", type=float, default=0.6, help="of the beam search (default %(default)s)")
 
     def check(self) -> None:
+        super().check()
         flags = self.flags
         if flags.beams < 1:
             raise ValueError(f"Expected --beams of at least 1 (got {flags.beams}). Do pass 1 for greedy decoding.")
@@ -81,8 +82,10 @@ class TranslationTraining(Comparison):
         self.validation = self._batches(text.validation)
         self.data_settings = {"name": text.name, "crc32": zlib.crc32("\n".join(sentences).encode())}
         self.data_settings |= self.values("source", "target", "batch_size", "label_smoothing")
-        graph = graph_from_flags(flags, flags.num_heads)
-        return TransformerConfig(len(self.subwords), **self.values(), dropout=flags.dropout, head_graph=graph)
+        return self.transformer(len(self.subwords))
+
+    def shape(self) -> dict[str, Any]:
+        return self.values() | {"dropout": self.flags.dropout}
 
     def batches(self, seed: int) -> PairBatches:
         return self._batches(self.text.train, seed)
@@ -129,6 +132,7 @@ class TranslationTraining(Comparison):
 
     def report(self, results: dict[tuple[int, str], Result]) -> None:
         self.write_table(results_table(results, self.columns))
+        print(about_table(results, self.flags.steps))
         print(f"loss in nats per subword; BLEU {next(iter(results.values()))['bleu_signature']}")
         self.conclude(results, "written")
 

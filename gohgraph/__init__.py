@@ -20,6 +20,7 @@ from gohgraph.convert.fold import fold
 from gohgraph.convert.head_order import share_important_heads
 from gohgraph.drawing import (
     draw,
+    draw_attention,
     draw_difference,
     draw_faithfulness,
     draw_matrices,
@@ -28,6 +29,7 @@ from gohgraph.drawing import (
     draw_tokens,
     save_film,
     save_page,
+    show,
 )
 from gohgraph.drawing.confusion_chart import draw_confusion
 from gohgraph.drawing.load_chart import draw_load
@@ -104,6 +106,7 @@ __all__ = [
     "composition_graph",
     "convert",
     "draw",
+    "draw_attention",
     "draw_confusion",
     "draw_difference",
     "draw_faithfulness",
@@ -128,6 +131,7 @@ __all__ = [
     "save_head_graph",
     "save_page",
     "share_important_heads",
+    "show",
     "unconvert",
 ]
 

@@ -16,7 +16,7 @@ MISSING = {
     "arguments": {"HeadNetwork", "load_head_graph", "unconvert"},
     "example": {
         "HeadNetwork", "draw_network", "draw_tokens", "head_importance", "load_converted", "load_head_graph",
-        "log_head_graphs", "save_head_graph", "save_page",
+        "log_head_graphs", "save_page",
     },
 }  # fmt: skip
 PARTS = ("summary", "arguments", "shape", "example")

@@ -21,6 +21,7 @@ from gohgraph.graphs.baselines.presets import PRESETS
 from gohgraph.graphs.topologies import TOPOLOGIES
 
 ROOT = Path(__file__).parent.parent
+COMMAND = "gohgraph/__main__.py"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 # Where README's links lead, so that they hold on a package index too.
@@ -44,6 +45,7 @@ def commands() -> list[list[str]]:
     lines = "".join(blocks("bash", *PAGES)).replace("\\\n", " ").splitlines()
     # Environment variables may stand before a command.
     lines = [re.sub(r"^(\w+=\S+\s+)+", "", line) for line in lines]
+    lines = [re.sub(r"^gohgraph ", f"python {COMMAND} ", line) for line in lines]
     # What torchrun starts stands behind its own flags.
     lines = [re.sub(r"^torchrun .*? -- ", "python ", line) for line in lines]
     return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
@@ -51,7 +53,7 @@ def commands() -> list[list[str]]:
 
 def called(command: list[str]) -> tuple[str, ...]:
     """The script and, where its first argument names one, its subcommand: each has flags of its own."""
-    named = command[1] == "tools/benchmark.py" and len(command) > 2 and not command[2].startswith("-")
+    named = command[1] in ("tools/benchmark.py", COMMAND) and len(command) > 2 and not command[2].startswith("-")
     return tuple(command[1 : 2 + named])
 
 
@@ -84,7 +86,8 @@ def test_every_text_block_is_the_output_of_the_python_block_before_it():
 
 @pytest.mark.parametrize("script", sorted({called(command) for command in commands()}), ids=" ".join)
 def test_commands_name_existing_scripts_flags_and_values(script, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str((ROOT / script[0]).parent))
+    if script[0] != COMMAND:
+        monkeypatch.syspath_prepend(str((ROOT / script[0]).parent))
     for command in (command for command in commands() if called(command) == script):
         # Values are checked before the help is shown, flags are found in it; nothing is run.
         monkeypatch.setattr(sys, "argv", [*command[1:], "--help"])

@@ -39,7 +39,7 @@ def other_trace(
         starts = {(s.name, -1): take(clean.read[s.name, -1], masks[s.name]) for s in wiring.streams}
         sent = {one.name: in_its_place(against, clean.sent[one.name], masks[one.stream]) for one in graphs}
         return replace(clean, heads=heads, wrote=wrote, read=clean.read | starts, sent=sent)
-    other, _ = trace(model, wiring, against, graphs=graphs)
+    other, _ = trace(model, wiring, against, graphs=graphs, has_output=False)
     check_trace(other, model, wiring)
     masks, others = token_masks(inputs, wiring, clean), token_masks(against, wiring, other)
     for name, mask in masks.items():

@@ -26,7 +26,7 @@ def logit_difference(right: Tensor, wrong: Tensor, *, at: Tensor | int = -1) -> 
     """
 
     def metric(output: Any) -> Tensor:
-        logits = _at(output.logits, at)  # [B, V]
+        logits = _at(logits_of(output), at)  # [B, V]
         tokens = torch.stack([right, wrong], dim=1).to(logits.device)  # [B, 2]
         first, second = logits.gather(1, tokens).unbind(dim=1)
         return first - second
@@ -49,7 +49,8 @@ def log_probability(labels: Tensor, *, shift: bool = True) -> Callable[[Any], Te
     """
 
     def metric(output: Any) -> Tensor:
-        logits, tokens = output.logits, labels.to(output.logits.device)
+        logits = logits_of(output)
+        tokens = labels.to(logits.device)
         if tokens.dim() == 1:
             return logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
         if shift:
@@ -65,6 +66,11 @@ def label_loss(labels: Tensor, *, shift: bool = True) -> Callable[[Any], Tensor]
     """Returns the metric of each example's mean cross entropy in nats: minus `log_probability`."""
     likelihood = log_probability(labels, shift=shift)
     return lambda output: -likelihood(output)
+
+
+def logits_of(output: Any) -> Tensor:
+    """Returns the logits of what a model returned: an object, or a dictionary as for transformers' Trainer."""
+    return output["logits"] if isinstance(output, dict) else output.logits
 
 
 def _at(logits: Tensor, at: Tensor | int) -> Tensor:

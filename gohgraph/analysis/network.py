@@ -13,6 +13,7 @@ from torch_geometric.utils import to_networkx
 
 from gohgraph.analysis.module_names import block_of, block_titles, family_of, layer_of, site_of
 from gohgraph.analysis.record import OF_KEYS, Recording, head_graphs, record
+from gohgraph.analysis.summary import html_of_network
 from gohgraph.graphs.cross_layer import layers_read
 
 # What `label_heads` gives heads.
@@ -70,6 +71,9 @@ class HeadNetwork(Data):
                     continue
                 network[name] = _column(name, rows)
         return network
+
+    def _repr_html_(self) -> str:
+        return html_of_network(self)
 
     def only(self, chosen: Tensor) -> HeadNetwork:
         """Returns a network of the same nodes with the edges of a bool mask `[E]` alone.

@@ -7,10 +7,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+from gohgraph.analysis.network_columns import RESIDUAL, columns_of
+from gohgraph.analysis.network_xml import write_gexf, write_graphml
 from gohgraph.common.files import checked_path, write_whole
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 GRAPH_SUFFIXES = (".graphml", ".gexf", ".json", ".csv")
 # What Gephi calls the columns of its tables of nodes and edges.
-NODE, ENDS = "Id", ("Source", "Target")
+NODE, ENDS, WEIGHT = "Id", ("Source", "Target"), "Weight"
 # What XML has no way to write, nor UTF-8, and tables lose; with the backslash, so that the way back is one.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\\]")
 ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
@@ -27,18 +29,32 @@ ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
 def save_head_graph(network: HeadNetwork, path: str | os.PathLike[str]) -> None:
     """Writes a head network in the format of the file's suffix, with all attributes.
 
-    `.graphml` and `.gexf` are networkx's, `.json` its node-link data. `.csv` is a table of edges, beside which
-    `NAME.nodes.csv` holds the heads; Gephi imports both.
+    `.graphml` and `.gexf` have `weight`, |mean|, and colour, size and place of every head, as Gephi takes them; where
+    nothing joins two layers, residual edges do, of the site "residual", so that layouts hold together. `.json` is
+    networkx's node-link data. `.csv` is a table of edges, beside which `NAME.nodes.csv` holds the heads; Gephi imports
+    both. `load_head_graph` reads all of them back as they were saved.
 
     Args:
         network: as `head_graph_of` makes it.
         path: a file that ends in .graphml, .gexf, .json or .csv; an older one is kept where it cannot be written.
+
+    Raises:
+        ValueError, OSError: another suffix; no such folder, or no place to write.
+
+    Example:
+        >>> import tempfile, gohgraph as goh
+        >>> shape = dict(d_model=8, num_heads=2, num_layers=2, d_ff=8)
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
+        >>> path = tempfile.mkdtemp() + "/heads.gexf"
+        >>> save_head_graph(goh.head_graph_of(model), path)
+        >>> load_head_graph(path).num_edges
+        8
     """
     path = checked_path(path, GRAPH_SUFFIXES)
     if path.suffix.lower() == ".csv":
         # Nodes first: the edges' table is the one that is asked for, and the last to change.
-        write_whole(_nodes_of(path), lambda pending: _write_nodes(network, pending))
-    write_whole(path, lambda pending: _write(network, pending))
+        write_whole(_nodes_of(path), lambda pending: _write(_write_nodes, network, pending))
+    write_whole(path, lambda pending: _write(WRITERS[path.suffix.lower()], network, pending))
 
 
 def load_head_graph(path: str | os.PathLike[str]) -> HeadNetwork:
@@ -49,7 +65,7 @@ def load_head_graph(path: str | os.PathLike[str]) -> HeadNetwork:
     if path.suffix.lower() not in GRAPH_SUFFIXES:
         raise ValueError(f"Expected a file that ends in {', '.join(GRAPH_SUFFIXES)} (got {path}). Do pass another.")
     try:
-        return HeadNetwork.from_networkx(_in_words(_read(path), _unescaped))
+        return HeadNetwork.from_networkx(_as_saved(_read(path)))
     except OSError:
         raise
     # Each parser has errors of its own for a damaged file.
@@ -60,38 +76,85 @@ def load_head_graph(path: str | os.PathLike[str]) -> HeadNetwork:
         ) from error
 
 
-def _write(network: HeadNetwork, path: Path) -> None:
-    import networkx
+def _write(writer: Callable[[HeadNetwork, TextIO], None], network: HeadNetwork, path: Path) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer(network, file)
 
-    graph, suffix = _in_words(network.to_networkx(), _escaped), path.suffix.lower()
-    if suffix == ".graphml":
-        networkx.write_graphml(graph, path)
-    elif suffix == ".gexf":
-        networkx.write_gexf(graph, path)
-    elif suffix == ".json":
-        data = _finite(networkx.node_link_data(graph, edges="edges"))
-        path.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
-    else:
-        names = network.attributes()[1]
-        rows = [[j, i, *(values[name] for name in names)] for j, i, values in graph.edges(data=True)]
-        _write_rows(path, [*ENDS, *names], rows)
+
+def _write_json(network: HeadNetwork, file: TextIO) -> None:
+    """Node-link data as networkx has them, a line for every node and edge."""
+    found = columns_of(network)
+    file.write('{"directed": true, "multigraph": true, "graph": {}, "nodes": [\n')
+    _write_lines(({**row, "id": number} for number, row in enumerate(_rows(found.nodes))), file)
+    file.write('], "edges": [\n')
+    keys: dict[tuple[int, int], int] = {}
+
+    def edges() -> Iterator[dict[str, Any]]:
+        for row, j, i in zip(_rows(found.edges), *found.ends, strict=True):
+            keys[j, i] = keys.get((j, i), -1) + 1
+            yield {**row, "source": j, "target": i, "key": keys[j, i]}
+
+    _write_lines(edges(), file)
+    file.write("]}\n")
+
+
+def _write_lines(rows: Iterable[dict[str, Any]], file: TextIO) -> None:
+    for number, row in enumerate(rows):
+        file.write(",\n" * (number > 0) + json.dumps(row, allow_nan=False))
+    file.write("\n")
+
+
+def _rows(columns: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of columns as JSON can hold them: `None` for NaN, words for infinity."""
+    names = list(columns)
+    for values in zip(*(map(_finite, column) for column in columns.values()), strict=True):
+        yield dict(zip(names, values, strict=True))
 
 
 def _finite(value: Any) -> Any:
-    """The same values as JSON can hold them: `None` for NaN, words for infinity."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
+    if isinstance(value, str):
+        return _escaped(value)
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return None if math.isnan(value) else str(value)
 
 
-def _in_words(graph: Any, change: Callable[[str], str]) -> Any:
-    """A `networkx` graph with all its words changed, in place."""
+def _write_edges(network: HeadNetwork, file: TextIO) -> None:
+    found = columns_of(network)
+    weight = network.mean.abs().tolist()
+    rows = zip(*found.ends, weight, *map(_words_escaped, found.edges.values()), strict=True)
+    _write_rows(file, [*ENDS, WEIGHT, *found.edges], rows)
+
+
+def _write_nodes(network: HeadNetwork, file: TextIO) -> None:
+    nodes = columns_of(network).nodes
+    _write_rows(file, [NODE, *nodes], zip(range(network.num_nodes), *map(_words_escaped, nodes.values()), strict=True))
+
+
+def _write_rows(file: TextIO, header: list[str], rows: Iterable[Sequence[Any]]) -> None:
+    writer = csv.writer(file)
+    writer.writerow(header)
+    writer.writerows(rows)
+
+
+WRITERS: dict[str, Callable[[HeadNetwork, TextIO], None]] = {
+    ".graphml": lambda network, file: write_graphml(network, file, _escaped),
+    ".gexf": lambda network, file: write_gexf(network, file, _escaped),
+    ".json": _write_json,
+    ".csv": _write_edges,
+}
+
+
+def _words_escaped(column: list[Any]) -> list[Any]:
+    return [_escaped(value) if isinstance(value, str) else value for value in column]
+
+
+def _as_saved(graph: Any) -> Any:
+    """A `networkx` graph as its network was, in place: words as they were, without the edges that files alone have."""
     for values in (*(row[-1] for row in graph.nodes(data=True)), *(row[-1] for row in graph.edges(data=True))):
-        values.update({name: change(word) for name, word in values.items() if isinstance(word, str)})
+        values.update({name: _unescaped(word) for name, word in values.items() if isinstance(word, str)})
+    edges = graph.edges(keys=True, data="site") if graph.is_multigraph() else graph.edges(data="site")
+    graph.remove_edges_from([edge[:-1] for edge in edges if edge[-1] == RESIDUAL])
     return graph
 
 
@@ -101,18 +164,6 @@ def _escaped(word: str) -> str:
 
 def _unescaped(word: str) -> str:
     return ESCAPE.sub(lambda found: chr(int(found[1], 16)), word)
-
-
-def _write_nodes(network: HeadNetwork, path: Path) -> None:
-    names, nodes = network.attributes()[0], _in_words(network.to_networkx(), _escaped).nodes(data=True)
-    _write_rows(path, [NODE, *names], [[node, *(values[name] for name in names)] for node, values in nodes])
-
-
-def _write_rows(path: Path, header: list[str], rows: list[list[Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def _nodes_of(path: Path) -> Path:
@@ -143,4 +194,7 @@ def _read(path: Path) -> Any:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    if any(None in row.values() for row in rows):
+        raise ValueError(f"a row of {path.name} is cut off")
+    return rows

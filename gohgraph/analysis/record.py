@@ -1,7 +1,7 @@
 """Recording what head graphs do in a forward pass."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gohgraph.analysis import summary
+from gohgraph.analysis.attention_record import AttentionRecording, attention_modules, recording_attention
+from gohgraph.analysis.attention_watch import Choice
 from gohgraph.analysis.module_names import block_of, site_of
 from gohgraph.analysis.passes import Counter, Passes
 from gohgraph.analysis.running_stats import Moments, samples
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.routing import HeadRouter, Routing
+from gohgraph.attention.watching import is_beside
 from gohgraph.common.modules import is_recomputed, working_modules
 from gohgraph.graphs.chain import Chain
 from gohgraph.graphs.edge_graph import EdgeGraph
@@ -66,6 +70,9 @@ class Recording:
             self._balanced[router.num_shared :] = router.top_k / max(1, router.num_routed)
         self._outputs: Moments | None = None
         self._every: dict[str, list[Tensor]] | None = {} if every_token else None
+
+    def __repr__(self) -> str:
+        return summary.line_of(self)
 
     def update(self, alpha: Tensor, used: Tensor | None = None) -> None:
         """Takes in the weights of one pass, `[*, R, E]`, and those that are used, with zeros for the others."""
@@ -149,18 +156,27 @@ class Recordings(dict[str, Recording]):
     Attributes:
         token_strings: the recorded tokens as they are to be read, or `None`.
         left_out: what stands at a site and is not recorded, by module name, with the reason.
+        attention: with `record(attention=...)`, the `AttentionRecording`s by the name of the attention module.
     """
 
     def __init__(self, recordings: dict[str, Recording], token_strings: Sequence[str] | None = None) -> None:
         super().__init__(recordings)
         self.left_out: dict[str, str] = {}
+        self.attention: dict[str, AttentionRecording] = {}
         self.token_strings = None if token_strings is None else list(token_strings)
+
+    def __repr__(self) -> str:
+        return summary.text_of(self)
+
+    def _repr_html_(self) -> str:
+        return summary.html_of(self)
 
 
 @contextmanager
 def record(
-    model: nn.Module, *, every_token: bool = False, token_strings: Sequence[str] | None = None
-) -> Iterator[Recordings]:
+    model: nn.Module, *, every_token: bool = False, token_strings: Sequence[str] | None = None,
+    attention: bool | Mapping[str, Any] = False,
+) -> Iterator[Recordings]:  # fmt: skip
     """Records what every head graph of `model` does while the block runs: edge weights, gates, heads' outputs.
 
     Linear graphs of other kinds (softmax messages, a gate on every head, a `SiteGraph` of your own that has `matrix`)
@@ -171,12 +187,16 @@ def record(
         model: any module with head graphs.
         every_token: keeps the values of every token, beside means and variances.
         token_strings: the tokens that are run, as they are to be read in figures; one for each.
+        attention: also what every head attends to, of any model `wiring_of` knows, with head graphs or without: the
+            maps that are really used, in `heads.attention`. `True` for the mean over examples; or a mapping of
+            `"layers"`, `"heads"` (lists of numbers) and `"every_example"` (a bool). At most 1 GiB; of this thread.
 
     Yields:
         The `Recording`s by module name, e.g. `"decoder.layers.0.attention.object.output_graph"`, in model order.
 
     Raises:
-        ValueError: the model has no head graph; at the end, another number of tokens was run than there are strings.
+        ValueError: the model has no head graph, and attention is not asked for; maps would take too much memory, or the
+            attention beneath tells nothing; at the end, another number of tokens was run than there are strings.
 
     Example:
         >>> import gohgraph as goh
@@ -187,15 +207,21 @@ def record(
         >>> recording = heads["decoder.layers.0.attention.object.output_graph"]
         >>> recording.tokens, recording.mean.shape, recording.every["weights"].shape, recording.output_mean.shape
         (3, torch.Size([1, 4]), torch.Size([3, 1, 4]), torch.Size([2, 4]))
+        >>> with record(model, attention=True) as heads:
+        ...     _ = model(torch.tensor([[1, 2, 3]]))
+        >>> heads.attention["decoder.layers.0.attention.object"].maps.shape
+        torch.Size([2, 3, 3])
     """
+    choice = Choice.of(attention)
     graphs, left_out = recordable(model)
-    if not graphs:
+    if not graphs and choice is None:
         head_graphs(model)
     routers = {name: module for name, module in working_modules(model) if isinstance(module, HeadRouter)}
     heads, passes, layers = Recordings({}, token_strings), Passes(), {}
     heads.left_out = left_out
     modules = dict(model.named_modules())
-    around = {id(modules[prefix]): modules[prefix] for name in graphs for prefix in _prefixes(name)}
+    watched = [*graphs, *(attention_modules(model) if choice else ())]
+    around = {id(modules[prefix]): modules[prefix] for name in watched for prefix in _prefixes(name)}
     with ExitStack() as hooks:
         hooks.enter_context(passes.following(around.values()))
         for name, graph in graphs.items():
@@ -204,6 +230,8 @@ def record(
             heads[name] = layers[name][0]
             for hook in _hooks(layers[name], name, graph, router, model, passes):
                 hooks.enter_context(hook)
+        if choice is not None:
+            heads.attention = hooks.enter_context(recording_attention(model, choice, passes))
         yield heads
         _name_layers(heads, layers)
         _check_strings(heads, graphs)
@@ -333,7 +361,7 @@ def _hooks(
 def _hook(owner: nn.Module, take: Callable[[Recording, Any, Any], None], layers: Layers, counter: Counter):
     def take_result(module: nn.Module, inputs: Any, result: Any) -> None:
         # A deep copy of the model made inside the block carries this hook along: it is not what is recorded.
-        if module is owner and not is_recomputed():
+        if module is owner and not is_recomputed() and not is_beside():
             with torch.no_grad():
                 take(layers.of_call(counter.next()), inputs, result)
 

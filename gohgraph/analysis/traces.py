@@ -115,7 +115,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def trace(
     model: nn.Module, wiring: Wiring, inputs: Any, *, graphs: Sequence[LearnedGraph] = (), zeros: bool = False,
-    starts: Mapping[str, Tensor] | None = None,
+    starts: Mapping[str, Tensor] | None = None, has_output: bool = True,
 ) -> tuple[Trace, Any]:  # fmt: skip
     """Runs a model and returns what its units did, and its output.
 
@@ -123,6 +123,7 @@ def trace(
         graphs: head graphs whose messages are kept.
         zeros: adds the zeros whose gradients are asked for later.
         starts: by stream, what takes the place of its first layer's input.
+        has_output: `False` stops at the end of the last stream, before the model's head.
     """
     seen = Trace()
     with Hooks(model) as hooks, on_whole_maps(model, graphs), torch.set_grad_enabled(zeros):
@@ -137,8 +138,20 @@ def trace(
             _watch(hooks, unit, seen, zeros)
         for graph in graphs:
             hooks.on_graph(graph.name, partial(_take_messages, graph, seen, zeros))
-        output = run(model, inputs)
-    return seen, output
+        if not has_output:
+            _at_end(hooks, wiring.streams[-1])(_stop)
+        try:
+            return seen, run(model, inputs)
+        except _Seen:
+            return seen, None
+
+
+class _Seen(Exception):
+    """Nothing behind the last stream is needed."""
+
+
+def _stop(x: Tensor) -> None:
+    raise _Seen
 
 
 def _watch(hooks: Hooks, unit: AttentionUnit | FeedForwardUnit, seen: Trace, zeros: bool) -> None:
@@ -173,11 +186,17 @@ def _watch_reading(hooks: Hooks, reading: Reading, seen: Trace) -> None:
 
 
 def _watch_end(hooks: Hooks, stream: Stream, seen: Trace, zeros: bool) -> None:
-    place = (stream.name, stream.end.time)
-    watch, module = (hooks.on_output, stream.last) if stream.end.norm is None else (hooks.on_input, stream.end.norm)
-    watch(module, keep(seen.read, place))
+    watch = _at_end(hooks, stream)
+    watch(keep(seen.read, (stream.name, stream.end.time)))
     if zeros:
-        watch(module, _add_zero(seen.zeros, stream.last))
+        watch(_add_zero(seen.zeros, stream.last))
+
+
+def _at_end(hooks: Hooks, stream: Stream) -> Callable[[Callable[[Tensor], Tensor | None]], None]:
+    """What watches the end of a stream: before its last norm, or behind its last layer."""
+    if stream.end.norm is None:
+        return partial(hooks.on_output, stream.last)
+    return partial(hooks.on_input, stream.end.norm)
 
 
 def keep(into: dict[Any, Tensor], key: Any) -> Callable[[Tensor], None]:

@@ -19,6 +19,7 @@ from gohgraph.attention.maps import mixed_attention, plain_attention
 from gohgraph.attention.runs import interleaved, interleaved_mask, parted
 from gohgraph.attention.skipped import only_multiplies
 from gohgraph.attention.tiled import FEWEST_ROWS, tiled_attention
+from gohgraph.attention.watching import show
 
 # Wide heads cost about in-degree times the plain attention core and hold no map of scores: on a CPU less than mixing
 # whole maps from length 1024 on, as much at 512. On denser graphs their widened keys outgrow the maps.
@@ -74,6 +75,7 @@ def attend(call: Call, form: str | None = None) -> Result:
         torch.Size([2, 7, 5, 4])
     """
     call = _prepared(call)
+    show(call)
     if form is not None:
         return _named(form, call).run(call)
     return _chosen(call).run(call)

@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 BAD_INPUT, INTERRUPTED = 2, 130
 # Wrong values, a loss that runs away, and a package that is not installed.
@@ -11,11 +12,61 @@ REFUSALS = (ValueError, TypeError, FloatingPointError, ImportError)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser for `run`: flags that do not parse raise `ValueError`, without the usage text."""
+    """An argument parser for `run`: flags that do not parse raise `ValueError`, without the usage text.
+
+    Example:
+        >>> parser = ArgumentParser(prog="heads")
+        >>> _ = parser.add_argument("--threshold")
+        >>> parser.parse_args(["--treshold", "1"])
+        Traceback (most recent call last):
+        ValueError: Expected other flags (got --treshold 1; the nearest is --threshold). Do see heads --help.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses all: an unknown flag is named here, by the parser, perhaps of a subcommand, that knows the others."""
+        found, others = super().parse_known_args(args, namespace)
+        # What a subcommand had left over has been refused there.
+        if others:
+            raise ValueError(f"Expected other flags (got {self._named(others)}). Do see {self.prog} --help.")
+        return found, others
 
     def error(self, message: str) -> NoReturn:
         """Raises `ValueError` for a flag that does not parse."""
         raise ValueError(f"Expected other flags (got: {message}). Do see {self.prog} --help.")
+
+    def _named(self, others: Sequence[str]) -> str:
+        flag = next((word for word in others if word.startswith("-")), "").split("=")[0]
+        nearest = get_close_matches(flag, self._option_string_actions, 1)
+        return " ".join(others) + (f"; the nearest is {nearest[0]}" if nearest else "")
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
+    """Returns the names of the flags that a command line gives, those with their default's value too.
+
+    Example:
+        >>> parser = ArgumentParser()
+        >>> _ = parser.add_argument("--steps", type=int, default=500), parser.add_argument("--seed", default=0)
+        >>> given_flags(parser, ["--steps", "500"])
+        {'steps'}
+    """
+    missing = object()
+    names = vars(parser.parse_args(argv))
+    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, missing)))
+    return {name for name, value in vars(found).items() if value is not missing}
+
+
+def fill_in(flags: argparse.Namespace, values: Mapping[str, Any]) -> None:
+    """Gives flags that have no value theirs, such as the sizes of a full run, or those of `--smoke`.
+
+    Example:
+        >>> flags = argparse.Namespace(steps=None, seed=3)
+        >>> fill_in(flags, {"steps": 500, "seed": 0})
+        >>> flags
+        Namespace(steps=500, seed=3)
+    """
+    for name, value in values.items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, value)
 
 
 def run(

@@ -6,20 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.colours import FAINT, colour_bar, colour_scale, is_dark
 from gohgraph.drawing.figures import INK, finish, new_figure
+from gohgraph.drawing.given import recordings_of
 from gohgraph.drawing.panels import Panel, draw_panels, grid_of, panels_of, strongest_weight
 
 RING_GAP = 0.46
 # More edges than this in a circle of so many inches are a blot: the strongest are drawn.
 MOST_EDGES = {3.0: 400, 0.0: 150}
+# From so many heads on strengths are shown by rank, and of fewer edges: all widths would be hairlines.
+DENSE, MOST_OF_DENSE = 32, {3.0: 160, 0.0: 60}
 LABEL = "mean edge weight   (arrow: from sender to receiver,  fill: a head's self-loop)"
 
 
 def draw(
-    heads: Mapping[str, Any],
+    heads: Mapping[str, Any] | nn.Module,
     path: str | os.PathLike[str] | None = None,
     *,
     title: str | None = None,
@@ -37,7 +41,8 @@ def draw(
 
     Args:
         heads: the result of `record`: {module name: Recording}, each with
-            `edge_index [2, E]`, `num_heads` and `mean [R, E]`, and where known `load` and `num_shared`.
+            `edge_index [2, E]`, `num_heads` and `mean [R, E]`, and where known `load` and `num_shared`; or a model,
+            for the weights its edges have at a context of zero.
         path: where to save; a name that ends in .png, .svg or .pdf. `None` saves nothing.
         title: a line above the circles.
         threshold: edges weaker than this share (0 to 1) of the strongest one are faint grey hairlines.
@@ -65,9 +70,10 @@ def draw(
     """
     path = checked_path(path)
     check_threshold(threshold)
-    panels = panels_of(heads)
+    panels = panels_of(recordings_of(heads))
     rows, columns, size = grid_of(panels)
-    most_edges = next(most for least, most in MOST_EDGES.items() if size >= least) if most_edges is None else most_edges
+    table = MOST_OF_DENSE if any(is_dense(panel) for panel in panels) else MOST_EDGES
+    most_edges = next(most for least, most in table.items() if size >= least) if most_edges is None else most_edges
     label = circle_label(label, panels, most_edges)
     figure = new_figure(size * columns, (size + 0.22) * len(rows) + 0.8 + 0.17 * label.count("\n"))
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -77,6 +83,11 @@ def draw(
     draw_panels(axes, rows, lambda axis, panel: draw_circle(axis, panel, colours, faint_below, size, most_edges))
     colour_bar(figure, axes, colours, label)
     return finish(figure, title, path)
+
+
+def is_dense(panel: Panel) -> bool:
+    """Whether a circle has so many heads that its edges are drawn by rank."""
+    return panel.num_heads >= DENSE
 
 
 def check_threshold(threshold: float) -> None:
@@ -94,6 +105,8 @@ def circle_label(label: str, panels: list[Panel], most_edges: int) -> str:
         notes.append("outer rings: heads of the layers before")
     if any((panel.senders != panel.receivers).sum() > most_edges for panel in panels):
         notes.append(f"the {most_edges} strongest edges of each graph")
+    if any(is_dense(panel) for panel in panels):
+        notes[-1:] = [";  ".join([*notes[-1:], "width and opacity: rank among them"])]
     return "\n".join([label, *notes])
 
 
@@ -113,7 +126,7 @@ def draw_circle(axis, panel: Panel, colours, faint_below: float, size: float, mo
     axis.set_axis_off()
     axis.set_title(panel.title, fontsize=10, color=INK, pad=3)
     radii = radius * np.concatenate([0.6 + 0.4 * panel.loads, *[np.full(panel.num_heads, 0.8)] * panel.rings])  # [S]
-    _draw_edges(axis, panel, places, radii, colours, faint_below, most_edges)
+    _draw_edges(axis, panel, places, radii, colours, faint_below, most_edges, size)
     font = 6.5 if outside else min(9.0, 1.3 * points)
     # Outside, numbers must not run into each other: every second or fourth where the circle is small.
     between = 2 * math.pi * outer / max(panel.num_heads, 1) * 72 * size / (2 * reach)
@@ -139,7 +152,7 @@ def _on_ring(panel: Panel, ring: int, heads: np.ndarray) -> np.ndarray:
 
 
 def _draw_edges(
-    axis, panel: Panel, places: np.ndarray, radii: np.ndarray, colours, faint_below: float, most_edges: int
+    axis, panel: Panel, places: np.ndarray, radii: np.ndarray, colours, faint_below: float, most_edges: int, size: float
 ) -> None:
     from matplotlib.collections import LineCollection, PolyCollection
     from matplotlib.colors import to_rgba
@@ -153,8 +166,14 @@ def _draw_edges(
     colour = np.where(faint[:, None], np.array(to_rgba(FAINT)), colours.to_rgba(weights))
     heads = radii.max() * (0.28 + 0.42 * np.sqrt(share))
     senders, receivers = panel.senders[order], panel.receivers[order]
-    paths, tips = curves(places[senders], places[receivers], radii[senders], radii[receivers], heads)
     widths = np.where(faint, 0.4, 0.5 + 2.9 * share) * scale
+    if is_dense(panel):
+        rank = np.linspace(0, 1, len(order))
+        widths = np.where(faint, 0.3, 0.35 + 1.5 * rank**2)
+        colour[:, 3] = np.where(faint, 0.6, 0.25 + 0.75 * rank)
+        # A tip is as large as is seen, whatever room its head has: so many inches.
+        heads = (0.035 + 0.05 * rank) * min(1.0, 2.4 / size)
+    paths, tips = curves(places[senders], places[receivers], radii[senders], radii[receivers], heads)
     axis.add_collection(LineCollection(paths, colors=colour, linewidths=widths, capstyle="butt"))
     axis.add_collection(PolyCollection(tips, facecolors=colour, edgecolors="none", zorder=2.1))
 
@@ -212,7 +231,6 @@ def _draw_heads(
         spot = place + (radii.max() + 0.08) * _unit(place) if outside else place
         ink = "white" if not outside and is_dark(fill) else INK if ring == 0 else "#777777"
         _write(axis, spot, str(head), fontsize=font if ring == 0 else 0.85 * font, color=ink)
-
 
 def _write(axis, place: np.ndarray, text: str, **style: Any) -> None:
     axis.text(*place, text, ha="center", va="center_baseline", zorder=4, **style)

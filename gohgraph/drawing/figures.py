@@ -22,7 +22,7 @@ def new_figure(width: float, height: float):
 def finish(figure, title: str | None, path: Path | None, *, fontsize: float = 12):
     """Sets the title, saves the picture where there is a path, and returns the figure; see `save_figure`."""
     if title:
-        figure.suptitle(title, fontsize=fontsize, color=INK)
+        figure.suptitle(title, fontsize=fontsize, color=INK, parse_math=False)
     save_figure(figure, path)
     return figure
 

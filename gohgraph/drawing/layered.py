@@ -12,6 +12,7 @@ from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import arrows, check_threshold
 from gohgraph.drawing.colours import colour_bar, colour_scale, is_dark
 from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
+from gohgraph.drawing.given import network_given
 
 if TYPE_CHECKING:
     from gohgraph.analysis.network import HeadNetwork
@@ -67,13 +68,14 @@ def draw_network(
     squares.
 
     Args:
-        network: as `head_graph_of` makes it.
+        network: as `head_graph_of` makes it; or a recording or a model, of which it is made.
         threshold: edges weaker than this share (0 to 1) of the strongest are left out.
         most_edges: so many edges are drawn, the strongest of all layers.
         path, title, limit, and what is returned and raised: as in `draw`.
     """
     path = checked_path(path)
     check_threshold(threshold)
+    network = network_given(network)
     weights = network.mean.numpy()
     if not np.isfinite(weights).all():
         raise ValueError("Expected finite edge weights (got NaN or infinity). Do check the training run.")
@@ -127,21 +129,48 @@ def head_sizes(network: HeadNetwork) -> np.ndarray:
     return 0.5 + 0.5 * np.sqrt(np.clip(share, 0, 1))
 
 
+def lanes_of(network: HeadNetwork) -> dict[tuple[str, int], int]:
+    """Returns the number of every site and round that edges are of: each has paths of its own between two heads."""
+    return {lane: n for n, lane in enumerate(dict.fromkeys(zip(network.site, network.round.tolist(), strict=True)))}
+
+
+def self_loops(network: HeadNetwork) -> dict[str, np.ndarray]:
+    """Returns the number of every head's self-loop, `[N]`, -1 where it has none, for each site and round with any."""
+    senders, receivers = network.edge_index.numpy()
+    loops: dict[str, np.ndarray] = {}
+    several = len({number for _, number in lanes_of(network)}) > 1
+    for edge in np.flatnonzero(senders == receivers):
+        name = network.site[edge] + (f", round {int(network.round[edge])}" if several else "")
+        loops.setdefault(name, np.full(network.num_nodes, -1))[receivers[edge]] = edge
+    return loops or {"none": np.full(network.num_nodes, -1)}
+
+
+def ring_radii(network: HeadNetwork, layout: Layout, rings: int) -> np.ndarray:
+    """Returns the radii of the rings that show every head's self-loops, `[K, N]`, the innermost first."""
+    grown = 1 + min(0.35, 0.7 / rings) * np.arange(rings)
+    return grown[:, None] * (layout.radius * head_sizes(network))[None, :]
+
+
 def arcs(network: HeadNetwork, layout: Layout, edges: np.ndarray, radii: np.ndarray, tips: np.ndarray):
-    """Returns the curves `[E, 25, 2]` of edges and their tips `[E, 3, 2]`."""
+    """Returns the curves `[E, 25, 2]` of edges and their tips `[E, 3, 2]`; those of every site have their own path."""
     senders, receivers = network.edge_index.numpy()[:, edges]
+    numbers = lanes_of(network)
+    lane = np.array([numbers[network.site[e], int(network.round[e])] for e in edges], dtype=float)
     start, end = layout.places[senders], layout.places[receivers]
     within = layout.rows[senders] == layout.rows[receivers]
     along = end[:, 0] - start[:, 0]
-    # Longer arcs are higher, and none reaches the next row.
+    # Longer arcs are higher, and none reaches the next row: a curve comes half as high as its control point.
     rise = 0.86 * layout.gap * np.sqrt(np.abs(along) / max(np.ptp(layout.places[:, 0]), 1e-9)) + 0.15 * layout.gap
+    rise = np.minimum(rise, 0.88 * layout.gap) + 0.95 * layout.gap * lane / max(1, len(numbers))
     control = (start + end) / 2
-    control[:, 1] += np.where(within, np.sign(along) * np.minimum(rise, 0.88 * layout.gap), 0.0)
+    control[:, 1] += np.where(within, np.sign(along) * rise, 0.0)
     # What passes by a row leaves its heads to the left.
     passed = np.abs(layout.rows[senders] - layout.rows[receivers]) - 1
     control[:, 0] += np.where(passed > 0, layout.radius * np.minimum(1.8 + 1.2 * passed, 6.0), 0.0)
+    control[:, 0] += np.where(within, 0.0, 2.5 * layout.radius * lane)
     paths, points = arrows(start, control, end, radii[senders], 1.05 * radii[receivers], tips)
     return paths, points
+
 
 def _draw_rows(axis, network: HeadNetwork, layout: Layout) -> None:
     for row, block in enumerate(network.blocks):
@@ -162,7 +191,7 @@ def _draw_edges(axis, network: HeadNetwork, layout: Layout, edges: np.ndarray, c
     weights = network.mean.numpy()[edges]
     share = np.minimum(np.abs(weights) / colours.norm.vmax, 1.0)
     tips = layout.radius * (0.45 + 0.55 * np.sqrt(share))
-    paths, points = arcs(network, layout, edges, layout.radius * head_sizes(network), tips)
+    paths, points = arcs(network, layout, edges, ring_radii(network, layout, len(self_loops(network)))[-1], tips)
     colour = colours.to_rgba(weights)
     widths = (0.4 + 2.6 * share) * min(1.0, layout.radius / 0.1)
     sites = np.array([network.site[e] for e in edges])
@@ -177,20 +206,20 @@ def _draw_heads(axis, network: HeadNetwork, layout: Layout, colours) -> None:
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Circle, Rectangle
 
-    fills = np.ones((network.num_nodes, 4))
-    senders, receivers = network.edge_index.numpy()
-    loops = np.flatnonzero(senders == receivers)
-    # Of several self-loops the last shows: sites come in the order outputs, scores.
-    for edge in loops[::-1]:
-        fills[receivers[edge]] = colours.to_rgba(network.mean[edge].item())
-    patches = []
-    for place, size, kind in zip(layout.places, head_sizes(network) * layout.radius, network.kind, strict=True):
-        if kind == "shared":
-            patches.append(Rectangle(place - 0.885 * size, 1.77 * size, 1.77 * size))
-        else:
-            patches.append(Circle(place, size))
+    loops = self_loops(network)
+    radii = ring_radii(network, layout, len(loops))
     width = 0.8 if layout.radius > 0.08 else 0.4
-    axis.add_collection(PatchCollection(patches, facecolors=fills, edgecolors=INK, linewidths=width, zorder=3))
+    # The rings of further sites lie below the disc of the first.
+    for of_site, sizes in reversed(list(zip(loops.values(), radii, strict=True))):
+        fills = np.ones((network.num_nodes, 4))
+        fills[of_site >= 0] = colours.to_rgba(network.mean.numpy()[of_site[of_site >= 0]])
+        patches = []
+        for place, size, kind in zip(layout.places, sizes, network.kind, strict=True):
+            if kind == "shared":
+                patches.append(Rectangle(place - 0.885 * size, 1.77 * size, 1.77 * size))
+            else:
+                patches.append(Circle(place, size))
+        axis.add_collection(PatchCollection(patches, facecolors=fills, edgecolors=INK, linewidths=width, zorder=3))
     if 72 * layout.radius >= 4.4:
         for name, place, fill in zip(head_names(network), layout.places, fills, strict=True):
             axis.text(
@@ -208,6 +237,8 @@ def _label(network: HeadNetwork, shown: int, edges: int) -> str:
     if "key/value" in network.kind:
         notes.append("right: key/value heads")
     sites = list(dict.fromkeys(network.site))
+    if len(self_loops(network)) > 1:
+        notes.append(f"a head's rings from within: self-loops of {', '.join(self_loops(network))}")
     if len(sites) > 1:
         notes.append(",  ".join(f"{STYLE_NAMES.get(site, 'broken')}: {site}" for site in sites))
     return "\n".join([label, ";  ".join(filter(None, notes))]).rstrip()

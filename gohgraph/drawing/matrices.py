@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from gohgraph.common.files import checked_path
+from gohgraph.drawing.circles import check_threshold
 from gohgraph.drawing.colours import colour_bar, colour_scale
 from gohgraph.drawing.figures import INK, finish, new_figure
+from gohgraph.drawing.given import recordings_of
 from gohgraph.drawing.panels import Panel, draw_panels, grid_of, panels_of, strongest_weight
 
 LABEL = "mean edge weight   (row: receiver,  column: sender,  white: no edge)"
@@ -19,6 +21,7 @@ def draw_matrices(
     path: str | os.PathLike[str] | None = None,
     *,
     title: str | None = None,
+    threshold: float = 0.0,
     limit: float | None = None,
     label: str = LABEL,
 ):
@@ -28,6 +31,7 @@ def draw_matrices(
     edge the matrix is white. Senders of earlier layers (`cross_layer`) are further columns to the right.
 
     Args:
+        threshold: edges weaker than this share (0 to 1) of the strongest one have the colour of 0.
         heads, path, title, limit, label, and what is returned and raised: as in `draw`.
 
     Example:
@@ -40,6 +44,8 @@ def draw_matrices(
         [[None, None, 0.1], [0.5, None, None], [None, -0.5, None]]
     """
     path = checked_path(path)
+    check_threshold(threshold)
+    heads = recordings_of(heads)
     panels = panels_of(heads)
     rounds = max(len(recording.mean) for recording in heads.values())
     rows, columns, size = grid_of(panels, widest=max(rounds, 4 // rounds * rounds))
@@ -47,10 +53,12 @@ def draw_matrices(
     height = min(size, 2.6) / (1 + rings)
     figure = new_figure(min(size, 2.6) * columns + 0.3, (0.9 * height + 0.4) * len(rows) + 0.7)
     axes = figure.subplots(len(rows), columns, squeeze=False)
-    colours = colour_scale(strongest_weight(panels), limit)
-    draw_panels(axes, rows, lambda axis, panel: _draw_matrix(axis, panel, colours))
-    note = "\nto the right of a line: heads of the layers before" if rings else ""
-    colour_bar(figure, axes, colours, label + note)
+    strongest = strongest_weight(panels)
+    colours = colour_scale(strongest, limit)
+    draw_panels(axes, rows, lambda axis, panel: _draw_matrix(axis, panel, colours, threshold * strongest))
+    notes = ["to the right of a line: heads of the layers before"] if rings else []
+    notes += [f"below {threshold:.0%} of the strongest: as 0"] if threshold else []
+    colour_bar(figure, axes, colours, "\n".join([label, *notes]))
     return finish(figure, title, path)
 
 
@@ -61,8 +69,9 @@ def adjacency(panel: Panel) -> np.ndarray:
     return matrix
 
 
-def _draw_matrix(axis, panel: Panel, colours) -> None:
+def _draw_matrix(axis, panel: Panel, colours, hidden_below: float) -> None:
     matrix = np.ma.masked_invalid(adjacency(panel))
+    matrix[np.abs(matrix) < hidden_below] = 0.0
     axis.imshow(matrix, cmap=colours.cmap, norm=colours.norm, interpolation="nearest", aspect="equal")
     axis.set_title(panel.title, fontsize=9, color=INK, pad=3)
     heads = panel.num_heads

@@ -13,12 +13,14 @@ from torch import Tensor
 from gohgraph.analysis.record import Recordings
 from gohgraph.common.files import checked_path, write_whole
 from gohgraph.common.packages import needs
+from gohgraph.drawing.attention_patterns import WEIGHTS
 from gohgraph.drawing.circles import check_threshold
 from gohgraph.drawing.colours import DIVERGING, round_limit
-from gohgraph.drawing.layered import layout_of
-from gohgraph.drawing.page_data import as_bytes, edge_columns, head_columns, self_loops, strongest_edges, token_weights
-from gohgraph.drawing.page_figures import Themed, network_figure, strip_figure
-from gohgraph.drawing.page_script import PREFERENCE, STYLE, THEME, UPDATE
+from gohgraph.drawing.layered import Layout, layout_of, self_loops
+from gohgraph.drawing.page_data import as_bytes, edge_columns, head_columns, strongest_edges, token_weights
+from gohgraph.drawing.page_figures import Drawn, Themed, network_figure, strip_figure
+from gohgraph.drawing.page_patterns import NAMES, SIDE, pattern_columns, pattern_figures
+from gohgraph.drawing.page_script import KEYS, PREFERENCE, STYLE, THEME, UPDATE, VIEW
 from gohgraph.drawing.tokens import check_tokens_recorded, shades_of, token_changes
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ MOST_EDGES, MOST_TOKENS = 4000, 400
 # On dark paper a weight of 0 is dark as well.
 DARK_DIVERGING = ("#9ecbff", "#4a94e0", "#25568c", "#33363c", "#8a4a1c", "#e8762a", "#ffc08a")
 GREYS, DARK_GREYS = ("#ffffff", "#9a9a9a"), ("#1b1d21", "#6f7580")
+DARK_WEIGHTS = ("#1b1d21", "#233a55", "#2f6fb0", "#7fb0d9", "#d7e8f8", "#ffffff")
+WRAPPED = ":host { flex-wrap: wrap; max-width: 100%; }"
+STICKY = ":host { position: sticky; top: 8px; align-self: flex-start; }"
 WIDGETS = ":host, label, .bk-input-group, .bk-slider-title { color: var(--ink); }"
 
 
@@ -40,22 +45,28 @@ def save_page(
     edge_importance: Mapping[str, Tensor] | None = None,
     threshold: float = 0.05,
     most_edges: int = MOST_EDGES,
+    patterns: Recordings | None = None,
 ) -> None:
     """Save the head network of a recording as one HTML file that opens from disk, without any request to a network.
 
     It shows the layered graph of `draw_network`, to zoom and drag; a head or an edge under the mouse tells its numbers;
-    a slider hides weak edges, a field chooses layers. Where the recording has every token and its string
-    (`record(model, every_token=True, token_strings=...)`), a click on a token of the text shows the weights at that
-    token, a click beside it the means again; at most 400 tokens. It is light or dark, as the reader's system is,
-    until the button is pressed.
+    a slider hides weak edges, fields choose sites and layers, whose rows then stand alone. Where the recording has
+    every token and its string (`record(model, every_token=True, token_strings=...)`), a click on a token of the text or
+    an arrow key shows the weights at that token, a click beside it the means again; at most 400 tokens. A click on a
+    head names its strongest senders and receivers, one on an edge its two ends; where attention was recorded
+    (`record(model, attention=True)`), their patterns stand below, means over examples, at most 96 tokens of each and
+    2 MiB in all, so that the file stays small. It is light or dark, as the reader's system is, until the button is
+    pressed.
 
     Args:
         heads: a recording; or a network, by `attribution_graph` or another, which has no tokens to click.
+        patterns: of a network, a recording with attention and token strings, whose patterns are shown with it.
         path: a file that ends in .html.
         title: of the page.
         importance, edge_importance: as in `head_graph_of`.
         threshold: where the slider stands at first, as a share (0 to 1) of the strongest edge.
-        most_edges: so many edges are on the page, the strongest, self-loops not counted.
+        most_edges: so many edges are on the page, the strongest by their mean, and as many again that are strongest at
+            single tokens; self-loops not counted.
 
     Raises:
         ImportError: Bokeh is not installed.
@@ -66,7 +77,7 @@ def save_page(
     path = checked_path(path, (".html",))
     check_threshold(threshold)
     if isinstance(heads, HeadNetwork):
-        heads, network = Recordings({}), heads
+        heads, network = patterns if patterns is not None else Recordings({}), heads
     else:
         network = head_graph_of(heads, importance=importance, edge_importance=edge_importance)
     document = page_document(heads, network, title, threshold, most_edges)
@@ -89,62 +100,107 @@ def page_document(
     from bokeh.layouts import column, row
     from bokeh.models import BooleanFilter, ColumnDataSource, CustomJS, Div, LinearColorMapper
 
-    layout, loops = layout_of(network), self_loops(network)
-    chosen = strongest_edges(network, most_edges)
-    values = _token_values(heads, chosen, loops)
+    layout, themed = layout_of(network), Themed()
+    weights = _weights_of_tokens(heads, network)
+    chosen = strongest_edges(network, most_edges, weights)
+    values = _token_values(weights, network, chosen)
     limit = round_limit(max(float(np.abs(network.mean.numpy()).max(initial=0.0)), values["largest"]))
     mapper = LinearColorMapper(palette=_palette(DIVERGING), low=-limit, high=limit)
     sources = {
         "edges": ColumnDataSource(edge_columns(network, layout, chosen), name="edges"),
-        "heads": ColumnDataSource(head_columns(network, layout, loops), name="heads"),
+        "heads": ColumnDataSource(head_columns(network, layout), name="heads"),
     }
-    shown, themed = BooleanFilter(name="shown"), Themed()
-    plot, bar = network_figure(network, layout, *sources.values(), shown, mapper, themed)
+    shown = BooleanFilter(name="shown")
+    drawn = network_figure(network, layout, *sources.values(), shown, mapper, themed)
     strongest = float(np.abs(network.mean.numpy()[chosen]).max(initial=0.0))
-    slider, layers, toggle, status = _controls(network.blocks, limit, threshold * strongest)
-    strip, tokens, greys = _strip(heads, values, themed)
+    slider, sites, layers, toggle, status = _controls(network, limit, threshold * strongest)
+    strip, tokens, letters, greys = _strip(heads, themed)
+    patterns, shades = _patterns(heads, network, themed)
+    about = Div(text="", name="about", stylesheets=[WIDGETS], width=SIDE)
+    between = int((network.edge_index[0] != network.edge_index[1]).sum())
     shared = {
-        "filter": shown, "threshold": slider, "layers": layers, "status": status, "toggle": toggle, "tokens": tokens,
-        "values": values["edges"], "loops": values["loops"], "scale": values["scale"], "limit": limit,
+        "filter": shown, "threshold": slider, "layers": layers, "sites": sites, "status": status, "toggle": toggle,
+        "tokens": tokens, "values": values["edges"], "loops": values["loops"], "scale": values["scale"], "limit": limit,
+        "rings": len(self_loops(network)), "total": between, "rows": drawn.rows, "plot": drawn.plot,
+        "row_ticks": drawn.plot.yaxis[0].ticker, "about": about,
+        "hint": _hint(tokens is not None, patterns["patterns"] is not None),
     }  # fmt: skip
-    update = CustomJS(args={**sources, **shared}, code=UPDATE)
-    theme = CustomJS(args={**vars(themed), **_theme(mapper, bar, greys), "toggle": toggle}, code=THEME)
-    slider.js_on_change("value", update)
-    layers.js_on_change("value", update)
+    update = CustomJS(args={**sources, **shared, **patterns}, code=UPDATE)
+    view = _view(drawn, layout, strip, letters)
+    theme = CustomJS(args={**vars(themed), **_theme(mapper, drawn.bar, greys, shades), "toggle": toggle}, code=THEME)
+    for model, changes in ((slider, ["value"]), (layers, ["value"]), *(((sites, ["active"]),) if sites else ())):
+        for change in changes:
+            model.js_on_change(change, update)
     toggle.js_on_change("active", theme, update)
-    if tokens is not None:
-        tokens.selected.js_on_change("indices", update)
+    for source in (*sources.values(), *([tokens] if tokens else [])):
+        source.selected.js_on_change("indices", update)
     heading = Div(text=f"<b>{html.escape(title)}</b>", stylesheets=[WIDGETS])
     document = Document(title=title)
-    controls = row(slider, layers, toggle, status)
-    document.add_root(column(heading, controls, *strip, plot, sizing_mode="stretch_width"))
+    controls = row(*filter(None, (slider, sites, layers, toggle)), stylesheets=[WRAPPED])
+    beside = column(about, *(patterns["figures"] or ()), width=SIDE, stylesheets=[STICKY])
+    below = row(drawn.plot, beside, sizing_mode="stretch_width", stylesheets=[WRAPPED])
+    document.add_root(column(*filter(None, (heading, controls, status, strip, below)), sizing_mode="stretch_width"))
     # The first drawing is that of the controls as they stand.
-    document.js_on_event(DocumentReady, update, CustomJS(args={"toggle": toggle}, code=PREFERENCE))
+    ready = [update, view, CustomJS(args={"toggle": toggle}, code=PREFERENCE)]
+    document.js_on_event(DocumentReady, *ready, *([CustomJS(args={"tokens": tokens}, code=KEYS)] if tokens else []))
     return document
 
 
-def _controls(blocks: list[str], limit: float, threshold: float) -> tuple[Any, Any, Any, Any]:
-    """The threshold's slider, the choice of layers, the button for the theme, and the line that counts edges."""
-    from bokeh.models import Div, MultiChoice, Slider, Toggle
+def _controls(network: HeadNetwork, limit: float, threshold: float) -> tuple[Any, Any, Any, Any, Any]:
+    """The threshold's slider, choices of sites and layers, the button for the theme, and the line that counts edges."""
+    from bokeh.models import CheckboxButtonGroup, Div, MultiChoice, Slider, Toggle
 
     style = {"stylesheets": [WIDGETS]}
     slider = Slider(
         start=0, end=limit, step=limit / 200, value=round(threshold, 4), title="hide weights below", format="0.000",
-        name="threshold", width=260, **style,
+        name="threshold", width=240, **style,
     )  # fmt: skip
-    layers = MultiChoice(options=blocks, placeholder="all layers", name="layers", width=260, **style)
-    toggle = Toggle(label="dark", name="theme", width=70)
-    return slider, layers, toggle, Div(text="", name="status", margin=(12, 5, 5, 15), **style)
+    names = list(dict.fromkeys(network.site))
+    sites = CheckboxButtonGroup(labels=names, active=list(range(len(names))), name="sites", margin=(14, 5, 5, 5))
+    layers = MultiChoice(options=network.blocks, placeholder="all layers", name="layers", width=240, **style)
+    toggle = Toggle(label="dark", name="theme", width=70, margin=(14, 5, 5, 5))
+    status = Div(text="", name="status", margin=(0, 5, 0, 15), width_policy="max", **style)
+    return slider, sites if len(names) > 1 else None, layers, toggle, status
 
 
-def _token_values(heads: Recordings, chosen: np.ndarray, loops: np.ndarray) -> dict[str, Any]:
+def _hint(has_tokens: bool, has_patterns: bool) -> str:
+    head = "its pattern, senders and receivers" if has_patterns else "its senders and receivers"
+    token = "; a token for the weights there, \u2190 \u2192 for the next" if has_tokens else ""
+    return f"Click a head for {head}; an edge for its two ends{token}; beside them to undo."
+
+
+def _view(drawn: Drawn, layout: Layout, strip: Any, letters: Any) -> Any:
+    """What fits letters and numbers to the zoom and the width of the window."""
+    from bokeh.models import CustomJS
+
+    args = {
+        "plot": drawn.plot, "letters": drawn.letters, "columns": drawn.columns,
+        "column_ticks": drawn.plot.xaxis[0].ticker, "radius": layout.radius, "strip": strip,
+        "texts": letters,
+    }  # fmt: skip
+    view = CustomJS(args=args, code=VIEW)
+    drawn.plot.x_range.js_on_change("start", view)
+    drawn.plot.x_range.js_on_change("end", view)
+    for plot in filter(None, (drawn.plot, strip)):
+        plot.js_on_change("inner_width", view)
+    return view
+
+
+def _weights_of_tokens(heads: Recordings, network: HeadNetwork) -> np.ndarray | None:
+    """The weights of every token `[N, E]`, where they were recorded."""
+    if not heads or heads.token_strings is None or any(part.every is None for part in heads.values()):
+        return None
+    return token_weights(heads, min(MOST_TOKENS, len(check_tokens_recorded(heads))))
+
+
+def _token_values(weights: np.ndarray | None, network: HeadNetwork, chosen: np.ndarray) -> dict[str, Any]:
     """The weights of every token: sources of the chosen edges and of the heads' loops, and what a byte stands for."""
     from bokeh.models import ColumnDataSource
 
-    if getattr(heads, "token_strings", None) is None or any(part.every is None for part in heads.values()):
+    if weights is None:
         return {"edges": None, "loops": None, "scale": 1.0, "largest": 0.0}
-    weights = token_weights(heads, min(MOST_TOKENS, len(check_tokens_recorded(heads))))  # [N, E]
     weights = np.concatenate([weights, np.zeros_like(weights[:, :1])], axis=1)
+    loops = np.concatenate(list(self_loops(network).values()))  # [K*N]
     at_loops = np.where(loops < 0, weights.shape[1] - 1, loops)
     numbers, scale = as_bytes(np.concatenate([weights[:, chosen], weights[:, at_loops]], axis=1))
     parts = numbers[:, : len(chosen)], numbers[:, len(chosen) :]
@@ -152,23 +208,46 @@ def _token_values(heads: Recordings, chosen: np.ndarray, loops: np.ndarray) -> d
     return {"edges": edges, "loops": at_heads, "scale": scale, "largest": scale * int(np.abs(numbers).max(initial=0))}
 
 
-def _strip(heads: Recordings, values: dict[str, Any], themed: Themed) -> tuple[list, Any, Any]:
-    """The figure of the text in a list, its tokens and its greys; nothing where tokens were not recorded."""
-    if values["edges"] is None:
-        return [], None, None
+def _strip(heads: Recordings, themed: Themed) -> tuple[Any, Any, Any, Any]:
+    """The figure of the text, its tokens, its letters and its greys; nothing where tokens were not recorded."""
+    if not heads or heads.token_strings is None or any(part.every is None for part in heads.values()):
+        return None, None, None, None
     from bokeh.models import LinearColorMapper
 
     greys = LinearColorMapper(palette=_palette(GREYS), low=0, high=1)
     count = min(MOST_TOKENS, len(heads.token_strings))
     shades = shades_of(token_changes(heads)[:count])
-    plot, tokens = strip_figure(heads.token_strings[:count], shades, greys, themed)
-    return [plot], tokens, greys
+    return *strip_figure(heads.token_strings[:count], shades, greys, themed), greys
 
 
-def _theme(mapper: Any, bar: Any, greys: Any) -> dict[str, Any]:
+def _patterns(heads: Recordings, network: HeadNetwork, themed: Themed) -> tuple[dict[str, Any], Any]:
+    """What the script needs of attention patterns, and their colours; nothing where they were not recorded."""
+    from bokeh.models import ColumnDataSource, LinearColorMapper
+
+    columns = pattern_columns(heads, network)
+    if columns is None:
+        return dict.fromkeys(("patterns", "bytes", "figures", "cells", "marks", "side", "asked")), None
+    shades = LinearColorMapper(palette=_palette(WEIGHTS), low=0, high=1)
+    figures = pattern_figures(columns, heads.token_strings, shades, themed)
+    of_heads = {name: columns[name] for name in ("pattern", "queries", "keys")}
+    args = {
+        "patterns": ColumnDataSource(of_heads, name="patterns"),
+        "bytes": ColumnDataSource({"weight": columns["weight"]}), "figures": figures, "side": columns["size"],
+        "asked": columns["tokens"],
+    }  # fmt: skip
+    for part in ("cells", "marks"):
+        args[part] = [
+            figure.select_one({"name": f"{name} {part.removesuffix('s') if part == 'marks' else part}"})
+            for name, figure in zip(NAMES, figures, strict=True)
+        ]
+    return args, shades
+
+
+def _theme(mapper: Any, bar: Any, greys: Any, shades: Any) -> dict[str, Any]:
     return {
-        "mapper": mapper, "bar": bar, "greys": greys, "light_palette": _palette(DIVERGING),
+        "mapper": mapper, "bar": bar, "greys": greys, "shades": shades, "light_palette": _palette(DIVERGING),
         "dark_palette": _palette(DARK_DIVERGING), "light_greys": _palette(GREYS), "dark_greys": _palette(DARK_GREYS),
+        "light_shades": _palette(WEIGHTS), "dark_shades": _palette(DARK_WEIGHTS),
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 
 from gohgraph.analysis.record import Recording, Recordings
 from gohgraph.drawing.figures import INK
-from gohgraph.drawing.layered import Layout, arcs, head_names, head_sizes
+from gohgraph.drawing.layered import Layout, arcs, head_names, ring_radii, self_loops
 
 if TYPE_CHECKING:
     from gohgraph.analysis.network import HeadNetwork
@@ -18,29 +18,37 @@ if TYPE_CHECKING:
 MOST_BYTE = 127
 
 
-def strongest_edges(network: HeadNetwork, most: int) -> np.ndarray:
-    """Returns the numbers of the strongest edges between different heads, weakest first, so that they lie on top."""
+def strongest_edges(network: HeadNetwork, most: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """Returns the numbers of the strongest edges between different heads, weakest first, so that they lie on top.
+
+    Args:
+        network: whose edges.
+        most: so many by their mean; and as many again of those that are strongest at single tokens.
+        weights: of every token, `[N, E]`; `None` where they are not known.
+    """
     between = np.flatnonzero((network.edge_index[0] != network.edge_index[1]).numpy())
     strength = (network.mean.square() + network.std.square()).numpy()[between]
-    return between[np.argsort(strength, kind="stable")][max(0, len(between) - most) :]
-
-
-def self_loops(network: HeadNetwork) -> np.ndarray:
-    """Returns the number of every head's self-loop, `[N]`, of its first site; -1 where it has none."""
-    senders, receivers = network.edge_index.numpy()
-    loops = np.full(network.num_nodes, -1)
-    with_loop = np.flatnonzero(senders == receivers)[::-1]
-    loops[receivers[with_loop]] = with_loop
-    return loops
+    order = np.argsort(strength, kind="stable")  # weakest first
+    chosen = order[max(0, len(between) - most) :]
+    if weights is not None and len(chosen) < len(between):
+        at_tokens = np.abs(weights[:, between])
+        # Every token's strongest, then every token's second, and so on, until as many again are there.
+        ranked = np.argpartition(-at_tokens, min(most, at_tokens.shape[1] - 1), axis=1)[:, :most]
+        ranked = np.take_along_axis(ranked, np.argsort(-np.take_along_axis(at_tokens, ranked, 1), axis=1), 1)  # [N, m]
+        further = ranked.T.ravel()[~np.isin(ranked.T.ravel(), chosen)]
+        _, first = np.unique(further, return_index=True)
+        chosen = np.concatenate([chosen, further[np.sort(first)][:most]])
+    return between[chosen[np.argsort(strength[chosen], kind="stable")]]
 
 
 def edge_columns(network: HeadNetwork, layout: Layout, edges: np.ndarray) -> dict[str, Any]:
     """Returns a column for all that an edge shows or tells."""
-    radii = layout.radius * head_sizes(network)
+    radii = ring_radii(network, layout, len(self_loops(network)))[-1]
     paths, tips = arcs(network, layout, edges, radii, np.full(len(edges), 0.7 * layout.radius))
     middle = tips.mean(axis=1)  # [E, 2]
     ahead = tips[:, 0] - middle
     mean = network.mean.numpy()[edges]
+    senders, receivers = network.edge_index[:, edges].tolist()
     columns = {
         # Every second point: twelve pieces of a curve are smooth on a screen.
         "xs": [np.round(path[::2, 0], 3).tolist() for path in paths],
@@ -51,9 +59,12 @@ def edge_columns(network: HeadNetwork, layout: Layout, edges: np.ndarray) -> dic
         "weight": mean,
         "width": np.ones(len(edges)),
         "tip": np.full(len(edges), 5.0),
-        "sender": [network.label[j] for j in network.edge_index[0, edges].tolist()],
-        "receiver": [network.label[i] for i in network.edge_index[1, edges].tolist()],
-        "block": [network.block[i] for i in network.edge_index[1, edges].tolist()],
+        "alpha": np.ones(len(edges)),
+        "from": np.array(senders, dtype=np.int32),
+        "to": np.array(receivers, dtype=np.int32),
+        "sender": [network.label[j] for j in senders],
+        "receiver": [network.label[i] for i in receivers],
+        "block": [network.block[i] for i in receivers],
         "site": [network.site[e] for e in edges],
     }
     for name in ("round", "mean", "std", "share", "edge_importance"):
@@ -62,21 +73,23 @@ def edge_columns(network: HeadNetwork, layout: Layout, edges: np.ndarray) -> dic
     return columns
 
 
-def head_columns(network: HeadNetwork, layout: Layout, loops: np.ndarray) -> dict[str, Any]:
-    """Returns a column for all that a head shows or tells."""
-    weight = np.where(loops < 0, 0.0, network.mean.numpy()[np.maximum(loops, 0)] if len(network.mean) else 0.0)
+def head_columns(network: HeadNetwork, layout: Layout) -> dict[str, Any]:
+    """Returns a column for all that a head shows or tells: among it a pair for the self-loops of every site."""
+    loops, mean = self_loops(network), network.mean.numpy()
+    weights = [np.where(row < 0, 0.0, mean[np.maximum(row, 0)] if len(mean) else 0.0) for row in loops.values()]
+    radii = ring_radii(network, layout, len(loops))
     columns = {
         "x": layout.places[:, 0],
         "y": layout.places[:, 1],
-        "radius": layout.radius * head_sizes(network),
-        "side": 1.77 * layout.radius * head_sizes(network),
-        "loop": weight,
-        "weight": weight,
+        "row": layout.rows.astype(np.int32),
         "ink": [INK] * network.num_nodes,
         "number": head_names(network),
         "load": network.load.numpy(),
         **{name: list(network[name]) for name in ("label", "block", "kind")},
     }
+    for number, (weight, radius) in enumerate(zip(weights, radii, strict=True)):
+        columns |= {f"loop_{number}": weight, f"mean_{number}": weight}
+        columns |= {f"radius_{number}": radius, f"side_{number}": 1.77 * radius}
     return columns | ({"importance": network.importance.numpy()} if "importance" in network else {})
 
 

@@ -1,34 +1,162 @@
 """What the interactive page does when something is moved or clicked: it fills the columns that its glyphs read."""
 
-# One function for all controls: weights of the chosen token or the means, above the threshold, of the chosen layers.
+# What stands at the axes, by the nearest row or column.
+NAME_ROWS = """
+const {y, title} = source.data
+let best = 0
+for (let r = 0; r < title.length; r++) if (Math.abs(y[r] - tick) < Math.abs(y[best] - tick)) best = r
+return title[best]
+"""
+NAME_COLUMNS = NAME_ROWS.replace("{y,", "{x,").replace("y[", "x[")
+
+# One function for all controls: weights of the chosen token or the means, above the threshold, of the chosen layers and
+# sites; what a chosen head or edge has nothing to do with is faint.
 UPDATE = """
-const data = edges.data
-const count = data.mean.length
+const data = edges.data, count = data.mean.length, size = heads.data.x.length
 const token = tokens == null || tokens.selected.indices.length == 0 ? -1 : tokens.selected.indices[0]
-const chosen = new Set(layers.value)
+const head = heads.selected.indices.length ? heads.selected.indices[0] : -1
+const edge = head < 0 && edges.selected.indices.length ? edges.selected.indices[0] : -1
+const chosen = new Set(layers.value), of_site = sites == null ? null : new Set(sites.active.map((n) => sites.labels[n]))
 const shown = new Array(count)
 const weight = new Float64Array(count), width = new Float64Array(count), tip = new Float64Array(count)
+const alpha = new Float64Array(count)
 let drawn = 0
 for (let e = 0; e < count; e++) {
   weight[e] = token < 0 ? data.mean[e] : values.data.weight[token * count + e] * scale
   const share = Math.min(Math.abs(weight[e]) / limit, 1)
+  const touched = head < 0 && edge < 0 || e == edge || head >= 0 && (data.from[e] == head || data.to[e] == head)
+  alpha[e] = touched ? 1 : 0.06
   width[e] = 0.6 + 4.4 * share
-  tip[e] = 4 + 7 * Math.sqrt(share)
+  tip[e] = touched ? 4 + 7 * Math.sqrt(share) : 0
   shown[e] = Math.abs(weight[e]) >= threshold.value && (chosen.size == 0 || chosen.has(data.block[e]))
+    && (of_site == null || of_site.has(data.site[e]))
   if (shown[e]) drawn++
 }
-edges.data = {...data, weight, width, tip}
-filter.booleans = shown
-const heads_count = heads.data.loop.length
-const loop = new Float64Array(heads_count), ink = new Array(heads_count)
-for (let h = 0; h < heads_count; h++) {
-  loop[h] = token < 0 ? heads.data.loop[h] : loops.data.weight[token * heads_count + h] * scale
-  const strong = Math.abs(loop[h]) > 0.5 * limit
-  ink[h] = toggle.active ? (strong ? "#1b1d21" : "#dddddd") : (strong ? "#ffffff" : "#333333")
+const moved = {}, placed = {}
+// Rows that are not chosen move together: between two of them a tenth of the room is left, beside one that is half.
+if (edges._layers !== layers.value.join()) {
+  edges._layers = layers.value.join()
+  edges._base ??= {ys: data.ys, tip_y: data.tip_y, y: heads.data.y, names: Object.keys(heads.data).filter(
+    (name) => name.startsWith("radius_") || name.startsWith("side_")), sizes: {...heads.data}, height: plot.height,
+    end: plot.y_range.end}
+  const base = edges._base, from = rows.data.base, count_rows = from.length
+  const kept = rows.data.title.map((title) => chosen.size == 0 || chosen.has(title))
+  const to = [0]
+  const room = [0.1, 0.55, 1]
+  for (let r = 1; r < count_rows; r++) to.push(to[r - 1] + (from[r] - from[r - 1]) * room[kept[r] + kept[r - 1]])
+  const gap = count_rows > 1 ? from[1] - from[0] : 1
+  const move = (y) => {
+    const r = Math.max(0, Math.min(count_rows - 2, Math.floor(y / gap)))
+    if (count_rows < 2 || y <= 0) return y
+    return y >= from[count_rows - 1] ? to[count_rows - 1] + y - from[count_rows - 1]
+      : to[r] + (y - from[r]) / gap * (to[r + 1] - to[r])
+  }
+  moved.ys = base.ys.map((line) => Array.from(line, move))
+  moved.tip_y = Array.from(base.tip_y, move)
+  placed.y = Array.from(base.y, move)
+  for (const name of base.names) {
+    placed[name] = Array.from(base.sizes[name], (size, h) => kept[heads.data.row[h]] ? size : 0.3 * size)
+  }
+  placed.number = base.sizes.number.map((number, h) => kept[heads.data.row[h]] ? number : "")
+  rows.data = {...rows.data, y: to}
+  row_ticks.ticks = to.filter((_, r) => kept[r])
+  const end = move(base.end), bottom = plot.y_range.start
+  plot.y_range.end = end
+  plot.y_range.reset_end = end
+  plot.height = Math.max(220, Math.round(130 + (base.height - 130) * (end - bottom) / (base.end - bottom)))
 }
-heads.data = {...heads.data, weight: loop, ink}
-const where = token < 0 ? "mean over tokens" : `at token ${token}`
-status.text = `${drawn} of ${count} edges, ${where}`
+// One redrawing for both: where the filter changes, its data are read again.
+edges.setv({data: {...data, ...moved, weight, width, tip, alpha}}, {silent: true})
+filter.booleans = shown
+const ink = new Array(size)
+for (let ring = 0; ring < rings; ring++) {
+  const loop = new Float64Array(size)
+  for (let h = 0; h < size; h++) {
+    loop[h] = token < 0 ? heads.data[`mean_${ring}`][h] : loops.data.weight[(token * rings + ring) * size + h] * scale
+    const strong = Math.abs(loop[h]) > 0.5 * limit
+    if (ring == 0) ink[h] = toggle.active ? (strong ? "#1b1d21" : "#dddddd") : (strong ? "#ffffff" : "#333333")
+  }
+  placed[`loop_${ring}`] = loop
+}
+heads.data = {...heads.data, ...placed, ink}
+const where = token < 0 ? "mean over tokens" : `at token ${token}, \\u201c${tokens.data.text[token]}\\u201d`
+const whole = total.toLocaleString("en")
+const here = count < total ? ` (${count.toLocaleString("en")} on this page)` : ""
+const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;")
+status.text = plain(`${drawn.toLocaleString("en")} of ${whole} edges${here}, ${where}`)
+
+// What is told of the chosen head or edge.
+const signed = (number) => `${number < 0 ? "\\u2212" : "+"}${Math.abs(number).toFixed(3)}`
+const strongest = (end, other) => {
+  const own = []
+  for (let e = 0; e < count; e++) if (data[end][e] == head && Math.abs(weight[e]) > 0) own.push(e)
+  own.sort((a, b) => Math.abs(weight[b]) - Math.abs(weight[a]))
+  const told = own.slice(0, 6).map(
+    (e) => `${plain(data[other][e])} ${signed(weight[e])} <small>${plain(data.site[e])}</small>`)
+  return told.length ? told.join(", ") : "nobody on this page"
+}
+if (head >= 0) {
+  about.text = `<b>${plain(heads.data.block[head])}, head ${plain(heads.data.number[head])}</b><br>`
+    + `hears ${strongest("to", "sender")}<br>is heard by ${strongest("from", "receiver")}`
+} else if (edge >= 0) {
+  const side = {queries: "the queries: what its receiver looks for", keys: "the keys: where its receiver is found",
+    values: "the values: what is read there", scores: "the scores: where the receiver attends, with the sender",
+    weights: "the weights after the softmax", outputs: "the outputs: what the receiver writes"}
+  about.text = `<b>${plain(data.sender[edge])} \\u2192 ${plain(data.receiver[edge])}</b> `
+    + `${signed(weight[edge])}<br>into ` + plain(side[data.site[edge]] || data.site[edge])
+} else {
+  about.text = hint
+}
+if (patterns != null) {
+  const ends = head >= 0 ? [head, -1] : edge >= 0 ? [data.from[edge], data.to[edge]] : [-1, -1]
+  for (const [n, node] of ends.entries()) {
+    const number = node < 0 ? -1 : patterns.data.pattern[node], figure = figures[n]
+    figure.visible = number >= 0
+    if (number < 0) continue
+    const found = {x: [], y: [], weight: [], shade: [], query: [], key: []}
+    const name = (n) => tokens == null || n >= tokens.data.text.length ? `${n}` : `${n}: ${tokens.data.text[n]}`
+    for (let t = 0; t < patterns.data.queries[node]; t++) for (let s = 0; s < patterns.data.keys[node]; s++) {
+      const shade = bytes.data.weight[(number * side + t) * side + s] / 255
+      if (shade < 0.02) continue
+      found.x.push(s), found.y.push(t), found.shade.push(shade), found.weight.push(shade * shade)
+      found.query.push(name(t)), found.key.push(name(s))
+    }
+    cells[n].data = found
+    figure.x_range.end = patterns.data.keys[node] - 0.5
+    figure.y_range.start = patterns.data.queries[node] - 0.5
+    marks[n].data = {y: token >= 0 && token < patterns.data.queries[node] ? [token] : []}
+    const part = side < asked ? `, ${side} of ${asked} tokens` : ""
+    figure.title.text = `${edge < 0 ? "pattern of" : n == 0 ? "sender" : "receiver"} ${heads.data.label[node]}${part}`
+  }
+}
+"""
+
+# Letters are as large as there is room for, numbers at the axis as many.
+VIEW = """
+const scale = plot.inner_width / Math.abs(plot.x_range.end - plot.x_range.start)
+const pixels = Math.min(14, Math.floor(1.1 * radius * scale))
+letters.visible = pixels >= 6
+letters.glyph.text_font_size = `${Math.max(pixels, 6)}px`
+const {x} = columns.data
+const between = x.length > 1 ? Math.abs(x[1] - x[0]) * scale : 100
+const step = [1, 2, 4, 8, 16, 32].find((step) => step * between >= 16) || 64
+column_ticks.ticks = Array.from(x).filter((_, n) => n % step == 0)
+if (strip != null && strip.inner_width > 0) {
+  const room = strip.inner_width / (strip.x_range.end - strip.x_range.start)
+  texts.text_font_size = `${Math.max(5, Math.min(12, Math.floor(1.66 * room)))}px`
+}
+"""
+
+KEYS = """
+window.addEventListener("keydown", (event) => {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key]
+  const inside = event.composedPath()[0].tagName == "INPUT" || event.composedPath().some((at) => at.role == "slider")
+  if (step == null || inside) return
+  const count = tokens.data.text.length, now = tokens.selected.indices
+  const next = now.length ? now[0] + step : step > 0 ? 0 : count - 1
+  tokens.selected.indices = next < 0 || next >= count ? [] : [next]
+  event.preventDefault()
+})
 """
 
 # Colours of figures are properties; those of widgets come from the variables of the page's style.
@@ -41,6 +169,11 @@ for (const figure of figures) {
   figure.border_fill_color = paper
 }
 for (const letters of inks) letters.text_color = ink
+for (const title of titles) title.text_color = ink
+for (const axis of axes) {
+  axis.major_label_text_color = ink
+  axis.axis_label_text_color = ink
+}
 for (const row of rows) row.line_color = line
 for (const outline of outlines) outline.line_color = ink
 bar.background_fill_color = paper
@@ -48,6 +181,7 @@ bar.major_label_text_color = ink
 bar.title_text_color = ink
 mapper.palette = dark ? dark_palette : light_palette
 if (greys != null) greys.palette = dark ? dark_greys : light_greys
+if (shades != null) shades.palette = dark ? dark_shades : light_shades
 toggle.label = dark ? "light" : "dark"
 """
 
@@ -59,7 +193,7 @@ STYLE = """
 <style>
   :root { --ink: #333333; --paper: #ffffff; }
   :root[data-theme="dark"] { --ink: #dddddd; --paper: #1b1d21; }
-  html, body { background: var(--paper); color: var(--ink); font-family: sans-serif; margin: 0.5rem; }
+  html, body { background: var(--paper); color: var(--ink); font-family: sans-serif; margin: 0.5rem; overflow-x: clip; }
 </style>
 {% endblock %}
 """

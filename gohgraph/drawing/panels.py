@@ -62,6 +62,8 @@ def panels_of(heads: Mapping[str, Any]) -> list[Panel]:
             f"Expected a recording with at least one head graph (got {heads!r}). "
             "Do record a forward pass of a model that has head_graph set."
         )
+    if not any(getattr(recording, "tokens", 1) for recording in heads.values()):
+        raise ValueError("Expected a recording of at least one token (got none). Do record a forward pass.")
     panels = []
     for title, (name, recording) in zip(graph_titles(list(heads)), heads.items(), strict=True):
         senders, receivers = recording.edge_index.cpu().numpy()

@@ -1,6 +1,7 @@
 """Figure of a text as a strip of tokens, with the head graphs of one of them."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,8 @@ def draw_tokens(
     Args:
         heads: recorded with `every_token=True` and `token_strings`, one sequence.
         token: number of the token, from 0; from the end where it is negative.
-        path, title, threshold, limit, and what is returned: as in `draw`.
+        title: a line above; `None` names token and text.
+        path, threshold, limit, and what is returned: as in `draw`.
     """
     path = checked_path(path)
     check_threshold(threshold)
@@ -78,6 +80,7 @@ def draw_tokens(
     draw_panels(axes, rows, lambda axis, panel: draw_circle(axis, panel, colours, faint_below, size, MOST_EDGES))
     label = "edge weight at the token in red   (arrow: from sender to receiver,  fill: a head's self-loop)"
     colour_bar(figure, axes, colours, circle_label(label, panels, MOST_EDGES))
+    title = f"token {token}, {readable(strings[token])}{text_of(strings)}" if title is None else title
     return finish(figure, title, path)
 
 
@@ -115,6 +118,20 @@ def readable(token: str) -> str:
     """
     shown = token.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(" ", "\u2423")
     return "".join(sign if sign.isprintable() else "\u00b7" for sign in shown) or "\u00b7"
+
+
+def text_of(strings: Sequence[str] | None, most: int = 48) -> str:
+    """Returns the beginning of a text for a title, with its quotation marks; nothing where it is not known.
+
+    Example:
+        >>> text_of(["heads", " talk"])
+        ' over \u201cheads talk\u201d'
+    """
+    if not strings:
+        return ""
+    text = " ".join("".join(strings).split())
+    shown = text if len(text) <= most else text[: most - 1] + "\u2026"
+    return f" over \u201c{shown}\u201d"
 
 
 def strip_of(strings: list[str], room: float = ROOM) -> list[list[tuple[int, float, float]]]:

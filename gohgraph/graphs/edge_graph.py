@@ -1,6 +1,7 @@
 """What is read of a head graph with edges, by whoever records, measures, draws or prunes it."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -46,6 +47,10 @@ class EdgeGraph(SiteGraph):
     def keep_edges(self, kept: Tensor) -> None:
         """Leaves the edges of the bool mask `kept [E]` in the graph, with their weights; the others are gone for good.
         """
+
+    @abstractmethod
+    def prune_to_saved(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Prunes the graph to the edges that a checkpoint holds under `prefix`, if it has all of them."""
 
     @abstractmethod
     def edges_changed(self) -> None:

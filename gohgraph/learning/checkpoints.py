@@ -8,10 +8,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 
 from gohgraph.learning.run_folder import CHECKPOINTS, STATE
-from gohgraph.models.config import TransformerConfig
-from gohgraph.models.models import LanguageModel
+from gohgraph.models.models import Classifier, LanguageModel, Transformer
 
 WEIGHTS = "model.safetensors"
+OwnModel = LanguageModel | Classifier | Transformer
+CLASSES: dict[str, type[OwnModel]] = {kind.__name__: kind for kind in (LanguageModel, Classifier, Transformer)}
+
+
+def load_own_model(folder: str | os.PathLike[str]) -> OwnModel:
+    """Returns the model of a folder as `load_language_model` does, whichever of gohgraph's own it is."""
+    folder = find_model(folder)
+    if (folder / STATE).is_file():
+        return _load_step(folder).eval()
+    return CLASSES.get(_saved_class(folder), LanguageModel).from_pretrained(folder).eval()
 
 
 def load_language_model(folder: str | os.PathLike[str]) -> LanguageModel:
@@ -22,7 +31,12 @@ def load_language_model(folder: str | os.PathLike[str]) -> LanguageModel:
             the model saved last is taken, one with head graphs before one without.
     """
     folder = find_model(folder)
-    return (_load_step(folder) if (folder / STATE).is_file() else LanguageModel.from_pretrained(folder)).eval()
+    model = _load_step(folder) if (folder / STATE).is_file() else LanguageModel.from_pretrained(folder)
+    if not isinstance(model, LanguageModel):
+        raise ValueError(
+            f"Expected a checkpoint of a language model in {folder} (got a {type(model).__name__}). Do choose another."
+        )
+    return model.eval()
 
 
 def find_model(folder: str | os.PathLike[str]) -> Path:
@@ -47,22 +61,39 @@ def training_steps(folder: str | os.PathLike[str]) -> dict[int, Path]:
     return dict(sorted(steps.items()))
 
 
-def _load_step(folder: Path) -> LanguageModel:
+def _load_step(folder: Path) -> OwnModel:
     try:
         settings = json.loads((folder / STATE).read_text(encoding="utf-8"))["settings"]
-        model = LanguageModel(TransformerConfig.from_dict(settings["model"]))
+        kind = _class_of(settings)
+        model = kind(kind.config_class.from_dict(settings["model"]))
         load_model(model, folder / WEIGHTS)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"Expected a checkpoint of a language model in {folder} (got one that does not load: "
+            f"Expected a checkpoint of a model of gohgraph in {folder} (got one that does not load: "
             f"{' '.join(str(error).split())[:200]}). Do choose another step."
         ) from error
     return model
 
 
+def _class_of(settings: dict) -> type[OwnModel]:
+    """The class of a run's model, by its settings: its configuration, and the languages of its data."""
+    if "transformer" in settings["model"]:
+        return Classifier
+    return Transformer if "source" in (settings.get("data") or {}) else LanguageModel
+
+
+def _saved_class(folder: Path) -> str:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]
+    # A missing or damaged file is the loader's to name.
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def _has_graph(folder: Path) -> bool:
     try:
-        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]["head_graph"])
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+        return bool(config.get("transformer", config)["head_graph"])
     # Checkpoints of the training state have no such file, and a damaged one is the loader's to name.
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

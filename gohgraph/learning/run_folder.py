@@ -24,7 +24,7 @@ class RunFolder:
     Args:
         path: the folder.
         settings: what defines the run, as JSON values: `{"training": TrainConfig.to_dict(), ...}`. The section
-            `"flags"` is kept for the reader; all others must be equal when the run is resumed.
+            `"flags"` is what `--resume` repeats; all others must be equal when the run is resumed.
 
     Attributes:
         rows: the log so far.

@@ -28,7 +28,7 @@ class GohgraphConfig(PreTrainedConfig):
     """
 
     model_type = LanguageModel.model_type
-    own_class = TransformerConfig
+    own_class: type[Any] = TransformerConfig
 
     def __init__(self, config: dict[str, Any] | None = None, **options: Any) -> None:
         self.config = self._default() if config is None else config

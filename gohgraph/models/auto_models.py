@@ -64,22 +64,26 @@ class OwnModel(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **options: Any) -> "Self":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ) -> "Self":
         """Loads what gohgraph or transformers wrote; as `PreTrainedModel.from_pretrained`, for pruned models too."""
-        folder = local_folder(name, dict(options))
+        folder = local_folder(pretrained_model_name_or_path, dict(kwargs))
         config = cls.config_class.from_pretrained(folder) if config is None else config
         setattr(config, EDGES, _edges_in(folder))
-        return super().from_pretrained(folder, *args, config=config, **options)
+        return super().from_pretrained(folder, *model_args, config=config, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         # The constructor has done so. What loading leaves empty are the tables.
         if isinstance(module, EdgeGraph) and not module.edge_index.is_meta:
             module.edges_changed()
 
-    def _prepare_cache_for_generation(self, settings: Any, given: dict[str, Any], *rest: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Gives generation a cache of this model's kind, where it wants one and has none."""
-        if settings.use_cache is not False and given.get(CACHE) is None:
-            given[CACHE] = OwnCache(self.model.decoder.new_caches())
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = OwnCache(self.model.decoder.new_caches())
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the token embedding."""
@@ -115,7 +119,8 @@ class GohgraphForCausalLM(OwnModel, GenerationMixin):
         caches = None if cache is None else cache.layers
         targets = None if labels is None else next_tokens(labels)
         output = self.model(input_ids, targets, keep_mask=real_tokens(attention_mask), caches=caches)
-        return CausalLMOutputWithPast(loss=output.loss, logits=output.logits[:, -logits_to_keep:], **{CACHE: cache})
+        kept: dict[str, Any] = {CACHE: cache}
+        return CausalLMOutputWithPast(loss=output.loss, logits=output.logits[:, -logits_to_keep:], **kept)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -141,6 +146,7 @@ class OwnEncoder(nn.Module):
     """The encoder of a `Transformer`, as generation calls one; holds the model without owning it."""
 
     main_input_name = "input_ids"
+    of: Transformer
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
@@ -190,7 +196,8 @@ class GohgraphForSeq2SeqLM(OwnModel, GenerationMixin):
             cache = OwnCache(self.model.decoder.new_caches())
         masks = {"keep_mask": target, "memory_keep_mask": source}
         decoded = self.model.decode(decoder_input_ids, memory, caches=cache and cache.layers, **masks)
-        return Seq2SeqLMOutput(logits=logits_of(self.model, decoded.x), **{CACHE: cache})
+        kept: dict[str, Any] = {CACHE: cache}
+        return Seq2SeqLMOutput(logits=logits_of(self.model, decoded.x), **kept)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -212,10 +219,10 @@ class GohgraphForClassification(OwnModel):
     config_class = GohgraphClassifierConfig
     own_class = Classifier
 
-    @property
-    def main_input_name(self) -> str:
-        """What it reads: token ids, or images."""
-        return "input_ids" if self.config.own.patch_size is None else "pixel_values"
+    def __init__(self, config: GohgraphConfig) -> None:
+        super().__init__(config)
+        # What it reads: token ids, or images.
+        self.main_input_name = "input_ids" if config.own.patch_size is None else "pixel_values"
 
     def forward(
         self,

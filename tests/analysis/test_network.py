@@ -10,6 +10,7 @@ from torch_geometric.data import Data
 
 import gohgraph as goh
 from gohgraph.analysis.network import EDGE_ATTRIBUTES, HEAD_SCORES, NODE_ATTRIBUTES, WORDS
+from gohgraph.analysis.network_columns import residual_edges
 
 
 def recorded(graph="outputs", model_class=goh.LanguageModel, **settings):
@@ -163,3 +164,33 @@ def test_strongest_edges_by_weight_and_by_importance():
     assert [abs(mean) for mean in means] == sorted(network.mean.abs().tolist(), reverse=True)[:7]
     best = network.strongest(1, by="edge_importance")[0]
     assert best["edge_importance"] == 24 and (best["sender"], best["receiver"]) == ("1.4", "1.4")
+
+
+@pytest.mark.parametrize("suffix, read", [("gexf", nx.read_gexf), ("graphml", nx.read_graphml)])
+def test_gephi_is_given_weights_places_and_what_holds_layers_together(tmp_path, suffix, read):
+    network = goh.head_graph_of(recorded("outputs")[1])
+    network.mean[3] = float("nan")
+    goh.save_head_graph(network, path := tmp_path / f"heads.{suffix}")
+    assert_same(goh.load_head_graph(path), network)
+    graph = read(path, node_type=int)
+    assert nx.is_weakly_connected(graph)
+    edges = [values for *_, values in graph.edges(data=True)]
+    own = [values for values in edges if values["site"] != "residual"]
+    assert len(edges) - len(own) == 10 and all(values["weight"] > 0 for values in edges if values not in own)
+    assert sorted(values["weight"] for values in own) == sorted(network.mean.abs().nan_to_num().tolist())
+    seen = graph.nodes[7]
+    place = seen if suffix == "graphml" else seen["viz"]["position"] | {"size": seen["viz"]["size"]}
+    assert (place["x"], place["y"], place["size"], seen["label"]) == (80.0, 60.0, 24.0, "1.2")
+
+
+def test_layers_that_edges_join_have_no_residual_edges():
+    assert residual_edges(goh.head_graph_of(recorded("cross-layer")[1])) == []
+    assert len(residual_edges(goh.head_graph_of(recorded("rounds", goh.Transformer, num_layers=2)[1]))) == 20
+
+
+def test_an_empty_network_and_odd_numbers_are_written(tmp_path):
+    network = goh.head_graph_of(recorded("outputs")[1])
+    network.mean[0], network.std[1] = float("inf"), float("-inf")
+    for suffix in ("gexf", "graphml", "json", "csv"):
+        goh.save_head_graph(network, tmp_path / f"odd.{suffix}")
+        assert_same(goh.load_head_graph(tmp_path / f"odd.{suffix}"), network)

@@ -88,7 +88,9 @@ def test_the_network_has_a_row_for_each_layer(graph):
     assert edges_drawn(axis) == between
     layout = layout_of(network)
     assert layout.places.shape == (15, 2) and len(np.unique(layout.places, axis=0)) == 15
-    (heads,) = [item for item in axis.collections if isinstance(item, PatchCollection)]
+    # A ring for the self-loops of every site, the disc of the first on top.
+    *rings, heads = [item for item in axis.collections if isinstance(item, PatchCollection)]
+    assert len(rings) == len(set(network.site)) - 1
     assert len(heads.get_paths()) == 15
 
 

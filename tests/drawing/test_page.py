@@ -10,13 +10,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from bokeh.models import BooleanFilter, HoverTool, MultiChoice, Slider, TapTool, Toggle
+from bokeh.models import BooleanFilter, CheckboxButtonGroup, HoverTool, MultiChoice, Slider, TapTool, Toggle
 from helpers import small_config, trained_like
+from stock_models import stock
 
 import gohgraph as goh
 from gohgraph.analysis.record import Recording, Recordings
+from gohgraph.drawing import page_patterns
+from gohgraph.drawing.layered import self_loops
 from gohgraph.drawing.page import page_document
-from gohgraph.drawing.page_data import as_bytes, self_loops, strongest_edges, token_weights
+from gohgraph.drawing.page_data import as_bytes, strongest_edges, token_weights
+from gohgraph.drawing.page_patterns import pattern_columns
 from gohgraph.drawing.tokens import AtToken
 
 STRINGS = ["heads", " talk", " to", " <b>", "\n", "$$x$$", "listen"]
@@ -30,8 +34,8 @@ def recorded(graph="outputs", tokens=7, **options):
     return heads
 
 
-def with_tokens(graph="outputs"):
-    return recorded(graph, every_token=True, token_strings=STRINGS)
+def with_tokens(graph="outputs", **options):
+    return recorded(graph, every_token=True, token_strings=STRINGS, **options)
 
 
 def data_of(document, name):
@@ -55,8 +59,11 @@ def test_the_page_holds_every_edge_and_head(graph):
     }
     assert set(rows) == expected and len(edges["mean"]) == int(between.sum())
     assert nodes["label"] == network.label and nodes["kind"] == network.kind
-    loops = self_loops(network)
-    assert np.allclose(nodes["loop"], np.where(loops < 0, 0, network.mean.numpy()[loops]))
+    # A ring for the self-loops of every site and round.
+    rings = self_loops(network)
+    assert sum((loops >= 0).sum() for loops in rings.values()) == int((~between).sum())
+    for number, loops in enumerate(rings.values()):
+        assert np.allclose(nodes[f"mean_{number}"], np.where(loops < 0, 0, network.mean.numpy()[loops]))
     strip = data_of(document, "tokens")
     assert strip["text"] == ["heads", "\u2423talk", "\u2423to", "\u2423<b>", "\u21b5", "$$x$$", "listen"]
 
@@ -66,14 +73,17 @@ def test_the_page_has_its_controls_and_tells_numbers():
     blocks = {name.rpartition(".")[0]: torch.rand(5) for name in heads}
     network = goh.head_graph_of(heads, importance=blocks, edge_importance={name: torch.rand(25) for name in heads})
     document = page_document(heads, network, threshold=0.25)
-    kinds = (Slider, MultiChoice, Toggle, TapTool, BooleanFilter)
+    kinds = (Slider, MultiChoice, Toggle, CheckboxButtonGroup, BooleanFilter)
     assert all(len(list(document.select({"type": kind}))) == 1 for kind in kinds)
+    assert len(list(document.select({"type": TapTool}))) == 2
     edges = data_of(document, "edges")
     slider = document.select_one({"name": "threshold"})
     assert slider.value == pytest.approx(0.25 * abs(edges["mean"]).max(), abs=1e-4)
     assert document.select_one({"name": "layers"}).options == ["layer 0", "layer 1", "layer 2"]
     told = {row for hover in document.select({"type": HoverTool}) for row, _ in hover.tooltips}
-    assert {"edge", "mean", "std", "share", "importance", "head", "load", "self-loop", "token"} <= told
+    loops = {"self-loop, outputs", "self-loop, scores"}
+    assert {"edge", "mean", "std", "share", "importance", "head", "load", "token"} | loops <= told
+    assert document.select_one({"name": "sites"}).labels == ["outputs", "scores"]
     assert slider.js_property_callbacks and document.select_one({"name": "tokens"}).selected.js_property_callbacks
 
 
@@ -94,6 +104,16 @@ def test_only_the_strongest_edges_are_on_a_large_page():
     strength = network.mean.square() + network.std.square()
     between = network.edge_index[0] != network.edge_index[1]
     assert sorted(strength[chosen].tolist()) == sorted(strength[between].tolist())[-11:]
+    # And as many again that are the strongest at a token: of every token its first, then its second.
+    weights = np.random.default_rng(0).normal(size=(3, network.num_edges))
+    kept = strongest_edges(network, 11, weights)
+    further = set(kept) - set(chosen)
+    assert set(chosen) <= set(kept) and 0 < len(further) <= 11
+    numbers = np.flatnonzero(between.numpy())
+    firsts = [numbers[row[numbers].argsort()[::-1]] for row in np.abs(weights)]
+    ranks = [min(list(order).index(edge) for order in firsts) for edge in further]
+    left = [min(list(order).index(edge) for order in firsts) for edge in set(numbers) - set(kept)]
+    assert max(ranks) <= min(left)
     document = page_document(recorded(), network, most_edges=11)
     assert len(data_of(document, "edges")["mean"]) == 11
     assert document.select_one({"name": "tokens"}) is None
@@ -108,6 +128,41 @@ def test_the_file_needs_no_network(tmp_path):
     assert tags.count("<script") >= 3 and not re.search(r"<(script|link|img|iframe)[^>]*\s(src|href)=", tags)
     assert "<title>heads &amp; &lt;script&gt;</title>" in text
     assert path.stat().st_size < 3_000_000
+
+
+@pytest.mark.parametrize("graph", ["outputs", "moh-outputs"])
+def test_the_page_keeps_the_patterns_of_heads(graph):
+    heads = with_tokens(graph, attention=True)
+    network = goh.head_graph_of(heads)
+    columns = pattern_columns(heads, network)
+    weights = columns["weight"].reshape(-1, columns["size"], columns["size"]) / 255.0
+    for node, title in enumerate(network.block):
+        (recording,) = [one for one in heads.attention.values() if one.title == title]
+        found = weights[columns["pattern"][node]] ** 2
+        assert np.abs(found - recording.maps[network.head[node]].numpy()).max() < 0.005
+    document = page_document(heads, network)
+    document.validate()
+    assert pattern_columns(with_tokens(graph), network) is None
+    assert document.select_one({"name": "sender pattern"}) is not None
+
+
+def test_patterns_of_a_stock_model_stand_beside_its_network():
+    model = stock("llama")
+    ids = torch.randint(3, 97, (2, 7))
+    network = goh.composition_graph(model)
+    with torch.no_grad(), goh.record(model, attention=True) as heads:
+        model(ids)
+    columns = pattern_columns(heads, network)
+    is_head = np.array([kind == "head" for kind in network.kind])
+    assert (columns["pattern"][is_head] >= 0).all() and (columns["pattern"][~is_head] < 0).all()
+    page_document(heads, network).validate()
+
+
+def test_long_patterns_are_cut_to_a_bounded_size(monkeypatch):
+    monkeypatch.setattr(page_patterns, "MOST_BYTES", 15 * 25)
+    heads = with_tokens(attention=True)
+    columns = pattern_columns(heads, goh.head_graph_of(heads))
+    assert columns["size"] == 5 and columns["tokens"] == 7 and columns["weight"].nbytes == 15 * 25
 
 
 @pytest.mark.slow
@@ -167,7 +222,7 @@ def browser():
 @pytest.fixture
 def page(browser, tmp_path):
     torch.manual_seed(0)
-    heads = with_tokens()
+    heads = with_tokens("moh-outputs", attention=True)
     goh.save_page(heads, tmp_path / "heads.html")
     context = browser.new_context(viewport={"width": 1250, "height": 1100}, color_scheme="light")
     page = context.new_page()
@@ -196,64 +251,144 @@ def weights_shown(page):
     return np.array(page.evaluate("[...Bokeh.documents[0].get_model_by_name('edges').data.weight]"))
 
 
+def model_of(name):
+    return f"Bokeh.documents[0].get_model_by_name('{name}')"
+
+
+def column(page, source, name):
+    return page.evaluate(f"[...{model_of(source)}.data.{name}]")
+
+
+def pointed_at(page, figure, x, y, click=False):
+    """Moves the mouse to a point of a figure, or clicks it."""
+    place = page.evaluate(POINT, [figure, float(x), float(y)])
+    (page.mouse.click if click else page.mouse.move)(*place)
+
+
 @pytest.mark.slow
 def test_moving_the_slider_hides_edges(page):
-    mean = np.array(page.evaluate("[...Bokeh.documents[0].get_model_by_name('edges').data.mean]"))
+    mean = np.array(column(page, "edges", "mean"))
     before, of, where = counted(page)
-    assert of == len(mean) == 60 and where == "mean over tokens"
-    assert before == (abs(mean) >= page.evaluate("Bokeh.documents[0].get_model_by_name('threshold').value")).sum()
+    assert of == len(mean) == 75 and where == "mean over tokens"
+    assert before == (abs(mean) >= page.evaluate(f"{model_of('threshold')}.value")).sum()
     handle = page.locator(".noUi-handle").first.bounding_box()
     track = page.locator(".noUi-base").first.bounding_box()
     page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
     page.mouse.down()
     page.mouse.move(track["x"] + 0.5 * track["width"], handle["y"] + handle["height"] / 2, steps=5)
     page.mouse.up()
-    threshold = page.evaluate("Bokeh.documents[0].get_model_by_name('threshold').value")
+    threshold = page.evaluate(f"{model_of('threshold')}.value")
     after, _, _ = counted(page)
     assert threshold > 0.3 and after == (abs(mean) >= threshold).sum() < before
 
 
 @pytest.mark.slow
-def test_clicking_a_token_shows_its_weights_and_beside_it_the_means(page):
-    strip = {name: page.evaluate(f"[...Bokeh.documents[0].get_model_by_name('tokens').data.{name}]") for name in "xy"}
+def test_tokens_are_chosen_by_clicks_and_arrow_keys(page):
+    strip = {name: column(page, "tokens", name) for name in "xy"}
     means = weights_shown(page)
-    page.mouse.click(*page.evaluate(POINT, ["strip", strip["x"][2], strip["y"][2]]))
-    page.wait_for_function("Bokeh.documents[0].get_model_by_name('status').text.endsWith('at token 2')")
+    pointed_at(page, "strip", strip["x"][2], strip["y"][2], click=True)
+    page.wait_for_function(f"{model_of('status')}.text.includes('at token 2, ')")
     shown = weights_shown(page)
     network = goh.head_graph_of(page.heads)
-    expected = token_weights(page.heads, 7)[2][strongest_edges(network, 4000)]
-    assert np.abs(shown - expected).max() < 0.005
-    drawn, _, _ = counted(page)
-    threshold = page.evaluate("Bokeh.documents[0].get_model_by_name('threshold').value")
-    assert drawn == (abs(shown) >= threshold).sum()
+    weights = token_weights(page.heads, 7)
+    chosen = strongest_edges(network, 4000, weights)
+    assert np.abs(shown - weights[2][chosen]).max() < 0.005
+    drawn, _, where = counted(page)
+    assert drawn == (abs(shown) >= page.evaluate(f"{model_of('threshold')}.value")).sum() and "\u2423to" in where
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(f"{model_of('status')}.text.includes('at token 3, ')")
+    assert np.abs(weights_shown(page) - weights[3][chosen]).max() < 0.005
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function(f"{model_of('status')}.text.includes('at token 2, ')")
     # Two clicks at once would be a double click.
     page.wait_for_timeout(700)
-    page.mouse.click(*page.evaluate(POINT, ["strip", max(strip["x"]) + 7, strip["y"][0]]))
-    page.wait_for_function("Bokeh.documents[0].get_model_by_name('status').text.endsWith('mean over tokens')")
+    pointed_at(page, "strip", max(strip["x"]) + 7, strip["y"][0], click=True)
+    page.wait_for_function(f"{model_of('status')}.text.endsWith('mean over tokens')")
     assert np.array_equal(weights_shown(page), means)
 
 
 @pytest.mark.slow
-def test_layers_are_chosen_and_the_theme_changes(page):
-    page.evaluate("Bokeh.documents[0].get_model_by_name('threshold').value = 0")
-    assert counted(page)[0] == 60
-    page.evaluate("Bokeh.documents[0].get_model_by_name('layers').value = ['layer 1']")
-    assert counted(page)[0] == 20
+def test_layers_and_sites_are_chosen_and_the_theme_changes(page):
+    page.evaluate(f"{model_of('threshold')}.value = 0")
+    assert counted(page)[0] == 75
+    rows = column(page, "rows", "y")
+    page.evaluate(f"{model_of('layers')}.value = ['layer 1', 'layer 2']")
+    assert counted(page)[0] == 50
+    # The row that is not chosen moves towards the others, and its heads shrink.
+    moved = column(page, "rows", "y")
+    assert moved[1] - moved[0] < 0.6 * (rows[1] - rows[0]) and moved[2] - moved[1] == pytest.approx(rows[2] - rows[1])
+    radius = column(page, "heads", "side_0")
+    assert radius[0] < 0.5 * radius[5]
+    page.evaluate(f"{model_of('sites')}.active = [1]")
+    assert counted(page)[0] == 10
+    page.evaluate(f"{model_of('layers')}.value = []")
+    assert counted(page)[0] == 15 and column(page, "rows", "y") == rows
     paper = "getComputedStyle(document.body).backgroundColor"
     assert page.evaluate(paper) == "rgb(255, 255, 255)"
     page.get_by_role("button", name="dark").click()
     page.wait_for_function(f"{paper} == 'rgb(27, 29, 33)'")
-    assert page.evaluate("Bokeh.documents[0].get_model_by_name('network').background_fill_color") == "#1b1d21"
+    assert page.evaluate(f"{model_of('network')}.background_fill_color") == "#1b1d21"
 
 
 @pytest.mark.slow
-def test_pointing_at_a_head_tells_its_numbers(page):
-    heads = "Bokeh.documents[0].get_model_by_name('heads').data"
-    x, y = page.evaluate(f"[{heads}.x[3], {heads}.y[3]]")
-    page.mouse.move(*page.evaluate(POINT, ["network", x, y]))
-    tooltip = page.locator(".bk-tooltip-row-value", has_text="0.3, head")
-    tooltip.first.wait_for(timeout=5000)
-    assert tooltip.first.is_visible()
+def test_pointing_tells_heads_and_the_edges_of_every_site_apart(page):
+    pointed_at(page, "network", column(page, "heads", "x")[3], column(page, "heads", "y")[3])
+    tooltip = page.locator(".bk-tooltip-row-value")
+    tooltip.filter(has_text="0.3, ").first.wait_for(timeout=20000)
+    page.evaluate(f"{model_of('threshold')}.value = 0")
+    page.evaluate(f"{model_of('layers')}.value = ['layer 1']")
+    columns = {name: column(page, "edges", name) for name in ("sender", "receiver", "site", "block", "xs", "ys")}
+    edges = list(zip(*columns.values(), strict=True))
+    pairs = {(j, i) for j, i, site, block, *_ in edges if site == "scores" and block == "layer 1"}
+    assert len(pairs) == 5
+    for sender, receiver, site, _, xs, ys in edges:
+        if (sender, receiver) in pairs:
+            middle = len(xs) // 2
+            pointed_at(page, "network", xs[middle], ys[middle])
+            own = f"{sender} \u2192 {receiver}, {site}"
+            tooltip.filter(has_text=own).first.wait_for(timeout=20000)
+            other = own.replace(site, "scores" if site == "outputs" else "outputs")
+            assert tooltip.filter(has_text=other).count() == 0
+
+
+@pytest.mark.slow
+def test_a_click_shows_patterns_senders_and_receivers(page):
+    assert "Click a head" in page.evaluate(f"{model_of('about')}.text")
+    pointed_at(page, "network", column(page, "heads", "x")[7], column(page, "heads", "y")[7], click=True)
+    page.wait_for_function(f"{model_of('about')}.text.includes('is heard by')")
+    network = goh.head_graph_of(page.heads)
+    (recording,) = [one for one in page.heads.attention.values() if one.title == "layer 1"]
+    assert page.evaluate(f"{model_of('sender pattern')}.visible && !{model_of('receiver pattern')}.visible")
+    found = np.zeros((7, 7))
+    places = [np.array(column(page, "sender cells", name), dtype=int) for name in "yx"]
+    found[tuple(places)] = column(page, "sender cells", "weight")
+    assert np.abs(found - recording.maps[2].numpy()).max() < 0.006
+    # What has nothing to do with the head is faint.
+    edges = page.evaluate(f"{{const {{from, to, alpha}} = {model_of('edges')}.data; [[...from], [...to], [...alpha]]}}")
+    assert all((7 in (j, i)) == (alpha == 1) for j, i, alpha in zip(*edges, strict=True))
+    strongest = max(
+        (e for e in range(network.num_edges) if network.edge_index[1, e] == 7 != network.edge_index[0, e]),
+        key=lambda e: abs(network.mean[e]),
+    )
+    about = page.evaluate(f"{model_of('about')}.text")
+    assert f"hears {network.label[network.edge_index[0, strongest]]} " in about
+    page.wait_for_timeout(700)
+    page.evaluate(f"{model_of('heads')}.selected.indices = []")
+    page.evaluate(f"{model_of('edges')}.selected.indices = [3]")
+    sites = column(page, "edges", "site")
+    assert f"the {sites[3]}" in page.evaluate(f"{model_of('about')}.text")
+    assert page.evaluate(f"{model_of('sender pattern')}.visible && {model_of('receiver pattern')}.visible")
+
+
+@pytest.mark.slow
+def test_a_narrow_window_fits_and_names_stay_on_zoom(page):
+    page.set_viewport_size({"width": 420, "height": 900})
+    page.wait_for_function(f"{model_of('network')}.inner_width < 420")
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 420
+    boxes = [one.bounding_box() for one in page.locator(".bk-input-group, .bk-btn, canvas").all()]
+    assert all(box["x"] + box["width"] <= 421 for box in boxes if box is not None)
+    page.evaluate(f"{{const range = {model_of('network')}.x_range; range.start = 1; range.end = 3}}")
+    page.wait_for_function(f"{model_of('numbers')}.visible && {model_of('numbers')}.glyph.text_font_size != '6px'")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import load_script
 
+from gohgraph.learning.cli import language_model
 from gohgraph.learning.data.corpus import load_corpus
 
 
@@ -22,7 +23,7 @@ def test_two_seeds_give_tables_and_curves(tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text("heads talk to heads, and some of them listen. " * 200)
     train = load_script("examples", "train_language_model")
-    monkeypatch.setattr(train, "log_head_graphs", lambda writer, model, step: None)
+    monkeypatch.setattr(language_model, "log_head_graphs", lambda writer, model, step: None)
     run = tmp_path / "run"
     flags = ["--data", str(text), "--smoke", "--device", "cpu", "--seeds", "0", "1"]
     flags += "--d-model 20 --num-heads 5 --num-layers 2 --d-ff 13 --length 17 --batch-size 3 --steps 8".split()

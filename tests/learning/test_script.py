@@ -79,12 +79,23 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatc
     check_resumed(lambda *more: main(*flags, *more), tmp_path, monkeypatch, capsys, stop_at=stop_at)
 
 
-@pytest.mark.parametrize("given, folder", [([], "runs/fit-2"), (["--run", "here", "--resume"], "here")])
-def test_ctrl_c_names_the_command_that_goes_on(given, folder):
-    again = f"stopped; to go on: python examples/fit.py --width 3 --run {folder} --resume$"
-    with pytest.raises(KeyboardInterrupt, match=again):
-        with resumable("fit", ["--width", "3", *given], Path(folder)):
+@pytest.mark.parametrize("command", ["python examples/fit.py", "gohgraph demo"])
+def test_ctrl_c_names_the_command_that_goes_on(command):
+    with pytest.raises(KeyboardInterrupt, match=f"stopped; to go on: {command} --run 'the runs/fit' --resume$"):
+        with resumable(command, Path("the runs/fit")):
             raise TrainingInterrupted("stopped")
+
+
+def test_a_resumed_run_has_the_flags_it_was_started_with(main, tmp_path, capsys):
+    flags = ["--width", "3", "--models", "large", "--learning-rates", "0.05", "--seeds", "4"]
+    assert main("--run", "out", *flags) == 0
+    before = logs(tmp_path / "out")
+    (tmp_path / "out" / "result.json").unlink()
+    assert Fit.main(["--resume", "--run", "out"]) == 0
+    assert logs(tmp_path / "out") == before and (tmp_path / "out" / "result.json").is_file()
+    # What is given goes over it, and is refused where it cannot change, a flag's default too.
+    assert "width = 10 for 6" in refused(Fit.main(["--resume", "--run", "out", "--width", "5"]), capsys)
+    assert "others" in refused(Fit.main(["--resume", "--run", "out", "--models", *MODELS]), capsys)
 
 
 def test_a_contest_leaves_results_and_curves_and_reports(main, tmp_path, capsys, figures):

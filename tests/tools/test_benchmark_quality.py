@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,13 +35,11 @@ def tool():
 @pytest.mark.parametrize("name", TASKS)
 def test_all_variants_have_equal_parameters(name):
     task = TASKS[name]()
-    # What stands in the last two layers needs two.
+    # What stands in the last two layers needs two; more are more of the same.
+    task = replace(task, num_layers=min(task.num_layers, 2))
     names = [variant for variant in PRESETS if task.num_layers > 1 or variant != "mudd"]
-    # The data is read; of models, only how many parameters they have is asked for.
-    task.config()
-    with torch.device("meta"):
-        configs = equal_configs(task, names)
-        counts = {variant: count_parameters(task.model(config)) for variant, config in configs.items()}
+    configs = equal_configs(task, names)
+    counts = {variant: count_parameters(task.model(config)) for variant, config in configs.items()}
     stacks = 2 if name == "translation" else 1
     unit = stacks * task.num_layers * (2 * task.d_model + 1)
     assert len(configs) == len(names) and max(counts.values()) - min(counts.values()) <= unit

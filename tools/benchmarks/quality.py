@@ -32,6 +32,7 @@ from benchmarks.task_runs import TaskRuns
 from benchmarks.tasks import TASKS
 from benchmarks.timing import machine
 from gohgraph.common.checks import check_int, check_number
+from gohgraph.common.command_line import fill_in
 from gohgraph.common.files import make_folder, write_text_whole
 from gohgraph.graphs.baselines.presets import PRESETS
 
@@ -45,38 +46,41 @@ FIELDS = ("d_model", "num_heads", "num_layers", "steps", "batch_size", "length",
 TIMED_ROUNDS = 20
 # Settings of `TrainConfig` that may be searched.
 SEARCHED = ("learning_rate", "matrix_learning_rate", "graph_lr_factor", "weight_decay", "warmdown")
+# Of flags that the command line does not give: in full, and to see that it runs.
+FULL = {"seeds": [0, 1, 2, 3, 4], "budgets": list(BUDGETS), "tasks": list(TASKS), "rounds": TIMED_ROUNDS}
+FULL |= {"variants": BASIC, "grid": []}
 SMOKE = {"steps": 4, "seeds": [0, 1], "rates": [4e-3], "budgets": [2.0], "tasks": ["two-cues"], "rounds": 2}
-SMOKE |= {"variants": ["plain", "outputs"], "grid": {"matrix_learning_rate": [0.02], "graph_lr_factor": [1.0]}}
+SMOKE |= {"variants": ["plain", "outputs"], "grid": [("matrix_learning_rate", (0.02,)), ("graph_lr_factor", (1.0,))]}
+SMOKE |= {"windows": 8, "final_windows": 8}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this benchmark."""
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/quality"), help="folder, continued if it is there (%(default)s)")
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
-    add("--variants", nargs="+", choices=PRESETS, default=BASIC, metavar="NAME", help=f"of {' '.join(PRESETS)}")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="(default: 0 1 2 3 4)")
+    add("--tasks", nargs="+", choices=TASKS, help="(default: all)")
+    add("--variants", nargs="+", choices=PRESETS, metavar="NAME", help=f"of {' '.join(PRESETS)}")
+    add("--seeds", nargs="+", type=int, help="(default: 0 1 2 3 4)")
     add("--recipe", choices=RECIPES, default="modern", help="how models are built and trained (default: %(default)s)")
     add("--rates", nargs="+", type=float, help="the grid of learning rates (default: each task's own)")
-    add("--grid", nargs="+", type=_setting, default=[], metavar="SETTING=V,V", help=_setting.__doc__)
+    add("--grid", nargs="+", type=_setting, metavar="SETTING=V,V", help=_setting.__doc__)
     add("--graph-lr-factor", type=float, default=1.0, help="learning rate of head graphs, times the rate (%(default)s)")
     for field in FIELDS[:-1]:
         add(f"--{field.replace('_', '-')}", type=int, help="(default: each task's own)")
     add("--parameters", type=int, help="of all models (default: the heaviest variant's)")
     add("--pairs", help="folder of sentence pairs of the task 'translation', such as Multi30k")
-    add("--budgets", nargs="*", type=float, default=list(BUDGETS), help="of plain attention, times the steps")
+    add("--budgets", nargs="*", type=float, help=f"of plain attention, times the steps (default: {BUDGETS})")
     add("--data", help="text of the task 'text': a corpus by name, or a file")
     add("--equal-time", action="store_true", help="also train each variant for the time of plain attention")
-    add("--rounds", type=int, default=TIMED_ROUNDS, help="of timing (default: %(default)s)")
+    add("--rounds", type=int, help=f"of timing (default: {TIMED_ROUNDS})")
     add("--jobs", type=int, default=1, help="processes (default: %(default)s)")
     add("--threads", type=int, default=1, help="of each process (default: %(default)s)")
-    add("--smoke", action="store_true", help="a tiny benchmark, to see that it runs")
+    add("--smoke", action="store_true", help="a tiny benchmark, to see that it runs, where no flag says otherwise")
 
 
 def run(flags: argparse.Namespace) -> None:
     """Trains what is missing, then times, writes and prints the tables."""
-    if flags.smoke:
-        vars(flags).update(SMOKE)
+    fill_in(flags, {**FULL, **SMOKE} if flags.smoke else FULL)
     _check(flags)
     make_folder(flags.run)
     print(machine("cpu", "float32", flags.threads, flags.rounds))

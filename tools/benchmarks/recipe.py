@@ -22,6 +22,7 @@ import torch
 from benchmarks.statistics import interval
 from benchmarks.tasks import TASKS
 from gohgraph.common.checks import check_int
+from gohgraph.common.command_line import fill_in
 from gohgraph.common.files import write_text_whole
 from gohgraph.common.tables import markdown_table
 from gohgraph.learning.contests.matching import count_parameters, match_parameters
@@ -58,25 +59,27 @@ ARMS: dict[str, dict[str, Any]] = {
     "decay-0.3": {"weight_decay": 0.3},
     "betas-0.98": {"betas": (0.9, 0.98)},
 }
+# Of flags that the command line does not give: in full, and to see that it runs.
+FULL = {"arms": list(ARMS), "steps": 500, "seeds": [0, 1, 2]}
+SMOKE = {"arms": [BASE, "relu2"], "steps": 3, "seeds": [0, 1]}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this benchmark."""
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/recipe"), help="folder, continued if it is there (%(default)s)")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="NAME", help=f"of {' '.join(ARMS)}")
+    add("--arms", nargs="+", choices=ARMS, metavar="NAME", help=f"of {' '.join(ARMS)}")
     add("--with", dest="given", nargs="+", choices=ARMS, default=[], metavar="NAME", help="arms that the base includes")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
-    add("--steps", type=int, default=500, help="(default: %(default)s)")
+    add("--seeds", nargs="+", type=int, help="(default: 0 1 2)")
+    add("--steps", type=int, help=f"(default: {FULL['steps']})")
     add("--parameters", type=int, default=925_000, help="of every model (default: %(default)s)")
     add("--jobs", type=int, default=1, help="processes of one thread each (default: %(default)s)")
-    add("--smoke", action="store_true", help="a few steps, to see that it runs")
+    add("--smoke", action="store_true", help="a few steps, to see that it runs, where no flag says otherwise")
 
 
 def run(flags: argparse.Namespace) -> None:
     """Trains what is missing and prints the table."""
-    if flags.smoke:
-        vars(flags).update(arms=[BASE, "relu2"], steps=3, seeds=[0, 1])
+    fill_in(flags, SMOKE if flags.smoke else FULL)
     for name, low in (("steps", 2), ("parameters", 100_000), ("jobs", 1)):
         check_int(f"--{name}", getattr(flags, name), low=low)
     given = {name: value for arm in flags.given for name, value in ARMS[arm].items()}

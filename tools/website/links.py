@@ -1,4 +1,4 @@
-"""A hook of mkdocs: links from pages to files outside docs/ lead to the repository, those to notebooks to their pages."""
+"""A hook of mkdocs: links to files outside docs/ lead to the repository, those to notebooks to their pages."""
 
 from __future__ import annotations
 

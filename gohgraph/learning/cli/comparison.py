@@ -11,9 +11,10 @@ from gohgraph.analysis.record import record, recordable
 from gohgraph.common.command_line import ArgumentParser
 from gohgraph.drawing import draw
 from gohgraph.learning.cli.contest_script import ContestScript
-from gohgraph.learning.cli.graph_flags import add_graph_flags
+from gohgraph.learning.cli.graph_flags import add_graph_flags, graph_from_flags
 from gohgraph.learning.contests.contest import Result, results_table, verdict
 from gohgraph.learning.contests.matching import count_parameters, with_plain
+from gohgraph.learning.contests.results import about_table, too_short
 from gohgraph.learning.loop import Training
 from gohgraph.learning.run_folder import step_seconds
 from gohgraph.models.config import TransformerConfig
@@ -51,6 +52,21 @@ class Comparison(ContestScript):
         parser.add_argument("--compare", action="store_true", help=about)
         add_graph_flags(parser)
         return parser
+
+    def check(self) -> None:
+        """Raises `ValueError` for flags of training, model and head graphs that do not fit."""
+        for rate in self.flags.learning_rates:
+            self.config(self.flags.seeds[0], rate, **self.schedule())
+        self.transformer(1)
+
+    def shape(self) -> dict[str, Any]:
+        """Returns the fields of `TransformerConfig` that flags alone give."""
+        return self.values()
+
+    def transformer(self, vocab_size: int, **more: Any) -> TransformerConfig:
+        """Returns the configuration of the flags for so many tokens; `more` goes over it."""
+        graph = graph_from_flags(self.flags, self.flags.num_heads)
+        return TransformerConfig(vocab_size, **(self.shape() | more), head_graph=graph)
 
     def models(self) -> dict[str, TransformerConfig]:
         """The configuration of the flags, and that of plain attention to compare it with."""
@@ -98,11 +114,12 @@ class Comparison(ContestScript):
     def report(self, results: dict[tuple[int, str], Result]) -> None:
         """Prints the table, which is better, and where the pictures are."""
         self.write_table(results_table(results, self.columns))
+        print(about_table(results, self.flags.steps))
         self.conclude(results)
 
     def conclude(self, results: dict[tuple[int, str], Result], what: str = "pictures") -> None:
         """Prints which model is better, and where the pictures are."""
-        if self.flags.compare:
+        if self.flags.compare and not too_short(self.flags.steps):
             print(verdict(results))
         files = [self.folder / "curves.png"]
         files += [path for name in self.pictures for path in sorted(self.folder.rglob(name))]

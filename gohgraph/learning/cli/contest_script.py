@@ -41,6 +41,11 @@ class ContestScript(Script):
         add_rate_flags(parser, learning_rate=cls.learning_rate)
         return parser
 
+    def check(self) -> None:
+        """Raises `ValueError` for flags of training that do not fit; a subclass calls it from its own."""
+        for rate in self.flags.learning_rates:
+            self.config(self.flags.seeds[0], rate)
+
     def train(self) -> None:
         """Trains all models, draws their curves in one figure and reports; ranks but the first only train."""
         contest = Contest(self.models(), self.flags.seeds, Grid.of_rates(self.flags.learning_rates), self.folder)

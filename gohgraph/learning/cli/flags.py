@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gohgraph.common.checks import check_int
+from gohgraph.common.command_line import fill_in
 from gohgraph.learning.recipes import RECIPES
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.parallel.layout import MODES, ParallelConfig
@@ -17,7 +18,7 @@ def add_run_flags(parser: argparse.ArgumentParser, name: str) -> None:
     """Adds the flags of every run; `runs/name` is its folder by default."""
     add = parser.add_argument
     add("--run", metavar="FOLDER", help=f"run folder (default: runs/{name}, numbered when taken)")
-    add("--resume", action="store_true", help="go on with the run in --run")
+    add("--resume", action="store_true", help="go on with the run in --run, with the flags it was started with")
     add("--smoke", action="store_true", help="a tiny model and a few steps, to see that it works")
     add("--seeds", type=int, nargs="+", default=[0], help="one run each, in sub-folders when there are several")
     add("--device", choices=("cpu", "cuda", "mps", "xpu"), help="default: the accelerator when there is one")
@@ -84,9 +85,7 @@ def parallel_config(flags: argparse.Namespace) -> ParallelConfig | None:
 
 def fill_sizes(flags: argparse.Namespace, full: Mapping[str, Any], smoke: Mapping[str, Any]) -> None:
     """Gives sizes that no flag gives their values, checks seeds and threads, and sets the number of threads."""
-    for name, value in (smoke if flags.smoke else full).items():
-        if getattr(flags, name) is None:
-            setattr(flags, name, value)
+    fill_in(flags, smoke if flags.smoke else full)
     check_int("--threads", flags.threads, low=1)
     if len(set(flags.seeds)) < len(flags.seeds) or min(flags.seeds) < 0:
         raise ValueError(f"Expected different seeds of at least 0 (got {flags.seeds}). Do change them.")

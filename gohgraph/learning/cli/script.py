@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gohgraph.common.command_line import ArgumentParser, run
+from gohgraph.common.command_line import ArgumentParser, given_flags, run
 from gohgraph.common.files import read_json
 from gohgraph.learning.cli.flags import add_run_flags, add_size_flags, add_training_flags, fill_sizes, train_config
+from gohgraph.learning.contests.results import FEWEST_STEPS, too_short
 from gohgraph.learning.loop import Training, TrainingInterrupted
 from gohgraph.learning.recipes import RECIPES
 from gohgraph.learning.run_folder import CONFIG, last_folder, new_folder, runs_in, write_text
@@ -29,6 +30,7 @@ class Script:
 
     Attributes:
         name: of the script below `examples/`, without its suffix.
+        command: what runs it, `None` for the script of that name.
         runs: the run folder is `runs/...` unless `--run` names one.
         full, smoke: sizes of a full run and of `--smoke` by name; each becomes a flag and stands in `flags`.
         recipe, weight_decay: where `--recipe` and `--weight-decay` do not say otherwise.
@@ -45,6 +47,7 @@ class Script:
     """
 
     name: ClassVar[str]
+    command: ClassVar[str | None] = None
     runs: ClassVar[str]
     full: ClassVar[Mapping[str, Any]]
     smoke: ClassVar[Mapping[str, Any]]
@@ -59,7 +62,12 @@ class Script:
     def main(cls, argv: Sequence[str] | None = None) -> int:
         """Runs the command line and returns its exit code."""
         argv = sys.argv[1:] if argv is None else argv
-        return run(cls.parser(), lambda flags: cls(flags)._run(argv), argv)
+        return run(cls.parser(), lambda flags: cls.run_with(flags, argv), argv)
+
+    @classmethod
+    def run_with(cls, flags: argparse.Namespace, argv: Sequence[str]) -> None:
+        """Runs with the flags that were parsed of a command line; bad ones raise."""
+        cls(flags)._run(argv)
 
     @classmethod
     def parser(cls) -> ArgumentParser:
@@ -77,7 +85,7 @@ class Script:
         """Adds the script's own flags; none by default."""
 
     def check(self) -> None:
-        """Raises `ValueError` for flags that do not fit, before there is a run folder."""
+        """Raises `ValueError` for flags that do not fit, before data is read and there is a run folder."""
 
     def run_name(self) -> str:
         """Returns the name of the run folder below `runs/`."""
@@ -111,26 +119,38 @@ class Script:
         return Training(*arguments, resume=can_resume(leaf, self.flags), **options)
 
     def write_table(self, table: str) -> None:
-        """Prints a table, and writes it to table.md."""
+        """Prints a table, and writes it to table.md; says so where the runs are too short to tell anything."""
         write_text(self.folder / "table.md", table + "\n")
         print(f"\n{table}\n")
+        full = self.full.get("steps", FEWEST_STEPS)
+        if short := too_short(getattr(self.flags, "steps", full), min(full, FEWEST_STEPS)):
+            print(short)
 
     def _run(self, argv: Sequence[str]) -> None:
-        fill_sizes(self.flags, self.full, self.smoke)
-        self.check()
         with process_group(self.flags.device):
+            if self.flags.resume:
+                self._take_flags_of_run(argv)
+            fill_sizes(self.flags, self.full, self.smoke)
+            self.flags.recipe = self.flags.recipe or self.recipe
+            self.check()
             self.folder = open_folder(self.flags, self.run_name())
-            self.flags.recipe = self.flags.recipe or on_first_rank(self._own_recipe)
-            with resumable(self.name, argv, self.folder):
+            with resumable(self.command or f"python examples/{self.name}.py", self.folder):
                 self.train()
 
+    def _take_flags_of_run(self, argv: Sequence[str]) -> None:
+        """Flags that the command line does not give are those of the run; what cannot change is checked later."""
+        given = given_flags(self.parser(), argv) | {"run", "resume"}
+        for name, value in on_first_rank(self._flags_of_run).items():
+            if name not in given and hasattr(self.flags, name):
+                setattr(self.flags, name, value)
 
-    def _own_recipe(self) -> str:
-        for leaf in runs_in(self.folder) if self.flags.resume else ():
+    def _flags_of_run(self) -> dict[str, Any]:
+        folder = _folder_of(self.flags, Path("runs", self.run_name()))
+        for leaf in sorted(runs_in(folder)):
             flags = read_json(leaf / CONFIG, "restore it").get("flags", {})
             # Runs from before recipes had names are of the old one.
-            return flags.get("recipe", "old")
-        return self.recipe
+            return {"recipe": "old", **flags}
+        return {}
 
 
 def open_folder(flags: argparse.Namespace, name: str) -> Path:
@@ -139,7 +159,7 @@ def open_folder(flags: argparse.Namespace, name: str) -> Path:
 
 
 def _open_folder(flags: argparse.Namespace, default: Path) -> Path:
-    folder = Path(flags.run) if flags.run is not None else (last_folder if flags.resume else new_folder)(default)
+    folder = _folder_of(flags, default)
     is_used = folder.is_dir() and any(folder.iterdir())
     if flags.resume and not runs_in(folder):
         raise ValueError(f"Expected a run to resume (got {folder} without one). Do drop --resume, or change --run.")
@@ -148,19 +168,24 @@ def _open_folder(flags: argparse.Namespace, default: Path) -> Path:
     return folder
 
 
+def _folder_of(flags: argparse.Namespace, default: Path) -> Path:
+    if flags.run is not None:
+        return Path(flags.run)
+    return (last_folder if flags.resume else new_folder)(default)
+
+
 def can_resume(leaf: Path, flags: argparse.Namespace) -> bool:
     """Returns whether `--resume` is given and the run of this folder has begun."""
     return flags.resume and on_first_rank((leaf / "config.json").exists)
 
 
 @contextmanager
-def resumable(script: str, argv: Sequence[str], folder: Path) -> Iterator[None]:
-    """Names, after Ctrl-C or the loss of a rank, the command that goes on."""
-    command = [argument for argument in argv if argument != "--resume"]
-    where = [] if any(argument.split("=")[0] == "--run" for argument in argv) else ["--run", str(folder)]
+def resumable(command: str, folder: Path) -> Iterator[None]:
+    """Names, after Ctrl-C or the loss of a rank, the command that goes on: the run knows its other flags."""
     ranks = world_size()
-    start = ["torchrun", "--nproc-per-node", str(ranks // machines()), "--"] if under_torchrun() else ["python"]
-    again = shlex.join([*start, f"examples/{script}.py", *command, *where, "--resume"])
+    start = ["torchrun", "--nproc-per-node", str(ranks // machines()), "--"] if under_torchrun() else []
+    program = command.removeprefix("python ") if start else command
+    again = shlex.join([*start, *program.split(), "--run", str(folder), "--resume"])
     try:
         with lost_ranks(f"go on from the last checkpoint: {again}"):
             yield

@@ -9,6 +9,8 @@ from gohgraph.common.tables import markdown_table, mean_and_deviation
 from gohgraph.learning.regimes.language import standard_error
 
 Result = dict[str, Any]
+# Below this, a run ends within, or soon after, the warm-up of up to 100 steps: models are not told apart yet.
+FEWEST_STEPS = 200
 # Of Student's t, the half width of a 95 % interval in standard errors by degrees of freedom; beyond, about 2.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 
@@ -48,6 +50,32 @@ def results_table(trained: Mapping[tuple[int, str], Result], columns: Mapping[st
         )
         rows.append([name, f"{seeds[0]['learning_rate']:g}", f"{seeds[0]['parameters']:,}", *measures])
     return markdown_table(rows)
+
+
+def about_table(trained: Mapping[tuple[int, str], Result], steps: int) -> str:
+    """Returns what a table of `results_table` shows.
+
+    Example:
+        >>> about_table({(0, "plain"): {}, (0, "goh"): {}}, steps=600)
+        'on validation data after 600 steps, 1 seed; step: median of a training step; time: of training alone'
+    """
+    seeds = len({seed for seed, _ in trained})
+    over = "1 seed" if seeds == 1 else f"means over {seeds} seeds \u00b1 their standard deviation"
+    return f"on validation data after {steps:,} steps, {over}; step: median of a training step; time: of training alone"
+
+
+def too_short(steps: int, fewest: int = FEWEST_STEPS) -> str:
+    """Returns the sentence that a run of so few steps tells nothing, "" where it has `fewest` or more.
+
+    Example:
+        >>> too_short(20)
+        'no verdict: 20 steps show that it runs, not what is better; take 200 or more'
+        >>> too_short(260)
+        ''
+    """
+    if steps >= fewest:
+        return ""
+    return f"no verdict: {steps:,} steps show that it runs, not what is better; take {fewest} or more"
 
 
 def verdict(trained: Mapping[tuple[int, str], Result]) -> str:

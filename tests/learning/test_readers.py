@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import load_script
 
 import gohgraph as goh
-from gohgraph.learning.regimes.text_models import load_text_model
+from gohgraph.cli import main
+from gohgraph.learning.readers.loading import load_reader
 
 WORDS = "heads talk to heads, and some of them listen"
 
 
-@pytest.fixture(scope="module")
-def tool():
+@pytest.fixture(scope="module", autouse=True)
+def keep_threads():
     threads = torch.get_num_threads()
-    yield load_script("tools", "visualize_heads")
+    yield
     torch.set_num_threads(threads)
 
 
@@ -44,11 +44,11 @@ def llama(tmp_path_factory):
 
 
 def test_a_converted_model_reads_text_by_its_tokenizer(llama):
-    source = load_text_model(llama)
-    tokens = source.encode(torch.frombuffer(bytearray(WORDS.encode()), dtype=torch.uint8)).long()
-    strings = source.strings(tokens)
+    source = load_reader(llama)
+    tokens = source.tokens.words(WORDS.encode())
+    strings = source.tokens.strings(tokens)
     assert "".join(strings) == WORDS and len(strings) < len(WORDS) and source.longest == 64
-    loss = source.loss(source.model, (tokens[None, :-1], tokens[None, 1:]))
+    loss = source.loss(source.model, ({"input_ids": tokens[None, :-1]}, tokens[None, 1:]))
     expected = source.model(input_ids=tokens[None], labels=tokens[None]).loss
     torch.testing.assert_close(loss, expected)
 
@@ -57,30 +57,30 @@ def test_own_models_read_bytes(tmp_path):
     shape = {"d_model": 30, "num_heads": 5, "num_layers": 2, "d_ff": 11, "max_length": 64}
     config = goh.TransformerConfig(256, **shape, positions="learned")
     goh.LanguageModel(config).save_pretrained(tmp_path / "model")
-    source = load_text_model(tmp_path / "model")
-    assert source.longest == 64 and source.strings(source.encode(torch.tensor([104], dtype=torch.uint8))) == ["h"]
+    source = load_reader(tmp_path / "model")
+    assert source.longest == 64 and source.tokens.strings(source.tokens.words(b"h")) == ["h"]
 
 
 @pytest.mark.parametrize("out", ["heads.html", "circle.png", "heads.json"])
-def test_the_tool_shows_converted_models(tool, llama, tmp_path, capsys, out):
+def test_the_tool_shows_converted_models(llama, tmp_path, capsys, out):
     flags = [str(llama), "--out", str(tmp_path / out), "--text", WORDS, "--length", "13"]
-    assert tool.main(flags) == 0
+    assert main(["draw", *flags]) == 0
     printed = capsys.readouterr().out
     assert (tmp_path / out).stat().st_size > 1000
     assert printed.count(" -> ") == 20 and "nan" not in printed
 
 
-def test_pruning_and_differences_of_converted_models(tool, llama, tmp_path):
+def test_pruning_and_differences_of_converted_models(llama, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("quite another text, with other words in it")
     flags = [str(llama), "--text", WORDS, "--length", "13"]
-    assert tool.main([*flags, "--view", "pruning", "--out", str(tmp_path / "pruning.png")]) == 0
+    assert main(["draw", *flags, "--view", "pruning", "--out", str(tmp_path / "pruning.png")]) == 0
     difference = ["--view", "difference", "--compare", str(other), "--out", str(tmp_path / "difference.png")]
-    assert tool.main([*flags, *difference]) == 0
+    assert main(["draw", *flags, *difference]) == 0
 
 
-def test_a_converted_model_without_tokenizer_is_refused(tool, llama, tmp_path, capsys):
-    model = load_text_model(llama).model
+def test_a_converted_model_without_tokenizer_is_refused(llama, tmp_path, capsys):
+    model = load_reader(llama).model
     goh.save_converted(model, tmp_path / "bare")
-    assert tool.main([str(tmp_path / "bare"), "--out", str(tmp_path / "x.png")]) == 2
+    assert main(["draw", str(tmp_path / "bare"), "--out", str(tmp_path / "x.png")]) == 2
     assert "Expected the model's tokenizer" in capsys.readouterr().err

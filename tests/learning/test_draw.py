@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import webbrowser
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -12,16 +14,14 @@ from PIL import Image
 
 import gohgraph as goh
 from gohgraph.analysis import edge_attribution, head_importance
+from gohgraph.cli import main
 from gohgraph.learning.checkpoints import find_model, load_language_model, training_steps
+from gohgraph.learning.cli.draw import sources
 from gohgraph.learning.data.corpus import evaluation_batches
+from gohgraph.learning.regimes.demo import demo_model
 from gohgraph.learning.regimes.language import byte_strings, next_token_output
 
 WORDS = "heads talk to heads, and some of them listen"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    return load_script("tools", "visualize_heads")
 
 
 @pytest.fixture(autouse=True)
@@ -64,10 +64,10 @@ def rows_of(printed, table):
     return re.findall(pattern, part, flags=re.MULTILINE)
 
 
-def test_the_tables_name_the_strongest_and_most_important_edges(tool, tmp_path, capsys):
+def test_the_tables_name_the_strongest_and_most_important_edges(tmp_path, capsys):
     model = saved(tmp_path / "model").eval()
     out = tmp_path / "heads.svg"
-    assert tool.main([str(tmp_path / "model"), "--text", WORDS, "--out", str(out), "--length", "7"]) == 0
+    assert main(["draw", str(tmp_path / "model"), "--text", WORDS, "--out", str(out), "--length", "7"]) == 0
     assert out.read_bytes().startswith(b"<?xml")
     printed = capsys.readouterr().out
     assert str(out) in printed and "over 42 tokens" in printed
@@ -93,29 +93,29 @@ def test_the_tables_name_the_strongest_and_most_important_edges(tool, tmp_path, 
 PICTURES = ("circle png", "matrix png", "network png", "pruning png", "tokens png", "tokens svg", "tokens pdf")
 
 
-@pytest.mark.parametrize("view, suffix", map(str.split, PICTURES))
-def test_views_are_drawn_in_the_format_of_the_file(tool, tmp_path, view, suffix):
+@pytest.mark.parametrize("view, suffix", [picture.split() for picture in PICTURES])
+def test_views_are_drawn_in_the_format_of_the_file(tmp_path, view, suffix):
     saved(tmp_path / "model")
     out = tmp_path / f"heads.{suffix}"
-    assert tool.main([str(tmp_path / "model"), "--text", WORDS, "--view", view, "--out", str(out)]) == 0
+    assert main(["draw", str(tmp_path / "model"), "--text", WORDS, "--view", view, "--out", str(out)]) == 0
     assert out.stat().st_size > 5000
 
 
-def test_a_layer_and_a_token_are_chosen(tool, tmp_path):
+def test_a_layer_and_a_token_are_chosen(tmp_path):
     saved(tmp_path / "model")
     arguments = [str(tmp_path / "model"), "--text", WORDS, "--layer", "1", "--out", str(tmp_path / "heads.svg")]
     for more in ([], ["--view", "matrix"], ["--view", "tokens", "--token", "5"]):
-        assert tool.main([*arguments, *more]) == 0
+        assert main(["draw", *arguments, *more]) == 0
     whole = tmp_path / "whole.svg"
-    assert tool.main([*arguments[:3], "--view", "tokens", "--token", "5", "--out", str(whole)]) == 0
+    assert main(["draw", *arguments[:3], "--view", "tokens", "--token", "5", "--out", str(whole)]) == 0
     assert (tmp_path / "heads.svg").stat().st_size < whole.stat().st_size
 
 
 @pytest.mark.parametrize("suffix", ["graphml", "gexf", "json", "csv"])
-def test_the_network_is_exported_with_importances(tool, tmp_path, suffix):
+def test_the_network_is_exported_with_importances(tmp_path, suffix):
     model = saved(tmp_path / "model").eval()
     out = tmp_path / f"heads.{suffix}"
-    assert tool.main([str(tmp_path / "model"), "--text", WORDS, "--out", str(out)]) == 0
+    assert main(["draw", str(tmp_path / "model"), "--text", WORDS, "--out", str(out)]) == 0
     network = goh.load_head_graph(out)
     assert network.num_nodes == 10 and network.num_edges == 50
     batches = list(evaluation_batches(torch.tensor(list(WORDS.encode()), dtype=torch.uint8), batch_size=8, length=43))
@@ -124,41 +124,41 @@ def test_the_network_is_exported_with_importances(tool, tmp_path, suffix):
     assert not network.edge_importance.isnan().any()
 
 
-def test_the_page_is_the_default_and_opened_when_asked(tool, tmp_path, monkeypatch):
+def test_the_page_is_the_default_and_opened_when_asked(tmp_path, monkeypatch):
     saved(tmp_path / "model")
     opened = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tool.webbrowser, "open", opened.append)
-    assert tool.main(["model", "--text", "h\u00e9ads & <b>", "--open"]) == 0
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    assert main(["draw", "model", "--text", "h\u00e9ads & <b>", "--open"]) == 0
     page = (tmp_path / "heads.html").read_text()
     assert opened == [(tmp_path / "heads.html").as_uri()] and "model: mean edge weights over" in page
 
 
-def test_two_checkpoints_and_two_texts_are_compared(tool, tmp_path):
+def test_two_checkpoints_and_two_texts_are_compared(tmp_path):
     saved(tmp_path / "model")
     saved(tmp_path / "other", seed=1)
     (tmp_path / "other.txt").write_text("other words, for the same heads")
     arguments = [str(tmp_path / "model"), "--text", WORDS, "--view", "difference", "--title", ""]
     for number, other in enumerate(("other", "other.txt", "model")):
         out = str(tmp_path / f"{number}.png")
-        assert tool.main([*arguments, "--compare", str(tmp_path / other), "--out", out]) == 0
+        assert main(["draw", *arguments, "--compare", str(tmp_path / other), "--out", out]) == 0
     first, second, same = (Image.open(tmp_path / f"{number}.png").convert("L").tobytes() for number in range(3))
     assert len({first, second, same}) == 3
 
 
-def test_a_film_shows_the_steps_of_a_run(tool, run_folder, tmp_path, capsys):
+def test_a_film_shows_the_steps_of_a_run(run_folder, tmp_path, capsys):
     assert list(training_steps(run_folder)) == [5, 10, 15, 20]
-    assert tool.main([str(run_folder), "--out", str(tmp_path / "film.gif"), "--text", WORDS]) == 0
+    assert main(["draw", str(run_folder), "--out", str(tmp_path / "film.gif"), "--text", WORDS]) == 0
     assert Image.open(tmp_path / "film.gif").n_frames == 4
 
 
-def test_a_step_of_a_run_is_a_checkpoint(tool, run_folder, tmp_path):
+def test_a_step_of_a_run_is_a_checkpoint(run_folder, tmp_path):
     steps = training_steps(run_folder)
     last, saved_model = load_language_model(steps[20]), goh.LanguageModel.from_pretrained(run_folder / "model")
     assert all(torch.equal(last.state_dict()[name], value) for name, value in saved_model.state_dict().items())
     assert not last.training and find_model(steps[5]) == steps[5]
     arguments = [str(steps[20]), "--text", WORDS, "--view", "difference", "--out", str(tmp_path / "change.png")]
-    assert tool.main([*arguments, "--compare", str(steps[5])]) == 0
+    assert main(["draw", *arguments, "--compare", str(steps[5])]) == 0
 
 
 def test_training_is_logged_for_tensorboard(run_folder):
@@ -166,33 +166,27 @@ def test_training_is_logged_for_tensorboard(run_folder):
 
 
 @pytest.mark.slow
-def test_the_demo_needs_no_checkpoint(tool, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tool, "demo_model", lambda: load_demo(steps=3))
-    assert tool.main(["--demo", "--out", str(tmp_path / "heads.html")]) == 0
+def test_the_demo_needs_no_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "demo_model", lambda: demo_model(steps=3))
+    assert main(["draw", "--demo", "--out", str(tmp_path / "heads.html")]) == 0
     assert (tmp_path / "heads.html").stat().st_size > 1_000_000 and "demo: mean" in capsys.readouterr().out
 
 
-def load_demo(steps):
-    from gohgraph.learning.regimes.demo import demo_model
-
-    return demo_model(steps)
-
-
-def test_the_built_in_corpus_is_the_default(tool, tmp_path, capsys):
+def test_the_built_in_corpus_is_the_default(tmp_path, capsys):
     saved(tmp_path / "model")
-    assert tool.main([str(tmp_path / "model"), "--tokens", "300", "--out", str(tmp_path / "heads.png")]) == 0
+    assert main(["draw", str(tmp_path / "model"), "--tokens", "300", "--out", str(tmp_path / "heads.png")]) == 0
     assert (tmp_path / "heads.png").stat().st_size > 10_000 and "over 256 tokens" in capsys.readouterr().out
 
 
-def test_text_from_a_file(tool, tmp_path, capsys):
+def test_text_from_a_file(tmp_path, capsys):
     saved(tmp_path / "model")
     (tmp_path / "text.txt").write_bytes(bytes(range(256)) * 5)
     arguments = [str(tmp_path / "model"), "--text-file", str(tmp_path / "text.txt"), "--tokens", "300"]
-    assert tool.main([*arguments, "--length", "64", "--out", str(tmp_path / "heads.svg")]) == 0
+    assert main(["draw", *arguments, "--length", "64", "--out", str(tmp_path / "heads.svg")]) == 0
     assert "over 256 tokens" in capsys.readouterr().out
 
 
-def test_a_run_folder_gives_its_newest_checkpoint(tool, tmp_path):
+def test_a_run_folder_gives_its_newest_checkpoint(tmp_path):
     run = tmp_path / "run"
     for number, name in enumerate(("checkpoints/step-2", "checkpoints/step-10")):
         saved(run / name)
@@ -202,19 +196,19 @@ def test_a_run_folder_gives_its_newest_checkpoint(tool, tmp_path):
     assert find_model(run) == run / "checkpoints" / "step-10"
 
 
-def test_both_sites_rounds_and_earlier_layers(tool, tmp_path, capsys):
+def test_both_sites_rounds_and_earlier_layers(tmp_path, capsys):
     graphs = goh.HeadGraphConfig(outputs=goh.SiteConfig(cross_layer=1, rounds=2), scores=goh.SiteConfig.ring(2))
     saved(tmp_path / "model", head_graph=graphs)
     for view in ("circle", "network", "matrix"):
         arguments = ["--text", WORDS, "--view", view, "--out", str(tmp_path / "heads.svg")]
-        assert tool.main([str(tmp_path / "model"), *arguments]) == 0
+        assert main(["draw", str(tmp_path / "model"), *arguments]) == 0
     rows = rows_of(capsys.readouterr().out, 0)
     assert {site for _, _, site, *_ in rows} <= {"outputs 1", "outputs 2", "scores 1"}
 
 
-def test_pictures_are_whole_documents(tool, tmp_path):
+def test_pictures_are_whole_documents(tmp_path):
     saved(tmp_path / "model")
-    assert tool.main([str(tmp_path / "model"), "--text", "$a & <b>$ \\", "--view", "tokens", "--out",
+    assert main(["draw", str(tmp_path / "model"), "--text", "$a & <b>$ \\", "--view", "tokens", "--out",
                       str(tmp_path / "heads.svg")]) == 0  # fmt: skip
     xml.etree.ElementTree.parse(tmp_path / "heads.svg")
 
@@ -225,13 +219,13 @@ def test_characters_of_several_bytes_stand_at_their_last():
 
 
 BAD = {
-    "no checkpoint": (["missing"], "Expected a checkpoint folder"),
+    "no checkpoint": (["missing"], r"Expected a folder or a name on the hub, owner/model \(got missing"),
     "a folder without one": (["none"], "Expected model.safetensors in"),
-    "plain attention": (["plain"], "Expected a model with head graphs"),
+    "plain attention": (["plain", "--from", "graph"], "Expected a model with head graphs"),
     "no byte-level model": (["small"], r"Expected a byte-level model \(got a vocabulary of 11\)"),
     "damaged": (["damaged"], "Expected a whole safetensors file"),
     "a mistyped text": (["model", "--text-file", "nan"], r"\[Errno 2\] No such file"),
-    "an empty text": (["model", "--text-file", "empty.txt"], "Expected a text of at least two bytes"),
+    "an empty text": (["model", "--text-file", "empty.txt"], "Expected a text of at least two tokens"),
     "two texts": (["model", "--text-file", "empty.txt", "--text", WORDS], "Expected --text or --text-file"),
     "no tokens": (["model", "--tokens", "0"], "Expected --tokens to be an int >= 1"),
     "no length": (["model", "--length", "-3"], "Expected --length to be an int >= 1"),
@@ -249,8 +243,8 @@ BAD = {
     "no such layer": (["model", "--layer", "9"], r"Expected a layer of \[0, 1\] \(got 9\)"),
     "no such token": (["model", "--view", "tokens", "--token", "99"], "Expected a token from 0 to 42"),
     "a strange threshold": (["model", "--threshold", "7"], "Expected a threshold from 0 to 1"),
-    "neither": ([], r"Expected a checkpoint or --demo \(got neither\)"),
-    "both": (["model", "--demo"], r"Expected a checkpoint or --demo \(got both\)"),
+    "neither": ([], r"Expected a model or --demo \(got neither\)"),
+    "both": (["model", "--demo"], r"Expected a model or --demo \(got both\)"),
     "a film of the demo": (["--demo", "--out", "film.gif"], "Expected a run folder for a film"),
 }
 
@@ -275,21 +269,21 @@ def bad_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_exit_code_2_and_one_sentence(tool, bad_folder, monkeypatch, capsys, name):
+def test_bad_input_is_exit_code_2_and_one_sentence(bad_folder, monkeypatch, capsys, name):
     arguments, sentence = BAD[name]
     monkeypatch.chdir(bad_folder)
     text = [] if "--text-file" in arguments else ["--text", WORDS]
     out = [] if "--out" in arguments else ["--out", "heads.svg"]
-    assert tool.main([*arguments, *text, *out]) == 2
+    assert main(["draw", *arguments, *text, *out]) == 2
     printed = capsys.readouterr()
     assert re.match(f"error: {sentence}", printed.err) and printed.err.count("\n") == 1 and not printed.out
     assert (bad_folder / "heads.svg").read_text() == "old"
 
 
-def test_a_missing_extra_is_named(tool, tmp_path, monkeypatch, capsys):
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
     saved(tmp_path / "model")
-    monkeypatch.setitem(tool.sys.modules, "bokeh", None)
-    assert tool.main([str(tmp_path / "model"), "--text", WORDS, "--out", str(tmp_path / "heads.html")]) == 2
+    monkeypatch.setitem(sys.modules, "bokeh", None)
+    assert main(["draw", str(tmp_path / "model"), "--text", WORDS, "--out", str(tmp_path / "heads.html")]) == 2
     assert "gohgraph[interactive]" in capsys.readouterr().err
 
 

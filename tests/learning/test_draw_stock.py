@@ -3,18 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-from helpers import load_script
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers_models import IDS, SHAPE, build
 
 import gohgraph as goh
+from gohgraph.cli import main
 
 WORDS = "heads talk to and some of them listen birds sing".split()
-
-
-@pytest.fixture(scope="module")
-def tool():
-    return load_script("tools", "visualize_heads")
 
 
 @pytest.fixture(autouse=True)
@@ -41,17 +36,19 @@ def folders(tmp_path_factory):
     return root
 
 
-def test_a_stock_model_is_shown_by_attribution_on_a_text(tool, folders, tmp_path, capsys):
+def test_a_stock_model_is_shown_by_attribution_on_a_text(folders, tmp_path, capsys):
     out = tmp_path / "heads.png"
     text = ["--text", "heads talk to heads and some of them listen"]
-    assert tool.main([str(folders / "llama"), *text, "--out", str(out)]) == 0
+    assert main(["draw", str(folders / "llama"), *text, "--out", str(out)]) == 0
     assert out.stat().st_size > 1000
     printed = capsys.readouterr().out
-    assert "llama: attribution to log p of every next token, 9 tokens against zero" in printed and "0." in printed
+    assert "llama: attribution to log p of every next token, 9 tokens against zero" in printed
+    assert "0.0 -> 1.0kv" in printed
     files = tmp_path / "heads.json"
     other = ["--against", "birds sing to birds and some of them listen", "--target", "sing|talk"]
-    assert tool.main([str(folders / "llama"), *text, *other, "--out", str(files)]) == 0
-    assert "logit('sing') - logit('talk'), 9 tokens against another text" in capsys.readouterr().out
+    assert main(["draw", str(folders / "llama"), *text, *other, "--out", str(files)]) == 0
+    said = "logit('sing') - logit('talk') after the last token, 'listen', 9 tokens against another text"
+    assert said in capsys.readouterr().out
     model = hf.LlamaForCausalLM.from_pretrained(folders / "llama").eval()
     tokens = torch.tensor([[2, 3, 4, 2, 5, 6, 7, 8, 9]])
     against = torch.tensor([[10, 11, 4, 10, 5, 6, 7, 8, 9]])
@@ -60,20 +57,20 @@ def test_a_stock_model_is_shown_by_attribution_on_a_text(tool, folders, tmp_path
     torch.testing.assert_close(goh.load_head_graph(files).mean, expected.mean)
 
 
-def test_weights_alone_and_pages(tool, folders, tmp_path, capsys):
+def test_weights_alone_and_pages(folders, tmp_path, capsys):
     page = tmp_path / "heads.html"
-    assert tool.main([str(folders / "vit"), "--from", "weights", "--out", str(page)]) == 0
+    assert main(["draw", str(folders / "vit"), "--from", "weights", "--out", str(page)]) == 0
     assert "composition of weights" in capsys.readouterr().out and "bokeh" in page.read_text()
     own = goh.LanguageModel(goh.TransformerConfig(256, d_model=8, num_heads=2, num_layers=2, d_ff=8))
     own.save_pretrained(tmp_path / "own")
     out = ["--out", str(tmp_path / "own.csv"), "--text", "heads talk"]
-    assert tool.main([str(tmp_path / "own"), "--from", "attribution", *out]) == 0
+    assert main(["draw", str(tmp_path / "own"), "--from", "attribution", *out]) == 0
     assert goh.load_head_graph(tmp_path / "own.csv").num_edges == 12
 
 
-def test_masked_models_have_masked_tokens(tool, folders, tmp_path, capsys):
+def test_masked_models_have_masked_tokens(folders, tmp_path, capsys):
     out = ["--out", str(tmp_path / "bert.json"), "--text", "heads talk to heads and some of them listen"]
-    assert tool.main([str(folders / "bert"), *out]) == 0
+    assert main(["draw", str(folders / "bert"), *out]) == 0
     assert "every 7th token, masked" in capsys.readouterr().out
 
 
@@ -82,20 +79,20 @@ def test_masked_models_have_masked_tokens(tool, folders, tmp_path, capsys):
     [
         (["--from", "graph"], "Expected --from weights or attribution"),
         (["--from", "weights", "--against", "zero"], "Expected --against with --from attribution"),
-        (["--from", "weights", "--text", "heads talk"], "Expected no text"),
+        (["--from", "weights", "--text", "heads talk"], "Expected no --text for --from weights"),
         (["--view", "circle", "--out", "x.png"], "Expected --view network"),
         (["--text", "heads"], "at least two"),
         (["--text", "heads talk", "--target", "sing|sing"], "Expected --target WORD"),
         (["--text", "heads talk", "--against", "heads"], "Expected --against of 2 tokens"),
     ],
 )
-def test_flags_that_do_not_fit_are_refused(tool, folders, capsys, monkeypatch, tmp_path, flags, message):
+def test_flags_that_do_not_fit_are_refused(folders, capsys, monkeypatch, tmp_path, flags, message):
     monkeypatch.chdir(tmp_path)
-    assert tool.main([str(folders / "llama"), *flags]) != 0
+    assert main(["draw", str(folders / "llama"), *flags]) != 0
     assert message in capsys.readouterr().err
 
 
-def test_models_without_text_have_weights_alone(tool, folders, capsys, tmp_path, monkeypatch):
+def test_models_without_text_have_weights_alone(folders, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert tool.main([str(folders / "vit"), "--text", "heads talk"]) != 0
+    assert main(["draw", str(folders / "vit"), "--text", "heads talk"]) != 0
     assert "--from weights" in capsys.readouterr().err

@@ -1,0 +1,131 @@
+"""The command itself: chooses what a model has to show, runs it, writes the file and prints the strongest edges."""
+
+from __future__ import annotations
+
+import argparse
+import webbrowser
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gohgraph.analysis import edge_attribution, head_importance
+from gohgraph.analysis.module_names import block_of, layer_of
+from gohgraph.analysis.record import recordable
+from gohgraph.common.command_line import ArgumentParser
+from gohgraph.learning.checkpoints import training_steps
+from gohgraph.learning.cli.draw.flags import ABOUT, add_flags, checked
+from gohgraph.learning.cli.draw.sources import attributed, chosen, length_of, of_weights, recorded, text_of
+from gohgraph.learning.cli.draw.views import Seen, write_graph, write_network
+from gohgraph.learning.readers.reader import Batch, Reader
+
+TABLE = 10
+
+
+def draw_parser(**options: Any) -> ArgumentParser:
+    """Returns the parser of the command; options are of `argparse.ArgumentParser`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=ABOUT, formatter_class=raw, allow_abbrev=False, **options)
+    add_flags(parser)
+    return parser
+
+
+def draw_model(flags: argparse.Namespace) -> None:
+    """Writes what --out and --view ask for, and prints the strongest edges."""
+    out = checked(flags)
+    torch.set_num_threads(flags.threads)
+    found = chosen(flags)
+    name = "demo" if flags.demo else Path(flags.model).resolve().name
+    chose = f", so it is shown --from {found.source}" if flags.source is None else ""
+    notes = [f"{found.why}{chose}"] if found.why else []
+    if found.source == "graph":
+        printed = _draw_graph(flags, found.reader, out, name, notes)
+    else:
+        of = attributed(flags, found.reader, name) if found.reader else (*of_weights(found.folder, name), ())
+        network, said, more = of
+        notes += more
+        write_network(network, flags, out, said if flags.title is None else flags.title)
+        printed = f"{out}: {said}{_said(notes)}\n\n{TABLE} strongest edges\n{_network_table(network.strongest(TABLE))}"
+    print(printed)
+    if flags.open:
+        webbrowser.open(out.resolve().as_uri())
+
+
+def _draw_graph(flags: argparse.Namespace, reader: Reader, out: Path, name: str, notes: list[str]) -> str:
+    """Draws the model's own graph and returns what is to be printed."""
+    _check_layer(flags, reader)
+    if flags.view == "film":
+        training_steps(flags.model)
+    length, shows_tokens = length_of(flags, reader), flags.view == "tokens" or flags.suffix == ".html"
+    if shows_tokens and not reader.strings_known:
+        if flags.view == "tokens":
+            raise ValueError(f"Expected a model that reads one text for --view tokens (got an {reader.what}).")
+        shows_tokens = False
+        notes = [*notes, f"an {reader.what} has no single text to click on"]
+
+    def batches_of(text: bytes | None) -> list[Batch]:
+        return reader.batches(text, length, 1 if shows_tokens else max(1, flags.tokens // length))
+
+    text = text_of(flags, reader)
+    batches = batches_of(text)
+    _check_token(flags, reader, batches)
+    _check_known(reader, text, notes)
+    said = f"{name}: mean edge weights over {_amount(batches)}"
+    heads = recorded(reader, reader.model, batches, every_token=shows_tokens)
+    importance = head_importance(reader.model, reader.loss, batches)
+    edge_importance = edge_attribution(reader.model, reader.loss, batches)
+    title = said if flags.title is None else flags.title
+    seen = Seen(reader, batches, batches_of, heads, importance, edge_importance, name, title)
+    write_graph(seen, flags, out)
+    lines = [f"{out}: {said}{_said([*notes, *reader.notes(batches)])}"]
+    lines += [f"\n{TABLE} strongest edges (by the mean of their weight)", _table(seen.network.strongest(TABLE))]
+    lines += [f"\n{TABLE} most important edges (by the estimated rise of the loss without them, in nats)"]
+    return "\n".join([*lines, _table(seen.network.strongest(TABLE, by="edge_importance"))])
+
+
+def _amount(batches: list[Batch]) -> str:
+    parts = [inputs["pixel_values"].shape[:1] if "pixel_values" in inputs else inputs["input_ids"].shape
+             for inputs, _ in batches]  # fmt: skip
+    what = "images" if "pixel_values" in batches[0][0] else "tokens"
+    return f"{sum(shape.numel() for shape in parts):,} {what}"
+
+
+def _check_layer(flags: argparse.Namespace, reader: Reader) -> None:
+    layers = sorted({layer_of(block_of(name)) for name in recordable(reader.model)[0]} - {None})
+    if flags.layer is not None and flags.layer not in layers:
+        raise ValueError(f"Expected a layer of {layers} (got {flags.layer}). Do choose one of them.")
+
+
+def _check_token(flags: argparse.Namespace, reader: Reader, batches: list[Batch]) -> None:
+    if flags.token is None:
+        return
+    count = len(reader.strings(batches[0]))
+    if not -count <= flags.token < count:
+        raise ValueError(f"Expected a token from 0 to {count - 1} (got {flags.token}). Do choose one of the text.")
+
+
+def _check_known(reader: Reader, text: bytes | None, notes: list[str]) -> None:
+    if text is not None and (unknown := reader.tokens.known(text)[1]):
+        notes.append(unknown)
+
+
+def _said(notes: Iterable[str]) -> str:
+    return "".join(f"\n  {note}" for note in notes)
+
+
+def _network_table(edges: list[dict[str, Any]]) -> str:
+    lines = (f"  {e['sender'] + ' -> ' + e['receiver']:<18} {e['site']:<10} {e['mean']:>+10.4g}" for e in edges)
+    return "\n".join(lines)
+
+
+def _table(edges: list[dict[str, Any]]) -> str:
+    """One line for each edge: layer.head of sender and receiver, where, and its numbers."""
+    lines = [f"  {'edge':<18} {'site':<10} {'mean':>8} {'sd':>8} {'share':>6} {'importance':>11}"]
+    for edge in edges:
+        site = edge["site"] if max(other["round"] for other in edges) == 1 else f"{edge['site']} {edge['round']}"
+        lines.append(
+            f"  {edge['sender'] + ' -> ' + edge['receiver']:<18} {site:<10} {edge['mean']:>+8.4f} {edge['std']:>8.4f} "
+            f"{edge['share']:>6.2f} {edge['edge_importance']:>+11.5f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""Where the network that is drawn comes from: the model's own graph, attribution on a text, or weights alone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from gohgraph.analysis.attribution_graph import attribution_graph
+from gohgraph.analysis.composition import composition_graph
+from gohgraph.analysis.record import Recordings, record, recordable
+from gohgraph.common.hub import local_folder
+from gohgraph.convert import load_converted
+from gohgraph.convert.saving import is_converted
+from gohgraph.learning.checkpoints import load_own_model
+from gohgraph.learning.cli.draw.flags import LENGTH, check_source
+from gohgraph.learning.data.corpus import PYTHON_DOCS, load_corpus
+from gohgraph.learning.readers.loading import is_stock, kind_of, load_reader, of_bytes, stock_class
+from gohgraph.learning.readers.reader import Batch, Reader
+from gohgraph.learning.regimes.demo import demo_model
+
+if TYPE_CHECKING:
+    from gohgraph.analysis.network import HeadNetwork
+
+WORDS = ("mean", "zero")
+# Bytes that hold a token, of the built-in text, with room to spare.
+BYTES_A_TOKEN = 40
+
+
+class Chosen(NamedTuple):
+    """What is drawn.
+
+    Attributes:
+        source: of `SOURCES`.
+        reader: the model and how it reads, `None` where weights alone are looked at.
+        folder: on this machine, `None` for the demo.
+        why: what its own graph lacks, "" where it is shown as it should be.
+    """
+
+    source: str
+    reader: Reader | None
+    folder: Path | None
+    why: str = ""
+
+
+def chosen(flags: argparse.Namespace) -> Chosen:
+    """Returns what to draw, by the flags or by what the model has; flags that do not go with it are errors."""
+    if flags.demo:
+        check_source(flags, "graph")
+        return Chosen("graph", of_bytes(demo_model()), None)
+    folder = local_folder(flags.model, {})
+    if is_stock(folder):
+        return _of_stock(flags, folder)
+    if flags.source == "weights":
+        return Chosen("weights", None, folder)
+    reader = load_reader(folder, flags.tokenizer)
+    why = _no_graph(reader, flags) if flags.source in (None, "graph") else ""
+    if flags.source is not None:
+        return Chosen(flags.source, reader, folder, why)
+    check_source(flags, "attribution" if why else "graph")
+    return Chosen("attribution" if why else "graph", reader, folder, why)
+
+
+def text_of(flags: argparse.Namespace, reader: Reader) -> bytes | None:
+    """Returns the text to run; `None` for examples of the model's own run."""
+    if flags.text is not None:
+        return flags.text.encode()
+    if flags.text_file is not None:
+        return Path(flags.text_file).read_bytes()
+    return None if reader.has_data else bytes(load_corpus(PYTHON_DOCS).validation.tolist())
+
+
+def length_of(flags: argparse.Namespace, reader: Reader) -> int:
+    """Returns the tokens of a window; `ValueError` where the model does not read so many."""
+    if flags.length is None:
+        return min(LENGTH, reader.longest or LENGTH)
+    if reader.longest is not None and flags.length > reader.longest:
+        raise ValueError(
+            f"Expected --length up to the model's max_length {reader.longest} (got {flags.length}). Do lower it."
+        )
+    return flags.length
+
+
+def recorded(
+    reader: Reader, model: torch.nn.Module, batches: list[Batch], every_token: bool = False
+) -> Recordings:  # fmt: skip
+    """Returns what every head graph of a model did on batches; `record` refuses a model without one."""
+    strings = reader.strings(batches[0]) if every_token else None
+    with record(model, every_token=every_token, token_strings=strings) as heads, torch.inference_mode():
+        for batch in batches:
+            reader.loss(model, batch)
+    return heads
+
+
+def attributed(flags: argparse.Namespace, reader: Reader, name: str) -> tuple[HeadNetwork, str, tuple[str, ...]]:
+    """Returns the network of a model by attribution, the line that says what it shows, and what else is to be said."""
+    text, length = text_of(flags, reader), length_of(flags, reader)
+    if flags.text is None and text is not None and flags.text_file is None:
+        text = text[: BYTES_A_TOKEN * length]
+    task = reader.task(text, length, flags.target)
+    against = flags.against or "zero"
+    if against in WORDS:
+        other = against
+    elif not task.words:
+        raise ValueError(f"Expected --against mean or zero for examples of a run (got {against}). Do change it.")
+    else:
+        file = Path(against)
+        other = reader.other(file.read_bytes() if file.is_file() else against.encode(), task)
+    network = attribution_graph(reader.model, task.inputs, against=other, metric=task.metric)
+    tokens = next(iter(task.inputs.values()))
+    count = f"{tokens.shape[1]} tokens" if tokens.dim() == 2 and len(tokens) == 1 else f"{len(tokens)} examples"
+    named = other if isinstance(other, str) else "another text"
+    return network, f"{name}: attribution to {task.said}, {count} against {named}", task.notes
+
+
+def of_weights(folder: Path, name: str) -> tuple[HeadNetwork, str]:
+    """Returns the network of a model by its weights alone, and the line that says what it shows."""
+    if is_stock(folder):
+        network = composition_graph(folder)
+    else:
+        network = composition_graph(load_converted(folder) if is_converted(folder) else load_own_model(folder))
+    return network, f"{name}: composition of weights, in [0, 1]"
+
+
+def _of_stock(flags: argparse.Namespace, folder: Path) -> Chosen:
+    if flags.source == "graph":
+        raise ValueError(f"Expected --from weights or attribution for {flags.model} (got graph: it has none).")
+    kind, no_graph = stock_class(folder), "it has no head graph"
+    if flags.source == "weights" or flags.source is None and kind_of(kind) is None:
+        check_source(flags, "weights")
+        why = "" if flags.source else f"{no_graph}, and {kind} predicts nothing of a text"
+        return Chosen("weights", None, folder, why)
+    check_source(flags, "attribution")
+    try:
+        reader = load_reader(folder, flags.tokenizer)
+    except ValueError as error:
+        wanted = (flags.source, flags.text, flags.text_file, flags.against, flags.target, flags.tokenizer)
+        if any(flag is not None for flag in wanted) or not str(error).startswith("Expected the model's tokenizer"):
+            raise
+        return Chosen("weights", None, folder, f"{no_graph}, and no tokenizer to read a text with")
+    return Chosen("attribution", reader, folder, "" if flags.source else no_graph)
+
+
+def _no_graph(reader: Reader, flags: argparse.Namespace) -> str:
+    """Why a model's own graph shows nothing, "" where it does."""
+    if not recordable(reader.model)[0]:
+        return "it has no head graph"
+    text = None if reader.has_data else b"heads talk to heads, and some of them listen"
+    heads = recorded(reader, reader.model, reader.batches(text, min(8, length_of(flags, reader)), 1))
+    if any(bool(one.mean.any() or one.std.any()) for one in heads.values()):
+        return ""
+    return "its head graph is untrained, every weight is 0"
