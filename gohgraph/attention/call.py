@@ -30,6 +30,20 @@ class Mask(NamedTuple):
         """True for numbers that are added to the scores."""
         return self.keep is not None and self.keep.is_floating_point()
 
+    def without_zeros(self) -> "Mask":
+        """Returns a float mask that does nothing but leave out keys, of 0 and -inf alone, as the bool it stands for.
+
+        Torch's own encoders make such masks of padding. Only on a CPU: elsewhere a look at the numbers waits for them.
+        """
+        keep = self.keep
+        if keep is None or not self.is_float or keep.device.type != "cpu" or keep.requires_grad:
+            return self
+        # What is traced or mapped has no numbers to look at.
+        if torch.compiler.is_compiling() or type(keep) is not Tensor or torch._C._functorch.is_batchedtensor(keep):
+            return self
+        keeps = keep == 0
+        return self._replace(keep=keeps) if bool((keeps | (keep == float("-inf"))).all()) else self
+
     def for_kernel(self, q: Tensor, k: Tensor) -> tuple[Tensor | None, bool]:
         """Returns a mask tensor or `None`, and whether the kernel's own causality does: a square without padding."""
         tokens, keys = q.shape[1], k.shape[1]
