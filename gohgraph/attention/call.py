@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gohgraph.attention.grouped import TokenGroups, group_tokens
@@ -39,7 +40,7 @@ class Mask(NamedTuple):
         if keep is None or not self.is_float or keep.device.type != "cpu" or keep.requires_grad:
             return self
         # What is traced or mapped has no numbers to look at.
-        if torch.compiler.is_compiling() or type(keep) is not Tensor or torch._C._functorch.is_batchedtensor(keep):
+        if is_traced() or type(keep) is not Tensor or torch._C._functorch.is_batchedtensor(keep):
             return self
         keeps = keep == 0
         return self._replace(keep=keeps) if bool((keeps | (keep == float("-inf"))).all()) else self
