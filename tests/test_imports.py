@@ -55,7 +55,8 @@ WITH_PYG |= {"analysis/network.py"}
 # Subclasses of PyG's classes, and of these.
 BUILT_ON_PYG = WITH_PYG - {"graphs/graph.py"} | {"parallel/sharded_graph.py"}
 # What is there without an extra: what torch brings, and these.
-BROUGHT = {"gohgraph", "numpy", "safetensors", "tqdm"}
+# The last two come with the checkpointing of torch 2.7; newer ones bring them later.
+BROUGHT = {"gohgraph", "numpy", "safetensors", "tqdm", "sympy", "mpmath"}
 WITH_TRITON = {f"attention/kernels/{name}.py" for name in ("tiles", "forward", "backward", "launch")}
 # Subclasses of transformers' classes, imported by functions alone.
 WITH_TRANSFORMERS = {f"convert/{name}.py" for name in ("converted_config", "converted_models")}

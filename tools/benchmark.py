@@ -4,6 +4,7 @@
     python tools/benchmark.py routing --sizes 512/8 --contexts 512 8192
     python tools/benchmark.py kernels --sizes 8/64 32/128 --capability 80
     python tools/benchmark.py convert --kinds "forward and backward" decode --threads 1
+    python tools/benchmark.py generate --threads 1
     python tools/benchmark.py attribution --sizes 12/12/768 --opponent --threads 1
     python tools/benchmark.py quality --tasks text two-cues --variants plain element-gate outputs
 
@@ -23,7 +24,21 @@ from functools import partial
 from types import ModuleType
 
 import torch
-from benchmarks import attribution, convert, kernels, laws, memory, quality, recipe, routing, scaling, speed
+from benchmarks import (
+    attribution,
+    convert,
+    counts,
+    generate,
+    kernels,
+    laws,
+    memory,
+    quality,
+    recipe,
+    routing,
+    scaling,
+    speed,
+    thresholds,
+)
 from benchmarks.timing import machine
 from tqdm import tqdm
 
@@ -34,11 +49,14 @@ COMMANDS = {
     "speed": speed,
     "memory": memory,
     "scaling": scaling,
+    "thresholds": thresholds,
     "routing": routing,
     "quality": quality,
     "laws": laws,
     "recipe": recipe,
     "convert": convert,
+    "generate": generate,
+    "counts": counts,
     "attribution": attribution,
     "kernels": kernels,
 }

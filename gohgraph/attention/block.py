@@ -195,8 +195,13 @@ class MultiHeadAttention(nn.Module):
         heads = routed.heads if routed is not None and isinstance(routed.heads, ActiveHeads) else None
         if positions is None and self.rotary is not None:
             positions = torch.arange(past, past + x.shape[1], device=x.device)
-        q = self._queries(x, positions, routing, heads, history)  # [B, T, H, D]
-        k, v, *states = self._keys_values(source, positions, cache, heads, history)  # [B, S, G, D] each
+        q = self._queries(x, routing, heads, history)  # [B, T, H, D]
+        if cache is not None and cache.is_filled:
+            q, (k, v, *states) = self._turned(positions, q)[0], cache.read()  # [B, S, G, D] each
+        else:
+            k, v = self._keys_values(source, heads, history)  # [B, S, G, D] each
+            q, k = self._turned(positions, q, k)
+            k, v, *states = self._remembered(cache, k, v, source)
         scores, weights = self._messages(x, active, states)
         mask, dropout = Mask(keep_mask, self.causal), self.dropout if self.training else 0.0
         z, _ = attend(Call(q, k, v, mask, dropout, scores, weights, routed), self.form)  # [B, T, H, D]
@@ -226,39 +231,32 @@ class MultiHeadAttention(nn.Module):
         return Routed(routing.active, self.router.num_shared, self.router.num_active, heads)
 
     def _queries(
-        self,
-        x: Tensor,
-        positions: Tensor | None,
-        routing: Routing | None,
-        heads: ActiveHeads | None,
-        history: History,
+        self, x: Tensor, routing: Routing | None, heads: ActiveHeads | None, history: History
     ) -> Tensor:
         if heads is None:
-            q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, D]
+            q = _by_head(self.query(x), self.num_heads)  # [B, T, H, D]
         else:
             q = heads.project(x, self.query, self.head_dim)  # [B, T, H, D]
-        q = self._inner("query", q, x, history, routing)
-        return q if self.rotary is None else self.rotary(q, positions)
+        return self._inner("query", q, x, history, routing)
 
-    def _keys_values(
-        self,
-        source: Tensor,
-        positions: Tensor | None,
-        cache: KeyValueCache | None,
-        heads: ActiveHeads | None,
-        history: History,
-    ) -> tuple[Tensor, ...]:
-        """Keys, values, and the state `[B, S, 1, U]` of every graph over maps that reads the keys' tokens."""
-        if cache is not None and cache.is_filled:
-            return cache.read()
+    def _keys_values(self, source: Tensor, heads: ActiveHeads | None, history: History) -> tuple[Tensor, Tensor]:
         if heads is not None and source.shape[1] == 1:
             # Later tokens may need the keys of any head: none is left out.
             k, v = (project_all(source, linear, self.head_dim) for linear in (self.key, self.value))
         else:
-            k, v = (f(source).unflatten(-1, (self.num_kv_heads, self.head_dim)) for f in (self.key, self.value))
-        k, v = self._inner("key", k, source, history), self._inner("value", v, source, history)
-        if self.rotary is not None:
-            k = self.rotary(k, positions)
+            k, v = (_by_head(f(source), self.num_kv_heads) for f in (self.key, self.value))
+        return self._inner("key", k, source, history), self._inner("value", v, source, history)
+
+    def _turned(self, positions: Tensor | None, *heads: Tensor) -> tuple[Tensor, ...]:
+        """Queries and keys after the rotary; of one token in one call, which then costs as much as its work."""
+        if self.rotary is None:
+            return heads
+        if len(heads) == 1 or any(each.shape[1] != 1 for each in heads):
+            return tuple(self.rotary(each, positions) for each in heads)
+        return self.rotary(torch.cat(heads, dim=2), positions).split([each.shape[2] for each in heads], dim=2)
+
+    def _remembered(self, cache: KeyValueCache | None, k: Tensor, v: Tensor, source: Tensor) -> tuple[Tensor, ...]:
+        """All keys and values, and the state `[B, S, 1, U]` of every graph over maps that reads the keys' tokens."""
         states = (graph.key_state(source).unsqueeze(2) for graph in self._map_graphs() if _is_keyed(graph))
         return (k, v, *states) if cache is None else cache.update(k, v, *states)
 
@@ -315,6 +313,11 @@ class MultiHeadAttention(nn.Module):
             f"d_model={self.d_model}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"causal={self.causal}, dropout={self.dropout}"
         )
+
+
+def _by_head(x: Tensor, num_heads: int) -> Tensor:
+    # Not unflatten, which is Python and takes as long as the product for one token.
+    return x.view(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)  # [B, T, H, D]
 
 
 def _is_keyed(graph: SiteGraph | None) -> bool:

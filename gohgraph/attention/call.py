@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gohgraph.attention.grouped import TokenGroups, group_tokens
@@ -29,6 +30,20 @@ class Mask(NamedTuple):
     def is_float(self) -> bool:
         """True for numbers that are added to the scores."""
         return self.keep is not None and self.keep.is_floating_point()
+
+    def without_zeros(self) -> "Mask":
+        """Returns a float mask that does nothing but leave out keys, of 0 and -inf alone, as the bool it stands for.
+
+        Torch's own encoders make such masks of padding. Only on a CPU: elsewhere a look at the numbers waits for them.
+        """
+        keep = self.keep
+        if keep is None or not self.is_float or keep.device.type != "cpu" or keep.requires_grad:
+            return self
+        # What is traced or mapped has no numbers to look at.
+        if is_traced() or type(keep) is not Tensor or torch._C._functorch.is_batchedtensor(keep):
+            return self
+        keeps = keep == 0
+        return self._replace(keep=keeps) if bool((keeps | (keep == float("-inf"))).all()) else self
 
     def for_kernel(self, q: Tensor, k: Tensor) -> tuple[Tensor | None, bool]:
         """Returns a mask tensor or `None`, and whether the kernel's own causality does: a square without padding."""

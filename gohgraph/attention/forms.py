@@ -28,13 +28,19 @@ from gohgraph.common.modules import is_traced
 WIDEST_IN_DEGREE = 4
 
 # Where tiles are the fastest form of dense graphs on a CPU, given queries enough for a tile: from so many keys, or from
-# so many numbers of a head's keys, where whole maps take about as long and more memory. Below, and for a few queries
-# over many keys, what is done once a tile outweighs it: `tools/benchmark.py`, score-complete and score-complete-eager.
+# so many numbers of a head's keys, where whole maps take about as long and more memory, or where the maps of the whole
+# batch outgrow the cache and those of a sequence are worth a tile. Below, and for a few queries over many keys, what is
+# done once a tile outweighs it: `tools/benchmark.py thresholds`.
 TILED_FROM_KEYS, TILED_FROM_NUMBERS = 256, 128 * 64
+TILED_FROM_MAPS, TILED_FROM_SEQUENCE = 2**18, 2**17
+
+# Wide heads up to so many numbers are faster than tiles at every length: a tile's products are as thin as heads are.
+NARROW_WIDTH = 32
 
 # Numbers per row that need not be read for heads that are off, from which leaving these out pays on a CPU; with fewer
-# the calls cost more. Between 0.33 and 0.39 million by `tools/benchmark.py routing`, two threads.
-SKIP_FROM_UNREAD = 350_000
+# the calls cost more. By `tools/benchmark.py routing`: between 0.79 and 0.98 million on one thread, between 0.33 and
+# 0.39 on two, where a single token's `F.linear` keeps but one of them busy.
+SKIP_FROM_UNREAD_ON_ONE_THREAD, SKIP_FROM_UNREAD = 950_000, 350_000
 
 Result = tuple[Tensor, Any]
 
@@ -69,7 +75,7 @@ def attend(call: Call, form: str | None = None) -> Result:
         >>> attend(Call(q, q, q))[0].shape
         torch.Size([2, 7, 5, 4])
     """
-    call = _with_senders(call)
+    call = _prepared(call)
     show(call)
     if form is not None:
         return _named(form, call).run(call)
@@ -84,7 +90,7 @@ def explain(call: Call, form: str | None = None) -> dict[str, str]:
         >>> explain(Call(q, q, q))["plain"], explain(Call(q, q, q))["grouped"]
         ('taken', 'no router')
     """
-    call = _with_senders(call)
+    call = _prepared(call)
     taken = _chosen(call) if form is None else _named(form, call)
     reasons = {other.name: other.refuses(call) or other.pays(call) or f"{taken.name} comes first" for other in FORMS}
     return {**reasons, taken.name: "taken"}
@@ -112,7 +118,10 @@ def _named(name: str, call: Call) -> Form:
     return form
 
 
-def _with_senders(call: Call) -> Call:
+def _prepared(call: Call) -> Call:
+    """A call under messages as forms take it: with the senders of other ranks, and a mask that says what it is."""
+    if call.messages and call.mask.is_float:
+        call = call._replace(mask=call.mask.without_zeros())
     if call.scores is None:
         return call
     q, k = call.scores.graph.gather_senders(call.q, call.k)
@@ -140,7 +149,8 @@ def why_all_heads(block: Any, x: Tensor, keys: int) -> str:
         return "" if block.form == "skipped" else f"{block.form} was asked for"
     off = 1 - block.router.num_active / block.num_heads
     unread = off * (keys * block.num_kv_heads * block.head_dim + block.d_model**2 / x.shape[0])
-    return "" if unread >= SKIP_FROM_UNREAD else f"{unread:,.0f} unread numbers, it pays from {SKIP_FROM_UNREAD:,} on"
+    pays_from = SKIP_FROM_UNREAD_ON_ONE_THREAD if torch.get_num_threads() == 1 else SKIP_FROM_UNREAD
+    return "" if unread >= pays_from else f"{unread:,.0f} unread numbers, it pays from {pays_from:,} on"
 
 
 def _refuses_skipped(call: Call) -> str:
@@ -283,10 +293,19 @@ def _kernel(call: Call) -> Result:
 def _pays_tiled(call: Call) -> str:
     if call.q.device.type != "cpu":
         return "measured to pay on a CPU only"
-    keys, head_dim = call.k.shape[1], call.k.shape[-1]
-    if call.q.shape[1] >= FEWEST_ROWS and (keys >= TILED_FROM_KEYS or keys * head_dim >= TILED_FROM_NUMBERS):
+    widens = call.scores is not None and not (_refuses_wide(call) or _pays_wide(call))
+    width = call.scores.graph.traits.most_senders * call.q.shape[-1] if widens else 0
+    if 0 < width <= NARROW_WIDTH:
+        return f"wide heads of {width} numbers are faster, up to {NARROW_WIDTH}"
+    (batch, rows, heads), (keys, head_dim) = call.q.shape[:3], call.k.shape[1::2]
+    maps = heads * rows * keys
+    outgrows = not widens and maps >= TILED_FROM_SEQUENCE and batch * maps >= TILED_FROM_MAPS
+    if rows >= FEWEST_ROWS and (keys >= TILED_FROM_KEYS or keys * head_dim >= TILED_FROM_NUMBERS or outgrows):
         return ""
-    return f"pays from {FEWEST_ROWS} queries and {TILED_FROM_KEYS} keys on, or {TILED_FROM_NUMBERS} numbers of a head's"
+    return (
+        f"pays from {FEWEST_ROWS} queries on, and {TILED_FROM_KEYS} keys, {TILED_FROM_NUMBERS} numbers of a head's, or "
+        f"{TILED_FROM_MAPS} of all maps"
+    )
 
 
 def _tiled(call: Call) -> Result:

@@ -55,7 +55,7 @@ class FeedForward(nn.Module):
         hidden = self.function(self.inner(x))  # [*, F]
         if self.gate is not None:
             hidden = hidden * self.gate(x)
-        return self.outer(self.dropout(hidden))
+        return self.outer(self.dropout(hidden) if self.dropout.training else hidden)
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -17,7 +17,7 @@ from gohgraph.graphs.building import build_graph
 from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.graphs.protocol import ALIGNMENT, Losses
 from gohgraph.models.config import TransformerConfig
-from gohgraph.models.embeddings import positions_of_heads
+from gohgraph.models.embeddings import positions_of_heads, shared_rotation
 from gohgraph.models.objects import FeedForward
 from gohgraph.models.streams import HyperConnection, ResidualPath
 from gohgraph.models.sublayers import NORMS, Residual
@@ -161,6 +161,9 @@ class Stack(nn.Module):
         earlier = self.readers.nothing()
         routings: list[Routing] = []
         losses: Losses = {name: [] for name in self.losses}
+        layers: Iterable[Any] = self.layers
+        rotaries = [layer.attention.object.rotary for layer in layers]
+        context: dict[str, Any] = {**masks, "positions": shared_rotation(rotaries, masks.get("positions"))}
         x = self.path.enter(x)
         inputs: list[Tensor] = []
         for index, layer in enumerate(self.layers):
@@ -171,7 +174,7 @@ class Stack(nn.Module):
             # Backward may run the layer again: what counts is what its first run gave.
             of_layer: Losses = {name: [] for name in losses}
             x = self.path.before(index, x, inputs)
-            x, blocks = run(x, *memory, caches=layer_caches, earlier=earlier, losses=of_layer, **masks)
+            x, blocks = run(x, *memory, caches=layer_caches, earlier=earlier, losses=of_layer, **context)
             earlier = self.readers.after(index, earlier, blocks[0].nodes)
             routings += [heads.routing for heads in blocks if heads.routing is not None]
             for name, values in of_layer.items():

@@ -251,7 +251,7 @@ def test_an_unknown_form_is_refused():
 
 @pytest.mark.parametrize("change", ["dropout", "float", "weights", "second gradients", "compiling", "a query"])
 def test_what_keeps_calls_from_tiles_and_the_kernel(monkeypatch, change):
-    mask = Mask(torch.zeros(1, 1, 1, PRIMES.keys)) if change == "float" else NO_MASK
+    mask = Mask(torch.ones(1, 1, 1, PRIMES.keys)) if change == "float" else NO_MASK
     call, _ = call_of("complete", PRIMES, mask)
     call = call._replace(dropout=0.1 if change == "dropout" else 0.0, need_weights=change == "weights")
     if change == "a query":
@@ -352,6 +352,26 @@ def test_masks_as_one_tensor():
     assert added[..., ~seen].eq(float("-inf")).all() and torch.equal(added[..., seen], bias[..., seen])
     assert Mask(bias, True).whole(one, k) is bias
     assert Mask(bias).is_float and not Mask(keep).is_float and not Mask(causal=True).is_float
+
+
+def test_a_float_mask_that_only_leaves_keys_out_is_a_bool_one():
+    keep = torch.rand(B, 1, 3, 5) < 0.5
+    added = torch.zeros(keep.shape).masked_fill(~keep, float("-inf"))
+    assert torch.equal(Mask(added).without_zeros().keep, keep) and Mask(added, True).without_zeros().causal
+    kept = [Mask(added + 1), Mask(added.clone().fill_(torch.finfo().min)), Mask(added.clone().requires_grad_())]
+    kept += [Mask(added.to("meta")), Mask(keep), NO_MASK]
+    assert all(mask.without_zeros() is mask for mask in kept)
+    mapped = torch.func.vmap(lambda mask: Mask(mask).without_zeros().keep)(added)
+    assert torch.equal(mapped, added)
+
+
+def test_padding_as_torchs_encoders_hand_it_on_does_not_keep_calls_from_tiles():
+    sizes = Sizes(67, 257, 5, 5, 3, 13)
+    keep = torch.rand(B, 1, 1, sizes.keys) < 0.7
+    call, _ = call_of("complete", sizes, Mask(torch.zeros(keep.shape).double().masked_fill(~keep, float("-inf"))))
+    assert explain(call._replace(mask=Mask(call.mask.keep + 1)))["tiled"] == "a float mask"
+    assert explain(call, "tiled")["tiled"] == "taken"
+    assert_equal_to(attend(call, "tiled")[0], slowly(call)[0])
 
 
 def test_masks_as_kernels_take_them():

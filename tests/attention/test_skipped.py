@@ -41,11 +41,17 @@ def attention(shared=2, top_k=2, output=None, score=None, messages=None, dtype=t
     return module.to(dtype).eval()
 
 
+def pays_from(monkeypatch, unread):
+    """Sets from how many unread numbers heads are left out, on however many threads."""
+    for name in ("SKIP_FROM_UNREAD", "SKIP_FROM_UNREAD_ON_ONE_THREAD"):
+        monkeypatch.setattr(forms, name, unread)
+
+
 @contextmanager
 def skipping(skip):
     """Leaves out heads that are off wherever that can be done, or nowhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forms, "SKIP_FROM_UNREAD", 0 if skip else math.inf)
+        pays_from(patch, 0 if skip else math.inf)
         yield
 
 
@@ -228,7 +234,7 @@ def skips(module, x, keys):
 def test_where_heads_are_left_out(monkeypatch):
     module, x = attention(dropout=0.1), tokens()
     one = x[:, -1:]
-    monkeypatch.setattr(forms, "SKIP_FROM_UNREAD", 10**6)
+    pays_from(monkeypatch, 10**6)
     assert not skips(module, one, S) and skips(module, one, 10**6)
     module.form = "skipped"
     assert skips(module, one, S) and not skips(module, x, S)
@@ -264,8 +270,13 @@ def test_from_how_many_unread_numbers_heads_are_left_out(monkeypatch):
     module, one = attention(shared=1, top_k=2, num_kv_heads=2), tokens(5)[:, -1:]
     # Half of the heads are off: half of the keys, and of the weights, which the five rows share.
     unread = (7 * 2 * D + M * M / 5) / 2
-    monkeypatch.setattr(forms, "SKIP_FROM_UNREAD", unread)
+    pays_from(monkeypatch, unread)
     assert skips(module, one, 7) and not skips(module, one, 6)
+    monkeypatch.setattr(forms, "SKIP_FROM_UNREAD_ON_ONE_THREAD", 2 * unread)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert skips(module, one, 7) == (threads == 2)
+    pays_from(monkeypatch, unread)
     assert not skips(module, one.to("meta"), 7)
     asked = []
     monkeypatch.setattr(block, "why_all_heads", lambda block, x, keys: asked.append(keys) or "not here")

@@ -289,6 +289,7 @@ def spied(monkeypatch):
 @pytest.mark.parametrize("keys, expected", [(forms.TILED_FROM_KEYS - 1, 0), (forms.TILED_FROM_KEYS, 1)])
 def test_tiles_are_chosen_from_the_measured_length_on(monkeypatch, keys, expected):
     calls = spied(monkeypatch)
+    monkeypatch.setattr(forms, "TILED_FROM_MAPS", 10**9)
     attention()(torch.randn(1, keys, M).double())
     assert len(calls) == expected
 
@@ -298,6 +299,22 @@ def test_wide_heads_run_in_tiles_sooner(monkeypatch, keys, expected):
     calls = spied(monkeypatch)
     conv = goh.HeadGraphConv(goh.head_graph(3), 64, 192)
     goh.MultiHeadAttention(192, 3, score_graph=conv)(torch.randn(1, keys, 192))
+    assert len(calls) == expected
+
+
+@pytest.mark.parametrize("batch, heads, expected", [(1, 8, 0), (2, 8, 1), (2, 7, 0)])
+def test_maps_that_outgrow_the_cache_run_in_tiles_sooner(monkeypatch, batch, heads, expected):
+    calls = spied(monkeypatch)
+    conv = goh.HeadGraphConv(goh.head_graph(heads), 16, heads * 16)
+    goh.MultiHeadAttention(heads * 16, heads, score_graph=conv)(torch.randn(batch, 128, heads * 16))
+    assert len(calls) == expected
+
+
+@pytest.mark.parametrize("in_degree, expected", [(2, 0), (3, 1)])
+def test_narrow_heads_of_sparse_graphs_are_widened(monkeypatch, in_degree, expected):
+    calls = spied(monkeypatch)
+    conv = goh.HeadGraphConv.from_config(goh.SiteConfig.ring(in_degree), 5, 16, 80)
+    goh.MultiHeadAttention(80, 5, score_graph=conv)(torch.randn(1, forms.TILED_FROM_KEYS, 80))
     assert len(calls) == expected
 
 

@@ -14,7 +14,9 @@ from gohgraph.models.embeddings import (
     RotaryPositions,
     SinusoidalPositions,
     TokenEmbedding,
+    shared_rotation,
 )
+from gohgraph.models.models import LanguageModel
 
 
 @pytest.mark.parametrize("d_model", [1, 7, 10])
@@ -47,6 +49,29 @@ def test_rotary_positions_turn_pairs(positions):
     x = torch.randn(2, 7, 3, 10, dtype=torch.float64)
     expected = rotated_slowly(x, positions, 100.0)
     torch.testing.assert_close(RotaryPositions(10, base=100.0)(x, positions), expected, rtol=0, atol=1e-5)
+
+
+def test_a_rotation_is_shared_by_what_it_was_made_for_alone():
+    x, positions = torch.randn(2, 7, 3, 10), torch.randint(0, 50, (2, 7))
+    one, other, normed = RotaryPositions(10), RotaryPositions(10, base=100.0), QueryKeyNorm(10, RotaryPositions(10))
+    rotation = shared_rotation([one, other, normed], positions)
+    assert one.rotation(rotation) is rotation
+    for rotary in (one, other, normed):
+        assert torch.equal(rotary(x, rotation), rotary(x, positions))
+
+
+@pytest.mark.parametrize("rotaries", [[nn.Identity()], [RotaryPositions(4), None], [QueryKeyNorm(4)], []])
+def test_positions_stay_where_nothing_can_be_shared(rotaries):
+    positions = torch.arange(3)
+    assert shared_rotation(rotaries, positions) is positions and shared_rotation(rotaries, None) is None
+
+
+@torch.no_grad()
+def test_a_stack_computes_angles_once_a_forward_pass():
+    model = LanguageModel(small_config()).eval()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        model(torch.zeros(2, 7, dtype=torch.long))
+    assert [event.count for event in profiler.key_averages() if event.key == "aten::cos"] == [1]
 
 
 def test_rotary_scores_depend_on_distance_only():

@@ -1,7 +1,7 @@
 """An extension of griffe: docstrings as mkdocstrings renders them.
 
-Formulas of `.. math::` become blocks of ```math, drawings behind `::` blocks of text, and the doctests under `Example:`
-code.
+Formulas of `.. math::` become blocks of ```math, drawings behind `::` blocks of text, the doctests under `Example:`
+code, and arguments that share a line have one each.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from griffe import Extension, Object
 
 FORMULA = re.compile(r"^( *)\.\. math::(.*\n(?:\1 +\S.*\n|(?=\n\1 {4})\n)*)", flags=re.MULTILINE)
 DRAWING = re.compile(r"^( *)::\n\n((?:\1 +\S.*\n|\n)+)", flags=re.MULTILINE)
+# Several arguments on one line: griffe knows one name a line.
+NAMES = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)+): (.*(?:\n {8,}.*)*)", flags=re.MULTILINE)
 
 
 def _fenced(language: str, found: re.Match[str]) -> str:
@@ -26,20 +28,19 @@ def as_markdown(docstring: str) -> str:
     r"""Returns a docstring of this package in Markdown.
 
     Example:
-        >>> print(as_markdown("Squares.\n\n.. math:: y = x^2\n\nExample:\n    >>> 2 + 2\n    4"))
+        >>> print(as_markdown("Squares.\n\nArgs:\n    x, y: numbers.\n\nExample:\n    It is 4."))
         Squares.
         <BLANKLINE>
-        <BLANKLINE>
-        ```math
-        y = x^2
-        ```
+        Args:
+            x: numbers.
+            y: numbers.
         <BLANKLINE>
         Examples:
-            >>> 2 + 2
-            4
+            It is 4.
     """
     text = FORMULA.sub(lambda found: _fenced("math", found), docstring + "\n")
     text = DRAWING.sub(lambda found: _fenced("text", found), text)
+    text = NAMES.sub(lambda found: "\n".join(f"    {name}: {found[2]}" for name in found[1].split(", ")), text)
     return re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE).rstrip()
 
 
