@@ -187,6 +187,7 @@ def runs_of_two_cues(tmp_path, monkeypatch, *given, train=None):
     monkeypatch.setattr(task_runs, "run_trial", train)
     flags = ["--recipe", "old", "--run", str(tmp_path), "--seeds", "0", "1", "--variants", "plain", "outputs"]
     parsed = parser.parse_args([*flags, *given])
+    quality.fill_in(parsed, quality.FULL)
     quality._check(parsed)
     return TaskRuns("two-cues", quality._options("two-cues", parsed), parsed)
 
