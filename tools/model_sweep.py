@@ -69,7 +69,7 @@ def _in_process(kind: str, name: str, seconds: int) -> dict[str, Any]:
     process = context.Process(target=_send, args=(theirs, kind, name, seconds), daemon=True)
     process.start()
     theirs.close()
-    row = {"kind": kind, "class": name, "status": "not built", "reason": f"no result in {seconds} s"}
+    row = {"kind": kind, "class": name, "status": "not built", "reason": f"no result in {seconds:g} s"}
     try:
         # A process that waits for something uses no time: it has some more on the clock.
         if mine.poll(20 * seconds):
