@@ -127,7 +127,7 @@ def strip_figure(strings: list[str], shades: Any, greys: Any, themed: Themed):
     cell = {"fill_color": transform("shade", greys), "line_color": "#bbbbbb", "line_width": 0.5}
     boxes = plot.rect("x", "y", "width", 0.9, source=tokens, name="boxes", **cell)
     boxes.nonselection_glyph = boxes.glyph
-    boxes.selection_glyph = boxes.glyph.clone(line_color=CHOSEN, line_width=3)
+    boxes.selection_glyph = _chosen(boxes.glyph)
     letters = plot.text(
         "x", "y", text="text", source=tokens, text_align="center", text_baseline="middle", text_font=value("monospace"),
         text_font_size="12px", text_color=INK,
@@ -179,7 +179,7 @@ def _draw_heads(plot: Any, network: HeadNetwork, heads: Any, mapper: Any, themed
             else:
                 marks = plot.circle("x", "y", radius=f"radius_{ring}", radius_dimension="x", **style)
             marks.nonselection_glyph = marks.glyph
-            marks.selection_glyph = marks.glyph.clone(line_color=CHOSEN, line_width=3)
+            marks.selection_glyph = _chosen(marks.glyph)
             drawn.append(marks)
     themed.outlines += [marks.glyph for marks in drawn]
     letters = plot.text(
@@ -189,3 +189,10 @@ def _draw_heads(plot: Any, network: HeadNetwork, heads: Any, mapper: Any, themed
     letters.nonselection_glyph = letters.selection_glyph = letters.glyph
     letters.level = "overlay"
     return drawn, letters
+
+
+def _chosen(glyph: Any) -> Any:
+    """The glyph of a head that is chosen."""
+    outlined = glyph.clone()
+    outlined.update(line_color=CHOSEN, line_width=3)
+    return outlined

@@ -315,6 +315,8 @@ def test_a_class_that_no_auto_class_knows_for_its_configuration(tmp_path):
 
 
 def test_an_adapter_on_the_edges_themselves():
+    # Seen to fail inside peft 0.18.
+    pytest.importorskip("peft", minversion="0.21")
     model = far("llama")
     before = output(model)
     settings = {"target_modules": [], "target_parameters": ["head_graphs.output_graph.edges.weight"]}

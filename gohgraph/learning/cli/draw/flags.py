@@ -22,7 +22,7 @@ ABOUT = """Show the head graph of a model: pictures, an interactive page, files 
     gohgraph draw converted-llama --text "heads talk to heads" --out llama.html
     gohgraph draw HuggingFaceTB/SmolLM2-135M --text "heads talk to heads" --against "birds sing to birds"
     gohgraph draw SmolLM2-135M --from weights --view network --out composition.png
-    gohgraph draw bert-base-uncased --text "heads talk to [MASK]" --target heads
+    gohgraph draw google-bert/bert-base-uncased --text "heads talk to [MASK]" --target heads
     gohgraph draw --demo --out heads.html
 
 A model is a run of gohgraph (language models, classifiers, translation), a converted model, or any folder or hub name
