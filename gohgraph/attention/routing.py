@@ -161,7 +161,8 @@ class HeadRouter(nn.Module):
             # One product for all three: in decoding, calls cost more than numbers.
             weight = torch.cat((self.routed, self.shared, self.kinds)).to(x.dtype)  # [h_r + h_s + 2, M]
             logits = F.linear(x, weight)  # [*, h_r + h_s + 2]
-            is_one = logits.shape[:-1].numel() == 1 and x.device.type == "cpu" and not is_traced()
+            # To count tokens would fix their number in what is exported.
+            is_one = not is_traced() and x.device.type == "cpu" and logits.shape[:-1].numel() == 1
             if is_one and not statistics and not torch.is_grad_enabled():
                 return self._of_one_token(logits)
             routed, shared, group_gate = logits.split((self.num_routed, self.num_shared, 2), dim=-1)  # [*, h_r], ...
