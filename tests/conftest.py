@@ -16,3 +16,11 @@ python_text.documentation = cache(python_text.documentation)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(20240229)
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Command lines set the number of torch's threads, for their whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

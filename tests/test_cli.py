@@ -15,13 +15,6 @@ from gohgraph.learning.cli import language_model
 TINY = "--d-model 8 --num-heads 2 --num-layers 1 --d-ff 8 --length 8 --batch-size 2 --device cpu".split()
 
 
-@pytest.fixture(autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

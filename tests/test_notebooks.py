@@ -22,7 +22,8 @@ def test_there_are_four():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(notebook, tmp_path, monkeypatch):
+def test_a_notebook_runs(notebook, tmp_path, monkeypatch, capsys):
+    """Every cell prints as many lines as it printed when it was saved."""
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
@@ -33,6 +34,8 @@ def test_a_notebook_runs(notebook, tmp_path, monkeypatch):
         # The lines of a notebook that are no Python.
         lines = [line for line in cell["source"] if not line.startswith("%")]
         exec(compile("".join(lines), notebook.name, "exec"), names)
+        saved = "".join("".join(output["text"]) for output in cell["outputs"] if output.get("name") == "stdout")
+        assert len(capsys.readouterr().out.splitlines()) == len(saved.splitlines())
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from gohgraph.attention.call import Call, Mask
+from gohgraph.attention.call import Call
 from gohgraph.attention.forms import attend
-from gohgraph.attention.runs import interleaved, interleaved_mask, parted
+from gohgraph.attention.runs import parted
 from gohgraph.attention.watching import nobody, watching
 
 
@@ -27,8 +27,5 @@ def attention_map(call: Call) -> Tensor:
 def _map_of(call: Call) -> Tensor:
     if call.scores is None or not call.scores.graph.traits.joins_keys:
         return attend(call, "maps")[1]
-    run = call.scores.graph.traits.run
-    q, k, v = (interleaved(heads, run) for heads in (call.q, call.k, call.v))  # [B, run*T or run*S, H/run, D]
-    mask = Mask(interleaved_mask(call.mask.keep, call.q, call.k, run), call.mask.causal)
-    weights = attend(call._replace(q=q, k=k, v=v, mask=mask, scores=None), "maps")[1]  # [B, run*T, H/run, run*S]
+    weights, run = attend(call.joined(), "maps")[1], call.scores.graph.traits.run  # [B, run*T, H/run, run*S]
     return parted(weights, run).unflatten(-1, (-1, run)).sum(dim=-1)  # [B, T, H, S]

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gohgraph.attention.call import Call, Mask
+from gohgraph.attention.call import Call
 from gohgraph.attention.grouped import FROM_KEYS, LARGEST_SHARE, grouped_attention, may_pay
 from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_refuses
 from gohgraph.attention.maps import mixed_attention, plain_attention
-from gohgraph.attention.runs import interleaved, interleaved_mask, parted
+from gohgraph.attention.runs import parted
 from gohgraph.attention.skipped import only_multiplies
 from gohgraph.attention.tiled import FEWEST_ROWS, tiled_attention
 from gohgraph.attention.watching import show
@@ -222,11 +222,8 @@ def _refuses_paired(call: Call) -> str:
 
 
 def _paired(call: Call) -> Result:
-    run = call.scores.graph.traits.run
-    q, k, v = (interleaved(heads, run) for heads in (call.q, call.k, call.v))  # [B, run*T or run*S, H/run, D]
-    mask = Mask(interleaved_mask(call.mask.keep, call.q, call.k, run), call.mask.causal)
-    z, _ = _plain(call._replace(q=q, k=k, v=v, mask=mask, scores=None))
-    return parted(z, run), None
+    z, _ = _plain(call.joined())
+    return parted(z, call.scores.graph.traits.run), None
 
 
 # Under messages between maps.

@@ -4,18 +4,10 @@ import json
 import re
 
 import pytest
-import torch
 from helpers import load_script
 
 from gohgraph.learning.cli import language_model
 from gohgraph.learning.data.corpus import load_corpus
-
-
-@pytest.fixture(autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow

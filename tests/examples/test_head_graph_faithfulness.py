@@ -3,17 +3,9 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from helpers import load_script, trained_like, with_graphs
 
 import gohgraph as goh
-
-
-@pytest.fixture(autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("against", ["zero", "other"])

@@ -10,13 +10,6 @@ from helpers import load_script
 import gohgraph as goh
 
 
-@pytest.fixture(autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_it_finds_measures_and_draws(tmp_path, capsys):
     torch.manual_seed(0)
     shape = {"hidden_size": 24, "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -24,13 +24,6 @@ from gohgraph.learning.regimes.language import byte_strings, next_token_output
 WORDS = "heads talk to heads, and some of them listen"
 
 
-@pytest.fixture(autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def saved(folder, seed=0, **changes):
     """A tiny language model with random edges, in a checkpoint."""
     torch.manual_seed(seed)

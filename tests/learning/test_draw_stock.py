@@ -12,13 +12,6 @@ from gohgraph.cli import main
 WORDS = "heads talk to and some of them listen birds sing".split()
 
 
-@pytest.fixture(autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A causal and a masked model with a tokenizer of words, and a vision model."""

@@ -12,13 +12,6 @@ from gohgraph.learning.readers.loading import load_reader
 WORDS = "heads talk to heads, and some of them listen"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """A tiny Llama with random edges and a tokenizer of its own, as `save_converted` writes it."""

@@ -31,11 +31,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import rival
-from benchmarks.flags import SMOKE_REPEATS, numbers_of
+from benchmarks.flags import add_round_flags, check_round_flags, numbers_of
 from benchmarks.statistics import interval
 from benchmarks.streamed import Shape, write_folder
 from benchmarks.timing import machine
-from gohgraph.common.checks import check_choice, check_int
+from gohgraph.common.checks import check_int
 from gohgraph.common.files import write_text_whole
 from gohgraph.common.tables import markdown_table
 
@@ -63,25 +63,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this benchmark."""
     add = parser.add_argument
     add("--sizes", nargs="+", metavar=FORM.upper(), help=f"default: {' '.join(SIZES)}")
-    add("--kinds", nargs="+", default=list(KINDS), help=f"of {', '.join(KINDS)} (default: both)")
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="(default: both)")
     add("--tokens", type=int, default=15, help="of the two inputs (default: %(default)s)")
     add("--opponent", action="store_true", help="TransformerLens beside it (pip install transformer-lens)")
     add("--stream", metavar="LAYERS/HEADS/KV_HEADS/D_MODEL/D_FF/VOCABULARY", help="composition of a folder, alone")
     add("--folder", type=Path, help="where --stream writes its folder (default: a temporary one)")
-    add("--repeats", type=int, help=f"rounds (default: {REPEATS}, {SMOKE_REPEATS} with --smoke)")
-    add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    add("--smoke", action="store_true", help="a tiny size, to see that it runs")
-    add("--json", type=Path, metavar="FILE", help="write every measurement")
-    add("--markdown", type=Path, metavar="FILE", help="write the printed table")
+    add_round_flags(parser, REPEATS, threads=1)
 
 
 def run(flags: argparse.Namespace) -> None:
     """Measures and prints the table."""
-    flags.repeats = flags.repeats or (SMOKE_REPEATS if flags.smoke else REPEATS)
-    for name in ("tokens", "repeats", "threads"):
-        check_int(f"--{name}", getattr(flags, name), low=2 if name == "tokens" else 1)
-    for kind in flags.kinds:
-        check_choice("--kinds", kind, KINDS)
+    check_round_flags(flags, REPEATS, fewest=1)
+    check_int("--tokens", flags.tokens, low=2)
     if flags.opponent:
         rival.check_installed()
     said = machine("cpu", "float32", flags.threads, flags.repeats)

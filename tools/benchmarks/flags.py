@@ -16,12 +16,17 @@ SMOKE_REPEATS = 2
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
-    """Adds the flags every benchmark has; `repeats` is its default number of rounds."""
-    text = f"rounds (default: {repeats}, {SMOKE_REPEATS} with --smoke)"
-    parser.add_argument("--repeats", type=int, help=text)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    """Adds the flags every benchmark of tensors has; `repeats` is its default number of rounds."""
+    add_round_flags(parser, repeats, threads=2)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="default: %(default)s")
+
+
+def add_round_flags(parser: argparse.ArgumentParser, repeats: int, *, threads: int) -> None:
+    """Adds the flags of rounds and of files; `repeats` and `threads` are their defaults."""
+    text = f"rounds (default: {repeats}, {SMOKE_REPEATS} with --smoke)"
+    parser.add_argument("--repeats", type=int, help=text)
+    parser.add_argument("--threads", type=int, default=threads, help="CPU threads (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a tiny size, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the printed tables")
@@ -33,13 +38,22 @@ def check_shared_flags(flags: argparse.Namespace, repeats: int) -> None:
     Raises:
         ValueError: a flag out of range, an unknown device, a file that cannot be written.
     """
-    if flags.repeats is None:
-        flags.repeats = SMOKE_REPEATS if flags.smoke else repeats
-    check_int("--repeats", flags.repeats, low=2)
-    check_int("--threads", flags.threads, low=1)
+    check_round_flags(flags, repeats, fewest=2)
     devices = ["cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     devices = devices if torch.cuda.is_available() else ["cpu"]
     check_choice("--device", flags.device, devices)
+
+
+def check_round_flags(flags: argparse.Namespace, repeats: int, *, fewest: int) -> None:
+    """Fills in the default of `flags.repeats` and checks the flags of rounds and of files.
+
+    Raises:
+        ValueError: fewer than `fewest` rounds, no thread, a file that cannot be written.
+    """
+    if flags.repeats is None:
+        flags.repeats = SMOKE_REPEATS if flags.smoke else repeats
+    check_int("--repeats", flags.repeats, low=fewest)
+    check_int("--threads", flags.threads, low=1)
     for path in filter(None, (flags.json, flags.markdown)):
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"Expected a file that can be written (got {path}). Do choose another.")

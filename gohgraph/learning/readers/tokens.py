@@ -62,6 +62,10 @@ class Tokens:
         return ids, f"{missing} of {len(ids)} tokens are {name}: the tokenizer does not know these parts of the text"
 
 
+class NoTokenizerError(ValueError):
+    """A model without a tokenizer, in any of the places where it might be."""
+
+
 BYTES = Tokens(lambda text: torch.tensor(list(text), dtype=torch.long), byte_strings, decode, 256)
 
 
@@ -103,7 +107,8 @@ def load_tokenizer(places: Iterable[str | Path], vocab_size: int) -> Tokens:
     """Returns the tokens of the first of several folders or hub names that has a tokenizer.
 
     Raises:
-        ValueError: none has; or it has more tokens than the model, so that it is another one's.
+        NoTokenizerError: none has.
+        ValueError: it has more tokens than the model, so that it is another one's.
     """
     with needs("transformers", "hf"):
         from transformers import AutoTokenizer
@@ -126,7 +131,7 @@ def load_tokenizer(places: Iterable[str | Path], vocab_size: int) -> Tokens:
                 f"{place}). Do pass it by --tokenizer."
             )
         return of_tokenizer(tokenizer)
-    raise ValueError(
+    raise NoTokenizerError(
         f"Expected the model's tokenizer (got none: {'; '.join(reasons)}). Do save it there by its save_pretrained, or "
         "name its folder by --tokenizer."
     )

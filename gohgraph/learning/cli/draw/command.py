@@ -60,7 +60,9 @@ def _draw_graph(flags: argparse.Namespace, reader: Reader, out: Path, name: str,
     length, shows_tokens = length_of(flags, reader), flags.view == "tokens" or flags.suffix == ".html"
     if shows_tokens and not reader.strings_known:
         if flags.view == "tokens":
-            raise ValueError(f"Expected a model that reads one text for --view tokens (got an {reader.what}).")
+            raise ValueError(
+                f"Expected a model that reads one text for --view tokens (got an {reader.what}). Do change the view."
+            )
         shows_tokens = False
         notes = [*notes, f"an {reader.what} has no single text to click on"]
 

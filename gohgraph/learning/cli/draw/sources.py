@@ -19,6 +19,7 @@ from gohgraph.learning.cli.draw.flags import LENGTH, check_source
 from gohgraph.learning.data.corpus import PYTHON_DOCS, load_corpus
 from gohgraph.learning.readers.loading import is_stock, kind_of, load_reader, of_bytes, stock_class
 from gohgraph.learning.readers.reader import Batch, Reader
+from gohgraph.learning.readers.tokens import NoTokenizerError
 from gohgraph.learning.regimes.demo import demo_model
 
 if TYPE_CHECKING:
@@ -126,7 +127,9 @@ def of_weights(folder: Path, name: str) -> tuple[HeadNetwork, str]:
 
 def _of_stock(flags: argparse.Namespace, folder: Path) -> Chosen:
     if flags.source == "graph":
-        raise ValueError(f"Expected --from weights or attribution for {flags.model} (got graph: it has none).")
+        raise ValueError(
+            f"Expected --from weights or attribution for {flags.model} (got graph: it has none). Do leave --from out."
+        )
     kind, no_graph = stock_class(folder), "it has no head graph"
     if flags.source == "weights" or flags.source is None and kind_of(kind) is None:
         check_source(flags, "weights")
@@ -135,9 +138,9 @@ def _of_stock(flags: argparse.Namespace, folder: Path) -> Chosen:
     check_source(flags, "attribution")
     try:
         reader = load_reader(folder, flags.tokenizer)
-    except ValueError as error:
+    except NoTokenizerError:
         wanted = (flags.source, flags.text, flags.text_file, flags.against, flags.target, flags.tokenizer)
-        if any(flag is not None for flag in wanted) or not str(error).startswith("Expected the model's tokenizer"):
+        if any(flag is not None for flag in wanted):
             raise
         return Chosen("weights", None, folder, f"{no_graph}, and no tokenizer to read a text with")
     return Chosen("attribution", reader, folder, "" if flags.source else no_graph)
