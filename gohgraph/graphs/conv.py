@@ -12,14 +12,17 @@ from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 
 from gohgraph.common.checks import check_choice, check_int
+from gohgraph.graphs.chunked import add_in_chunks
 from gohgraph.graphs.cross_layer import CrossLayer, reached
 from gohgraph.graphs.dense import add_layers, add_product, edge_kinds, pays_by_layer
 from gohgraph.graphs.edge_graph import EdgeGraph
-from gohgraph.graphs.edge_tables import EdgeTables, edge_tables
+from gohgraph.graphs.edge_tables import EdgeTables, edge_tables, num_runs
 from gohgraph.graphs.edges import EdgeWeights
 from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.protocol import FEATURES, MAPS, Sparse, Traits
 from gohgraph.graphs.site_config import SiteConfig
+from gohgraph.graphs.sparse import add_gathered
+from gohgraph.graphs.ways import edges_in_chunks, pays_gathered
 
 BACKENDS = ("dense", "pyg")
 OPTIONS = ("edges", "rank", "activation", "rounds", "cross_layer", "norm", "backend", "top_edges")
@@ -73,6 +76,8 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
 
     # Whether senders are nodes as they are, so that messages can be added layer by layer, without joining the layers.
     by_layer = True
+    # Whether weights are those of `edges` as they are, so that they can be computed for a few tokens at a time.
+    in_chunks = True
     # Options of the constructor, and what a `SiteConfig` calls them.
     options: ClassVar[dict[str, str]] = {name: name for name in OPTIONS}
 
@@ -180,6 +185,8 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         self._edge_list = self.edge_index.t().tolist()
         edges = [(j, i) for j, i in self.local_edges.t().tolist()]
         self._edge_kinds = edge_kinds(edges, self.num_heads, 1 + self.cross_layer)
+        # Of runs of heads that are complete graphs, edges in order are the rows of all their adjacencies.
+        self.num_runs = num_runs(edges, self.num_heads, self.num_senders)
         tables = edge_tables(edges, self.num_heads, self.num_senders)
         for name, table in tables._asdict().items():
             self.register_buffer(name, table.to(self.edge_index.device), persistent=False)
@@ -205,6 +212,9 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         """Passes messages between the nodes `z [*, H, D]` under the context `[*, M]`; see `SiteGraph.forward`."""
         if self.fusion is None:
             self._check_nodes(z, earlier)
+            many = edges_in_chunks(self, z, context, active) if self.in_chunks else None
+            if many is not None:
+                return add_in_chunks(z, self._senders(z, earlier), many)
             alpha = self.edge_weight(context, 0, active).to(z.dtype)
             if self.by_layer and self.gain is None and self.backend == "dense" and pays_by_layer(self._edge_kinds):
                 return add_layers((z, *reached(earlier, self.reach)), self._edge_kinds, alpha, self.edge_of_cell)
@@ -234,6 +244,9 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         if not self.traits.linear:
             return super().matrix(context, active)
         dtype = self.own_edges.bias.dtype if context is None else context.dtype
+        if self.rounds == 1 and self.num_senders == self.traits.num_heads:
+            eye = torch.eye(self.num_heads, dtype=dtype, device=self.edge_index.device)  # [H, H]
+            return self._dense(self.edge_weight(context, 0, active).to(dtype)) + eye  # [*, H, H]
         eye = torch.eye(self.num_senders, dtype=dtype, device=self.edge_index.device)  # [S, S]
         varying = context if self.own_edges.weight is not None else active
         tokens = () if varying is None else varying.shape[:-1]
@@ -303,6 +316,15 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
             size = (self.num_senders, self.num_heads)
             received = self.propagate(self.local_edges, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
             return received if z is None else z + received
+        if pays_gathered(senders, alpha, self.senders.shape[1], self.num_heads):
+            tables = EdgeTables(*(getattr(self, name) for name in EdgeTables._fields))
+            return add_gathered(z, senders, alpha, tables)
+        if self.num_runs > 1:
+            runs = (self.num_runs, self.num_heads // self.num_runs)
+            adjacency = alpha.unflatten(-1, (*runs, runs[1]))  # [*, g, H/g, H/g]
+            nodes = senders.unflatten(-2, runs)  # [*, g, H/g, D]
+            z = nodes if z is senders else None if z is None else z.unflatten(-2, runs)
+            return add_product(z, adjacency, nodes).flatten(-3, -2)  # [*, H, D]
         return add_product(z, self._dense(alpha), senders)
 
     def _dense(self, alpha: Tensor) -> Tensor:
