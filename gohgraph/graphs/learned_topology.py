@@ -43,6 +43,8 @@ class LearnedTopologyConv(HeadGraphConv):
     """
 
     in_chunks = False
+    kept: Tensor
+    strength: Tensor
     options: ClassVar[dict[str, str]] = {**HeadGraphConv.options, "in_degree": "keep_in_degree"}
 
     def __init__(self, graph: Data, head_dim: int, context_dim: int, in_degree: int, **options: Any) -> None:
