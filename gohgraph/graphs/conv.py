@@ -14,7 +14,7 @@ from torch_geometric.nn import MessagePassing
 from gohgraph.common.checks import check_choice, check_int
 from gohgraph.graphs.chunked import add_in_chunks
 from gohgraph.graphs.cross_layer import CrossLayer, reached
-from gohgraph.graphs.dense import add_layers, add_product, edge_kinds, pays_by_layer
+from gohgraph.graphs.dense import add_layers, add_product, add_runs, edge_kinds, pays_by_layer
 from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.edge_tables import EdgeTables, edge_tables, num_runs
 from gohgraph.graphs.edges import EdgeWeights
@@ -275,10 +275,9 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         if not self.traits.linear:
             return super().matrix(context, active)
         dtype = self.own_edges.bias.dtype if context is None else context.dtype
-        if self.rounds == 1 and self.num_senders == self.traits.num_heads:
-            eye = torch.eye(self.num_heads, dtype=dtype, device=self.edge_index.device)  # [H, H]
-            return self._dense(self.edge_weight(context, 0, active).to(dtype)) + eye  # [*, H, H]
         eye = torch.eye(self.num_senders, dtype=dtype, device=self.edge_index.device)  # [S, S]
+        if self.rounds == 1 and self.num_senders == self.traits.num_heads:
+            return self._dense(self.edge_weight(context, 0, active).to(dtype)) + eye  # [*, H, H]
         varying = context if self.own_edges.weight is not None else active
         tokens = () if varying is None else varying.shape[:-1]
         return self(eye.expand(*tokens, -1, -1), context, active=active)  # [*, H, S]
@@ -351,11 +350,7 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
             tables = EdgeTables(*(getattr(self, name) for name in EdgeTables._fields))
             return add_gathered(z, senders, alpha, tables)
         if self.num_runs > 1:
-            runs = (self.num_runs, self.num_heads // self.num_runs)
-            adjacency = alpha.unflatten(-1, (*runs, runs[1]))  # [*, g, H/g, H/g]
-            nodes = senders.unflatten(-2, runs)  # [*, g, H/g, D]
-            z = nodes if z is senders else None if z is None else z.unflatten(-2, runs)
-            return add_product(z, adjacency, nodes).flatten(-3, -2)  # [*, H, D]
+            return add_runs(z, alpha, senders, self.num_runs)
         return add_product(z, self._dense(alpha), senders)
 
     def _dense(self, alpha: Tensor) -> Tensor:

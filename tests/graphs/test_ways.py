@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gohgraph as goh
-from gohgraph.graphs import chunked, conv, token_edges, ways
+from gohgraph.graphs import chunked, conv, dense, token_edges, ways
 from gohgraph.graphs.chunked import add_in_chunks
 from gohgraph.graphs.edge_tables import num_runs
 from gohgraph.graphs.token_edges import TokenEdges
@@ -116,8 +116,8 @@ def test_gathered_edge_by_edge(gathered, case):
 def test_groups_are_products_of_their_own(monkeypatch, edges):
     made = make("groups", num_groups=3, edges=edges)
     z, x, _ = inputs(made)
-    shapes, function = [], conv.add_product
-    monkeypatch.setattr(conv, "add_product", lambda z, a, s: shapes.append(a.shape[-3:]) or function(z, a, s))
+    shapes, function = [], dense.add_product
+    monkeypatch.setattr(dense, "add_product", lambda z, a, s: shapes.append(a.shape[-3:]) or function(z, a, s))
     results = values_and_gradients(made, z, x)
     assert shapes == [(3, 2, 2)]
     made.backend = "pyg"
