@@ -333,6 +333,8 @@ def test_rates_of_the_command_line_go_over_the_recipes(tmp_path, monkeypatch):
     runs = runs_of_two_cues(tmp_path, monkeypatch, *given, train=lambda *_, **__: LOG)
     assert runs.grids["plain"].settings == {"learning_rate": (0.1,), "matrix_learning_rate": (0.3,)}
     assert runs.grids["outputs"].settings["graph_lr_factor"] == (0.25, 1.0)
+    own = runs_of_two_cues(tmp_path / "own", monkeypatch, "--recipe", "modern", train=lambda *_, **__: LOG)
+    assert own.grids["plain"].settings == TwoCues.grid
 
 
 def test_models_have_the_parameters_asked_for():
