@@ -144,7 +144,7 @@ def _add_legend(figure: Figure, names: list[str], *, numbered: bool) -> None:
     longest = max(map(len, labels))
     columns = 1 if numbered else max(1, min(len(names), int(figure.get_figwidth() * 11 / (longest + 6))))
     place = "outside right upper" if numbered else "outside lower center"
-    style = {"frameon": False, "fontsize": 8, "labelcolor": INK, "handlelength": 3}
+    style: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": INK, "handlelength": 3}
     figure.legend(lines, labels, loc=place, ncols=columns, **style)
 
 

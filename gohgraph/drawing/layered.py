@@ -10,7 +10,7 @@ import numpy as np
 
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import arrows, check_threshold
-from gohgraph.drawing.colours import colour_bar, colour_scale, is_dark
+from gohgraph.drawing.colours import colour_bar, colour_scale, end_of, is_dark
 from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
 from gohgraph.drawing.given import network_given
 
@@ -195,7 +195,7 @@ def _draw_edges(axis: Axes, network: HeadNetwork, layout: Layout, edges: np.ndar
     from matplotlib.collections import LineCollection, PolyCollection
 
     weights = network.mean.numpy()[edges]
-    share = np.minimum(np.abs(weights) / colours.norm.vmax, 1.0)
+    share = np.minimum(np.abs(weights) / end_of(colours), 1.0)
     tips = layout.radius * (0.45 + 0.55 * np.sqrt(share))
     paths, points = arcs(network, layout, edges, ring_radii(network, layout, len(self_loops(network)))[-1], tips)
     colour = colours.to_rgba(weights)
