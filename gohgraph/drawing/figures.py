@@ -42,7 +42,8 @@ def save_figure(figure: Figure, path: Path | None) -> None:
 
     kind = path.suffix.lower()[1:]
     stamp = {"svg": "Date", "pdf": "CreationDate"}.get(kind)
-    style: dict[str, Any] = {"format": kind, "metadata": {stamp: None} if stamp else None, "bbox_inches": "tight", "pad_inches": 0.06}
+    metadata = {stamp: None} if stamp else None
+    style: dict[str, Any] = {"format": kind, "metadata": metadata, "bbox_inches": "tight", "pad_inches": 0.06}
     with matplotlib.rc_context({"svg.hashsalt": "gohgraph"}):
         write_whole(path, lambda pending: figure.savefig(pending, **style))
 

@@ -250,6 +250,13 @@ def test_results_on_disk_are_what_they_were(tmp_path, monkeypatch):
     assert len(lines) == 4
     assert lines[-1].endswith("two-cues_outputs_0.1_1: error 0.5000, choosing_error 0.5000, 2 steps in 3 s")
 
+    for path in (tmp_path / "results").iterdir():
+        before_the_field = json.loads(path.read_text())
+        for config in ("config", "plain"):
+            assert before_the_field["arguments"][config].pop("residual") == "plain"
+        path.write_text(json.dumps(before_the_field))
+    runs_of_two_cues(tmp_path, monkeypatch, "--rates", "0.1", "--steps", "7", train=pytest.fail)
+
 
 def test_the_factor_is_handed_to_every_run(tmp_path, monkeypatch):
     factors = []
