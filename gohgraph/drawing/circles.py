@@ -258,4 +258,4 @@ def _draw_heads(
         _write(axis, spot, str(head), fontsize=font if ring == 0 else 0.85 * font, color=ink)
 
 def _write(axis: Axes, place: np.ndarray, text: str, **style: Any) -> None:
-    axis.text(*place, text, ha="center", va="center_baseline", zorder=4, **style)
+    axis.text(float(place[0]), float(place[1]), text, ha="center", va="center_baseline", zorder=4, **style)
