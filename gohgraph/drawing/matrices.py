@@ -80,7 +80,8 @@ def adjacency(panel: Panel) -> np.ndarray:
 def _draw_matrix(axis: Axes, panel: Panel, colours: ScalarMappable, hidden_below: float) -> None:
     matrix = np.ma.masked_invalid(adjacency(panel))
     matrix[np.abs(matrix) < hidden_below] = 0.0
-    axis.imshow(matrix, cmap=colours.cmap, norm=cast("Normalize", colours.norm), interpolation="nearest", aspect="equal")
+    norm = cast("Normalize", colours.norm)
+    axis.imshow(matrix, cmap=colours.cmap, norm=norm, interpolation="nearest", aspect="equal")
     axis.set_title(panel.title, fontsize=9, color=INK, pad=3)
     heads = panel.num_heads
     step = next(step for step in (1, 2, 4, 8, 16, heads) if heads * (1 + panel.rings) / step <= 10 or step >= heads)
