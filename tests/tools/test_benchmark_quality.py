@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import math
+import re
 import signal
 from dataclasses import replace
 
@@ -169,6 +170,9 @@ def test_a_smoke_run_leaves_tables_results_and_a_picture(finished):
         log[-1]["error"] for variant in ("plain", "outputs") for log in saved[variant]["logs"]
     ]
     assert (folder / "quality.png").stat().st_size > 1000 and not list(folder.rglob("checkpoints"))
+    # What keeps it under a minute: six trainings of so many steps.
+    steps = [int(count) for count in re.findall(r", (\d+) steps in ", (folder / "log.txt").read_text())]
+    assert sorted(steps) == [4, 4, 4, 4, 8, 8]
 
 
 @pytest.mark.slow
