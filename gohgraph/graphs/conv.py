@@ -12,14 +12,17 @@ from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 
 from gohgraph.common.checks import check_choice, check_int
+from gohgraph.graphs.chunked import add_in_chunks
 from gohgraph.graphs.cross_layer import CrossLayer, reached
-from gohgraph.graphs.dense import add_layers, add_product, edge_kinds, pays_by_layer
+from gohgraph.graphs.dense import add_layers, add_product, add_runs, edge_kinds, pays_by_layer
 from gohgraph.graphs.edge_graph import EdgeGraph
-from gohgraph.graphs.edge_tables import EdgeTables, edge_tables
+from gohgraph.graphs.edge_tables import EdgeTables, edge_tables, num_runs
 from gohgraph.graphs.edges import EdgeWeights
 from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.protocol import FEATURES, MAPS, Losses, Sparse, Traits
 from gohgraph.graphs.site_config import SiteConfig
+from gohgraph.graphs.sparse import add_gathered
+from gohgraph.graphs.ways import edges_in_chunks, pays_gathered
 
 BACKENDS = ("dense", "pyg")
 OPTIONS = ("edges", "rank", "activation", "rounds", "cross_layer", "norm", "backend", "top_edges")
@@ -73,11 +76,16 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
 
     # Whether senders are nodes as they are, so that messages can be added layer by layer, without joining the layers.
     by_layer = True
+    # Whether weights are those of `edges` as they are, so that they can be computed for a few tokens at a time.
+    in_chunks = True
     # Buffers, see `EdgeTables`.
     edge_of_cell: Tensor
     cell_of_edge: Tensor
     senders: Tensor
     edge_of_sender: Tensor
+    receivers: Tensor
+    edge_of_receiver: Tensor
+    place_of_edge: Tensor
     # PyG writes it for every class.
     propagate: Callable[..., Tensor]
     # Options of the constructor, and what a `SiteConfig` calls them.
@@ -196,6 +204,8 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         self._edge_list = self.edge_index.t().tolist()
         edges = [(j, i) for j, i in self.local_edges.t().tolist()]
         self._edge_kinds = edge_kinds(edges, self.num_heads, 1 + self.cross_layer)
+        # Of runs of heads that are complete graphs, edges in order are the rows of all their adjacencies.
+        self.num_runs = num_runs(edges, self.num_heads, self.num_senders)
         tables = edge_tables(edges, self.num_heads, self.num_senders)
         for name, table in tables._asdict().items():
             self.register_buffer(name, table.to(self.edge_index.device), persistent=False)
@@ -231,6 +241,9 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         """Passes messages between the nodes `z [*, H, D]` under the context `[*, M]`; see `SiteGraph.forward`."""
         if self.fusion is None:
             self._check_nodes(z, earlier)
+            many = edges_in_chunks(self, z, context, active) if self.in_chunks else None
+            if many is not None:
+                return add_in_chunks(z, self._senders(z, earlier), many)
             alpha = self.edge_weight(context, 0, active).to(z.dtype)
             if self.by_layer and self.gain is None and self.backend == "dense" and pays_by_layer(self._edge_kinds):
                 return add_layers((z, *reached(earlier, self.reach)), self._edge_kinds, alpha, self.edge_of_cell)
@@ -263,6 +276,8 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
             return super().matrix(context, active)
         dtype = self.own_edges.bias.dtype if context is None else context.dtype
         eye = torch.eye(self.num_senders, dtype=dtype, device=self.edge_index.device)  # [S, S]
+        if self.rounds == 1 and self.num_senders == self.traits.num_heads:
+            return self._dense(self.edge_weight(context, 0, active).to(dtype)) + eye  # [*, H, H]
         varying = context if self.own_edges.weight is not None else active
         tokens = () if varying is None else varying.shape[:-1]
         return self(eye.expand(*tokens, -1, -1), context, active=active)  # [*, H, S]
@@ -331,6 +346,11 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
             size = (self.num_senders, self.num_heads)
             received = self.propagate(self.local_edges, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
             return received if z is None else z + received
+        if pays_gathered(senders, alpha, self.senders.shape[1], self.num_heads):
+            tables = EdgeTables(*(getattr(self, name) for name in EdgeTables._fields))
+            return add_gathered(z, senders, alpha, tables)
+        if self.num_runs > 1:
+            return add_runs(z, alpha, senders, self.num_runs)
         return add_product(z, self._dense(alpha), senders)
 
     def _dense(self, alpha: Tensor) -> Tensor:

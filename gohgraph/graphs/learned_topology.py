@@ -42,6 +42,7 @@ class LearnedTopologyConv(HeadGraphConv):
         (10, torch.Size([2, 10]))
     """
 
+    in_chunks = False
     kept: Tensor
     strength: Tensor
     options: ClassVar[dict[str, str]] = {**HeadGraphConv.options, "in_degree": "keep_in_degree"}
