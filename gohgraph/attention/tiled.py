@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,11 @@ from gohgraph.attention.kernels.folding import fold, unfold
 # more they waste much above the diagonal.
 TILE_NUMBERS = 2**18
 FEWEST_ROWS, MOST_ROWS = 64, 128
+
+SECOND_GRADIENTS = (
+    "Expected first gradients alone of attention in tiles (got second ones). Do run forward within "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or call mixed_attention."
+)
 
 
 class Tile(NamedTuple):
@@ -39,6 +44,7 @@ def tiled_attention(
     mix_weights: Tensor | None = None,
     keep_mask: Tensor | None = None,
     is_causal: bool = False,
+    tiles: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     r"""Attention with linear messages between scores, between the weights they become, or both, in tiles of queries.
 
@@ -60,6 +66,7 @@ def tiled_attention(
         mix_scores, mix_weights: w and u, `[B, T, R, H]` or `[R, H]`, rows receive; `None` for the identity.
         keep_mask: bool, broadcastable to `[B, H, T, S]`, True = may attend; a row without any gives zeros.
         is_causal: query t sees keys up to t; T = S. Not beside a mask.
+        tiles: what computes them, `tiled_operator.tiles` where torch compiles; `None` for a function of autograd.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 7, 5, 4)
@@ -79,7 +86,8 @@ def tiled_attention(
         keep_mask = keep_mask[(None,) * (4 - keep_mask.dim())].expand(batch, -1, -1, -1)  # [B, 1 or H, 1 or T, 1 or S]
     # Inputs have one dtype; autocast would turn only some of the products inside into another.
     with torch.autocast(q.device.type, enabled=False):
-        return _TiledAttention.apply(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), *mixes, keep_mask, is_causal)
+        tiles = _TiledAttention.apply if tiles is None else tiles
+        return tiles(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), *mixes, keep_mask, is_causal)
 
 
 def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) -> Iterator[Tile]:
@@ -191,10 +199,7 @@ class _TiledGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(
-            "Expected first gradients alone of attention in tiles (got second ones). Do run forward within "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or call mixed_attention."
-        )
+        raise RuntimeError(SECOND_GRADIENTS)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
