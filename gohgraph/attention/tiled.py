@@ -217,7 +217,9 @@ class _Gradients:
         has_products = inputs.mix_weights is None
         self.products = (grad * z).sum(dim=-1, keepdim=True) if has_products else None  # [B, T, H, 1]
         self.dq = torch.empty_like(inputs.q)
-        self.dk, self.dv = (torch.zeros_like(x) for x in (self.keys, self.values))  # [B, H, D, S]
+        # In float32 at least: a sum over many tiles loses the digits of bfloat16 that each of them has.
+        sums = torch.promote_types(grad.dtype, torch.float32)
+        self.dk, self.dv = (torch.zeros_like(x, dtype=sums) for x in (self.keys, self.values))  # [B, H, D, S]
         mixes = (inputs.mix_scores, inputs.mix_weights)
         self.dmix_scores, self.dmix_weights = (w if w is None else w.new_empty(w.shape) for w in mixes)
 
@@ -237,7 +239,7 @@ class _Gradients:
 
     def of_inputs(self) -> tuple[Tensor, ...]:
         """Returns the gradients in the order of the inputs, without those of mixes that there are not."""
-        dk, dv = (x.permute(0, 3, 1, 2) for x in (self.dk, self.dv))  # [B, S, H, D]
+        dk, dv = (x.to(self.dz.dtype).permute(0, 3, 1, 2) for x in (self.dk, self.dv))  # [B, S, H, D]
         return self.dq, dk, dv, *(w for w in (self.dmix_scores, self.dmix_weights) if w is not None)
 
     def _through_weights(self, tile: Tile, weights: Tensor) -> Tensor:
