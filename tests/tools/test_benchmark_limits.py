@@ -12,7 +12,7 @@ from helpers import load_script
 
 
 def test_products_of_a_training_step_are_counted():
-    """Against torch's own counter, on whole maps without causality: twice the maps' operations, forward and backward."""
+    """Against a counter of products, on whole maps: those above the diagonal are counted there, and not by us."""
     size = limits.Size(d_model=24, num_heads=4, length=7, batch=2)
     layer = limits.build("score-complete", size)
     layer.attention.object.form = "maps"
