@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gohgraph.attention.kernels.folding import fold, unfold
+from gohgraph.common.checks import there
 
 # Numbers of a tile of maps (rows * H * S), of which backward holds three: they stay in a core's cache between products,
 # and count little beside a block. Time is flat up to the double; with fewer rows products are too flat to be fast, with
@@ -126,7 +127,8 @@ class _Inputs(NamedTuple):
         return made._replace(keep_mask=made.keep_mask.expand(batch, rows, tokens, made.k.shape[1]))  # [B, R, T, S]
 
     def tiles(self) -> Iterator[Tile]:
-        return tiles_of(*self.q.shape[:3], self.k.shape[1], self.is_causal)
+        batch, tokens, heads = self.q.shape[:3]
+        return tiles_of(batch, tokens, heads, self.k.shape[1], self.is_causal)
 
     def maps(self, keys: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
         """Scores `[H, t, n]` before messages, and the weights `[t, H, n]` after them, for keys `[B, H, D, S]`."""
@@ -231,7 +233,7 @@ class _Gradients:
         dscores = self._through_weights(tile, weights)  # [t, H, n]
         del weights
         if mix_scores is not None:
-            self.dmix_scores[b, rows] = torch.bmm(dscores, scores.permute(1, 2, 0))  # [t, H, H]
+            there(self.dmix_scores)[b, rows] = torch.bmm(dscores, scores.permute(1, 2, 0))  # [t, H, H]
             dscores = torch.bmm(mix_scores[b, rows].transpose(1, 2), dscores)  # [t, H, n]
         dscores = dscores.transpose(0, 1)  # [H, t, n]
         self.dq[b, rows] = torch.bmm(dscores, k[b, :n].transpose(0, 1)).transpose(0, 1)  # [t, H, D]
@@ -250,8 +252,8 @@ class _Gradients:
         dweights = torch.bmm(dz, self.values[b, :, :, :n]).transpose(0, 1)  # [t, H, n]
         if mix_weights is None:
             self.dv[b, :, :, :n] += torch.bmm(dz.transpose(1, 2), weights.transpose(0, 1))  # [H, D, n]
-            return dweights.sub_(self.products[b, rows]).mul_(weights)
-        self.dmix_weights[b, rows] = torch.bmm(dweights, weights.transpose(1, 2))  # [t, H, H]
+            return dweights.sub_(there(self.products)[b, rows]).mul_(weights)
+        there(self.dmix_weights)[b, rows] = torch.bmm(dweights, weights.transpose(1, 2))  # [t, H, H]
         mixed = torch.bmm(mix_weights[b, rows], weights)  # [t, H, n]
         self.dv[b, :, :, :n] += torch.bmm(dz.transpose(1, 2), mixed.transpose(0, 1))  # [H, D, n]
         del mixed

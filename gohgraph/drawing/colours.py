@@ -4,11 +4,18 @@ Negative weights are blue and positive ones orange: told apart with any colour v
 strength (after ColorBrewer's Blues and Oranges).
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gohgraph.drawing.figures import INK
+
+if TYPE_CHECKING:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
 
 DIVERGING = ("#084a91", "#2f7ebc", "#94c4df", "#ececec", "#fdae6b", "#e8590c", "#9c3203")
 FAINT = "#d4d4d4"
@@ -28,7 +35,7 @@ def round_limit(strongest: float) -> float:
     return unit * next((step for step in STEPS if step * unit >= strongest * (1 - 1e-6)), 10)
 
 
-def colour_scale(strongest: float, limit: float | None = None):
+def colour_scale(strongest: float, limit: float | None = None) -> ScalarMappable:
     """Returns the `ScalarMappable` from -limit to limit; `limit` fixes it for several figures."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -39,7 +46,7 @@ def colour_scale(strongest: float, limit: float | None = None):
     return ScalarMappable(Normalize(-limit, limit), LinearSegmentedColormap.from_list("blue-orange", DIVERGING))
 
 
-def colour_bar(figure, axes, colours, label: str) -> None:
+def colour_bar(figure: Figure, axes: np.ndarray, colours: ScalarMappable, label: str) -> None:
     """Adds the bar of a scale below the axes `[rows, columns]`."""
     shrink = 0.6 if figure.get_figwidth() > 6 else 0.95
     place = {"ax": axes, "location": "bottom", "fraction": 0.05, "pad": 0.02, "aspect": 45, "shrink": shrink}

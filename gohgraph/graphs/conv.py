@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.edge_tables import EdgeTables, edge_tables
 from gohgraph.graphs.edges import EdgeWeights
 from gohgraph.graphs.graph import head_graph
-from gohgraph.graphs.protocol import FEATURES, MAPS, Sparse, Traits
+from gohgraph.graphs.protocol import FEATURES, MAPS, Losses, Sparse, Traits
 from gohgraph.graphs.site_config import SiteConfig
 
 BACKENDS = ("dense", "pyg")
@@ -73,6 +73,13 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
 
     # Whether senders are nodes as they are, so that messages can be added layer by layer, without joining the layers.
     by_layer = True
+    # Buffers, see `EdgeTables`.
+    edge_of_cell: Tensor
+    cell_of_edge: Tensor
+    senders: Tensor
+    edge_of_sender: Tensor
+    # PyG writes it for every class.
+    propagate: Callable[..., Tensor]
     # Options of the constructor, and what a `SiteConfig` calls them.
     options: ClassVar[dict[str, str]] = {name: name for name in OPTIONS}
 
@@ -98,12 +105,21 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         self.reach, self.num_senders = cross.layers, self.num_heads * (1 + self.cross_layer)
         self.top_edges = top_edges
         edge_index = cross.joined(head_graph(self.num_heads, graph, self_loops=False).edge_index, self.num_heads)
-        num_edges, scaling = edge_index.shape[1], {}
+        num_edges = edge_index.shape[1]
+        scaled, scale_start = None, 0.0
         if cross.scale is not None and self.cross_layer:
-            scaling = {"scaled": edge_index[0] >= self.num_heads, "scale_start": cross.scale}
+            scaled, scale_start = edge_index[0] >= self.num_heads, cross.scale
         scale = max(1.0, num_edges / self.num_heads) ** -0.5
         self.edges = EdgeWeights(
-            num_edges, context_dim, kind=edges, rank=rank, activation=activation, rounds=rounds, scale=scale, **scaling
+            num_edges,
+            context_dim,
+            kind=edges,
+            rank=rank,
+            activation=activation,
+            rounds=rounds,
+            scale=scale,
+            scaled=scaled,
+            scale_start=scale_start,
         )
         self.fusion = nn.Parameter(torch.zeros(rounds)) if rounds > 1 else None
         self.gain = nn.Parameter(torch.ones(self.num_senders, head_dim)) if norm else None
@@ -201,7 +217,17 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
             limited_by="" if self.gain is None else "norm=True",
         )
 
-    def forward(self, z, context=None, earlier=(), active=None, *, keys=None, losses=None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        earlier: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+        *,
+        keys: Tensor | None = None,
+        losses: Losses | None = None,
+        values: Tensor | None = None,
+    ) -> Tensor:
         """Passes messages between the nodes `z [*, H, D]` under the context `[*, M]`; see `SiteGraph.forward`."""
         if self.fusion is None:
             self._check_nodes(z, earlier)
@@ -211,7 +237,9 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
             return self._add_messages(z, self._senders(z, earlier), alpha)
         return self._fuse(z, self.messages(z, context, earlier, active))
 
-    def messages(self, z: Tensor, context=None, earlier=(), active=None) -> list[Tensor]:
+    def messages(
+        self, z: Tensor, context: Tensor | None = None, earlier: Sequence[Tensor] = (), active: Tensor | None = None
+    ) -> list[Tensor]:
         """Returns m^(1), ..., m^(R), `[*, H, D]` each: what heads receive in each round; z^(r) = z^(r-1) + m^(r)."""
         self._check_nodes(z, earlier)
         weights = self._weights(context, active).to(z.dtype)  # [*, R, E] or [R, E]
