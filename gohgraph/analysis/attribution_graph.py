@@ -233,7 +233,8 @@ def _add_stream(
                 one[:done] = weights.carried(event.module, one[:done], where.of(run.normed[event.module]))
         elif done:
             change = parts[0, :done] - parts[1, :done] if norms else parts[0, :done]  # [W, N, M]
-            slope = torch.as_tensor(sum(_slope(event, run, weights, where) for run in slopes) / len(slopes))  # [R, N, M]
+            total = sum(_slope(event, run, weights, where) for run in slopes)
+            slope = torch.as_tensor(total / len(slopes))  # [R, N, M]
             found.add(event, change, slope, where)
 
 

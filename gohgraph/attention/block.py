@@ -200,15 +200,16 @@ class MultiHeadAttention(nn.Module):
         q = self._queries(x, routing, heads, history)  # [B, T, H, D]
         if cache is not None and cache.is_filled:
             q, (k, v, *states) = self._turned(positions, q)[0], cache.read()  # [B, S, G, D] each
+            own = v
         else:
             k, v = self._keys_values(source, heads, history)  # [B, S, G, D] each
             q, k = self._turned(positions, q, k)
-            k, v, *states = self._remembered(cache, k, v, source)
+            own, (k, v, *states) = v, self._remembered(cache, k, v, source)
         scores, weights = self._messages(x, active, states)
         mask, dropout = Mask(keep_mask, self.causal), self.dropout if self.training else 0.0
         z, _ = attend(Call(q, k, v, mask, dropout, scores, weights, routed), self.form)  # [B, T, H, D]
         if self.output_graph is not None:
-            read = {"values": self._values_of(v, x, memory)} if self.output_graph.traits.reads_values else {}
+            read = {"values": self._values_of(own, memory)} if self.output_graph.traits.reads_values else {}
             z = self._pass_messages(z, x, history, active, token_mask, losses, **read)
         if routing is not None:
             z = z * routing.gates.unsqueeze(-1).to(z.dtype)
@@ -287,14 +288,13 @@ class MultiHeadAttention(nn.Module):
             for graph in self._map_graphs()
         ]
 
-    def _values_of(self, v: Tensor, x: Tensor, memory: Tensor | None) -> Tensor:
-        """Of all values `[B, S, G, D]` those of the tokens of `x` themselves, for every head: `[B, T, H, D]`."""
+    def _values_of(self, v: Tensor, memory: Tensor | None) -> Tensor:
+        """The tokens' own values `[B, T, G, D]` for every head, `[B, T, H, D]`."""
         if memory is not None:
             raise ValueError(
                 f"Expected self attention for {type(self.output_graph).__name__}, which reads the tokens' own values "
                 "(got a memory). Do leave the graph out of cross attention."
             )
-        v = v[:, v.shape[1] - x.shape[1] :]  # [B, T, G, D]
         return v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
 
     def _pass_messages(

@@ -19,6 +19,11 @@ from gohgraph.attention.kernels.folding import fold, unfold
 # attention of 8 heads of 64 over 4,096 keys took up to a third more time, with twice as many as much.
 BLOCK_NUMBERS, ROWS, FEWEST_KEYS = 2**19, 128, 128
 
+SECOND_GRADIENTS = (
+    "Expected first gradients alone of attention in tiles (got second ones). Do run forward within "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or call mixed_attention."
+)
+
 
 class Block(NamedTuple):
     """Some queries of one sequence, and some of the keys they may see."""
@@ -186,10 +191,7 @@ class _BlockedGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(
-            "Expected first gradients alone of attention in tiles (got second ones). Do run forward within "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or call mixed_attention."
-        )
+        raise RuntimeError(SECOND_GRADIENTS)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -12,7 +12,7 @@ from gohgraph.attention.maps import causal_mask
 from gohgraph.attention.runs import interleaved, interleaved_mask
 from gohgraph.attention.skipped import ActiveHeads
 from gohgraph.common.checks import there
-from gohgraph.common.modules import is_traced
+from gohgraph.common.modules import is_exported, is_traced
 from gohgraph.graphs.protocol import Messages
 
 
@@ -147,6 +147,11 @@ class Call(NamedTuple):
     def is_compiling(self) -> bool:
         """Whether the call is traced, for other inputs too."""
         return is_traced()
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether the call is traced for programs that know torch's own operators alone."""
+        return is_exported()
 
     def joined(self) -> "Call":
         """Returns plain attention over the keys of runs of heads, for scores that join them; `parted` undoes it."""

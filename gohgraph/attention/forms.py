@@ -19,6 +19,7 @@ from gohgraph.attention.maps import Mix, mixed_attention, plain_attention
 from gohgraph.attention.runs import parted
 from gohgraph.attention.skipped import ActiveHeads, only_multiplies
 from gohgraph.attention.tiled import FEWEST_ROWS, tiled_attention
+from gohgraph.attention.tiled_operator import tiles
 from gohgraph.attention.watching import show
 from gohgraph.common.checks import there
 from gohgraph.common.modules import is_traced
@@ -247,9 +248,12 @@ def _refuses_matrix(call: Call) -> str:
         return "a float mask"
     if call.q.shape[1] == 1:
         return "a single query"
-    if call.is_compiling:
-        return "under torch.compile"
-    return "" if torch.backends.cuda.flash_sdp_enabled() else "torch's math kernel was asked for, for second gradients"
+    if call.is_exported:
+        return "under torch.export, which takes torch's own operators alone"
+    # What is compiled has no second gradients.
+    if call.is_compiling or torch.backends.cuda.flash_sdp_enabled():
+        return ""
+    return "torch's math kernel was asked for, for second gradients"
 
 
 def _refuses_shared(call: Call) -> str:
@@ -275,6 +279,8 @@ def _refuses_kernel(call: Call) -> str:
         return reason
     if call.weights is not None:
         return "messages between weights"
+    if call.is_compiling:
+        return "under torch.compile"
     q = call.q
     if call.v.shape[-1] != q.shape[-1] or there(call.scores).graph.traits.num_heads != q.shape[2]:
         return "values of another width, or senders on other ranks"
@@ -312,7 +318,8 @@ def _pays_tiled(call: Call) -> str:
 def _tiled(call: Call) -> Result:
     scores, weights = (None if messages is None else messages.matrix() for messages in (call.scores, call.weights))
     keep, is_causal = call.mask.for_kernel(call.q, call.k)
-    return tiled_attention(call.scaled_q, call.k, call.v, scores, weights, keep, is_causal), None
+    operator = tiles if call.is_compiling else None
+    return tiled_attention(call.scaled_q, call.k, call.v, scores, weights, keep, is_causal, operator), None
 
 
 def _refuses_wide(call: Call) -> str:

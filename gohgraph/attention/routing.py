@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.common.checks import check_int
-from gohgraph.common.modules import is_traced
+from gohgraph.common.modules import is_exported, is_traced
 from gohgraph.graphs.config import RoutingConfig
 
 
@@ -209,7 +209,7 @@ class HeadRouter(nn.Module):
         if self.top_k == self.num_routed:
             return torch.ones_like(routed, dtype=torch.bool)
         scores = self._scores(routed)
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if is_exported():
             return _ranks(scores) < self.top_k
         best = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]  # [*, k]
         return torch.zeros_like(routed, dtype=torch.bool).scatter(-1, best, True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gohgraph.attention.blocked import blocked_attention
+from gohgraph.attention.blocked import SECOND_GRADIENTS, blocked_attention
 from gohgraph.attention.kernels.folding import fold, unfold
 from gohgraph.common.checks import there
 
@@ -46,6 +46,7 @@ def tiled_attention(
     mix_weights: Tensor | None = None,
     keep_mask: Tensor | None = None,
     is_causal: bool = False,
+    tiles: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     r"""Attention with linear messages between scores, between the weights they become, or both, in tiles of queries.
 
@@ -67,6 +68,7 @@ def tiled_attention(
         mix_scores, mix_weights: w and u, `[B, T, R, H]` or `[R, H]`, rows receive; `None` for the identity.
         keep_mask: bool, broadcastable to `[B, H, T, S]`, True = may attend; a row without any gives zeros.
         is_causal: query t sees keys up to t; T = S. Not beside a mask.
+        tiles: what computes them, `tiled_operator.tiles` where torch compiles; `None` for a function of autograd.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 7, 5, 4)
@@ -89,9 +91,11 @@ def tiled_attention(
         # Sums over blocks are carried on: half precision would lose them.
         is_precise = q.dtype in (torch.float32, torch.float64)
         scores, weights = mixes
-        if scores is not None and weights is None and k.shape[1] >= BLOCKS_FROM_KEYS and is_precise:
+        is_long = weights is None and k.shape[1] >= BLOCKS_FROM_KEYS and is_precise
+        if tiles is None and scores is not None and is_long:
             return blocked_attention(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), scores, keep_mask, is_causal)
-        return _TiledAttention.apply(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), *mixes, keep_mask, is_causal)
+        tiles = _TiledAttention.apply if tiles is None else tiles
+        return tiles(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), *mixes, keep_mask, is_causal)
 
 
 def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) -> Iterator[Tile]:
@@ -204,10 +208,7 @@ class _TiledGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(
-            "Expected first gradients alone of attention in tiles (got second ones). Do run forward within "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or call mixed_attention."
-        )
+        raise RuntimeError(SECOND_GRADIENTS)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -225,7 +226,9 @@ class _Gradients:
         has_products = inputs.mix_weights is None
         self.products = (grad * z).sum(dim=-1, keepdim=True) if has_products else None  # [B, T, H, 1]
         self.dq = torch.empty_like(inputs.q)
-        self.dk, self.dv = (torch.zeros_like(x) for x in (self.keys, self.values))  # [B, H, D, S]
+        # In float32 at least: a sum over many tiles loses the digits of bfloat16 that each of them has.
+        sums = torch.promote_types(grad.dtype, torch.float32)
+        self.dk, self.dv = (torch.zeros_like(x, dtype=sums) for x in (self.keys, self.values))  # [B, H, D, S]
         mixes = (inputs.mix_scores, inputs.mix_weights)
         self.dmix_scores, self.dmix_weights = (w if w is None else w.new_empty(w.shape) for w in mixes)
 
@@ -245,7 +248,7 @@ class _Gradients:
 
     def of_inputs(self) -> tuple[Tensor, ...]:
         """Returns the gradients in the order of the inputs, without those of mixes that there are not."""
-        dk, dv = (x.permute(0, 3, 1, 2) for x in (self.dk, self.dv))  # [B, S, H, D]
+        dk, dv = (x.to(self.dz.dtype).permute(0, 3, 1, 2) for x in (self.dk, self.dv))  # [B, S, H, D]
         return self.dq, dk, dv, *(w for w in (self.dmix_scores, self.dmix_weights) if w is not None)
 
     def _through_weights(self, tile: Tile, weights: Tensor) -> Tensor:

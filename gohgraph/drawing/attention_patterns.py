@@ -169,7 +169,7 @@ def _draw_pattern(pattern: Tensor, queries: list[str] | None, keys: list[str] | 
         ticks(places, labels, rotation=turn if strings else 0, parse_math=False)
     axis.tick_params(labelsize=font, length=0, labelcolor=INK)
     for label in (*axis.get_xticklabels(), *axis.get_yticklabels()):
-        label.set_family("monospace")
+        label.set_fontfamily("monospace")
     axis.set_ylabel("query: who attends", fontsize=8, color=INK)
     axis.set_xlabel("key: what is attended to", fontsize=8, color=INK)
     axis.spines[:].set(color="#bbbbbb", linewidth=0.6)

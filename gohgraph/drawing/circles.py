@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from gohgraph.common.files import checked_path
-from gohgraph.drawing.colours import FAINT, colour_bar, colour_scale, is_dark
+from gohgraph.drawing.colours import FAINT, colour_bar, colour_scale, end_of, is_dark
 from gohgraph.drawing.figures import INK, finish, new_figure
 from gohgraph.drawing.given import recordings_of
 from gohgraph.drawing.panels import Panel, draw_panels, grid_of, panels_of, strongest_weight
@@ -176,7 +176,7 @@ def _draw_edges(
     # Strong edges last, on top; a self-loop is the fill of its head.
     order = [e for e in np.argsort(np.abs(panel.weights)) if panel.senders[e] != panel.receivers[e]][-most_edges:]
     weights = panel.weights[order]
-    share = np.minimum(np.abs(weights) / colours.norm.vmax, 1.0)
+    share = np.minimum(np.abs(weights) / end_of(colours), 1.0)
     faint = np.abs(weights) <= faint_below
     scale = min(1.0, (80 / max(len(order), 1)) ** 0.3)
     colour = np.where(faint[:, None], np.array(to_rgba(FAINT)), colours.to_rgba(weights))
@@ -258,4 +258,4 @@ def _draw_heads(
         _write(axis, spot, str(head), fontsize=font if ring == 0 else 0.85 * font, color=ink)
 
 def _write(axis: Axes, place: np.ndarray, text: str, **style: Any) -> None:
-    axis.text(*place, text, ha="center", va="center_baseline", zorder=4, **style)
+    axis.text(float(place[0]), float(place[1]), text, ha="center", va="center_baseline", zorder=4, **style)

@@ -7,7 +7,8 @@ strength (after ColorBrewer's Blues and Oranges).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -49,14 +50,20 @@ def colour_scale(strongest: float, limit: float | None = None) -> ScalarMappable
 def colour_bar(figure: Figure, axes: np.ndarray, colours: ScalarMappable, label: str) -> None:
     """Adds the bar of a scale below the axes `[rows, columns]`."""
     shrink = 0.6 if figure.get_figwidth() > 6 else 0.95
-    place = {"ax": axes, "location": "bottom", "fraction": 0.05, "pad": 0.02, "aspect": 45, "shrink": shrink}
-    bar = figure.colorbar(colours, **place)
-    bar.set_ticks(np.linspace(-colours.norm.vmax, colours.norm.vmax, 5))
+    place: dict[str, Any] = {"ax": axes, "location": "bottom", "fraction": 0.05, "pad": 0.02, "aspect": 45}
+    bar = figure.colorbar(colours, shrink=shrink, **place)
+    limit = end_of(colours)
+    bar.set_ticks(np.linspace(-limit, limit, 5).tolist())
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=2, color=INK, labelcolor=INK)
     bar.set_label(label, fontsize=9, color=INK)
 
 
-def is_dark(colour) -> bool:
+def end_of(colours: ScalarMappable) -> float:
+    """Returns the end of a scale of `colour_scale`."""
+    return cast(float, colours.norm.vmax)
+
+
+def is_dark(colour: Sequence[float] | np.ndarray) -> bool:
     """Whether white letters are read better on a colour than dark ones."""
     return float(np.dot(colour[:3], (0.299, 0.587, 0.114))) < 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -143,8 +143,9 @@ def _add_legend(figure: Figure, names: list[str], *, numbered: bool) -> None:
     labels = [f"{number + 1}  {name}" for number, name in enumerate(names)] if numbered else names
     longest = max(map(len, labels))
     columns = 1 if numbered else max(1, min(len(names), int(figure.get_figwidth() * 11 / (longest + 6))))
+    place: Literal["outside right upper", "outside lower center"]
     place = "outside right upper" if numbered else "outside lower center"
-    style = {"frameon": False, "fontsize": 8, "labelcolor": INK, "handlelength": 3}
+    style: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": INK, "handlelength": 3}
     figure.legend(lines, labels, loc=place, ncols=columns, **style)
 
 

@@ -49,7 +49,7 @@ def draw_faithfulness(
         style: dict[str, Any] = {"color": GREY, "linestyle": "--", "marker": "."}
         if name != RANDOM:
             marker = MARKERS[place % len(MARKERS)]
-            style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "marker": marker, "markersize": 4.5}
+            style = {"color": COLOURS[place % len(COLOURS)], "marker": marker, "markersize": 4.5}
         axis.plot(share, points[:, 0], label=NAMES.get(name, name), linewidth=1.4, **style)
         axis.fill_between(share, points[:, 1], points[:, 2], color=style["color"], alpha=0.18, linewidth=0)
     axis.set_xscale("log")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from gohgraph.common.files import write_whole
 
@@ -42,12 +42,13 @@ def save_figure(figure: Figure, path: Path | None) -> None:
 
     kind = path.suffix.lower()[1:]
     stamp = {"svg": "Date", "pdf": "CreationDate"}.get(kind)
-    style = {"format": kind, "metadata": {stamp: None} if stamp else None, "bbox_inches": "tight", "pad_inches": 0.06}
+    metadata = {stamp: None} if stamp else None
+    style: dict[str, Any] = {"format": kind, "metadata": metadata, "bbox_inches": "tight", "pad_inches": 0.06}
     with matplotlib.rc_context({"svg.hashsalt": "gohgraph"}):
         write_whole(path, lambda pending: figure.savefig(pending, **style))
 
 
-def frame_axis(axis: Axes, *, labelsize: float = 8, grid: str = "y") -> None:
+def frame_axis(axis: Axes, *, labelsize: float = 8, grid: Literal["both", "x", "y"] = "y") -> None:
     """Gives an axis grey lines to the left and below, small ticks, and a faint grid behind the data."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#999999")

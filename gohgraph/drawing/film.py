@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from gohgraph.common.files import checked_path, write_whole
 from gohgraph.drawing.circles import draw
 from gohgraph.drawing.colours import round_limit
@@ -76,12 +78,12 @@ def _image(heads: Mapping[str, Any], title: str, limit: float, threshold: float)
 
 
 def _write_gif(images: list[Image], path: Path, fps: float) -> None:
-    from PIL.Image import Quantize
+    from PIL.Image import Dither, Quantize
 
     durations = [int(1000 / fps)] * (len(images) - 1) + [2000]
     # One palette for all frames, or their greys flicker.
     palette = images[-1].quantize(96, method=Quantize.MAXCOVERAGE)
-    frames = [image.quantize(palette=palette, dither=0) for image in images]
+    frames = [image.quantize(palette=palette, dither=Dither.NONE) for image in images]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
 
 
@@ -93,9 +95,9 @@ def _write_mp4(images: list[Image], path: Path, fps: float) -> None:
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
-    shown = axis.imshow(images[0])
+    shown = axis.imshow(np.asarray(images[0]))
     writer = FFMpegWriter(fps=cast(int, fps))
     with writer.saving(figure, str(path), DPI):
         for image in images:
-            shown.set_data(image)
+            shown.set_data(np.asarray(image))
             writer.grab_frame()

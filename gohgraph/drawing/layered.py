@@ -10,7 +10,7 @@ import numpy as np
 
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import arrows, check_threshold
-from gohgraph.drawing.colours import colour_bar, colour_scale, is_dark
+from gohgraph.drawing.colours import colour_bar, colour_scale, end_of, is_dark
 from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
 from gohgraph.drawing.given import network_given
 
@@ -195,7 +195,7 @@ def _draw_edges(axis: Axes, network: HeadNetwork, layout: Layout, edges: np.ndar
     from matplotlib.collections import LineCollection, PolyCollection
 
     weights = network.mean.numpy()[edges]
-    share = np.minimum(np.abs(weights) / colours.norm.vmax, 1.0)
+    share = np.minimum(np.abs(weights) / end_of(colours), 1.0)
     tips = layout.radius * (0.45 + 0.55 * np.sqrt(share))
     paths, points = arcs(network, layout, edges, ring_radii(network, layout, len(self_loops(network)))[-1], tips)
     colour = colours.to_rgba(weights)
@@ -205,7 +205,7 @@ def _draw_edges(axis: Axes, network: HeadNetwork, layout: Layout, edges: np.ndar
         chosen = sites == site
         style = {"colors": colour[chosen], "linewidths": widths[chosen], "linestyles": [STYLES.get(site, (0, (2, 2)))]}
         axis.add_collection(LineCollection(paths[chosen], **style))
-    axis.add_collection(PolyCollection(points, facecolors=colour, edgecolors="none", zorder=2.1))
+    axis.add_collection(PolyCollection(list(points), facecolors=colour, edgecolors="none", zorder=2.1))
 
 
 def _draw_heads(axis: Axes, network: HeadNetwork, layout: Layout, colours: ScalarMappable) -> None:
@@ -229,8 +229,8 @@ def _draw_heads(axis: Axes, network: HeadNetwork, layout: Layout, colours: Scala
     if 72 * layout.radius >= 4.4:
         for name, place, fill in zip(head_names(network), layout.places, fills, strict=True):
             axis.text(
-                *place, name, fontsize=min(8.5, 90 * layout.radius), ha="center", va="center_baseline", zorder=4,
-                color="white" if is_dark(fill) else INK,
+                float(place[0]), float(place[1]), name, fontsize=min(8.5, 90 * layout.radius), ha="center",
+                va="center_baseline", zorder=4, color="white" if is_dark(fill) else INK,
             )  # fmt: skip
 
 

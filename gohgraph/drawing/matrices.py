@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from gohgraph.drawing.panels import Panel, draw_panels, grid_of, panels_of, stro
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 LABEL = "mean edge weight   (row: receiver,  column: sender,  white: no edge)"
@@ -79,7 +80,8 @@ def adjacency(panel: Panel) -> np.ndarray:
 def _draw_matrix(axis: Axes, panel: Panel, colours: ScalarMappable, hidden_below: float) -> None:
     matrix = np.ma.masked_invalid(adjacency(panel))
     matrix[np.abs(matrix) < hidden_below] = 0.0
-    axis.imshow(matrix, cmap=colours.cmap, norm=colours.norm, interpolation="nearest", aspect="equal")
+    norm = cast("Normalize", colours.norm)
+    axis.imshow(matrix, cmap=colours.cmap, norm=norm, interpolation="nearest", aspect="equal")
     axis.set_title(panel.title, fontsize=9, color=INK, pad=3)
     heads = panel.num_heads
     step = next(step for step in (1, 2, 4, 8, 16, heads) if heads * (1 + panel.rings) / step <= 10 or step >= heads)

@@ -112,7 +112,7 @@ def page_document(
         "heads": ColumnDataSource(head_columns(network, layout), name="heads"),
     }
     shown = BooleanFilter(name="shown")
-    drawn = network_figure(network, layout, *sources.values(), shown, mapper, themed)
+    drawn = network_figure(network, layout, sources["edges"], sources["heads"], shown, mapper, themed)
     strongest = float(np.abs(network.mean.numpy()[chosen]).max(initial=0.0))
     slider, sites, layers, toggle, status = _controls(network, limit, threshold * strongest)
     strip, tokens, letters, greys = _strip(heads, themed)

@@ -59,7 +59,7 @@ def draw_pruning(
         style: dict[str, Any] = {"color": RANDOM, "linestyle": "--", "marker": "."}
         if not is_random:
             place = learned % len(COLOURS)
-            style: dict[str, Any] = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 4.5}
+            style = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 4.5}
             learned += 1
         share, mean, spread = 100 * points[0, :, 0], points[:, :, 1].mean(axis=0), points[:, :, 1].std(axis=0, ddof=0)
         axis.plot(share, mean, label=name, linewidth=1.4, **style)

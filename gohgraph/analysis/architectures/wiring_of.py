@@ -111,8 +111,9 @@ def _with_stack(wiring: Wiring, model: nn.Module, stack: _Stack, stream: Stream)
             norms.append(StreamNorm(stream.name, start + ATTENTION + 2, f"{place}.{layout.on_stream}"))
         if layout.cross:
             encoder = wiring.streams[0].end
-            when = start + CROSS
-            cross = _attention(model, place, layout.cross, (layout.cross_before, ""), stream, when, f"{title} cross", encoder)
+            when, crossing = start + CROSS, f"{title} cross"
+            norm_names = (layout.cross_before, "")
+            cross = _attention(model, place, layout.cross, norm_names, stream, when, crossing, encoder)
             attentions.append(cross)
             if layout.cross_on_stream:
                 norms.append(StreamNorm(stream.name, start + CROSS + 2, f"{place}.{layout.cross_on_stream}"))
