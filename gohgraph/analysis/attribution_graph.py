@@ -107,7 +107,7 @@ def attribution_graph(
 
 def _messages(graph: LearnedGraph, runs: tuple[Trace, Trace], slopes: list[Trace], mask: Tensor) -> Tensor:
     """What the edges of a head graph are worth, `[B, E, T]`."""
-    slope = sum(run.gradients[graph.name] for run in slopes) / len(slopes)  # [B, T, H, F]
+    slope = torch.as_tensor(sum(run.gradients[graph.name] for run in slopes) / len(slopes))  # [B, T, H, F]
     pair = runs[0].sent[graph.name], runs[1].sent[graph.name]
     return torch.stack([worth(graph, pair, slope, example, mask[example]) for example in range(len(mask))])
 

@@ -107,6 +107,7 @@ class HeadRouter(nn.Module):
         self.routed = nn.Parameter(torch.empty(self.num_routed, d_model))
         self.shared = nn.Parameter(torch.empty(self.num_shared, d_model))
         self.kinds = nn.Parameter(torch.empty(2, d_model))
+        self.balance_bias: Tensor | None
         self.register_buffer("balance_bias", torch.zeros(self.num_routed) if bias_rate > 0 else None)
         self.process_group: Any = None
         self.reset_parameters()

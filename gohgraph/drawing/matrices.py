@@ -1,8 +1,10 @@
 """Figure of head graphs as matrices: the adjacency of every layer and round."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -12,6 +14,12 @@ from gohgraph.drawing.colours import colour_bar, colour_scale
 from gohgraph.drawing.figures import INK, finish, new_figure
 from gohgraph.drawing.given import recordings_of
 from gohgraph.drawing.panels import Panel, draw_panels, grid_of, panels_of, strongest_weight
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
 
 LABEL = "mean edge weight   (row: receiver,  column: sender,  white: no edge)"
 
@@ -24,7 +32,7 @@ def draw_matrices(
     threshold: float = 0.0,
     limit: float | None = None,
     label: str = LABEL,
-):
+) -> Figure:
     """Draw the adjacency matrices of a recording, one heat map for each layer, site and round.
 
     Row i, column j is the mean of alpha_ji over the recorded tokens: what head i takes from head j. Where there is no
@@ -69,10 +77,11 @@ def adjacency(panel: Panel) -> np.ndarray:
     return matrix
 
 
-def _draw_matrix(axis, panel: Panel, colours, hidden_below: float) -> None:
+def _draw_matrix(axis: Axes, panel: Panel, colours: ScalarMappable, hidden_below: float) -> None:
     matrix = np.ma.masked_invalid(adjacency(panel))
     matrix[np.abs(matrix) < hidden_below] = 0.0
-    axis.imshow(matrix, cmap=colours.cmap, norm=colours.norm, interpolation="nearest", aspect="equal")
+    norm = cast("Normalize", colours.norm)
+    axis.imshow(matrix, cmap=colours.cmap, norm=norm, interpolation="nearest", aspect="equal")
     axis.set_title(panel.title, fontsize=9, color=INK, pad=3)
     heads = panel.num_heads
     step = next(step for step in (1, 2, 4, 8, 16, heads) if heads * (1 + panel.rings) / step <= 10 or step >= heads)

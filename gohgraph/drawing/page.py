@@ -74,24 +74,25 @@ def save_page(
     """
     from gohgraph.analysis.network import HeadNetwork, head_graph_of
 
-    path = checked_path(path, (".html",))
+    file = checked_path(path, (".html",))
     check_threshold(threshold)
     if isinstance(heads, HeadNetwork):
-        heads, network = patterns if patterns is not None else Recordings({}), heads
+        recordings, network = patterns if patterns is not None else Recordings({}), heads
     else:
+        recordings = heads
         network = head_graph_of(heads, importance=importance, edge_importance=edge_importance)
-    document = page_document(heads, network, title, threshold, most_edges)
+    document = page_document(recordings, network, title, threshold, most_edges)
     from bokeh.embed import file_html
     from bokeh.resources import INLINE
 
     text = file_html(document, resources=INLINE, title=title, template=STYLE)
-    write_whole(path, lambda pending: pending.write_text(text, encoding="utf-8"))
+    write_whole(file, lambda pending: pending.write_text(text, encoding="utf-8"))
 
 
 def page_document(
     heads: Recordings, network: HeadNetwork, title: str = "head graphs", threshold: float = 0.05,
     most_edges: int = MOST_EDGES,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """Returns the page of `save_page` as a `bokeh.document.Document`."""
     with needs("bokeh for an interactive page", "interactive"):
         import bokeh  # noqa: F401
@@ -111,7 +112,7 @@ def page_document(
         "heads": ColumnDataSource(head_columns(network, layout), name="heads"),
     }
     shown = BooleanFilter(name="shown")
-    drawn = network_figure(network, layout, *sources.values(), shown, mapper, themed)
+    drawn = network_figure(network, layout, sources["edges"], sources["heads"], shown, mapper, themed)
     strongest = float(np.abs(network.mean.numpy()[chosen]).max(initial=0.0))
     slider, sites, layers, toggle, status = _controls(network, limit, threshold * strongest)
     strip, tokens, letters, greys = _strip(heads, themed)

@@ -62,11 +62,12 @@ class TaskRuns:
     @cached_property
     def grids(self) -> dict[str, Grid]:
         """What is searched for each variant."""
-        rates, given = self.task.learning_rates, dict(self.flags.grid)
+        given = dict(self.task.grid if self.recipe.grid else {})
         if self.flags.rates is not None:
-            given.setdefault("learning_rate", tuple(self.flags.rates))
+            given["learning_rate"] = tuple(self.flags.rates)
+        given |= dict(self.flags.grid)
         return {
-            variant: self.recipe.search(rates, given, has_graphs=config.head_graph is not None)
+            variant: self.recipe.search(self.task.learning_rates, given, has_graphs=config.head_graph is not None)
             for variant, config in self.configs.items()
         }
 
@@ -127,7 +128,7 @@ class TaskRuns:
 
     def _training(self, point: Point, steps: int) -> dict[str, Any]:
         own = {"steps": steps, "graph_lr_factor": self.flags.graph_lr_factor}
-        return {**own, **self.recipe.trained(steps, self.task.training(steps)), **point.to_dict()}
+        return {**self.recipe.trained(steps, self.task.training(steps)), **own, **point.to_dict()}
 
     def _times(self) -> dict[str, dict[str, Any]]:
         """Ratios of a training step's seconds to plain attention's (quartiles) and tokens a second, measured once."""

@@ -34,7 +34,7 @@ class InProcesses:
     ) -> None:
         self._function, self._arguments, self._folder = function, arguments, folder
         self._loss, self._file_name = loss, file_name
-        self._options = {"jobs": jobs, "upgrade": upgrade, "on_result": on_result}
+        self._jobs, self._upgrade, self._on_result = jobs, upgrade, on_result
 
     def try_rates(self, runs: Sequence[Run]) -> dict[Run, float]:
         """Calls what is missing; returns the loss of each run, infinite where it has run away."""
@@ -53,5 +53,13 @@ class InProcesses:
 
     def _sweep(self, runs: Sequence[Run], *, may_diverge: bool) -> dict[Run, Any]:
         named = {self._file_name(run): self._arguments(run) for run in runs}
-        results = sweep(self._function, named, self._folder, may_diverge=may_diverge, **self._options)
+        results = sweep(
+            self._function,
+            named,
+            self._folder,
+            jobs=self._jobs,
+            may_diverge=may_diverge,
+            upgrade=self._upgrade,
+            on_result=self._on_result,
+        )
         return dict(zip(runs, results.values(), strict=True))

@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from functools import partial
@@ -76,7 +76,7 @@ def sweep(
 
 def _calls(
     function: Callable[..., Any], runs: dict[str, dict[str, Any]], jobs: int
-) -> Iterator[tuple[str, Callable[[], Any]]]:
+) -> Generator[tuple[str, Callable[[], Any]], None, None]:
     """Yields each name with what returns its result: by a call in this process, or once another one has it."""
     if jobs == 1:
         yield from ((name, partial(function, **arguments)) for name, arguments in runs.items())

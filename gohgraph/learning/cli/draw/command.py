@@ -13,6 +13,7 @@ import torch
 from gohgraph.analysis import edge_attribution, head_importance
 from gohgraph.analysis.module_names import block_of, layer_of
 from gohgraph.analysis.record import recordable
+from gohgraph.common.checks import there
 from gohgraph.common.command_line import ArgumentParser
 from gohgraph.learning.checkpoints import training_steps
 from gohgraph.learning.cli.draw.flags import ABOUT, add_flags, checked
@@ -40,9 +41,9 @@ def draw_model(flags: argparse.Namespace) -> None:
     chose = f", so it is shown --from {found.source}" if flags.source is None else ""
     notes = [f"{found.why}{chose}"] if found.why else []
     if found.source == "graph":
-        printed = _draw_graph(flags, found.reader, out, name, notes)
+        printed = _draw_graph(flags, there(found.reader), out, name, notes)
     else:
-        of = attributed(flags, found.reader, name) if found.reader else (*of_weights(found.folder, name), ())
+        of = attributed(flags, found.reader, name) if found.reader else (*of_weights(there(found.folder), name), ())
         network, said, more = of
         notes += more
         write_network(network, flags, out, said if flags.title is None else flags.title)
@@ -94,7 +95,8 @@ def _amount(batches: list[Batch]) -> str:
 
 
 def _check_layer(flags: argparse.Namespace, reader: Reader) -> None:
-    layers = sorted({layer_of(block_of(name)) for name in recordable(reader.model)[0]} - {None})
+    known = (layer_of(block_of(name)) for name in recordable(reader.model)[0])
+    layers = sorted({layer for layer in known if layer is not None})
     if flags.layer is not None and flags.layer not in layers:
         raise ValueError(f"Expected a layer of {layers} (got {flags.layer}). Do choose one of them.")
 
