@@ -37,7 +37,8 @@ def dinov2() -> nn.Module:
     return hf.Dinov2ForImageClassification(config)
 
 
-STOCK: dict[str, Callable[[], nn.Module]] = {**INTERFACE, **{m.__name__: m for m in (gemma2, gemma3, phi, olmo2, dinov2)}}
+FURTHER = (gemma2, gemma3, phi, olmo2, dinov2)
+STOCK: dict[str, Callable[[], nn.Module]] = {**INTERFACE, **{model.__name__: model for model in FURTHER}}
 OWN = {
     "own": lambda: language_model("outputs", num_kv_heads=1),
     "own post-norm": lambda: language_model(norm_first=False),
