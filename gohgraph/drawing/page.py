@@ -20,13 +20,15 @@ from gohgraph.drawing.layered import Layout, layout_of, self_loops
 from gohgraph.drawing.page_data import as_bytes, edge_columns, head_columns, strongest_edges, token_weights
 from gohgraph.drawing.page_figures import Drawn, Themed, network_figure, strip_figure
 from gohgraph.drawing.page_patterns import NAMES, SIDE, pattern_columns, pattern_figures
-from gohgraph.drawing.page_script import KEYS, PREFERENCE, STYLE, THEME, UPDATE, VIEW
+from gohgraph.drawing.page_script import KEYS, PREFERENCE, SQUARED, STYLE, THEME, UPDATE, VIEW
 from gohgraph.drawing.tokens import check_tokens_recorded, shades_of, token_changes
 
 if TYPE_CHECKING:
     from gohgraph.analysis.network import HeadNetwork
 
 MOST_EDGES, MOST_TOKENS = 4000, 400
+# So many edges can be read: the page begins with them, none below this share of the strongest.
+MANY, FAINT = 300, 0.05
 # On dark paper a weight of 0 is dark as well.
 DARK_DIVERGING = ("#9ecbff", "#4a94e0", "#25568c", "#33363c", "#8a4a1c", "#e8762a", "#ffc08a")
 GREYS, DARK_GREYS = ("#ffffff", "#9a9a9a"), ("#1b1d21", "#6f7580")
@@ -43,7 +45,7 @@ def save_page(
     title: str = "head graphs",
     importance: Mapping[str, Tensor] | None = None,
     edge_importance: Mapping[str, Tensor] | None = None,
-    threshold: float = 0.05,
+    threshold: float | None = None,
     most_edges: int = MOST_EDGES,
     patterns: Recordings | None = None,
 ) -> None:
@@ -64,7 +66,8 @@ def save_page(
         path: a file that ends in .html.
         title: of the page.
         importance, edge_importance: as in `head_graph_of`.
-        threshold: where the slider stands at first, as a share (0 to 1) of the strongest edge.
+        threshold: where the slider stands at first, as a share (0 to 1) of the strongest edge; `None` for the 300
+            strongest edges by their mean, those above 0.05 of the strongest.
         most_edges: so many edges are on the page, the strongest by their mean, and as many again that are strongest at
             single tokens; self-loops not counted.
 
@@ -75,7 +78,7 @@ def save_page(
     from gohgraph.analysis.network import HeadNetwork, head_graph_of
 
     path = checked_path(path, (".html",))
-    check_threshold(threshold)
+    check_threshold(threshold or 0.0)
     if isinstance(heads, HeadNetwork):
         heads, network = patterns if patterns is not None else Recordings({}), heads
     else:
@@ -89,7 +92,7 @@ def save_page(
 
 
 def page_document(
-    heads: Recordings, network: HeadNetwork, title: str = "head graphs", threshold: float = 0.05,
+    heads: Recordings, network: HeadNetwork, title: str = "head graphs", threshold: float | None = None,
     most_edges: int = MOST_EDGES,
 ):  # fmt: skip
     """Returns the page of `save_page` as a `bokeh.document.Document`."""
@@ -110,19 +113,19 @@ def page_document(
         "edges": ColumnDataSource(edge_columns(network, layout, chosen), name="edges"),
         "heads": ColumnDataSource(head_columns(network, layout), name="heads"),
     }
-    shown = BooleanFilter(name="shown")
-    drawn = network_figure(network, layout, *sources.values(), shown, mapper, themed)
-    strongest = float(np.abs(network.mean.numpy()[chosen]).max(initial=0.0))
-    slider, sites, layers, toggle, status = _controls(network, limit, threshold * strongest)
+    shown, tips = BooleanFilter(name="shown"), BooleanFilter(name="tipped")
+    drawn = network_figure(network, layout, *sources.values(), (shown, tips), mapper, themed)
+    slider, sites, layers, toggle, status = _controls(network, limit, _first_least(network, chosen, threshold))
     strip, tokens, letters, greys = _strip(heads, themed)
     patterns, shades = _patterns(heads, network, themed)
     about = Div(text="", name="about", stylesheets=[WIDGETS], width=SIDE)
     between = int((network.edge_index[0] != network.edge_index[1]).sum())
     shared = {
-        "filter": shown, "threshold": slider, "layers": layers, "sites": sites, "status": status, "toggle": toggle,
-        "tokens": tokens, "values": values["edges"], "loops": values["loops"], "scale": values["scale"], "limit": limit,
-        "rings": len(self_loops(network)), "total": between, "rows": drawn.rows, "plot": drawn.plot,
-        "row_ticks": drawn.plot.yaxis[0].ticker, "about": about,
+        "filter": shown, "tips": tips, "many": MANY, "threshold": slider, "layers": layers, "sites": sites,
+        "status": status, "toggle": toggle, "tokens": tokens, "values": values["edges"], "loops": values["loops"],
+        "scale": values["scale"], "limit": limit, "rings": len(self_loops(network)), "total": between,
+        "rows": drawn.rows, "plot": drawn.plot, "row_ticks": drawn.plot.yaxis[0].ticker, "about": about,
+        "mean_of": ", mean over tokens" if heads else "",
         "hint": _hint(tokens is not None, patterns["patterns"] is not None),
     }  # fmt: skip
     update = CustomJS(args={**sources, **shared, **patterns}, code=UPDATE)
@@ -146,14 +149,23 @@ def page_document(
     return document
 
 
-def _controls(network: HeadNetwork, limit: float, threshold: float) -> tuple[Any, Any, Any, Any, Any]:
+def _first_least(network: HeadNetwork, chosen: np.ndarray, threshold: float | None) -> float:
+    """The weight below which edges are hidden at first."""
+    strengths = np.sort(np.abs(network.mean.numpy()[chosen]))[::-1]
+    strongest = float(strengths.max(initial=0.0))
+    if threshold is not None:
+        return threshold * strongest
+    return max(FAINT * strongest, float(strengths[MANY - 1 : MANY + 1].mean()) if len(strengths) > MANY else 0.0)
+
+
+def _controls(network: HeadNetwork, limit: float, least: float) -> tuple[Any, Any, Any, Any, Any]:
     """The threshold's slider, choices of sites and layers, the button for the theme, and the line that counts edges."""
-    from bokeh.models import CheckboxButtonGroup, Div, MultiChoice, Slider, Toggle
+    from bokeh.models import CheckboxButtonGroup, CustomJSTickFormatter, Div, MultiChoice, Slider, Toggle
 
     style = {"stylesheets": [WIDGETS]}
     slider = Slider(
-        start=0, end=limit, step=limit / 200, value=round(threshold, 4), title="hide weights below", format="0.000",
-        name="threshold", width=240, **style,
+        start=0, end=limit**0.5, step=limit**0.5 / 200, value=least**0.5, title="hide weights below", name="threshold",
+        format=CustomJSTickFormatter(code=SQUARED), width=240, **style,
     )  # fmt: skip
     names = list(dict.fromkeys(network.site))
     sites = CheckboxButtonGroup(labels=names, active=list(range(len(names))), name="sites", margin=(14, 5, 5, 5))
