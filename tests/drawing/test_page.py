@@ -10,14 +10,22 @@ import time
 import numpy as np
 import pytest
 import torch
-from bokeh.models import BooleanFilter, CheckboxButtonGroup, HoverTool, MultiChoice, Slider, TapTool, Toggle
+from bokeh.models import (
+    BooleanFilter,
+    CheckboxButtonGroup,
+    HoverTool,
+    LinearColorMapper,
+    MultiChoice,
+    Slider,
+    TapTool,
+    Toggle,
+)
 from helpers import small_config, trained_like
 from stock_models import stock
 
 import gohgraph as goh
 from gohgraph.analysis.record import Recording, Recordings
-from gohgraph.drawing import page as page_module
-from gohgraph.drawing import page_patterns
+from gohgraph.drawing import page_controls, page_patterns
 from gohgraph.drawing.layered import self_loops
 from gohgraph.drawing.page import page_document
 from gohgraph.drawing.page_data import as_bytes, strongest_edges, token_weights
@@ -123,13 +131,22 @@ def test_only_the_strongest_edges_are_on_a_large_page():
 
 def test_the_first_view_is_of_edges_that_can_be_read():
     heads = recorded()
-    for few, share in ((7, 0.0), (300, page_module.FAINT)):
+    for few, share in ((7, 0.0), (300, page_controls.FAINT)):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(page_module, "MANY", few)
+            patched.setattr(page_controls, "MANY", few)
             document = page_document(heads, goh.head_graph_of(heads))
         means = np.abs(data_of(document, "edges")["mean"])
         shown = (means >= document.select_one({"name": "threshold"}).value ** 2).sum()
         assert shown == min(few, (means >= share * means.max()).sum()) < len(means)
+
+
+def test_a_limit_is_the_end_of_colours_and_hides_nothing():
+    heads = recorded()
+    network = goh.head_graph_of(heads)
+    document = page_document(heads, network, limit=0.1)
+    mappers = list(document.select({"type": LinearColorMapper}))
+    assert [(mapper.low, mapper.high) for mapper in mappers] == [(-0.1, 0.1)]
+    assert document.select_one({"name": "threshold"}).end ** 2 >= network.mean.abs().max()
 
 
 def test_the_file_needs_no_network(tmp_path):
@@ -204,6 +221,8 @@ def test_bad_pages(tmp_path):
         goh.save_page(recorded(), tmp_path / "heads.htm")
     with pytest.raises(ValueError, match="Expected a threshold from 0 to 1"):
         goh.save_page(recorded(), tmp_path / "heads.html", threshold=-1)
+    with pytest.raises(ValueError, match="Expected limit to be"):
+        goh.save_page(recorded(), tmp_path / "heads.html", limit=0)
     heads = recorded(every_token=True, token_strings=STRINGS)
     heads.token_strings = heads.token_strings[:3]
     with pytest.raises(ValueError, match=r"Expected one pass over 3 tokens \(got \[\d+\]\)"):

@@ -59,17 +59,19 @@ def write_graph(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
         save_head_graph(seen.network, out)
     elif flags.suffix == ".html":
         importances = {"importance": seen.importance, "edge_importance": seen.edge_importance}
-        save_page(seen.heads, out, title=seen.title, threshold=flags.threshold, **importances)
+        save_page(seen.heads, out, title=seen.title, **_scale(flags), **importances)
     else:
         DRAWERS[flags.view](seen, flags, out)
 
 
-def write_network(network: HeadNetwork, flags: argparse.Namespace, out: Path, title: str) -> None:
-    """Writes a network by attribution or by weights."""
+def write_network(
+    network: HeadNetwork, flags: argparse.Namespace, out: Path, title: str, patterns: Recordings | None = None
+) -> None:  # fmt: skip
+    """Writes a network by attribution or by weights; a page with what its heads attend to, where that was recorded."""
     if flags.suffix in GRAPH_SUFFIXES:
         save_head_graph(network, out)
     elif flags.suffix == ".html":
-        save_page(network, out, title=title, threshold=flags.threshold)
+        save_page(network, out, title=title, patterns=patterns, **_scale(flags))
     else:
         draw_network(network, out, title=title, **_scale(flags))
 
