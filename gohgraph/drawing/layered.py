@@ -229,9 +229,8 @@ def _draw_heads(axis, network: HeadNetwork, layout: Layout, colours) -> None:
 
 
 def _label(network: HeadNetwork, shown: int, edges: int) -> str:
-    label = "mean edge weight   (arcs above a row lead to the right, below it to the left;  fill: self-loop)"
+    label = "mean edge weight   (arcs above a row lead right, below it left;  fill: self-loop;  hollow tip: negative)"
     notes = [f"the {shown} strongest of {edges} edges"] if shown < edges else []
-    notes.append("hollow tip: negative")
     notes.append("size: importance of the head" if "importance" in network else "")
     if any(kind == "routed" for kind in network.kind):
         notes.append("square: shared head;  circle: routed head" + ("" if "importance" in network else ";  size: load"))
