@@ -122,7 +122,7 @@ def page_document(
     slider, sites, layers, toggle, status = controls_of(network, end, first_least(network, chosen, threshold))
     strip, tokens, letters, greys = _strip(heads, themed)
     patterns, shades = _patterns(heads, network, themed)
-    about = Div(text="", name="about", stylesheets=[WIDGETS], width=SIDE)
+    about = Div(text="", name="about", stylesheets=[WIDGETS], width=SIDE - 16)
     between = int((network.edge_index[0] != network.edge_index[1]).sum())
     shared = {
         "filter": shown, "tips": tips, "many": MANY, "threshold": slider, "layers": layers, "sites": sites,
