@@ -133,6 +133,7 @@ def _train(
             warmup=steps // 20,
             # A short run stays near the model it started from: nothing is drawn to zero.
             weight_decay=0.0,
+            graph_lr_factor=1.0,
             anneal_top_k=steps // 2 if name == "moh" else 0,
             eval_every=every,
             checkpoint_every=every,

@@ -44,7 +44,15 @@ def _parser() -> ArgumentParser:
     calls = {"draw": lambda flags, argv: draw_model(flags), "demo": Demo.run_with}
     for name, of in {"draw": draw_parser(), "demo": Demo.parser()}.items():
         text = of.description or ""
-        options = {"description": text, "help": text.splitlines()[0], "formatter_class": raw, "allow_abbrev": False}
-        # Both parsers have --help.
-        commands.add_parser(name, parents=[of], add_help=False, **options).set_defaults(call=calls[name])
+        command = commands.add_parser(
+            name,
+            parents=[of],
+            # Both parsers have --help.
+            add_help=False,
+            description=text,
+            help=text.splitlines()[0],
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+        command.set_defaults(call=calls[name])
     return parser

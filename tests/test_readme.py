@@ -26,7 +26,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 # Where README's links lead, so that they hold on a package index too.
 LINKED = re.compile(rf"{re.escape(source_url())}/(?:blob|tree)/main/")
-PICTURE = re.compile(r"https://raw\.githubusercontent\.com/[\w-]+/[\w-]+/main/")
+ADDRESS = source_url().removeprefix("https://github.com/")
+PICTURE = re.compile(rf"https://raw\.githubusercontent\.com/{ADDRESS}/main/")
 
 
 def blocks(language: str, *pages: Path) -> list[str]:
@@ -55,6 +56,16 @@ def called(command: list[str]) -> tuple[str, ...]:
     """The script and, where its first argument names one, its subcommand: each has flags of its own."""
     named = command[1] in ("tools/benchmark.py", COMMAND) and len(command) > 2 and not command[2].startswith("-")
     return tuple(command[1 : 2 + named])
+
+
+def test_the_repository_has_one_address():
+    # Who moves it replaces it in setup.cfg and README, nothing else names it.
+    files = [path for kind in ("*.md", "*.cfg", "*.cff", "*.toml", "*.yml") for path in ROOT.glob(kind)]
+    named = {
+        path.name: set(re.findall(r"(?:github\.com|githubusercontent\.com)/([\w-]+/gohgraph)\b", path.read_text()))
+        for path in [*files, *PAGES[1:], *NOTEBOOKS, *(ROOT / ".github").rglob("*.yml")]
+    }
+    assert {name: found for name, found in named.items() if found} == {"README.md": {ADDRESS}, "setup.cfg": {ADDRESS}}
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@
     python tools/benchmark.py kernels --sizes 8/64 32/128 --capability 80
     python tools/benchmark.py convert --kinds "forward and backward" decode --threads 1
     python tools/benchmark.py generate --threads 1
+    python tools/benchmark.py limits --threads 1 2
     python tools/benchmark.py attribution --sizes 12/12/768 --opponent --threads 1
     python tools/benchmark.py quality --tasks text two-cues --variants plain element-gate outputs
 
@@ -31,6 +32,7 @@ from benchmarks import (
     generate,
     kernels,
     laws,
+    limits,
     memory,
     quality,
     recipe,
@@ -56,6 +58,7 @@ COMMANDS = {
     "recipe": recipe,
     "convert": convert,
     "generate": generate,
+    "limits": limits,
     "counts": counts,
     "attribution": attribution,
     "kernels": kernels,
@@ -84,8 +87,10 @@ def benchmark(command: ModuleType, flags: argparse.Namespace) -> None:
         command.run(flags)
         return
     cases = command.cases(flags)
-    torch.set_num_threads(flags.threads)
-    texts, rows = [machine(flags.device, flags.dtype, flags.threads, flags.repeats)], []
+    several = flags.threads if isinstance(flags.threads, list) else [flags.threads]
+    torch.set_num_threads(several[0])
+    threads = " and ".join(map(str, several))
+    texts, rows = [machine(flags.device, flags.dtype, threads, flags.repeats)], []
     print(texts[0])
     with tqdm(total=sum(command.calls(case, flags) for case in cases), unit="call") as progress:
         for case in cases:

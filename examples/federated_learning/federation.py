@@ -125,6 +125,7 @@ def client_training(settings: Settings) -> TrainConfig:
         steps=settings.rounds * settings.local_steps,
         learning_rate=settings.learning_rate or LEARNING_RATES[settings.method],
         weight_decay=0.1 if "base" in (*sharing.shared, *sharing.personal) else 0.0,
+        graph_lr_factor=1.0,
         seed=settings.seed,
         device="cpu",
     )

@@ -149,6 +149,7 @@ class Pretraining:
             # What Megatron's checkpoints know the state of.
             optimizer="adamw",
             learning_rate=flags.learning_rate,
+            graph_lr_factor=1.0,
             warmup=flags.steps // 10,
             eval_every=every,
             checkpoint_every=max(2, every),

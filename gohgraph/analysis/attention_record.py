@@ -84,7 +84,7 @@ def recording_attention(
     wanted = choice.layers
     chosen = {name: title for name, title in modules.items() if wanted is None or layer_of(name) in wanted}
     if not chosen:
-        known = sorted({layer_of(name) for name in modules} - {None})
+        known = sorted({layer for name in modules if (layer := layer_of(name)) is not None})
         raise ValueError(f"Expected layers of {known} (got {list(wanted or ())}). Do choose among them.")
     found: dict[str, AttentionRecording] = {}
     calls: dict[tuple[str, int], AttentionRecording] = {}

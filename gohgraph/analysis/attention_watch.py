@@ -52,7 +52,9 @@ class _Frame:
     """One call of an attention module that is under way, and the map it was seen to use, `[B, H, T, S]`."""
 
     def __init__(self, title: str) -> None:
-        self.title, self.map, self.told, self.active = title, None, False, None
+        self.title, self.told = title, False
+        self.map: Tensor | None = None
+        self.active: Tensor | None = None
 
     def put(self, weights: Tensor) -> None:
         if self.map is not None:
@@ -68,7 +70,8 @@ class AttentionWatch(TorchFunctionMode):
 
     def __init__(self, choice: Choice, blocks: int) -> None:
         super().__init__()
-        self.choice, self.blocks, self.frames = choice, blocks, []
+        self.choice, self.blocks = choice, blocks
+        self.frames: list[_Frame] = []
         self._thread = threading.get_ident()
 
     def hooks(self, module: nn.Module, title: str, finish: Callable[[Tensor], None]) -> list[Any]:

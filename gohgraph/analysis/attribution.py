@@ -1,6 +1,6 @@
 """How much edges matter, estimated for all of them at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -62,7 +62,9 @@ def edge_attribution(
     return totals
 
 
-def _moving(name: str, value: Tensor, at: float, seen: list[tuple[str, Tensor, Tensor]]):
+def _moving(
+    name: str, value: Tensor, at: float, seen: list[tuple[str, Tensor, Tensor]]
+) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     # The gradient of a zero that is added counts the later contexts that the weight changes, too.
     def move(module: nn.Module, inputs: Any, alpha: Tensor) -> Tensor:
         zero = torch.zeros_like(alpha).requires_grad_()

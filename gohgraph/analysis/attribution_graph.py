@@ -107,7 +107,7 @@ def attribution_graph(
 
 def _messages(graph: LearnedGraph, runs: tuple[Trace, Trace], slopes: list[Trace], mask: Tensor) -> Tensor:
     """What the edges of a head graph are worth, `[B, E, T]`."""
-    slope = sum(run.gradients[graph.name] for run in slopes) / len(slopes)  # [B, T, H, F]
+    slope = torch.as_tensor(sum(run.gradients[graph.name] for run in slopes) / len(slopes))  # [B, T, H, F]
     pair = runs[0].sent[graph.name], runs[1].sent[graph.name]
     return torch.stack([worth(graph, pair, slope, example, mask[example]) for example in range(len(mask))])
 
@@ -233,7 +233,8 @@ def _add_stream(
                 one[:done] = weights.carried(event.module, one[:done], where.of(run.normed[event.module]))
         elif done:
             change = parts[0, :done] - parts[1, :done] if norms else parts[0, :done]  # [W, N, M]
-            slope = sum(_slope(event, run, weights, where) for run in slopes) / len(slopes)  # [R, N, M]
+            total = sum(_slope(event, run, weights, where) for run in slopes)
+            slope = torch.as_tensor(total / len(slopes))  # [R, N, M]
             found.add(event, change, slope, where)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.analysis.architectures.weights import linear_weight
-from gohgraph.analysis.architectures.wiring import AttentionUnit, Reading, Rows, Wiring
+from gohgraph.analysis.architectures.wiring import AttentionUnit, FeedForwardUnit, Reading, Rows, StreamNorm, Wiring
 from gohgraph.analysis.learned_edges import LearnedGraph, on_whole_maps, sent
 from gohgraph.analysis.parts import Weights, written
 from gohgraph.analysis.traces import Hooks, Trace, keep, run, sites_of
@@ -102,7 +102,7 @@ def run_patched(
                     edit = partial(_edit, unit, here, linear_weight(model.get_submodule(module)), moved)
                     hooks.on_output(module, edit)
             else:
-                hooks.on_input(unit.reads.entry, lambda x, unit=unit: _shift(x, moved((unit.name, "mlp"), unit.reads)))
+                hooks.on_input(unit.reads.entry, partial(_moved_input, unit, moved))
         end = wiring.streams[-1]
         plain = end.end._replace(norm=None)
         put = (hooks.on_output, end.last) if end.end.norm is None else (hooks.on_input, end.end.norm)
@@ -128,7 +128,7 @@ def _watch(hooks: Hooks, wiring: Wiring, now: Trace, changes: Mapping[str, _Chan
         watch[0](watch[1], keep(now.read, place))
     for norm in wiring.norms:
         hooks.on_input(norm.module, keep(now.normed, norm.module))
-        hooks.on_input(norm.module, lambda x, norm=norm: changes[norm.stream].through(norm.module, norm.time))
+        hooks.on_input(norm.module, partial(_through, changes[norm.stream], norm))
     for unit in wiring.units:
         for reading in {unit.reads, unit.source} if isinstance(unit, AttentionUnit) else {unit.reads}:
             hooks.on_input(reading.norm or reading.entry, keep(now.read, (reading.stream, reading.time)))
@@ -137,6 +137,14 @@ def _watch(hooks: Hooks, wiring: Wiring, now: Trace, changes: Mapping[str, _Chan
         if unit.post_norm is not None:
             hooks.on_input(unit.post_norm, keep(now.normed, unit.name))
         hooks.on_output(unit.post_norm or _last(unit), keep(now.wrote, unit.name))
+
+
+def _through(changes: _Changes, norm: StreamNorm, x: Tensor) -> None:
+    changes.through(norm.module, norm.time)
+
+
+def _moved_input(unit: FeedForwardUnit, moved: Callable, x: Tensor) -> Tensor | None:
+    return _shift(x, moved((unit.name, "mlp"), unit.reads))
 
 
 def _last(unit: Any) -> str:

@@ -13,7 +13,7 @@ from gohgraph.analysis.architectures import AttentionUnit, Rows, Wiring, wiring_
 from gohgraph.analysis.architectures.norms import Gain, gain_of
 from gohgraph.analysis.architectures.weights import Folder, Modules, linear_weight, modules_of
 from gohgraph.analysis.architectures.wiring import SITES
-from gohgraph.analysis.learned_edges import learned_graphs
+from gohgraph.analysis.learned_edges import LearnedGraph, learned_graphs
 from gohgraph.analysis.strength import edge_strength
 from gohgraph.analysis.unit_network import Reader, UnitNodes, Writer, network_of
 from gohgraph.common.checks import check_bool, check_int
@@ -70,10 +70,16 @@ def composition_graph(
     check_bool("learned", learned)
     if components is not None:
         check_int("components", components, low=1)
-    folder = None if isinstance(model, nn.Module) else Folder(model)
-    wiring = wiring_of(model if folder is None else folder.model)
-    modules = modules_of(model) if folder is None else folder
-    graphs = learned_graphs(model, wiring) if learned and isinstance(model, nn.Module) else []
+    modules: Modules
+    graphs: list[LearnedGraph] = []
+    strengths: dict[str, Tensor] = {}
+    if isinstance(model, nn.Module):
+        wiring, modules = wiring_of(model), modules_of(model)
+        graphs = learned_graphs(model, wiring) if learned else []
+        strengths = edge_strength(model) if graphs else {}
+    else:
+        modules = Folder(model)
+        wiring = wiring_of(modules.model)
     nodes = UnitNodes(wiring, learned=graphs)
     units = {unit.name: unit for unit in wiring.attentions}
     values: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
@@ -83,7 +89,6 @@ def composition_graph(
             if readers:
                 found = _scores(readers, units, wiring, modules, nodes, components)
                 values |= {(name, site): (scores, torch.zeros_like(scores)) for site, scores in found.items()}
-    strengths = edge_strength(model) if graphs else {}
     return network_of(nodes, values, {one.name: (s := strengths[one.name], torch.zeros_like(s)) for one in graphs})
 
 

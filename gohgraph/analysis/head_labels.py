@@ -81,6 +81,7 @@ def _inputs(model: nn.Module, wiring: Wiring, tokens: Any) -> tuple[Any, dict[st
             )
         tokens = repeated_tokens(_vocabulary(model), length=24, examples=4).inputs
         tokens = tokens if len(streams) == 1 else (tokens, tokens)
+    inputs: Any
     if isinstance(tokens, Mapping):
         inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in tokens.items()}
         given = [inputs.get("input_ids"), inputs.get("decoder_input_ids")][: len(streams)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gohgraph.analysis.losses import Loss, batch_loss, check_batches
 from gohgraph.analysis.module_names import block_of, site_of
@@ -75,7 +76,7 @@ def _blocks(model: nn.Module, example: dict[str, Any] | None) -> dict[str, tuple
     return blocks
 
 
-def _masking(name: str, block: tuple[nn.Module, int | None], masks: dict[str, list[Tensor]]):
+def _masking(name: str, block: tuple[nn.Module, int | None], masks: dict[str, list[Tensor]]) -> RemovableHandle:
     module, heads = block
 
     def masked(z: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ REPLACEMENTS = ("zero", "mean")
 
 def weights_of(conv: EdgeGraph) -> list[EdgeWeights]:
     """Returns what gives a graph's weights: one module, and that of the keys' side where edges are keyed."""
-    return [conv.edges, conv.key_edges] if conv.traits.keyed else [conv.edges]
+    return [conv.edges, cast(EdgeWeights, conv.key_edges)] if conv.traits.keyed else [conv.edges]
 
 
 def fills(

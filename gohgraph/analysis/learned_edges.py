@@ -59,16 +59,16 @@ class Sent(NamedTuple):
     Args:
         alpha: `[B, T, E]`, the weights.
         nodes: `[B, T, N, F]`, the senders, or a message for every edge.
-        index: `[E]`, of every edge its row of `nodes`.
+        senders: `[E]`, of every edge its row of `nodes`.
     """
 
     alpha: Tensor
     nodes: Tensor
-    index: Tensor
+    senders: Tensor
 
     def messages(self, example: int, tokens: Tensor) -> Tensor:
         """Returns those of some tokens of an example, `[n, E, F]`."""
-        nodes = self.nodes[example, tokens].index_select(1, self.index)  # [n, E, F]
+        nodes = self.nodes[example, tokens].index_select(1, self.senders)  # [n, E, F]
         return self.alpha[example, tokens].unsqueeze(-1) * nodes
 
     def received(self, receivers: Tensor, heads: int, chosen: Tensor | None = None) -> Tensor:
@@ -76,7 +76,7 @@ class Sent(NamedTuple):
         alpha = self.alpha if chosen is None else self.alpha * chosen.to(self.alpha.dtype)
         senders = self.nodes.shape[2]
         cells = alpha.new_zeros(*alpha.shape[:2], heads * senders)
-        cells.index_add_(-1, receivers * senders + self.index, alpha)
+        cells.index_add_(-1, receivers * senders + self.senders, alpha)
         return cells.unflatten(-1, (heads, senders)) @ self.nodes  # [B, T, H, F]
 
 
@@ -140,7 +140,8 @@ def on_whole_maps(model: nn.Module, graphs: Sequence[LearnedGraph]) -> Iterator[
 
 def sent(graph: LearnedGraph, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor | None = None) -> Sent:
     """Returns what the edges of a graph carried in one call; with `out`, what it returned, checks that they make it."""
-    nodes, context, earlier, active = (*args, *(None, None, (), None)[len(args) :])
+    left_out: tuple[Any, ...] = (None, None, (), None)
+    nodes, context, earlier, active = (*args, *left_out[len(args) :])
     context, active = kwargs.get("context", context), kwargs.get("active", active)
     with torch.no_grad():
         conv: Any = graph.conv

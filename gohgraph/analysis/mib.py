@@ -31,7 +31,7 @@ def save_mib_circuit(network: HeadNetwork, path: str | os.PathLike[str], *, shar
         path: a file that ends in .json.
         share: of edges in the circuit.
     """
-    path = checked_path(path, (".json",))
+    file = checked_path(path, (".json",))
     check_probability("share", share)
     if missing := [kind for kind in OTHERS if network.kind.count(kind) < 1] or "encoder" in " ".join(network.block):
         raise ValueError(
@@ -58,7 +58,7 @@ def save_mib_circuit(network: HeadNetwork, path: str | os.PathLike[str], *, shar
         "parallel_attn_mlp": not any(edge.startswith("a0.") and edge.endswith("->m0") for edge in edges),
     }  # fmt: skip
     data = {"cfg": config, "nodes": {n: n in known for of in names for n in of}, "edges": edges, "n_pos": None}
-    write_whole(path, lambda pending: pending.write_text(json.dumps(data), encoding="utf-8"))
+    write_whole(file, lambda pending: pending.write_text(json.dumps(data), encoding="utf-8"))
 
 
 def _names(network: HeadNetwork, node: int, size: int) -> list[str]:

@@ -144,7 +144,7 @@ def head_graph_of(
         raise ValueError("Expected a recording of at least one token (got none). Do record a forward pass.")
     places = {name: _place(name, recording, heads) for name, recording in heads.items()}
     numbers, nodes = _nodes(heads, places, importance or {})
-    columns: dict[str, list] = {name: [] for name in EDGE_ATTRIBUTES}
+    columns: dict[str, Any] = {name: [] for name in EDGE_ATTRIBUTES}
     index = []
     for name, recording in heads.items():
         importances = (edge_importance or {}).get(name)
@@ -213,22 +213,23 @@ def _nodes(
             sizes.setdefault(place, recording.num_heads)
     titles = dict(zip(blocks := list(dict.fromkeys(b for b, _ in sizes)), block_titles(blocks), strict=True))
     numbers: dict[Place, int] = {}
-    columns: dict[str, list] = {name: [] for name in NODE_ATTRIBUTES if name not in HEAD_SCORES}
+    columns: dict[str, Any] = {name: [] for name in NODE_ATTRIBUTES if name not in HEAD_SCORES}
     for block in blocks:
         for place in ((block, False), (block, True)):
             if place not in sizes:
                 continue
             numbers[place] = len(columns["label"])
             recordings = [recording for name, recording in heads.items() if places[name] == place]
-            recording = max(recordings, key=lambda recording: recording.num_shared is not None, default=None)
+            routed = [recording for recording in recordings if recording.num_shared is not None]
+            shown = next(iter(routed or recordings), None)
             layer, nothing = layer_of(block), torch.full((sizes[place],), torch.nan)
             for head in range(sizes[place]):
                 columns["label"].append(f"{titles[block].replace('layer ', '')}.{head}" + ("kv" if place[1] else ""))
                 columns["block"].append(titles[block])
                 columns["layer"].append(blocks.index(block) if layer is None else layer)
                 columns["head"].append(head)
-                columns["kind"].append(_kind(recording, head, place[1]))
-            columns["load"].append(torch.ones(sizes[place]) if recording is None else recording.load)
+                columns["kind"].append(_kind(shown, head, place[1]))
+            columns["load"].append(torch.ones(sizes[place]) if shown is None else shown.load)
             scores = nothing if place[1] else importance.get(block)
             columns["importance"].append(nothing if scores is None else scores)
     for name in ("load", "importance"):

@@ -50,11 +50,11 @@ def save_head_graph(network: HeadNetwork, path: str | os.PathLike[str]) -> None:
         >>> load_head_graph(path).num_edges
         8
     """
-    path = checked_path(path, GRAPH_SUFFIXES)
-    if path.suffix.lower() == ".csv":
+    file = checked_path(path, GRAPH_SUFFIXES)
+    if file.suffix.lower() == ".csv":
         # Nodes first: the edges' table is the one that is asked for, and the last to change.
-        write_whole(_nodes_of(path), lambda pending: _write(_write_nodes, network, pending))
-    write_whole(path, lambda pending: _write(WRITERS[path.suffix.lower()], network, pending))
+        write_whole(_nodes_of(file), lambda pending: _write(_write_nodes, network, pending))
+    write_whole(file, lambda pending: _write(WRITERS[file.suffix.lower()], network, pending))
 
 
 def load_head_graph(path: str | os.PathLike[str]) -> HeadNetwork:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,13 @@ class Weights:
             return torch.autograd.grad(self.model.get_submodule(norm).forward(x), x, slopes)[0]
 
 
+class Tokens(Protocol):
+    """Some tokens of a batch."""
+
+    def of(self, values: Tensor) -> Tensor:
+        """Returns `[B, T, F]` at these tokens, `[N, F]`."""
+
+
 class Where(NamedTuple):
     """Tokens of one example: its number in the batch, and their places `[N]`."""
 
@@ -68,7 +75,7 @@ class Where(NamedTuple):
         return values[self.example].index_select(0, self.tokens)
 
 
-def written(writer: Writer, seen: Trace, weights: Weights, where: Where) -> Tensor:
+def written(writer: Writer, seen: Trace, weights: Weights, where: Tokens) -> Tensor:
     """Returns what every node of a writer added to its stream, `[W, N, M]`."""
     if writer.time < 0:
         return where.of(seen.read[writer.stream, -1]).unsqueeze(0)

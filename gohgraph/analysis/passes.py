@@ -17,7 +17,8 @@ class Passes:
     """
 
     def __init__(self) -> None:
-        self.number, self._under_way = 0, []
+        self.number = 0
+        self._under_way: list[nn.Module] = []
 
     @contextmanager
     def following(self, modules: Iterable[nn.Module]) -> Iterator[None]:

@@ -4,10 +4,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gohgraph.analysis import summary
 from gohgraph.analysis.attention_record import AttentionRecording, attention_modules, recording_attention
@@ -58,11 +59,12 @@ class Recording:
     """
 
     def __init__(self, graph: SiteGraph, router: HeadRouter | None = None, *, every_token: bool = False) -> None:
-        is_conv, self.num_heads = isinstance(graph, EdgeGraph), graph.traits.num_heads
-        self.edge_index = (graph if is_conv else head_graph(self.num_heads)).edge_index.detach().cpu()
-        self.reach = graph.traits.reach if is_conv else 0
+        self.num_heads = graph.traits.num_heads
+        conv = graph if isinstance(graph, EdgeGraph) else None
+        self.edge_index = (head_graph(self.num_heads) if conv is None else conv).edge_index.detach().cpu()
+        self.reach = 0 if conv is None else conv.traits.reach
         self.num_shared = None if router is None else router.num_shared
-        shape = (graph.rounds if is_conv else 1, self.edge_index.shape[1])
+        shape = (1 if conv is None else conv.rounds, self.edge_index.shape[1])
         self._weights, self._share = Moments(shape), Moments(shape)
         self._active, self._gates = Moments((self.num_heads,)), Moments((self.num_heads,))
         self._balanced = torch.ones(self.num_heads, dtype=torch.float64)
@@ -301,7 +303,7 @@ def recordable(model: nn.Module) -> tuple[dict[str, SiteGraph], dict[str, str]]:
     left_out: dict[str, str] = {}
     convs = {name for name, module in working_modules(model) if isinstance(module, EdgeGraph)}
     for name, module in working_modules(model):
-        if name in convs:
+        if isinstance(module, EdgeGraph):
             graphs[name] = module
         elif isinstance(module, Chain) or not isinstance(module, SiteGraph):
             continue
@@ -333,7 +335,7 @@ def _hooks(
         recording.update_routing(routing)
 
     def on_edges(recording: Recording, inputs: Any, alpha: Tensor) -> None:
-        recording.update(alpha, graph.select(alpha, *last))
+        recording.update(alpha, cast(EdgeGraph, graph).select(alpha, *last))
 
     def on_nodes(recording: Recording, inputs: Any, nodes: Tensor) -> None:
         matrix = graph.matrix(inputs[1])  # [*, H, H]
@@ -347,8 +349,8 @@ def _hooks(
 
     block = model.get_submodule(block_of(name))
     # Both sites ask the edges for their weights, so that is where they are seen.
-    is_conv = isinstance(graph, EdgeGraph)
-    takers = [(graph.edges, on_edges) if is_conv else (graph, on_nodes)]
+    takers: list[tuple[nn.Module, Callable[[Recording, Any, Any], None]]]
+    takers = [(graph.edges, on_edges) if isinstance(graph, EdgeGraph) else (graph, on_nodes)]
     if router is not None:
         takers.append((router, on_routing))
     if isinstance(block, MultiHeadAttention):
@@ -358,7 +360,9 @@ def _hooks(
     return [_hook(owner, take, layers, passes.counter()) for owner, take in takers]
 
 
-def _hook(owner: nn.Module, take: Callable[[Recording, Any, Any], None], layers: Layers, counter: Counter):
+def _hook(
+    owner: nn.Module, take: Callable[[Recording, Any, Any], None], layers: Layers, counter: Counter
+) -> RemovableHandle:
     def take_result(module: nn.Module, inputs: Any, result: Any) -> None:
         # A deep copy of the model made inside the block carries this hook along: it is not what is recorded.
         if module is owner and not is_recomputed() and not is_beside():

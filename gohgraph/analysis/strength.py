@@ -1,6 +1,7 @@
 """How strong edges are, and whether that says what they are worth."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def _weight_strength(conv: EdgeGraph) -> Tensor:
         weight = weight if edges.down is None else weight @ edges.down.detach().double()  # [R, E, M]
         squares = squares + weight.square().sum(dim=-1)
     strength = edges.rescaled(squares.mean(dim=0).sqrt(), edges.learned_scale).detach().abs().cpu()  # [E]
-    return strength * conv.kept.cpu() if conv.traits.learned else strength
+    return strength * cast(Tensor, conv.kept).cpu() if conv.traits.learned else strength
 
 
 def _ranks(values: Tensor) -> Tensor:

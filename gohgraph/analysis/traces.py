@@ -63,11 +63,12 @@ class Hooks:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if threading.get_ident() != self._thread:
                 return None
-            name = None if args else next(key for key, value in kwargs.items() if isinstance(value, Tensor))
-            changed = take(args[0] if args else kwargs[name])
-            if changed is None:
-                return None
-            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, name: changed})
+            if args:
+                changed = take(args[0])
+                return None if changed is None else ((changed, *args[1:]), kwargs)
+            name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
+            changed = take(kwargs[name])
+            return None if changed is None else (args, {**kwargs, name: changed})
 
         module = self.model.get_submodule(name)
         self._stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -129,7 +130,7 @@ def trace(
     with Hooks(model) as hooks, on_whole_maps(model, graphs), torch.set_grad_enabled(zeros):
         for stream in wiring.streams:
             if starts is not None:
-                hooks.on_input(stream.first, lambda x, stream=stream: starts[stream.name].to(x.dtype))
+                hooks.on_input(stream.first, partial(_start_at, starts[stream.name]))
             hooks.on_input(stream.first, keep(seen.read, (stream.name, -1)))
             _watch_end(hooks, stream, seen, zeros and stream == wiring.streams[-1])
         for norm in wiring.norms:
@@ -197,6 +198,10 @@ def _at_end(hooks: Hooks, stream: Stream) -> Callable[[Callable[[Tensor], Tensor
     if stream.end.norm is None:
         return partial(hooks.on_output, stream.last)
     return partial(hooks.on_input, stream.end.norm)
+
+
+def _start_at(start: Tensor, x: Tensor) -> Tensor:
+    return start.to(x.dtype)
 
 
 def keep(into: dict[Any, Tensor], key: Any) -> Callable[[Tensor], None]:

@@ -129,7 +129,11 @@ def network_of(
     """
     from gohgraph.analysis.network import HeadNetwork
 
-    index, mean, std, graph, site = [], [], [], [], []
+    index: list[Tensor] = []
+    mean: list[Tensor] = []
+    std: list[Tensor] = []
+    graph: list[str] = []
+    site: list[str] = []
     for reader in nodes.readers:
         if (reader.unit, reader.site) not in values:
             continue

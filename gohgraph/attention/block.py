@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from gohgraph.attention.cache import KeyValueCache
 from gohgraph.attention.call import Call, Mask, Routed
 from gohgraph.attention.forms import attend, why_all_heads
 from gohgraph.attention.history import Earlier, History
-from gohgraph.attention.routing import Routing
+from gohgraph.attention.routing import HeadRouter, Routing
 from gohgraph.attention.skipped import ActiveHeads, project_all
+from gohgraph.common.checks import there
 from gohgraph.graphs.protocol import Losses, Messages, SiteGraph
 from gohgraph.graphs.wrapped import graph_at
 
@@ -111,7 +112,7 @@ class MultiHeadAttention(nn.Module):
         rotary: nn.Module | None = None,
         output_graph: nn.Module | None = None,
         score_graph: nn.Module | None = None,
-        router: nn.Module | None = None,
+        router: HeadRouter | None = None,
         inner_graphs: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class MultiHeadAttention(nn.Module):
         self,
         output_graph: nn.Module | None,
         score_graph: nn.Module | None,
-        router: nn.Module | None,
+        router: HeadRouter | None,
         inner_graphs: Mapping[str, nn.Module],
     ) -> None:
         """Puts graphs and a router into the block, in place of what stands there; arguments as in the constructor."""
@@ -144,10 +145,10 @@ class MultiHeadAttention(nn.Module):
         joins = self.num_kv_heads == self.num_heads and router is None and "weight" not in inner_graphs
         allowed = ALLOWED["scores"] | ({"joined keys"} if joins else set())
         score_graph = graph_at("scores", score_graph, self.num_heads, allowed)
-        inner = {}
+        inner: dict[str, nn.Module] = {}
         for name, graph in inner_graphs.items():
             site, nodes = INNER_SITES[name], self.num_kv_heads if name in ("key", "value") else self.num_heads
-            inner[name] = graph_at(site, graph, nodes, ALLOWED[site])
+            inner[name] = there(graph_at(site, graph, nodes, ALLOWED[site]))
         # All are checked before any is put in: what is refused leaves the block as it was.
         self.output_graph, self.score_graph, self.router = output_graph, score_graph, router
         self.inner_graphs = nn.ModuleDict(inner)
@@ -155,7 +156,8 @@ class MultiHeadAttention(nn.Module):
     @property
     def graphs(self) -> dict[str, SiteGraph]:
         """What stands at which site, of `gohgraph.graphs.config.SITES`."""
-        slots = {"output": self.output_graph, "score": self.score_graph, **self.inner_graphs}
+        inner = {slot: cast(SiteGraph, graph) for slot, graph in self.inner_graphs.items()}
+        slots = {"output": self.output_graph, "score": self.score_graph, **inner}
         sites = {"output": "outputs", "score": "scores", **INNER_SITES}
         return {sites[slot]: graph for slot, graph in slots.items() if graph is not None}
 
@@ -198,15 +200,16 @@ class MultiHeadAttention(nn.Module):
         q = self._queries(x, routing, heads, history)  # [B, T, H, D]
         if cache is not None and cache.is_filled:
             q, (k, v, *states) = self._turned(positions, q)[0], cache.read()  # [B, S, G, D] each
+            own = v
         else:
             k, v = self._keys_values(source, heads, history)  # [B, S, G, D] each
             q, k = self._turned(positions, q, k)
-            k, v, *states = self._remembered(cache, k, v, source)
+            own, (k, v, *states) = v, self._remembered(cache, k, v, source)
         scores, weights = self._messages(x, active, states)
         mask, dropout = Mask(keep_mask, self.causal), self.dropout if self.training else 0.0
         z, _ = attend(Call(q, k, v, mask, dropout, scores, weights, routed), self.form)  # [B, T, H, D]
         if self.output_graph is not None:
-            read = {"values": self._values_of(v, x, memory)} if self.output_graph.traits.reads_values else {}
+            read = {"values": self._values_of(own, memory)} if self.output_graph.traits.reads_values else {}
             z = self._pass_messages(z, x, history, active, token_mask, losses, **read)
         if routing is not None:
             z = z * routing.gates.unsqueeze(-1).to(z.dtype)
@@ -226,9 +229,8 @@ class MultiHeadAttention(nn.Module):
         # In tensor parallelism the router tells of all heads, while queries are of some.
         if routing is None or routing.active.shape[-1] != self.num_heads:
             return None
-        reason = why_all_heads(self, x, keys)
-        heads = reason or ActiveHeads(routing.active)
-        return Routed(routing.active, self.router.num_shared, self.router.num_active, heads)
+        reason, router = why_all_heads(self, x, keys), there(self.router)
+        return Routed(routing.active, router.num_shared, router.num_active, reason or ActiveHeads(routing.active))
 
     def _queries(
         self, x: Tensor, routing: Routing | None, heads: ActiveHeads | None, history: History
@@ -257,21 +259,26 @@ class MultiHeadAttention(nn.Module):
 
     def _remembered(self, cache: KeyValueCache | None, k: Tensor, v: Tensor, source: Tensor) -> tuple[Tensor, ...]:
         """All keys and values, and the state `[B, S, 1, U]` of every graph over maps that reads the keys' tokens."""
-        states = (graph.key_state(source).unsqueeze(2) for graph in self._map_graphs() if _is_keyed(graph))
+        keyed = (graph for graph in self._map_graphs() if graph is not None and graph.traits.keyed)
+        states = (there(graph.key_state(source)).unsqueeze(2) for graph in keyed)
         return (k, v, *states) if cache is None else cache.update(k, v, *states)
 
     def _inner(
         self, slot: str, nodes: Tensor, context: Tensor, history: History, routing: Routing | None = None
     ) -> Tensor:
         site = INNER_SITES[slot]
-        if slot in self.inner_graphs:
-            graph, active = self.inner_graphs[slot], None if routing is None else routing.active
+        graph = self._inner_graph(slot)
+        if graph is not None:
+            active = None if routing is None else routing.active
             nodes = graph(nodes, context, history.of(site, graph), active)
         history.hand_on(site, nodes, routing)
         return nodes
 
     def _map_graphs(self) -> tuple[SiteGraph | None, SiteGraph | None]:
-        return self.score_graph, self.inner_graphs["weight"] if "weight" in self.inner_graphs else None
+        return self.score_graph, self._inner_graph("weight")
+
+    def _inner_graph(self, slot: str) -> SiteGraph | None:
+        return cast(SiteGraph, self.inner_graphs[slot]) if slot in self.inner_graphs else None
 
     def _messages(self, x: Tensor, active: Tensor | None, states: Sequence[Tensor]) -> list[Messages | None]:
         """The graphs over scores and over weights, bound to the tokens of this call."""
@@ -281,14 +288,13 @@ class MultiHeadAttention(nn.Module):
             for graph in self._map_graphs()
         ]
 
-    def _values_of(self, v: Tensor, x: Tensor, memory: Tensor | None) -> Tensor:
-        """Of all values `[B, S, G, D]` those of the tokens of `x` themselves, for every head: `[B, T, H, D]`."""
+    def _values_of(self, v: Tensor, memory: Tensor | None) -> Tensor:
+        """The tokens' own values `[B, T, G, D]` for every head, `[B, T, H, D]`."""
         if memory is not None:
             raise ValueError(
                 f"Expected self attention for {type(self.output_graph).__name__}, which reads the tokens' own values "
                 "(got a memory). Do leave the graph out of cross attention."
             )
-        v = v[:, v.shape[1] - x.shape[1] :]  # [B, T, G, D]
         return v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
 
     def _pass_messages(
@@ -302,10 +308,11 @@ class MultiHeadAttention(nn.Module):
         **own: Tensor,
     ) -> Tensor:
         asked: Losses = {} if losses is None else {name: [] for name in losses}
-        earlier = history.of("outputs", self.output_graph)
-        z = self.output_graph(z, x, earlier, active, losses=asked, **own)  # [B, T, H, D]
+        graph = there(self.output_graph)
+        earlier = history.of("outputs", graph)
+        z = graph(z, x, earlier, active, losses=asked, **own)  # [B, T, H, D]
         for name, of_nodes in asked.items():
-            losses[name] += [_mean_over(one, active, token_mask) for one in of_nodes]
+            there(losses)[name] += [_mean_over(one, active, token_mask) for one in of_nodes]
         return z
 
     def extra_repr(self) -> str:

@@ -66,6 +66,18 @@ class KeyValueCache:
         """Replaces batch row b by row `rows[b]`, as beam search needs."""
         self._tensors = [stored[rows] for stored in self._tensors]
 
+    def in_place(self, size: int, place: Tensor) -> "StaticCache":
+        """Returns what is kept as a cache of `size` tokens, for compiled steps of one token; see `StaticCache`."""
+        tensors = [self._with_room(index, size) for index in range(len(self._tensors))]
+        return StaticCache(tensors, place)
+
+    def _with_room(self, index: int, size: int) -> Tensor:
+        stored = self._tensors[index]
+        # Zeros: what is masked may not be NaN, which zero weights would not take away.
+        room = stored.new_zeros(*stored.shape[:2], size, stored.shape[3])  # [B, G, size, D]
+        room[:, :, : self._length] = stored[:, :, : self._length]
+        return room
+
     def _grown(self, index: int, new: Tensor, length: int) -> Tensor:
         size = length if self.fixed else max(2 * length, 64)
         batch, _, heads, features = new.shape
@@ -73,6 +85,35 @@ class KeyValueCache:
         if self._tensors:
             grown[:, :, : self._length] = self._tensors[index][:, :, : self._length]
         return grown
+
+
+class StaticCache(KeyValueCache):
+    """A cache whose tensors keep their sizes: the token of a step is written where `place` says, all tokens are read.
+
+    So every step is one program for torch's compiler, which needs a mask of the keys up to the token.
+
+    Args:
+        tensors: `[B, G, S, D]` of keys, values and whatever else is kept.
+        place: index of the next token, `[1]`; whoever decodes moves it on.
+
+    Example:
+        >>> grown, place = KeyValueCache(), torch.tensor([1])
+        >>> _ = grown.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
+        >>> keys, values = grown.in_place(3, place).update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
+        >>> keys[0, :, 0, 0].tolist()
+        [0.0, 1.0, 0.0]
+    """
+
+    def __init__(self, tensors: list[Tensor], place: Tensor) -> None:
+        super().__init__()
+        # As many as if the token of a step came last.
+        self._tensors, self._length, self.place = tensors, tensors[0].shape[2] - 1, place
+
+    def update(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Writes keys, values and whatever else is kept of one token, `[B, 1, G, D]`; all are `[B, S, G, D]` each."""
+        for stored, tensor in zip(self._tensors, new, strict=True):
+            stored[:, :, self.place] = tensor.transpose(1, 2)  # [B, G, 1, D]
+        return tuple(stored.transpose(1, 2) for stored in self._tensors)
 
 
 def reorder_all(caches: list[tuple[KeyValueCache, ...]], rows: Tensor) -> None:

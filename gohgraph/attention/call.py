@@ -11,7 +11,8 @@ from gohgraph.attention.grouped import TokenGroups, group_tokens
 from gohgraph.attention.maps import causal_mask
 from gohgraph.attention.runs import interleaved, interleaved_mask
 from gohgraph.attention.skipped import ActiveHeads
-from gohgraph.common.modules import is_traced
+from gohgraph.common.checks import there
+from gohgraph.common.modules import is_exported, is_traced
 from gohgraph.graphs.protocol import Messages
 
 
@@ -147,9 +148,14 @@ class Call(NamedTuple):
         """Whether the call is traced, for other inputs too."""
         return is_traced()
 
+    @property
+    def is_exported(self) -> bool:
+        """Whether the call is traced for programs that know torch's own operators alone."""
+        return is_exported()
+
     def joined(self) -> "Call":
         """Returns plain attention over the keys of runs of heads, for scores that join them; `parted` undoes it."""
-        run = self.scores.graph.traits.run
+        run = there(self.scores).graph.traits.run
         q, k, v = (interleaved(heads, run) for heads in self[:3])  # [B, run*T or run*S, H/run, D]
         mask = Mask(interleaved_mask(self.mask.keep, self.q, self.k, run), self.mask.causal)
         return self._replace(q=q, k=k, v=v, mask=mask, scores=None)

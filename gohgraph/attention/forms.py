@@ -15,12 +15,15 @@ from torch import Tensor
 from gohgraph.attention.call import Call
 from gohgraph.attention.grouped import FROM_KEYS, LARGEST_SHARE, grouped_attention, may_pay
 from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_refuses
-from gohgraph.attention.maps import mixed_attention, plain_attention
+from gohgraph.attention.maps import Mix, mixed_attention, plain_attention
 from gohgraph.attention.runs import parted
-from gohgraph.attention.skipped import only_multiplies
+from gohgraph.attention.skipped import ActiveHeads, only_multiplies
 from gohgraph.attention.tiled import FEWEST_ROWS, tiled_attention
+from gohgraph.attention.tiled_operator import tiles
 from gohgraph.attention.watching import show
+from gohgraph.common.checks import there
 from gohgraph.common.modules import is_traced
+from gohgraph.graphs.protocol import Messages
 
 # Wide heads cost about in-degree times the plain attention core and hold no map of scores: on a CPU less than mixing
 # whole maps from length 1024 on, as much at 512. On denser graphs their widened keys outgrow the maps.
@@ -164,7 +167,9 @@ def _refuses_skipped(call: Call) -> str:
 
 
 def _skipped(call: Call) -> Result:
-    return call.routed.heads.attend(call.scaled_q, call.k, call.v, call.scores, call.mask.keep), None
+    heads = there(call.routed).heads
+    assert isinstance(heads, ActiveHeads)
+    return heads.attend(call.scaled_q, call.k, call.v, call.scores, call.mask.keep), None
 
 
 def _refuses_grouped(call: Call) -> str:
@@ -188,12 +193,12 @@ def _refuses_grouped(call: Call) -> str:
 def _pays_grouped(call: Call) -> str:
     if not may_pay(call.q, call.k.shape[1], call.mask.causal):
         return f"measured to pay on a CPU from {FROM_KEYS} keys on"
-    largest, share = LARGEST_SHARE[call.mask.causal], call.routed.groups.share(call.q.shape[1])
+    largest, share = LARGEST_SHARE[call.mask.causal], there(call.routed).groups.share(call.q.shape[1])
     return "" if share <= largest else f"{share:.0%} of all queries are to be computed, it pays up to {largest:.0%}"
 
 
 def _grouped(call: Call) -> Result:
-    return grouped_attention(call.scaled_q, call.k, call.v, call.routed.groups, *call.mask), None
+    return grouped_attention(call.scaled_q, call.k, call.v, there(call.routed).groups, *call.mask), None
 
 
 # Without messages between maps.
@@ -223,7 +228,7 @@ def _refuses_paired(call: Call) -> str:
 
 def _paired(call: Call) -> Result:
     z, _ = _plain(call.joined())
-    return parted(z, call.scores.graph.traits.run), None
+    return parted(z, there(call.scores).graph.traits.run), None
 
 
 # Under messages between maps.
@@ -243,9 +248,12 @@ def _refuses_matrix(call: Call) -> str:
         return "a float mask"
     if call.q.shape[1] == 1:
         return "a single query"
-    if call.is_compiling:
-        return "under torch.compile"
-    return "" if torch.backends.cuda.flash_sdp_enabled() else "torch's math kernel was asked for, for second gradients"
+    if call.is_exported:
+        return "under torch.export, which takes torch's own operators alone"
+    # What is compiled has no second gradients.
+    if call.is_compiling or torch.backends.cuda.flash_sdp_enabled():
+        return ""
+    return "torch's math kernel was asked for, for second gradients"
 
 
 def _refuses_shared(call: Call) -> str:
@@ -263,7 +271,7 @@ def _refuses_shared(call: Call) -> str:
 
 def _shared(call: Call) -> Result:
     z, _ = _plain(call._replace(weights=None))
-    return call.weights(z), None
+    return there(call.weights)(z), None
 
 
 def _refuses_kernel(call: Call) -> str:
@@ -271,8 +279,10 @@ def _refuses_kernel(call: Call) -> str:
         return reason
     if call.weights is not None:
         return "messages between weights"
+    if call.is_compiling:
+        return "under torch.compile"
     q = call.q
-    if call.v.shape[-1] != q.shape[-1] or call.scores.graph.traits.num_heads != q.shape[2]:
+    if call.v.shape[-1] != q.shape[-1] or there(call.scores).graph.traits.num_heads != q.shape[2]:
         return "values of another width, or senders on other ranks"
     return kernel_refuses(q.device, q.dtype, *q.shape[2:])
 
@@ -284,14 +294,14 @@ def _pays_kernel(call: Call) -> str:
 def _kernel(call: Call) -> Result:
     keep, is_causal = call.mask.for_kernel(call.q, call.k)
     k, v = call.k.to(call.q.dtype), call.v.to(call.q.dtype)
-    return flash_mixed_attention(call.scaled_q, k, v, call.scores.matrix(), keep, is_causal), None
+    return flash_mixed_attention(call.scaled_q, k, v, there(call.scores).matrix(), keep, is_causal), None
 
 
 def _pays_tiled(call: Call) -> str:
     if call.q.device.type != "cpu":
         return "measured to pay on a CPU only"
     widens = call.scores is not None and not (_refuses_wide(call) or _pays_wide(call))
-    width = call.scores.graph.traits.most_senders * call.q.shape[-1] if widens else 0
+    width = there(call.scores).graph.traits.most_senders * call.q.shape[-1] if widens else 0
     if 0 < width <= NARROW_WIDTH:
         return f"wide heads of {width} numbers are faster, up to {NARROW_WIDTH}"
     (batch, rows, heads), (keys, head_dim) = call.q.shape[:3], call.k.shape[1::2]
@@ -306,9 +316,10 @@ def _pays_tiled(call: Call) -> str:
 
 
 def _tiled(call: Call) -> Result:
-    matrices = [None if messages is None else messages.matrix() for messages in (call.scores, call.weights)]
+    scores, weights = (None if messages is None else messages.matrix() for messages in (call.scores, call.weights))
     keep, is_causal = call.mask.for_kernel(call.q, call.k)
-    return tiled_attention(call.scaled_q, call.k, call.v, *matrices, keep, is_causal), None
+    operator = tiles if call.is_compiling else None
+    return tiled_attention(call.scaled_q, call.k, call.v, scores, weights, keep, is_causal, operator), None
 
 
 def _refuses_wide(call: Call) -> str:
@@ -328,21 +339,22 @@ def _refuses_wide(call: Call) -> str:
 
 
 def _pays_wide(call: Call) -> str:
-    in_degree = call.scores.graph.traits.most_senders
+    in_degree = there(call.scores).graph.traits.most_senders
     if in_degree > WIDEST_IN_DEGREE:
         return f"in-degree {in_degree}, it pays up to {WIDEST_IN_DEGREE}"
     # One query is cheaper on its whole maps, unless all its keys have weights.
-    return "a single query" if call.q.shape[1] == 1 and call.scores.keys is None else ""
+    return "a single query" if call.q.shape[1] == 1 and there(call.scores).keys is None else ""
 
 
 def _wide(call: Call) -> Result:
-    wide, width = call.scores.widen(call.q, call.k, call.v), call.v.shape[-1]
+    wide, width = there(call.scores).widen(call.q, call.k, call.v), call.v.shape[-1]
     scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
     if call.core is not None:
         z, weights = call.core.attend(*wide, scale, True)
         return z[..., :width], weights
     keep, is_causal = call.mask.for_kernel(call.q, call.k)
-    return plain_attention(*wide, keep, call.dropout, is_causal, scale)[..., :width], None
+    z = plain_attention(*wide, keep_mask=keep, dropout=call.dropout, is_causal=is_causal, scale=scale)
+    return z[..., :width], None
 
 
 def _refuses_maps(call: Call) -> str:
@@ -353,19 +365,24 @@ def _refuses_maps(call: Call) -> str:
     return call.core.opaque if call.messages else "no messages between maps"
 
 
+def _mix(messages: Messages | None) -> Mix | None:
+    # For mypy a named tuple is nothing to call.
+    return None if messages is None else messages.__call__
+
+
 def _maps(call: Call) -> Result:
     keep = call.mask.whole(call.q, call.k)
+    scores, weights = _mix(call.scores), _mix(call.weights)
     if not call.need_weights:
-        z = mixed_attention(call.q, call.k, call.v, call.scores, call.weights, keep, call.dropout, call.scale)
-        return z, None
+        return mixed_attention(call.q, call.k, call.v, scores, weights, keep, call.dropout, call.scale), None
     told: list[Tensor] = []
 
-    def tell(weights: Tensor) -> Tensor:
-        weights = weights if call.weights is None else call.weights(weights)
-        told.append(F.dropout(weights, call.dropout))  # [B, T, H, S]
+    def tell(maps: Tensor) -> Tensor:
+        maps = maps if weights is None else weights(maps)
+        told.append(F.dropout(maps, call.dropout))  # [B, T, H, S]
         return told[0]
 
-    z = mixed_attention(call.q, call.k, call.v, call.scores, tell, keep, scale=call.scale)
+    z = mixed_attention(call.q, call.k, call.v, scores, tell, keep, scale=call.scale)
     return z, told[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ class History:
 
     def of(self, site: str, graph: SiteGraph) -> Sequence[Tensor]:
         """Returns what a graph at the site reads of earlier layers."""
-        return reached(self._earlier.get(site, ()), graph.traits.reach)
+        # Of those that it reads none was let go.
+        return cast(Sequence[Tensor], reached(self._earlier.get(site, ()), graph.traits.reach))
 
     def hand_on(self, site: str, nodes: Tensor, routing: Routing | None = None) -> None:
         """Takes in the block's nodes `[B, T, H, F]` at a site; heads that are off send zeros to later layers."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.common.checks import check_int
-from gohgraph.common.modules import is_traced
+from gohgraph.common.modules import is_exported, is_traced
 from gohgraph.graphs.config import RoutingConfig
 
 
@@ -107,6 +107,7 @@ class HeadRouter(nn.Module):
         self.routed = nn.Parameter(torch.empty(self.num_routed, d_model))
         self.shared = nn.Parameter(torch.empty(self.num_shared, d_model))
         self.kinds = nn.Parameter(torch.empty(2, d_model))
+        self.balance_bias: Tensor | None
         self.register_buffer("balance_bias", torch.zeros(self.num_routed) if bias_rate > 0 else None)
         self.process_group: Any = None
         self.reset_parameters()
@@ -208,7 +209,7 @@ class HeadRouter(nn.Module):
         if self.top_k == self.num_routed:
             return torch.ones_like(routed, dtype=torch.bool)
         scores = self._scores(routed)
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if is_exported():
             return _ranks(scores) < self.top_k
         best = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]  # [*, k]
         return torch.zeros_like(routed, dtype=torch.bool).scatter(-1, best, True)

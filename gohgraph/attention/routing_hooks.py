@@ -74,8 +74,8 @@ def _in_decoders(model: nn.Module) -> set[int]:
     """The routers inside the decoders of encoder-decoders: their tokens are not those of the source."""
     found: set[int] = set()
     for module in model.modules():
-        halves = [getattr(module, name, None) for name in ("encoder", "decoder")]
+        encoder, decoder = (getattr(module, name, None) for name in ("encoder", "decoder"))
         is_pair = getattr(getattr(module, "config", None), "is_encoder_decoder", True)
-        if is_pair and all(isinstance(half, nn.Module) for half in halves):
-            found |= {id(router) for router in halves[1].modules()}
+        if is_pair and isinstance(encoder, nn.Module) and isinstance(decoder, nn.Module):
+            found |= {id(router) for router in decoder.modules()}
     return found

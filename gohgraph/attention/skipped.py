@@ -13,21 +13,21 @@ from gohgraph.graphs.protocol import Messages
 
 
 class Run(NamedTuple):
-    """Heads first, first + step, ..., `count` of them: a view of whatever has a dimension of heads."""
+    """Heads first, first + step, ..., `length` of them: a view of whatever has a dimension of heads."""
 
     first: int
     step: int
-    count: int
+    length: int
 
     @property
-    def index(self) -> slice:
+    def place(self) -> slice:
         """The index of these heads, for a step of at least 1."""
-        return slice(self.first, self.first + self.step * (self.count - 1) + 1, self.step)
+        return slice(self.first, self.first + self.step * (self.length - 1) + 1, self.step)
 
     def of(self, heads: Tensor) -> Tensor:
         """Returns the view of these heads, of `heads [H, ...]`."""
         # A step of 0: query heads that share one key/value head.
-        return heads[self.index] if self.step else heads[self.first].expand(self.count, *heads.shape[1:])
+        return heads[self.place] if self.step else heads[self.first].expand(self.length, *heads.shape[1:])
 
 
 class ActiveHeads:
@@ -55,8 +55,8 @@ class ActiveHeads:
         weight, bias = _by_head(linear, head_dim)  # [H, D, M], [H, 1, D]
         heads = x.new_zeros(len(bias), x.shape[0], head_dim)  # [H, B, D]
         for rows, run in self._calls:
-            projected = torch.baddbmm(run.of(bias), x[rows, 0].expand(run.count, -1, -1), run.of(weight).mT)
-            heads[run.index, rows] = projected  # [heads, rows, D]
+            projected = torch.baddbmm(run.of(bias), x[rows, 0].expand(run.length, -1, -1), run.of(weight).mT)
+            heads[run.place, rows] = projected  # [heads, rows, D]
         return heads.transpose(0, 1).unsqueeze(1)
 
     def read_out(self, z: Tensor, linear: nn.Linear) -> Tensor:
@@ -65,7 +65,7 @@ class ActiveHeads:
         z = z[:, 0].transpose(0, 1)  # [H, B, D]
         y = z.new_zeros(z.shape[1], linear.out_features)  # [B, M]
         for rows, run in self._calls:
-            read = torch.bmm(z[run.index, rows], run.of(weight)).sum(dim=0)  # [rows, M]
+            read = torch.bmm(z[run.place, rows], run.of(weight)).sum(dim=0)  # [rows, M]
             y = y + read if isinstance(rows, slice) else y.index_add(0, torch.tensor(rows, device=y.device), read)
         return (y if linear.bias is None else y + linear.bias).unsqueeze(1)
 
@@ -126,7 +126,7 @@ def _products(vectors: Tensor, matrices: Tensor, runs: list[list[Run]], *, as_co
     for rows, heads, out, runs_of_row in zip(vectors.unsqueeze(2), matrices, products.unsqueeze(2), runs, strict=True):
         end = 0
         for run in runs_of_row:
-            start, end = end, end + run.count
+            start, end = end, end + run.length
             left, right, product = rows[start:end], run.of(heads), out[start:end]  # [n, 1, K], [n, K, N], [n, 1, N]
             # On a CPU keys are read 1.1 to 3 times as fast like this, values 4 times as slowly.
             if as_columns:

@@ -1,16 +1,24 @@
 """The sites where heads exchange messages, for attention whose projections live elsewhere."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from gohgraph.attention.call import NO_MASK, Call, Core, Mask
 from gohgraph.attention.forms import attend
-from gohgraph.attention.routing import Routing
+from gohgraph.attention.routing import HeadRouter, Routing
 from gohgraph.graphs.protocol import Messages
 from gohgraph.graphs.wrapped import graph_at
+
+
+class Slots(TypedDict, total=False):
+    """What stands in the slots of a `HeadSlots`, as keyword arguments."""
+
+    output_graph: nn.Module | None
+    score_graph: nn.Module | None
+    router: HeadRouter | None
 
 
 class HeadSlots(nn.Module):
@@ -42,6 +50,7 @@ class HeadSlots(nn.Module):
     """
 
     origin: Any = None
+    places: Tensor | None
 
     def __init__(
         self,
@@ -49,7 +58,7 @@ class HeadSlots(nn.Module):
         *,
         output_graph: nn.Module | None = None,
         score_graph: nn.Module | None = None,
-        router: nn.Module | None = None,
+        router: HeadRouter | None = None,
         allowed: Collection[str] = ("whole", "nonlinear"),
         head_order: list[int] | None = None,
     ) -> None:
@@ -62,7 +71,7 @@ class HeadSlots(nn.Module):
         num_heads: int,
         output_graph: nn.Module | None = None,
         score_graph: nn.Module | None = None,
-        router: nn.Module | None = None,
+        router: HeadRouter | None = None,
         allowed: Collection[str] = ("whole", "nonlinear"),
     ) -> None:
         """Puts graphs and a router in, in place of what stands there; arguments as in the constructor."""

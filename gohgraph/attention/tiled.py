@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gohgraph.attention.blocked import SECOND_GRADIENTS, blocked_attention
 from gohgraph.attention.kernels.folding import fold, unfold
+from gohgraph.common.checks import there
 
 # Numbers of a tile of maps (rows * H * S), of which backward holds three: they stay in a core's cache between products,
 # and count little beside a block. Time is flat up to the double; with fewer rows products are too flat to be fast, with
 # more they waste much above the diagonal.
 TILE_NUMBERS = 2**18
 FEWEST_ROWS, MOST_ROWS = 64, 128
+
+# From so many keys on, whole rows of a tile leave the cache, and messages between scores alone go over blocks of keys
+# (attention of 8 heads of 64 alone, forward and backward, processor time on one thread of a busy machine, as ratio to
+# torch's: 2,048 keys 1.99 -> 1.82, 4,096 1.66 -> 1.37, 8,192 2.71 -> 1.56).
+BLOCKS_FROM_KEYS = 2048
 
 
 class Tile(NamedTuple):
@@ -39,6 +46,7 @@ def tiled_attention(
     mix_weights: Tensor | None = None,
     keep_mask: Tensor | None = None,
     is_causal: bool = False,
+    tiles: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     r"""Attention with linear messages between scores, between the weights they become, or both, in tiles of queries.
 
@@ -60,6 +68,7 @@ def tiled_attention(
         mix_scores, mix_weights: w and u, `[B, T, R, H]` or `[R, H]`, rows receive; `None` for the identity.
         keep_mask: bool, broadcastable to `[B, H, T, S]`, True = may attend; a row without any gives zeros.
         is_causal: query t sees keys up to t; T = S. Not beside a mask.
+        tiles: what computes them, `tiled_operator.tiles` where torch compiles; `None` for a function of autograd.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 7, 5, 4)
@@ -79,7 +88,13 @@ def tiled_attention(
         keep_mask = keep_mask[(None,) * (4 - keep_mask.dim())].expand(batch, -1, -1, -1)  # [B, 1 or H, 1 or T, 1 or S]
     # Inputs have one dtype; autocast would turn only some of the products inside into another.
     with torch.autocast(q.device.type, enabled=False):
-        return _TiledAttention.apply(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), *mixes, keep_mask, is_causal)
+        # Sums over blocks are carried on: half precision would lose them.
+        is_precise = q.dtype in (torch.float32, torch.float64)
+        long_scores = mix_weights is None and mix_scores is not None and k.shape[1] >= BLOCKS_FROM_KEYS and is_precise
+        if tiles is None and long_scores:
+            return blocked_attention(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), mixes[0], keep_mask, is_causal)
+        tiles = _TiledAttention.apply if tiles is None else tiles
+        return tiles(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), *mixes, keep_mask, is_causal)
 
 
 def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) -> Iterator[Tile]:
@@ -118,7 +133,8 @@ class _Inputs(NamedTuple):
         return made._replace(keep_mask=made.keep_mask.expand(batch, rows, tokens, made.k.shape[1]))  # [B, R, T, S]
 
     def tiles(self) -> Iterator[Tile]:
-        return tiles_of(*self.q.shape[:3], self.k.shape[1], self.is_causal)
+        batch, tokens, heads = self.q.shape[:3]
+        return tiles_of(batch, tokens, heads, self.k.shape[1], self.is_causal)
 
     def maps(self, keys: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
         """Scores `[H, t, n]` before messages, and the weights `[t, H, n]` after them, for keys `[B, H, D, S]`."""
@@ -191,10 +207,7 @@ class _TiledGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(
-            "Expected first gradients alone of attention in tiles (got second ones). Do run forward within "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or call mixed_attention."
-        )
+        raise RuntimeError(SECOND_GRADIENTS)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -212,7 +225,9 @@ class _Gradients:
         has_products = inputs.mix_weights is None
         self.products = (grad * z).sum(dim=-1, keepdim=True) if has_products else None  # [B, T, H, 1]
         self.dq = torch.empty_like(inputs.q)
-        self.dk, self.dv = (torch.zeros_like(x) for x in (self.keys, self.values))  # [B, H, D, S]
+        # In float32 at least: a sum over many tiles loses the digits of bfloat16 that each of them has.
+        sums = torch.promote_types(grad.dtype, torch.float32)
+        self.dk, self.dv = (torch.zeros_like(x, dtype=sums) for x in (self.keys, self.values))  # [B, H, D, S]
         mixes = (inputs.mix_scores, inputs.mix_weights)
         self.dmix_scores, self.dmix_weights = (w if w is None else w.new_empty(w.shape) for w in mixes)
 
@@ -224,7 +239,7 @@ class _Gradients:
         dscores = self._through_weights(tile, weights)  # [t, H, n]
         del weights
         if mix_scores is not None:
-            self.dmix_scores[b, rows] = torch.bmm(dscores, scores.permute(1, 2, 0))  # [t, H, H]
+            there(self.dmix_scores)[b, rows] = torch.bmm(dscores, scores.permute(1, 2, 0))  # [t, H, H]
             dscores = torch.bmm(mix_scores[b, rows].transpose(1, 2), dscores)  # [t, H, n]
         dscores = dscores.transpose(0, 1)  # [H, t, n]
         self.dq[b, rows] = torch.bmm(dscores, k[b, :n].transpose(0, 1)).transpose(0, 1)  # [t, H, D]
@@ -232,7 +247,7 @@ class _Gradients:
 
     def of_inputs(self) -> tuple[Tensor, ...]:
         """Returns the gradients in the order of the inputs, without those of mixes that there are not."""
-        dk, dv = (x.permute(0, 3, 1, 2) for x in (self.dk, self.dv))  # [B, S, H, D]
+        dk, dv = (x.to(self.dz.dtype).permute(0, 3, 1, 2) for x in (self.dk, self.dv))  # [B, S, H, D]
         return self.dq, dk, dv, *(w for w in (self.dmix_scores, self.dmix_weights) if w is not None)
 
     def _through_weights(self, tile: Tile, weights: Tensor) -> Tensor:
@@ -243,8 +258,8 @@ class _Gradients:
         dweights = torch.bmm(dz, self.values[b, :, :, :n]).transpose(0, 1)  # [t, H, n]
         if mix_weights is None:
             self.dv[b, :, :, :n] += torch.bmm(dz.transpose(1, 2), weights.transpose(0, 1))  # [H, D, n]
-            return dweights.sub_(self.products[b, rows]).mul_(weights)
-        self.dmix_weights[b, rows] = torch.bmm(dweights, weights.transpose(1, 2))  # [t, H, H]
+            return dweights.sub_(there(self.products)[b, rows]).mul_(weights)
+        there(self.dmix_weights)[b, rows] = torch.bmm(dweights, weights.transpose(1, 2))  # [t, H, H]
         mixed = torch.bmm(mix_weights[b, rows], weights)  # [t, H, n]
         self.dv[b, :, :, :n] += torch.bmm(dz.transpose(1, 2), mixed.transpose(0, 1))  # [H, D, n]
         del mixed

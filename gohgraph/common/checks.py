@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 
 def check_int(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
@@ -71,6 +73,30 @@ def check_bool(name: str, value: Any) -> None:
     """Refuses what is neither True nor False, with a `TypeError`."""
     if not isinstance(value, bool):
         raise TypeError(f"Expected {name} to be True or False (got {value!r}). Do pass a bool.")
+
+
+def needed(name: str, value: Value | None) -> Value:
+    """Returns a value that a caller may leave out but that is read here; `None` is refused with a `ValueError`.
+
+    Example:
+        >>> needed("context", None)
+        Traceback (most recent call last):
+        ValueError: Expected a context (got None). Do pass it, this module reads it.
+    """
+    if value is None:
+        raise ValueError(f"Expected a {name} (got None). Do pass it, this module reads it.")
+    return value
+
+
+def there(value: Value | None) -> Value:
+    """Returns a value that a check before has made sure of, where types cannot tell.
+
+    Example:
+        >>> there({"heads": 8}.get("heads"))
+        8
+    """
+    assert value is not None
+    return value
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

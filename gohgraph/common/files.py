@@ -4,12 +4,24 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from safetensors import SafetensorError
 
 # What pictures are saved as.
 PICTURES = (".png", ".svg", ".pdf")
+
+
+@overload
+def checked_path(path: str | os.PathLike[str], suffixes: Sequence[str] = PICTURES) -> Path: ...
+
+
+@overload
+def checked_path(path: None, suffixes: Sequence[str] = PICTURES) -> None: ...
+
+
+@overload
+def checked_path(path: str | os.PathLike[str] | None, suffixes: Sequence[str] = PICTURES) -> Path | None: ...
 
 
 def checked_path(path: str | os.PathLike[str] | None, suffixes: Sequence[str] = PICTURES) -> Path | None:

@@ -40,6 +40,16 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_exported() -> bool:
+    """Whether it is written down for other programs, which know torch's own operators alone.
+
+    Example:
+        >>> is_exported()
+        False
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def check_writable(model: nn.Module, parts: Iterable[nn.Module], names: Iterable[str] = ("weight",)) -> None:
     """Raises `ValueError` unless what a part has under these names is its own to write into.
 

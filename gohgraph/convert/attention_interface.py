@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gohgraph.attention.call import NO_MASK, Core, Mask
 from gohgraph.attention.slots import HeadSlots
+from gohgraph.common.checks import there
 from gohgraph.convert import hidden_states
 from gohgraph.convert.implementation_names import NamedByUs, Overlay, beneath
 
@@ -103,7 +104,7 @@ def base_function(kind: type, base: str) -> Callable[..., Any]:
         _FUNCTIONS[kind] = (_interface(kind), _eager(kind))
     interface, eager = _FUNCTIONS[kind]
     if base == "eager" and base not in interface:
-        return eager
+        return there(eager)
     return interface[base]
 
 
@@ -120,8 +121,10 @@ def _eager(kind: type) -> Callable[..., Any] | None:
     """The eager function that the methods of a class name; a file may have several."""
     for owner in kind.__mro__:
         for method in vars(owner).values():
-            method = inspect.unwrap(method) if inspect.isfunction(method) else None
-            for name in method.__code__.co_names if method is not None else ():
+            if not inspect.isfunction(method):
+                continue
+            method = inspect.unwrap(method)
+            for name in method.__code__.co_names:
                 if name.endswith("eager_attention_forward") and name in method.__globals__:
                     return method.__globals__[name]
     return None
@@ -136,7 +139,7 @@ def seen_by(base: str, module: nn.Module, wide: bool) -> Any:
     return Overlay(module, **others) if others else module
 
 
-def attach(module: nn.Module, graphs: Any, *, required: bool = True) -> None:
+def attach(module: Any, graphs: Any, *, required: bool = True) -> None:
     """Gives head graphs to a module, and their context in every call; `required`, that they are called."""
     setattr(module, CHILD, graphs)
     module.__dict__[HOOKS] = hidden_states.note_for(module, "", required)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.call import Core
 from gohgraph.attention.routing import HeadRouter
-from gohgraph.attention.slots import HeadSlots
+from gohgraph.attention.slots import HeadSlots, Slots
 from gohgraph.common.modules import working_modules
 from gohgraph.convert.trial_runs import dtype_for
 from gohgraph.graphs.building import build_graph
@@ -130,24 +130,31 @@ class Report:
         return "\n".join(lines + [f"not compared: {name}: {reason}" for name, reason in self.unchecked.items()])
 
 
-def build_slots(config: HeadGraphConfig, block: Block, layer: int) -> dict[str, nn.Module | None]:
+def build_slots(config: HeadGraphConfig, block: Block, layer: int) -> Slots:
     """Builds what `config` puts into a block, in its dtype and on its device."""
     sizes = (block.num_heads, block.head_dim, block.d_model)
     # Whatever the default device is: graphs go to that of their block.
     with torch.device("cpu"):
         slots = slots_of(config, sizes, layer)
-        for site, slot in (("outputs", "output_graph"), ("scores", "score_graph")):
-            if slots[slot] is not None:
-                check_site(site, slots[slot], block.num_heads, block.allowed)
+        for site, graph in (("outputs", slots["output_graph"]), ("scores", slots["score_graph"])):
+            if isinstance(graph, SiteGraph):
+                check_site(site, graph, block.num_heads, block.allowed)
         _check_width(block, slots["score_graph"])
-        like = block.weight_like
-        return {name: slot and slot.to(like.device, dtype_for(like)) for name, slot in slots.items()}
+        return move(slots, block.weight_like.device, dtype_for(block.weight_like))
 
 
-def _check_width(block: Block, score_graph: SiteGraph | None) -> None:
+def move(slots: Slots, device: torch.device, dtype: torch.dtype) -> Slots:
+    """Moves what stands in the slots, in place."""
+    for module in slots.values():
+        if isinstance(module, nn.Module):
+            module.to(device, dtype)
+    return slots
+
+
+def _check_width(block: Block, score_graph: nn.Module | None) -> None:
     """Raises `ValueError` where wider heads are the only form and too wide for the attention beneath."""
     core = block.core
-    if score_graph is None or core is None or not core.opaque or core.widest is None:
+    if not isinstance(score_graph, SiteGraph) or core is None or not core.opaque or core.widest is None:
         return
     senders = score_graph.traits.most_senders
     if senders * block.head_dim > core.widest:
@@ -158,13 +165,13 @@ def _check_width(block: Block, score_graph: SiteGraph | None) -> None:
         )
 
 
-def slots_of(config: HeadGraphConfig, sizes: tuple[int, int, int], layer: int) -> dict[str, nn.Module | None]:
+def slots_of(config: HeadGraphConfig, sizes: tuple[int, int, int], layer: int) -> Slots:
     """Builds the slots of one attention block of sizes (H, D, M)."""
     routing, (num_heads, _, d_model) = config.routing, sizes
     return {
         "output_graph": build_graph(config.outputs, sizes),
         "score_graph": build_graph(config.scores, sizes),
-        "router": routing and HeadRouter.from_config(routing, d_model, num_heads, layer=layer),
+        "router": None if routing is None else HeadRouter.from_config(routing, d_model, num_heads, layer=layer),
     }
 
 

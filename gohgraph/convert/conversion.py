@@ -108,15 +108,15 @@ def unconvert(model: Model) -> Model:
         >>> type(unconvert(model).self_attn).__name__
         'MultiheadAttention'
     """
-    given, model = model, _uncompiled(model)
-    if own_models.is_own(model):
-        own_models.give(model, None)
-        return given
+    inner = _uncompiled(model)
+    if own_models.is_own(inner):
+        own_models.give(inner, None)
+        return model
     for family in FAMILIES:
-        family.undo(model)
-    for module in model.modules():
+        family.undo(inner)
+    for module in inner.modules():
         vars(module).pop(CONVERSION, None)
-    return given
+    return model
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
@@ -190,7 +190,7 @@ def _check(model: nn.Module, config: HeadGraphConfig) -> None:
     if not isinstance(config, HeadGraphConfig):
         raise TypeError(f"Expected a HeadGraphConfig or None (got {config!r}). Do pass HeadGraphConfig().")
     is_own = own_models.is_own(model)
-    if is_own and (graphs := getattr(model.config, "transformer", model.config).head_graph) is not None:
+    if is_own and (graphs := own_models.transformer_of(model).head_graph) is not None:
         raise ValueError(f"Expected a model without head graphs (got head_graph={graphs}). Do unconvert it first.")
     if is_own:
         return

@@ -13,7 +13,7 @@ import tempfile
 from copy import copy
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -55,7 +55,8 @@ class ConvertedConfig(PreTrainedConfig):
                 f"Expected a backbone of a type that transformers knows (got {model_type!r}). Do register it with "
                 "AutoConfig and an Auto class first, or load the backbone and pass it to gohgraph.load_converted."
             )
-        return config_class(CONFIG_MAPPING[model_type]).from_dict({**stock, HEAD_GRAPHS: description}, **options)
+        kind = config_class(cast(type, CONFIG_MAPPING[model_type]))
+        return kind.from_dict({**stock, HEAD_GRAPHS: description}, **options)
 
 
 @cache
@@ -74,7 +75,7 @@ def config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 def as_stock(config: PreTrainedConfig) -> Any:
     """Makes a configuration that came with head graphs the backbone's own, in place; returns their description."""
-    config.__class__ = type(config).stock_class
+    config.__class__ = cast(Any, type(config)).stock_class
     return config.__dict__.pop(HEAD_GRAPHS)
 
 
@@ -114,6 +115,7 @@ class WrittenWithGraphs:
 
 def document(stock: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
     """Returns the content of `config.json`."""
-    shown = {name: stock[name] for name in ("architectures", "dtype", "transformers_version") if name in stock}
+    names: tuple[str, ...] = ("architectures", "dtype", "transformers_version")
+    shown = {name: stock[name] for name in names if name in stock}
     backbone = {**stock, FILE: REFUSAL}
     return {"model_type": MODEL_TYPE, FILE: REFUSAL, **shown, "backbone": backbone, HEAD_GRAPHS: description}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from copy import copy
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from torch import nn
@@ -51,13 +51,13 @@ def model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def _init(self: PreTrainedModel, config: Any, *args: Any, **options: Any) -> None:
     # A copy: the same configuration may make another model.
     config = copy(config)
-    stock, described = type(self).stock_class, read_description(as_stock(config))
+    stock, described = cast(Any, type(self)).stock_class, read_description(as_stock(config))
     stock.__init__(self, config, *args, **options)
     restore(self, names_in(self, described))
     self.__class__ = stock
 
 
-def _from_pretrained(cls: type, name: Any, *args: Any, **options: Any) -> Any:
+def _from_pretrained(cls: Any, name: Any, *args: Any, **options: Any) -> Any:
     if options.get("offload_buffers"):
         raise ValueError("Expected offload_buffers=False with head graphs (got True). Do keep buffers in memory.")
     wants_info = options.pop("output_loading_info", False)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gohgraph.attention.slots import HeadSlots
+from gohgraph.attention.slots import HeadSlots, Slots
 from gohgraph.convert.blocks import head_slots
 from gohgraph.convert.origin import Origin, check_rebuilds, keep_edges, kept_edges
 from gohgraph.graphs.config import HeadGraphConfig
@@ -34,7 +34,7 @@ class Described(NamedTuple):
     head_order: list[int] | None
     edges: dict[str, list[list[int]]]
 
-    def build(self) -> dict[str, nn.Module | None]:
+    def build(self) -> Slots:
         """Builds the slots anew, pruned as they were."""
         slots = self.origin.build()
         keep_edges(slots, self.edges)

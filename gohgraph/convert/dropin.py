@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.attention.call import Mask
-from gohgraph.attention.slots import HeadSlots
-from gohgraph.common.checks import check_int, check_probability
+from gohgraph.attention.routing import HeadRouter
+from gohgraph.attention.slots import HeadSlots, Slots
+from gohgraph.common.checks import check_int, check_probability, there
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -58,6 +62,14 @@ class GraphMultiheadAttention(HeadSlots):
         (torch.Size([2, 5, 32]), torch.Size([2, 5, 5]))
     """
 
+    in_proj_weight: nn.Parameter | None
+    q_proj_weight: nn.Parameter | None
+    k_proj_weight: nn.Parameter | None
+    v_proj_weight: nn.Parameter | None
+    in_proj_bias: nn.Parameter | None
+    bias_k: nn.Parameter | None
+    bias_v: nn.Parameter | None
+
     def __init__(
         self,
         embed_dim: int,
@@ -74,7 +86,7 @@ class GraphMultiheadAttention(HeadSlots):
         *,
         output_graph: nn.Module | None = None,
         score_graph: nn.Module | None = None,
-        router: nn.Module | None = None,
+        router: HeadRouter | None = None,
     ) -> None:
         _check_options(embed_dim, num_heads, dropout, kdim, vdim)
         super().__init__(num_heads, output_graph=output_graph, score_graph=score_graph, router=router)
@@ -84,21 +96,21 @@ class GraphMultiheadAttention(HeadSlots):
         self.is_packed = kdim == vdim == embed_dim
         # What torch's encoders read before they take a fused path past this module: False keeps them here.
         self._qkv_same_embed_dim = False
-        shapes = {name: None for name in PROJECTIONS}
+        shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(PROJECTIONS)
         if self.is_packed:
             shapes["in_proj_weight"] = (3 * embed_dim, embed_dim)
         else:
             shapes |= zip(PROJECTIONS[1:], ((embed_dim, size) for size in (embed_dim, kdim, vdim)), strict=True)
         shapes["in_proj_bias"] = (3 * embed_dim,) if bias else None
-        shapes |= dict.fromkeys(("bias_k", "bias_v"), (1, 1, embed_dim) if add_bias_kv else None)
+        shapes["bias_k"] = shapes["bias_v"] = (1, 1, embed_dim) if add_bias_kv else None
         for name, shape in shapes.items():
-            empty = shape and nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            empty = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.register_parameter(name, empty)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
 
     @classmethod
-    def from_torch(cls, module: nn.MultiheadAttention, **slots: nn.Module | None) -> GraphMultiheadAttention:
+    def from_torch(cls, module: nn.MultiheadAttention, **slots: Unpack[Slots]) -> GraphMultiheadAttention:
         """Returns a drop-in that has the very weights of torch's module, and the given slots.
 
         Raises:
@@ -116,23 +128,24 @@ class GraphMultiheadAttention(HeadSlots):
         return plain
 
     @classmethod
-    def adopt(cls, module: nn.MultiheadAttention, **slots: nn.Module | None) -> None:
+    def adopt(cls, module: nn.MultiheadAttention, **slots: Unpack[Slots]) -> None:
         """Turns torch's module itself into the drop-in: its weights, hooks, names and pruning masks stay as they are.
 
         Raises:
             TypeError: as in `from_torch`.
         """
         _check_class(module)
-        module.__class__ = cls
-        module.fill_slots(module.num_heads, **slots)
-        module.order_heads(None)
-        module.is_packed, module._qkv_same_embed_dim = module._qkv_same_embed_dim, False
+        new = cast(GraphMultiheadAttention, module)
+        new.__class__ = cls
+        new.fill_slots(new.num_heads, **slots)
+        new.order_heads(None)
+        new.is_packed, new._qkv_same_embed_dim = new._qkv_same_embed_dim, False
 
     def release(self) -> None:
         """Turns the drop-in itself back into torch's module, without head graphs and router."""
         self.empty_slots()
         self._qkv_same_embed_dim = self.__dict__.pop("is_packed")
-        self.__class__ = nn.MultiheadAttention
+        cast(nn.Module, self).__class__ = nn.MultiheadAttention
 
     def reset_parameters(self) -> None:
         """Draws the weights as torch's module does; graphs and router stay."""
@@ -142,7 +155,7 @@ class GraphMultiheadAttention(HeadSlots):
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             nn.init.xavier_normal_(self.bias_k)
             nn.init.xavier_normal_(self.bias_v)
 
@@ -204,12 +217,12 @@ class GraphMultiheadAttention(HeadSlots):
         query, key, value = (self._time_first(x) for x in (query, key, value))  # [T, B, M]
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         if self.is_packed and same_query and same_value:
-            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)  # [T, B, M] each
+            q, k, v = F.linear(query, there(self.in_proj_weight), self.in_proj_bias).chunk(3, dim=-1)  # [T, B, M] each
         else:
             separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            weights = self.in_proj_weight.chunk(3) if self.is_packed else separate
+            weights = there(self.in_proj_weight).chunk(3) if self.is_packed else map(there, separate)
             q, k, v = map(F.linear, (query, key, value), weights, biases)  # [T or S, B, M]
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             k, v = (torch.cat((x, more.expand(1, x.shape[1], -1))) for x, more in ((k, self.bias_k), (v, self.bias_v)))
         if self.add_zero_attn:
             k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))  # [S + 1, B, M]
@@ -234,7 +247,8 @@ class GraphMultiheadAttention(HeadSlots):
         if all(mask.dtype == torch.bool for mask in masks):
             keeps = [_open(~mask, keys, True) for mask in masks]
             return keeps[0] if len(keeps) == 1 else keeps[0] & keeps[1]
-        return sum(_open(_added(mask, dtype), keys, 0.0) for mask in masks)
+        numbers = [_open(_added(mask, dtype), keys, 0.0) for mask in masks]
+        return numbers[0] if len(numbers) == 1 else numbers[0] + numbers[1]
 
     def _check_inputs(
         self,
@@ -313,13 +327,15 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
-def _options(module: nn.Module) -> dict[str, Any]:
+def _options(module: nn.MultiheadAttention | GraphMultiheadAttention) -> dict[str, Any]:
     names = ("embed_dim", "num_heads", "dropout", "kdim", "vdim", "add_zero_attn", "batch_first")
     options = {name: getattr(module, name) for name in names}
     return {**options, "bias": module.in_proj_bias is not None, "add_bias_kv": module.bias_k is not None}
 
 
-def _share_weights(source: nn.Module, target: nn.Module) -> None:
+def _share_weights(
+    source: nn.MultiheadAttention | GraphMultiheadAttention, target: nn.MultiheadAttention | GraphMultiheadAttention
+) -> None:
     for name in (*PROJECTIONS, "in_proj_bias"):
         setattr(target, name, getattr(source, name))
     # torch keeps absent ones as plain attributes.

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from gohgraph.convert.trial_runs import device_of, dtype_for
 
@@ -17,7 +16,7 @@ BEYOND, MOST = 5, 160
 WINDOWS = ("sliding_window", "window", "topk", "top_k", "chunk_size", "block_size", "stride", "compress")
 
 
-def example_inputs(model: nn.Module) -> dict[str, Any]:
+def example_inputs(model: Any) -> dict[str, Any]:
     """Makes up the inputs of a forward pass: token ids, an image, or audio features.
 
     Token ids differ and are none of the special ones.
@@ -30,6 +29,8 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     """
     config, name, device = model.config, model.main_input_name, device_of(model)
     dtype = next((dtype_for(p) for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    inputs: dict[str, Any]
+    shape: tuple[int, ...]
     if name == "input_ids":
         inputs = {"input_ids": _ids(config, device)}
     elif name == "pixel_values":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from copy import deepcopy
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.slots import HeadSlots
+from gohgraph.common.checks import there
 from gohgraph.common.modules import check_writable
 from gohgraph.convert import unconvert
 from gohgraph.convert.blocks import converted, slots_at
@@ -29,7 +30,7 @@ class Place(NamedTuple):
     """A graph of one block, and the projection it folds into."""
 
     site: str
-    block: nn.Module
+    block: MultiHeadAttention | HeadSlots
     graph: SiteGraph
     projection: nn.Module
 
@@ -80,11 +81,11 @@ def fold(module: Module) -> Module:
     """
     inside = list(module.modules()) if isinstance(module, nn.Module) else []
     slots = [part for part in inside if isinstance(part, HeadSlots)]
-    blocks = slots or [part for part in inside if isinstance(part, MultiHeadAttention)]
-    if not blocks:
+    own = [] if slots else [part for part in inside if isinstance(part, MultiHeadAttention)]
+    if not slots and not own:
         raise TypeError(f"Expected a MultiHeadAttention or a model of them (got {type(module).__name__}). Do pass one.")
-    folding = _folding(_converted_places(module, slots) if slots else _own_places(blocks))
-    if any(block.router is not None for block in blocks):
+    folding = _folding(_converted_places(module, slots) if slots else _own_places(own))
+    if any(block.router is not None for block in (*slots, *own)):
         raise ValueError(
             "Expected attention whose heads are the same for every token (got a router). Do keep the graph."
         )
@@ -96,8 +97,9 @@ def fold(module: Module) -> Module:
         _fold(place)
     if any(not isinstance(part, GraphMultiheadAttention) or part is not module for part in slots):
         return unconvert(module)
-    if isinstance(getattr(module, "config", None), (TransformerConfig, ClassifierConfig)):
-        module.config = _without(module.config, {place.site for place in folding})
+    config = getattr(module, "config", None)
+    if isinstance(config, (TransformerConfig, ClassifierConfig)):
+        cast(Any, module).config = _without(config, {place.site for place in folding})
     return module
 
 
@@ -145,7 +147,7 @@ def _converted_places(module: nn.Module, slots: list[HeadSlots]) -> list[Place]:
                 "the graphs."
             )
         if part.output_graph is not None:
-            places.append(Place("outputs", part, part.output_graph, projection))
+            places.append(Place("outputs", part, part.output_graph, there(projection)))
     return places
 
 
@@ -165,16 +167,17 @@ def _fold(place: Place) -> None:
     site, block, graph, projection = place
     graph = deepcopy(graph).double()
     # transformers' Conv1D keeps its matrix the other way round.
-    matrix = projection.weight if isinstance(projection, nn.Linear) else projection.weight.t()  # [M, H*D]
+    weight, bias = cast(Tensor, projection.weight), cast("Tensor | None", projection.bias)
+    matrix = weight if isinstance(projection, nn.Linear) else weight.t()  # [M, H*D]
     if site == "outputs":
         matrix.copy_(_read_through(graph, matrix.double(), block.num_heads))
         block.output_graph = None
         return
-    for rows in (matrix.t(), projection.bias):
+    for rows in (matrix.t(), bias):
         if rows is not None:
             nodes = rows.double().unflatten(-1, (graph.traits.num_heads, -1))  # [M, H, D] or [H, D]
             rows.copy_(graph(nodes).flatten(-2))
-    del block.inner_graphs[BEFORE_ATTENTION[site]]
+    del cast(MultiHeadAttention, block).inner_graphs[BEFORE_ATTENTION[site]]
 
 
 def _read_through(graph: SiteGraph, matrix: Tensor, heads: int) -> Tensor:
@@ -187,7 +190,12 @@ def _read_through(graph: SiteGraph, matrix: Tensor, heads: int) -> Tensor:
 
 def _without(config: TransformerConfig | ClassifierConfig, sites: set[str]) -> TransformerConfig | ClassifierConfig:
     if isinstance(config, ClassifierConfig):
-        return dataclasses.replace(config, transformer=_without(config.transformer, sites))
-    graphs = dataclasses.replace(config.head_graph, **dict.fromkeys(sites))
+        return dataclasses.replace(config, transformer=_transformer_without(config.transformer, sites))
+    return _transformer_without(config, sites)
+
+
+def _transformer_without(config: TransformerConfig, sites: set[str]) -> TransformerConfig:
+    absent: dict[str, Any] = dict.fromkeys(sites)
+    graphs = dataclasses.replace(there(config.head_graph), **absent)
     is_left = any(getattr(graphs, site) is not None for site in SITES)
     return dataclasses.replace(config, head_graph=graphs if is_left else None)

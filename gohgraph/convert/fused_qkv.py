@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from gohgraph.attention.call import Mask
-from gohgraph.attention.slots import HeadSlots
+from gohgraph.attention.slots import HeadSlots, Slots
 from gohgraph.convert.blocks import Block, Search
 from gohgraph.convert.trial_runs import quietly
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Children that not every module of this kind has.
 OPTIONAL = ("q_norm", "k_norm", "attn_drop", "norm", "proj_drop")
@@ -26,8 +29,11 @@ class GraphFusedAttention(HeadSlots):
         x `[B, T, M]`, attn_mask as in `scaled_dot_product_attention` -> `[B, T, M]`.
     """
 
+    qkv: nn.Linear
+    proj: nn.Linear
+
     @classmethod
-    def adopt(cls, module: nn.Module, **slots: nn.Module | None) -> None:
+    def adopt(cls, module: Any, **slots: Unpack[Slots]) -> None:
         """Turns the module itself into one with slots: its weights, hooks and names stay."""
         was, module.__class__ = type(module), cls
         module.was = was
@@ -85,7 +91,7 @@ def _looks_fused(module: nn.Module) -> bool:
     return isinstance(heads, int) and qkv.out_features == 3 * proj.in_features and proj.in_features % heads == 0
 
 
-def _agrees(module: nn.Module) -> bool:
+def _agrees(module: Any) -> bool:
     """Whether the replacement computes the same: position biases, other norms or arguments would show."""
     weight, twin = module.qkv.weight, copy.copy(module)
     if weight.is_meta:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -63,7 +63,7 @@ class HeadGraphsOnly(PretrainedMixin, nn.Module):
     def put_into(self, model: nn.Module, names: dict[str, str]) -> None:
         """Gives the weights to a model that has head graphs of this description; `names` are its names by ours."""
         for name, slots in zip(self.described, self.blocks, strict=True):
-            copy_weights(slots, slots_at(model, names[name]))
+            copy_weights(cast(HeadSlots, slots), slots_at(model, names[name]))
 
 
 def copy_weights(source: HeadSlots, target: HeadSlots) -> None:

@@ -6,16 +6,20 @@ import copy
 import sys
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gohgraph.attention.call import Core
+from gohgraph.attention.slots import Slots
 from gohgraph.convert.attention_interface import CHILD, HOOKS, HeadGraphs, attach, detach
 from gohgraph.convert.blocks import Block, Search
 from gohgraph.convert.example_inputs import example_inputs
 from gohgraph.convert.trial_runs import quietly
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Below 5.19 saved models come back without their head graphs; 5.20 is the lowest that is tested.
 MINIMUM = (5, 20)
@@ -75,7 +79,9 @@ def transformers_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields the outermost transformers models inside a model, with their names."""
     library = sys.modules.get("transformers.modeling_utils")
     found: list[str] = []
-    for name, module in model.named_modules() if library else ():
+    if library is None:
+        return
+    for name, module in model.named_modules():
         if isinstance(module, library.PreTrainedModel) and not any(f"{name}.".startswith(outer) for outer in found):
             found.append(f"{name}." if name else "")
             yield name, module
@@ -145,7 +151,7 @@ def _block(name: str, call: Call, module: nn.Module, projection: nn.Module | Non
     return Block(name, q.shape[2], z.shape[-1], x.shape[-1], like, projection, attaching, no_scores, ("whole",), core)
 
 
-def give(module: nn.Module, num_heads: int, **slots: nn.Module | None) -> None:
+def give(module: nn.Module, num_heads: int, **slots: Unpack[Slots]) -> None:
     """Gives head graphs to an attention module that calls its attention by the interface."""
     attach(module, HeadGraphs(num_heads, **slots))
 

@@ -17,6 +17,8 @@ PREFIX = "gohgraph_"
 class Implementation(str):
     """The name of an attention implementation that equals what it was, and is looked up as ours."""
 
+    base: str
+
     def __new__(cls, base: str) -> Implementation:
         self = super().__new__(cls, base)
         self.base = base

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gohgraph.attention.slots import HeadSlots
+from gohgraph.attention.slots import HeadSlots, Slots
 from gohgraph.convert.arrival import arrive
 from gohgraph.convert.blocks import SLOTS, slots_of
 from gohgraph.graphs.config import HeadGraphConfig
@@ -44,7 +44,7 @@ class Origin:
         self.__dict__.update(state)
         arrive()
 
-    def build(self) -> dict[str, nn.Module | None]:
+    def build(self) -> Slots:
         """Builds the slots anew, on the CPU; the random state stays as it is."""
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             return slots_of(self.config, self.sizes, self.layer)
@@ -87,7 +87,7 @@ def path_between(attention: str, projection: str) -> str:
     return "." * (len(here) - shared) + ".".join(there[shared:])
 
 
-def kept_edges(slots: dict[str, nn.Module | None], present: HeadSlots) -> dict[str, list[list[int]]]:
+def kept_edges(slots: Slots, present: HeadSlots) -> dict[str, list[list[int]]]:
     """Returns the edges of graphs that have others than those built for their configuration, by name in the slots."""
     found: dict[str, list[list[int]]] = {}
     for name, conv in _convolutions(slots).items():
@@ -101,7 +101,7 @@ def kept_edges(slots: dict[str, nn.Module | None], present: HeadSlots) -> dict[s
     return found
 
 
-def keep_edges(slots: dict[str, nn.Module | None], edges: dict[str, list[list[int]]]) -> None:
+def keep_edges(slots: Slots, edges: dict[str, list[list[int]]]) -> None:
     """Prunes new graphs to the edges `kept_edges` returned.
 
     Raises:
@@ -126,7 +126,7 @@ def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name.split(".")[0] in SLOTS}
 
 
-def check_rebuilds(name: str, slots: dict[str, nn.Module | None], present: HeadSlots) -> None:
+def check_rebuilds(name: str, slots: Slots, present: HeadSlots) -> None:
     """Raises `ValueError` where slots that are built anew could not take the weights of those present."""
     new = HeadSlots(present.num_heads, **slots)
     wanted, given = (_shapes(weights_of(module.state_dict())) for module in (new, present))
@@ -142,11 +142,11 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, Any]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _convolutions(slots: dict[str, nn.Module | None]) -> dict[str, EdgeGraph]:
+def _convolutions(slots: Slots) -> dict[str, EdgeGraph]:
     return {
         f"{slot}.{name}" if name else slot: module
         for slot, graph in slots.items()
-        if graph is not None
+        if isinstance(graph, nn.Module)
         for name, module in graph.named_modules()
         if isinstance(module, EdgeGraph)
     }

@@ -7,16 +7,19 @@ DeBERTa and the like, and modules people wrote themselves.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gohgraph.attention.slots import HeadSlots
+from gohgraph.attention.slots import HeadSlots, Slots
 from gohgraph.convert import hidden_states
 from gohgraph.convert.attention_interface import CHILD, HOOKS
 from gohgraph.convert.blocks import Block, Search
 from gohgraph.convert.trial_runs import device_of, dtype_for
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Where the projection is called so, and what the number of heads is called.
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "proj", "to_out", "out_lin", "dense", "wo", "o", "output.dense")
@@ -62,12 +65,12 @@ def undo(model: nn.Module) -> None:
             delattr(projection, CHILD)
 
 
-def give(
-    module: nn.Module, path: str, num_heads: int, score_graph: nn.Module | None = None, **slots: nn.Module | None
-) -> None:
+def give(module: nn.Module, path: str, num_heads: int, **slots: Unpack[Slots]) -> None:
     """Gives head graphs to an attention module whose output projection has that path inside it."""
     projection = module.get_submodule(path)
-    setattr(projection, CHILD, ProjectionGraphs(num_heads, **slots))
+    # Scores are out of its reach.
+    graphs = ProjectionGraphs(num_heads, output_graph=slots.get("output_graph"), router=slots.get("router"))
+    setattr(projection, CHILD, graphs)
     vars(projection)[HOOKS] = [projection.register_forward_pre_hook(_pass_messages)]
     vars(projection)[SOURCES] = hidden_states.note_for(module, path, required=True)
 
@@ -96,12 +99,13 @@ def _projection(module: nn.Module) -> str | None:
             found = module.get_submodule(path)
         except AttributeError:
             continue
-        if isinstance(getattr(found, "weight", None), torch.Tensor) and found.weight.dim() == 2:
+        weight = getattr(found, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2:
             return path
     return None
 
 
 def _features(projection: nn.Module) -> tuple[int, int]:
     """Widths in and out; transformers' Conv1D keeps its matrix the other way round."""
-    rows, columns = projection.weight.shape
+    rows, columns = cast(Tensor, projection.weight).shape
     return (columns, rows) if isinstance(projection, nn.Linear) else (rows, columns)

@@ -6,13 +6,15 @@ No forward pass is run, so that it works on models whose weights are not there y
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
 
+from gohgraph.attention.slots import Slots
 from gohgraph.convert import fused_qkv, hugging_face, projections, torch_modules
 from gohgraph.convert.attention_interface import CHILD, HeadGraphs
-from gohgraph.convert.blocks import CONVERSION, Block, Conversion, slots_at
+from gohgraph.convert.blocks import CONVERSION, Block, Conversion, move, slots_at
 from gohgraph.convert.description import Described
 from gohgraph.convert.dropin import GraphMultiheadAttention
 from gohgraph.convert.origin import Origin, path_between
@@ -106,14 +108,14 @@ def _check_sizes(described: Mapping[str, Described], found: Mapping[str, Block])
         )
 
 
-def _build(attention: nn.Module, block: Described) -> dict[str, nn.Module | None]:
+def _build(attention: nn.Module, block: Described) -> Slots:
     slots = block.build()
     like = next((p for p in attention.parameters() if p.is_floating_point()), None)
     if like is None:
         return slots
     # Weights that are not there yet have a dtype, and no device.
     device = torch.device("cpu") if like.is_meta else like.device
-    return {name: slot and slot.to(device, like.dtype) for name, slot in slots.items()}
+    return move(slots, device, like.dtype)
 
 
 def _attaching(model: nn.Module, name: str, origin: Origin) -> Callable[..., None]:
@@ -123,7 +125,7 @@ def _attaching(model: nn.Module, name: str, origin: Origin) -> Callable[..., Non
         "interface": partial(hugging_face.give, attention, num_heads),
         "projection": partial(projections.give, attention, projection, num_heads),
         "fused": partial(fused_qkv.GraphFusedAttention.adopt, attention),
-        "torch": partial(torch_modules.give, model, attention),
+        "torch": partial(torch_modules.give, model, cast(nn.MultiheadAttention, attention)),
     }
     if origin.family not in attach:
         raise ValueError(f"Expected a family of {sorted(attach)} (got {origin.family!r}). Do save the model again.")

@@ -8,7 +8,7 @@ sentence-transformers, a part of a converted model, and a larger model that cont
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 
 def teach_save_pretrained() -> None:
@@ -23,8 +23,8 @@ def teach_save_pretrained() -> None:
     def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
         return stock(_seen_by_saving(self), *args, **options)
 
-    save_pretrained.knows_head_graphs = True
-    PreTrainedModel.save_pretrained = save_pretrained
+    vars(save_pretrained)["knows_head_graphs"] = True
+    cast(Any, PreTrainedModel).save_pretrained = save_pretrained
 
 
 def _seen_by_saving(model: Any) -> Any:

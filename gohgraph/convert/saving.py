@@ -11,12 +11,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from gohgraph.common.checks import there
 from gohgraph.common.files import read_json, write_whole
 from gohgraph.common.hub import local_folder
 from gohgraph.convert import own_models
@@ -65,11 +66,11 @@ def save_converted(model: nn.Module, folder: str | os.PathLike[str], *, backbone
     if not backbone and _has_backbone(Path(folder)):
         raise ValueError(f"Expected a folder without a backbone (got {folder}, which has one). Do choose another.")
     if backbone and (_is_transformers(inner) or _is_sentence_transformer(model)):
-        (inner if _is_transformers(inner) else model).save_pretrained(os.fspath(folder))
+        cast(Any, inner if _is_transformers(inner) else model).save_pretrained(os.fspath(folder))
         return
     base = getattr(getattr(inner, "config", None), "_name_or_path", "") or ""
     base_class = f"{type(inner).__module__}.{type(inner).__name__}"
-    saved = HeadGraphsOnly(ConversionConfig(base, base_class, describe(inner)))
+    saved = HeadGraphsOnly(ConversionConfig(base, base_class, there(describe(inner))))
     saved.take_from(inner)
     if backbone:
         _save_backbone(inner, Path(folder) / BACKBONE)
@@ -199,7 +200,7 @@ class _Holder(nn.Module):
         super().__init__()
         self.state = state
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.state
 
 

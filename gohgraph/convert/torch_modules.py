@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from gohgraph.attention.slots import Slots
 from gohgraph.convert.blocks import Block, Search
 from gohgraph.convert.dropin import GraphMultiheadAttention
 from gohgraph.convert.trial_runs import device_of, dtype_for
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # What accelerate keeps of a forward that it wraps.
 WRAPPED = "_old_forward"
@@ -44,7 +48,7 @@ def undo(model: nn.Module) -> None:
             module.use_nested_tensor = module.enable_nested_tensor and _is_fast(module.layers[0])
 
 
-def give(model: nn.Module, module: nn.MultiheadAttention, **slots: nn.Module | None) -> None:
+def give(model: nn.Module, module: nn.MultiheadAttention, **slots: Unpack[Slots]) -> None:
     """Gives head graphs to one of torch's modules inside a model."""
     GraphMultiheadAttention.adopt(module, **slots)
     _rebind(module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from gohgraph.analysis.record import Recordings
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
 from gohgraph.drawing.tokens import readable, text_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # From paper to ink in one hue, of falling lightness: in grey print the order stays.
 WEIGHTS = ("#ffffff", "#cfe0f1", "#7fb0d9", "#2f6fb0", "#123a73", "#081a3a")
@@ -34,7 +37,7 @@ def draw_attention(
     example: int | None = None,
     title: str | None = None,
     key_strings: Sequence[str] | None = None,
-):
+) -> Figure:
     """Draw what heads attend to: the pattern of one head over the tokens, or thumbnails of many.
 
     Row t, column s is the weight that query t gives key s; the darker, the larger, by its square root. In thumbnails
@@ -166,7 +169,7 @@ def _draw_pattern(pattern: Tensor, queries: list[str] | None, keys: list[str] | 
         ticks(places, labels, rotation=turn if strings else 0, parse_math=False)
     axis.tick_params(labelsize=font, length=0, labelcolor=INK)
     for label in (*axis.get_xticklabels(), *axis.get_yticklabels()):
-        label.set_family("monospace")
+        label.set_fontfamily("monospace")
     axis.set_ylabel("query: who attends", fontsize=8, color=INK)
     axis.set_xlabel("key: what is attended to", fontsize=8, color=INK)
     axis.spines[:].set(color="#bbbbbb", linewidth=0.6)

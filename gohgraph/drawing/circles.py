@@ -1,18 +1,25 @@
 """Figure of head graphs as circles: one for each layer, site and round."""
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
 from gohgraph.common.files import checked_path
-from gohgraph.drawing.colours import FAINT, colour_bar, colour_scale, is_dark
+from gohgraph.drawing.colours import FAINT, colour_bar, colour_scale, end_of, is_dark
 from gohgraph.drawing.figures import INK, finish, new_figure
 from gohgraph.drawing.given import recordings_of
 from gohgraph.drawing.panels import Panel, draw_panels, grid_of, panels_of, strongest_weight
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
 
 RING_GAP = 0.46
 # More edges than this in a circle of so many inches are a blot: the strongest are drawn.
@@ -31,7 +38,7 @@ def draw(
     limit: float | None = None,
     most_edges: int | None = None,
     label: str = LABEL,
-):
+) -> Figure:
     """Draw every head graph of a recording, one circle of heads for each layer, site and round.
 
     An arrow leads from the sender j to the receiver i. Its colour is the mean of alpha_ji over the recorded
@@ -112,7 +119,9 @@ def circle_label(label: str, panels: list[Panel], most_edges: int) -> str:
     return "\n".join([label, *notes])
 
 
-def draw_circle(axis, panel: Panel, colours, faint_below: float, size: float, most_edges: int) -> None:
+def draw_circle(
+    axis: Axes, panel: Panel, colours: ScalarMappable, faint_below: float, size: float, most_edges: int
+) -> None:
     """Draws one head graph on an axis of so many inches; edges up to `faint_below` are hairlines."""
     from matplotlib.patches import Circle
 
@@ -154,7 +163,14 @@ def _on_ring(panel: Panel, ring: int, heads: np.ndarray) -> np.ndarray:
 
 
 def _draw_edges(
-    axis, panel: Panel, places: np.ndarray, radii: np.ndarray, colours, faint_below: float, most_edges: int, size: float
+    axis: Axes,
+    panel: Panel,
+    places: np.ndarray,
+    radii: np.ndarray,
+    colours: ScalarMappable,
+    faint_below: float,
+    most_edges: int,
+    size: float,
 ) -> None:
     from matplotlib.collections import LineCollection, PolyCollection
     from matplotlib.colors import to_rgba
@@ -162,7 +178,7 @@ def _draw_edges(
     # Strong edges last, on top; a self-loop is the fill of its head.
     order = [e for e in np.argsort(np.abs(panel.weights)) if panel.senders[e] != panel.receivers[e]][-most_edges:]
     weights = panel.weights[order]
-    share = np.minimum(np.abs(weights) / colours.norm.vmax, 1.0)
+    share = np.minimum(np.abs(weights) / end_of(colours), 1.0)
     faint = np.abs(weights) <= faint_below
     scale = min(1.0, (80 / max(len(order), 1)) ** 0.3)
     colour = np.where(faint[:, None], np.array(to_rgba(FAINT)), colours.to_rgba(weights))
@@ -176,8 +192,8 @@ def _draw_edges(
         # A tip is as large as is seen, whatever room its head has: so many inches.
         heads = (0.035 + 0.05 * rank) * min(1.0, 2.4 / size)
     paths, tips = curves(places[senders], places[receivers], radii[senders], radii[receivers], heads)
-    axis.add_collection(LineCollection(paths, colors=colour, linewidths=widths, capstyle="butt"))
-    axis.add_collection(PolyCollection(tips, **tip_style(colour, weights), zorder=2.1))
+    axis.add_collection(LineCollection(list(paths), colors=colour, linewidths=widths, capstyle="butt"))
+    axis.add_collection(PolyCollection(list(tips), **tip_style(colour, weights), zorder=2.1))
 
 
 def tip_style(colour: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
@@ -220,7 +236,14 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def _draw_heads(
-    axis, panel: Panel, places: np.ndarray, radii: np.ndarray, colours, font: float, outside: bool, step: int
+    axis: Axes,
+    panel: Panel,
+    places: np.ndarray,
+    radii: np.ndarray,
+    colours: ScalarMappable,
+    font: float,
+    outside: bool,
+    step: int,
 ) -> None:
     from matplotlib.patches import Circle, Rectangle
 
@@ -228,7 +251,9 @@ def _draw_heads(
     for index, (place, radius) in enumerate(zip(places, radii, strict=True)):
         ring, head = divmod(index, panel.num_heads)
         fill = colours.to_rgba(gates[index]) if index in gates else (1.0, 1.0, 1.0, 1.0)
-        style = {"edgecolor": INK, "linewidth": 0.8} if ring == 0 else {"edgecolor": "#999999", "linewidth": 0.7}
+        style: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.8}
+        if ring:
+            style = {"edgecolor": "#999999", "linewidth": 0.7}
         if panel.is_shared(head):
             side = 1.77 * radius
             axis.add_patch(Rectangle(place - side / 2, side, side, facecolor=fill, zorder=3, **style))
@@ -240,5 +265,5 @@ def _draw_heads(
         ink = "white" if not outside and is_dark(fill) else INK if ring == 0 else "#777777"
         _write(axis, spot, str(head), fontsize=font if ring == 0 else 0.85 * font, color=ink)
 
-def _write(axis, place: np.ndarray, text: str, **style: Any) -> None:
-    axis.text(*place, text, ha="center", va="center_baseline", zorder=4, **style)
+def _write(axis: Axes, place: np.ndarray, text: str, **style: Any) -> None:
+    axis.text(float(place[0]), float(place[1]), text, ha="center", va="center_baseline", zorder=4, **style)

@@ -4,11 +4,19 @@ Negative weights are blue and positive ones orange: told apart with any colour v
 strength (after ColorBrewer's Blues and Oranges).
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from gohgraph.drawing.figures import INK
+
+if TYPE_CHECKING:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
 
 DIVERGING = ("#084a91", "#2f7ebc", "#94c4df", "#ececec", "#fdae6b", "#e8590c", "#9c3203")
 FAINT = "#d4d4d4"
@@ -28,7 +36,7 @@ def round_limit(strongest: float) -> float:
     return unit * next((step for step in STEPS if step * unit >= strongest * (1 - 1e-6)), 10)
 
 
-def colour_scale(strongest: float, limit: float | None = None):
+def colour_scale(strongest: float, limit: float | None = None) -> ScalarMappable:
     """Returns the `ScalarMappable` from -limit to limit; `limit` fixes it for several figures."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -39,17 +47,23 @@ def colour_scale(strongest: float, limit: float | None = None):
     return ScalarMappable(Normalize(-limit, limit), LinearSegmentedColormap.from_list("blue-orange", DIVERGING))
 
 
-def colour_bar(figure, axes, colours, label: str) -> None:
+def colour_bar(figure: Figure, axes: np.ndarray, colours: ScalarMappable, label: str) -> None:
     """Adds the bar of a scale below the axes `[rows, columns]`."""
     shrink = 0.6 if figure.get_figwidth() > 6 else 0.95
-    place = {"ax": axes, "location": "bottom", "fraction": 0.05, "pad": 0.02, "aspect": 45, "shrink": shrink}
-    bar = figure.colorbar(colours, **place)
-    bar.set_ticks(np.linspace(-colours.norm.vmax, colours.norm.vmax, 5))
+    place: dict[str, Any] = {"ax": axes, "location": "bottom", "fraction": 0.05, "pad": 0.02, "aspect": 45}
+    bar = figure.colorbar(colours, shrink=shrink, **place)
+    limit = end_of(colours)
+    bar.set_ticks(np.linspace(-limit, limit, 5).tolist())
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=2, color=INK, labelcolor=INK)
     bar.set_label(label, fontsize=9, color=INK)
 
 
-def is_dark(colour) -> bool:
+def end_of(colours: ScalarMappable) -> float:
+    """Returns the end of a scale of `colour_scale`."""
+    return cast(float, colours.norm.vmax)
+
+
+def is_dark(colour: Sequence[float] | np.ndarray) -> bool:
     """Whether white letters are read better on a colour than dark ones."""
     return float(np.dot(colour[:3], (0.299, 0.587, 0.114))) < 0.5

@@ -1,13 +1,19 @@
 """Figure of a confusion matrix."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.figures import INK, finish, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw_confusion(
@@ -16,7 +22,7 @@ def draw_confusion(
     path: str | os.PathLike[str] | None = None,
     *,
     title: str | None = None,
-):
+) -> Figure:
     """Draw how often each class was taken for each other one: counts, shaded by their share of the row.
 
     Args:

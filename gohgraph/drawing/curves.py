@@ -1,13 +1,19 @@
 """Figures of the loss curves of runs."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.figures import INK, WIDTH, finish, frame_axis, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, without its yellow, which is too pale for a line on white; then other strokes and markers.
 CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -21,7 +27,7 @@ def draw_curves(
     path: str | os.PathLike[str] | None = None,
     *,
     title: str | None = None,
-):
+) -> Figure:
     """Draw the loss curves of runs: training loss faint and smoothed, validation loss with markers.
 
     The left side shows all steps, the right one the validation loss of the second half, where runs are close. Runs
@@ -93,7 +99,7 @@ def _smoothed(training: np.ndarray) -> np.ndarray:
     return np.stack([training[:, 0], _smooth(training[:, 1])], axis=1)  # [N, 2]
 
 
-def _draw_run(axis, training: np.ndarray, validation: np.ndarray, style: dict[str, Any], runs: int) -> None:
+def _draw_run(axis: Axes, training: np.ndarray, validation: np.ndarray, style: dict[str, Any], runs: int) -> None:
     if len(training):
         faint = {"color": style["color"], "linestyle": style["linestyle"]}
         if not len(validation) and len(training) <= 30:
@@ -106,7 +112,7 @@ def _draw_run(axis, training: np.ndarray, validation: np.ndarray, style: dict[st
         axis.plot(*validation.T, markersize=3.5, linewidth=1.6, **style)
 
 
-def _name_ends(axis, ends: list[dict[str, Any]]) -> None:
+def _name_ends(axis: Axes, ends: list[dict[str, Any]]) -> None:
     """Writes names to the right of the curves' ends, moved apart where they would lie on each other."""
     named = sorted((one for one in ends if one["end"] is not None), key=lambda one: one["end"][1])
     if not named:
@@ -129,7 +135,7 @@ def _name_ends(axis, ends: list[dict[str, Any]]) -> None:
         )  # fmt: skip
 
 
-def _add_legend(figure, names: list[str], *, numbered: bool) -> None:
+def _add_legend(figure: Figure, names: list[str], *, numbered: bool) -> None:
     """Puts what every stroke stands for below the figure, or where numbers stand for names, beside it."""
     from matplotlib.lines import Line2D
 
@@ -137,12 +143,13 @@ def _add_legend(figure, names: list[str], *, numbered: bool) -> None:
     labels = [f"{number + 1}  {name}" for number, name in enumerate(names)] if numbered else names
     longest = max(map(len, labels))
     columns = 1 if numbered else max(1, min(len(names), int(figure.get_figwidth() * 11 / (longest + 6))))
+    place: Literal["outside right upper", "outside lower center"]
     place = "outside right upper" if numbered else "outside lower center"
-    style = {"frameon": False, "fontsize": 8, "labelcolor": INK, "handlelength": 3}
+    style: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": INK, "handlelength": 3}
     figure.legend(lines, labels, loc=place, ncols=columns, **style)
 
 
-def _frame_curves(axes, runs: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def _frame_curves(axes: np.ndarray, runs: list[tuple[np.ndarray, np.ndarray]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     values = np.concatenate([_smooth(training[:, 1]) for training, _ in runs] + [points[:, 1] for _, points in runs])

@@ -1,9 +1,11 @@
 """Figure of what changed between two recordings of one graph."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from torch import Tensor
 from gohgraph.drawing.circles import draw
 from gohgraph.drawing.matrices import draw_matrices
 from gohgraph.graphs.cross_layer import FIRST, Reach
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def draw_difference(
     title: str | None = None,
     threshold: float = 0.05,
     limit: float | None = None,
-):
+) -> Figure:
     """Draw how the mean weights of edges differ between two recordings: orange rose, blue fell.
 
     Args:

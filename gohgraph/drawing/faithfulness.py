@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,12 +13,15 @@ from gohgraph.drawing.figures import INK, finish, frame_axis, new_figure
 from gohgraph.drawing.pruning import COLOURS, MARKERS
 from gohgraph.drawing.pruning import RANDOM as GREY
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 NAMES = {"network": "this network", RANDOM: "random edges"}
 
 
 def draw_faithfulness(
     measured: Faithfulness, path: str | os.PathLike[str] | None = None, *, title: str | None = None
-):
+) -> Figure:
     """Draw f against the share of edges kept, on a logarithmic axis, one line for each order of edges.
 
     Bands are the 95 % intervals over examples; at 0 is the model with all edges patched, at 1 the model as it is.
@@ -42,7 +46,7 @@ def draw_faithfulness(
     for place, name in enumerate(measured.values):
         points = np.array(measured.curve(name))  # [S, 3]
         share = 100 * np.array(measured.shares)
-        style = {"color": GREY, "linestyle": "--", "marker": "."}
+        style: dict[str, Any] = {"color": GREY, "linestyle": "--", "marker": "."}
         if name != RANDOM:
             marker = MARKERS[place % len(MARKERS)]
             style = {"color": COLOURS[place % len(COLOURS)], "marker": marker, "markersize": 4.5}

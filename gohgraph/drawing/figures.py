@@ -1,15 +1,22 @@
 """Figures without pyplot: no global figure list, no backend change."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from gohgraph.common.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#333333"
 # Inches of a full-width picture: 900 pixels of a page at 100 per inch.
 WIDTH = 9.0
 
 
-def new_figure(width: float, height: float):
+def new_figure(width: float, height: float) -> Figure:
     """Returns an empty `matplotlib.figure.Figure` of so many inches, with an Agg canvas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -19,7 +26,7 @@ def new_figure(width: float, height: float):
     return figure
 
 
-def finish(figure, title: str | None, path: Path | None, *, fontsize: float = 12):
+def finish(figure: Figure, title: str | None, path: Path | None, *, fontsize: float = 12) -> Figure:
     """Sets the title, saves the picture where there is a path, and returns the figure; see `save_figure`."""
     if title:
         figure.suptitle(title, fontsize=fontsize, color=INK, parse_math=False)
@@ -27,7 +34,7 @@ def finish(figure, title: str | None, path: Path | None, *, fontsize: float = 12
     return figure
 
 
-def save_figure(figure, path: Path | None) -> None:
+def save_figure(figure: Figure, path: Path | None) -> None:
     """Writes a picture whole or not at all; the same figure gives the same bytes, an older file is kept on errors."""
     if path is None:
         return
@@ -35,12 +42,13 @@ def save_figure(figure, path: Path | None) -> None:
 
     kind = path.suffix.lower()[1:]
     stamp = {"svg": "Date", "pdf": "CreationDate"}.get(kind)
-    style = {"format": kind, "metadata": {stamp: None} if stamp else None, "bbox_inches": "tight", "pad_inches": 0.06}
+    metadata = {stamp: None} if stamp else None
+    style: dict[str, Any] = {"format": kind, "metadata": metadata, "bbox_inches": "tight", "pad_inches": 0.06}
     with matplotlib.rc_context({"svg.hashsalt": "gohgraph"}):
         write_whole(path, lambda pending: figure.savefig(pending, **style))
 
 
-def frame_axis(axis, *, labelsize: float = 8, grid: str = "y") -> None:
+def frame_axis(axis: Axes, *, labelsize: float = 8, grid: Literal["both", "x", "y"] = "y") -> None:
     """Gives an axis grey lines to the left and below, small ticks, and a faint grid behind the data."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#999999")

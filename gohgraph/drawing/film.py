@@ -1,15 +1,23 @@
 """A film of head graphs that learn, from recordings of the checkpoints of a run."""
 
+from __future__ import annotations
+
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 from gohgraph.common.files import checked_path, write_whole
 from gohgraph.drawing.circles import draw
 from gohgraph.drawing.colours import round_limit
 from gohgraph.drawing.panels import panels_of, strongest_weight
+
+if TYPE_CHECKING:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL.Image import Image
 
 FILM_SUFFIXES = (".gif", ".mp4")
 DPI = 72
@@ -58,27 +66,28 @@ def save_film(
         write_whole(path, lambda pending: _write_mp4(images, pending, fps))
 
 
-def _image(heads: Mapping[str, Any], title: str, limit: float, threshold: float):
+def _image(heads: Mapping[str, Any], title: str, limit: float, threshold: float) -> Image:
     """One frame as a `PIL.Image`."""
-    from PIL import Image
+    from PIL.Image import frombuffer
 
     figure = draw(heads, title=title, limit=limit, threshold=threshold)
     figure.set_dpi(DPI)
-    figure.canvas.draw()
-    return Image.frombuffer("RGBA", figure.canvas.get_width_height(), bytes(figure.canvas.buffer_rgba())).convert("RGB")
+    canvas = cast("FigureCanvasAgg", figure.canvas)
+    canvas.draw()
+    return frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
 
 
-def _write_gif(images: list, path: Path, fps: float) -> None:
-    from PIL import Image
+def _write_gif(images: list[Image], path: Path, fps: float) -> None:
+    from PIL.Image import Dither, Quantize
 
     durations = [int(1000 / fps)] * (len(images) - 1) + [2000]
     # One palette for all frames, or their greys flicker.
-    palette = images[-1].quantize(96, method=Image.Quantize.MAXCOVERAGE)
-    frames = [image.quantize(palette=palette, dither=0) for image in images]
+    palette = images[-1].quantize(96, method=Quantize.MAXCOVERAGE)
+    frames = [image.quantize(palette=palette, dither=Dither.NONE) for image in images]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
 
 
-def _write_mp4(images: list, path: Path, fps: float) -> None:
+def _write_mp4(images: list[Image], path: Path, fps: float) -> None:
     from matplotlib.animation import FFMpegWriter
     from matplotlib.figure import Figure
 
@@ -86,9 +95,9 @@ def _write_mp4(images: list, path: Path, fps: float) -> None:
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
-    shown = axis.imshow(images[0])
-    writer = FFMpegWriter(fps=fps)
+    shown = axis.imshow(np.asarray(images[0]))
+    writer = FFMpegWriter(fps=cast(int, fps))
     with writer.saving(figure, str(path), DPI):
         for image in images:
-            shown.set_data(image)
+            shown.set_data(np.asarray(image))
             writer.grab_frame()

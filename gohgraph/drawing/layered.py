@@ -10,11 +10,15 @@ import numpy as np
 
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import arrows, check_threshold, tip_style
-from gohgraph.drawing.colours import colour_bar, colour_scale, is_dark
+from gohgraph.drawing.colours import colour_bar, colour_scale, end_of, is_dark
 from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
 from gohgraph.drawing.given import network_given
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
     from gohgraph.analysis.network import HeadNetwork
 
 MOST_EDGES = 300
@@ -59,7 +63,7 @@ def draw_network(
     threshold: float = 0.0,
     limit: float | None = None,
     most_edges: int = MOST_EDGES,
-):
+) -> Figure:
     """Draw the head graphs of a whole model in one picture, a row of heads for each attention block, the first below.
 
     Edges within a layer are arcs: above the row to the right, below it to the left. Edges of earlier layers come from
@@ -151,7 +155,9 @@ def ring_radii(network: HeadNetwork, layout: Layout, rings: int) -> np.ndarray:
     return grown[:, None] * (layout.radius * head_sizes(network))[None, :]
 
 
-def arcs(network: HeadNetwork, layout: Layout, edges: np.ndarray, radii: np.ndarray, tips: np.ndarray):
+def arcs(
+    network: HeadNetwork, layout: Layout, edges: np.ndarray, radii: np.ndarray, tips: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the curves `[E, 25, 2]` of edges and their tips `[E, 3, 2]`; those of every site have their own path."""
     senders, receivers = network.edge_index.numpy()[:, edges]
     numbers = lanes_of(network)
@@ -172,7 +178,7 @@ def arcs(network: HeadNetwork, layout: Layout, edges: np.ndarray, radii: np.ndar
     return paths, points
 
 
-def _draw_rows(axis, network: HeadNetwork, layout: Layout) -> None:
+def _draw_rows(axis: Axes, network: HeadNetwork, layout: Layout) -> None:
     for row, block in enumerate(network.blocks):
         height = row * layout.gap
         axis.plot([LEFT, layout.width - 0.2], [height, height], color="#e6e6e6", linewidth=0.8, zorder=0)
@@ -185,11 +191,11 @@ def _draw_rows(axis, network: HeadNetwork, layout: Layout) -> None:
             axis.text(place, -0.5 * layout.gap, str(head), fontsize=7, ha="center", va="top", color=INK)
 
 
-def _draw_edges(axis, network: HeadNetwork, layout: Layout, edges: np.ndarray, colours) -> None:
+def _draw_edges(axis: Axes, network: HeadNetwork, layout: Layout, edges: np.ndarray, colours: ScalarMappable) -> None:
     from matplotlib.collections import LineCollection, PolyCollection
 
     weights = network.mean.numpy()[edges]
-    share = np.minimum(np.abs(weights) / colours.norm.vmax, 1.0)
+    share = np.minimum(np.abs(weights) / end_of(colours), 1.0)
     tips = layout.radius * (0.45 + 0.55 * np.sqrt(share))
     paths, points = arcs(network, layout, edges, ring_radii(network, layout, len(self_loops(network)))[-1], tips)
     colour = colours.to_rgba(weights)
@@ -199,12 +205,12 @@ def _draw_edges(axis, network: HeadNetwork, layout: Layout, edges: np.ndarray, c
         chosen = sites == site
         style = {"colors": colour[chosen], "linewidths": widths[chosen], "linestyles": [STYLES.get(site, (0, (2, 2)))]}
         axis.add_collection(LineCollection(paths[chosen], **style))
-    axis.add_collection(PolyCollection(points, **tip_style(colour, weights), zorder=2.1))
+    axis.add_collection(PolyCollection(list(points), **tip_style(colour, weights), zorder=2.1))
 
 
-def _draw_heads(axis, network: HeadNetwork, layout: Layout, colours) -> None:
+def _draw_heads(axis: Axes, network: HeadNetwork, layout: Layout, colours: ScalarMappable) -> None:
     from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Circle, Rectangle
+    from matplotlib.patches import Circle, Patch, Rectangle
 
     loops = self_loops(network)
     radii = ring_radii(network, layout, len(loops))
@@ -213,7 +219,7 @@ def _draw_heads(axis, network: HeadNetwork, layout: Layout, colours) -> None:
     for of_site, sizes in reversed(list(zip(loops.values(), radii, strict=True))):
         fills = np.ones((network.num_nodes, 4))
         fills[of_site >= 0] = colours.to_rgba(network.mean.numpy()[of_site[of_site >= 0]])
-        patches = []
+        patches: list[Patch] = []
         for place, size, kind in zip(layout.places, sizes, network.kind, strict=True):
             if kind == "shared":
                 patches.append(Rectangle(place - 0.885 * size, 1.77 * size, 1.77 * size))
@@ -223,8 +229,8 @@ def _draw_heads(axis, network: HeadNetwork, layout: Layout, colours) -> None:
     if 72 * layout.radius >= 4.4:
         for name, place, fill in zip(head_names(network), layout.places, fills, strict=True):
             axis.text(
-                *place, name, fontsize=min(8.5, 90 * layout.radius), ha="center", va="center_baseline", zorder=4,
-                color="white" if is_dark(fill) else INK,
+                float(place[0]), float(place[1]), name, fontsize=min(8.5, 90 * layout.radius), ha="center",
+                va="center_baseline", zorder=4, color="white" if is_dark(fill) else INK,
             )  # fmt: skip
 
 

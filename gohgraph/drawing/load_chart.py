@@ -1,7 +1,10 @@
 """Figure of the load of attention heads under Mixture-of-Head routing."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +13,11 @@ from gohgraph.attention.head_load import load_cv
 from gohgraph.common.checks import check_int
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.figures import INK, WIDTH, finish, frame_axis, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Of Okabe and Ito's palette: told apart with any colour vision, and in grey.
 ROUTED, SHARED, BALANCED = "#0072B2", "#E69F00", "#000000"
@@ -21,7 +29,7 @@ def draw_load(
     *,
     num_shared: int,
     title: str | None = None,
-):
+) -> Figure:
     """Draw which heads the tokens use: one small bar chart for each layer, one bar for each head.
 
     A bar is the share of tokens the head is active for. The dashed line is the load all routed heads would have in
@@ -74,7 +82,7 @@ def _grid(layers: int, heads: int) -> tuple[int, int, float, float]:
     return -(-layers // columns), columns, min(WIDTH / columns, 1 + 0.3 * heads), 1.5 if layers > 4 else 2.2
 
 
-def _draw_layer(axis, load: Tensor, num_shared: int) -> None:
+def _draw_layer(axis: Axes, load: Tensor, num_shared: int) -> None:
     heads = len(load)
     colours = [SHARED] * num_shared + [ROUTED] * (heads - num_shared)
     axis.bar(range(heads), load.tolist(), width=0.8, color=colours)
@@ -89,11 +97,11 @@ def _draw_layer(axis, load: Tensor, num_shared: int) -> None:
     frame_axis(axis)
 
 
-def _legend(figure, num_shared: int, heads: int) -> None:
+def _legend(figure: Figure, num_shared: int, heads: int) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    shown = [Patch(color=SHARED, label="shared head")] if num_shared else []
+    shown: list[Artist] = [Patch(color=SHARED, label="shared head")] if num_shared else []
     if num_shared < heads:
         shown += [Patch(color=ROUTED, label="routed head")]
         shown += [Line2D([], [], linestyle="--", color=BALANCED, linewidth=1, label="balanced")]

@@ -1,17 +1,25 @@
 """Figure of head graphs as matrices: the adjacency of every layer and round."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import check_threshold
-from gohgraph.drawing.colours import colour_bar, colour_scale, is_dark
+from gohgraph.drawing.colours import colour_bar, colour_scale, end_of, is_dark
 from gohgraph.drawing.figures import INK, finish, new_figure
 from gohgraph.drawing.given import recordings_of
 from gohgraph.drawing.panels import Panel, draw_panels, grid_of, panels_of, strongest_weight
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
 
 # Cells of so many heads have room for a minus.
 MOST_SIGNED = 16
@@ -26,7 +34,7 @@ def draw_matrices(
     threshold: float = 0.0,
     limit: float | None = None,
     label: str = LABEL,
-):
+) -> Figure:
     """Draw the adjacency matrices of a recording, one heat map for each layer, site and round.
 
     Row i, column j is the mean of alpha_ji over the recorded tokens: what head i takes from head j. Where there is no
@@ -72,10 +80,11 @@ def adjacency(panel: Panel) -> np.ndarray:
     return matrix
 
 
-def _draw_matrix(axis, panel: Panel, colours, hidden_below: float) -> None:
+def _draw_matrix(axis: Axes, panel: Panel, colours: ScalarMappable, hidden_below: float) -> None:
     matrix = np.ma.masked_invalid(adjacency(panel))
     matrix[np.abs(matrix) < hidden_below] = 0.0
-    axis.imshow(matrix, cmap=colours.cmap, norm=colours.norm, interpolation="nearest", aspect="equal")
+    norm = cast("Normalize", colours.norm)
+    axis.imshow(matrix, cmap=colours.cmap, norm=norm, interpolation="nearest", aspect="equal")
     axis.set_title(panel.title, fontsize=9, color=INK, pad=3)
     heads = panel.num_heads
     if heads * (1 + panel.rings) <= MOST_SIGNED:
@@ -91,8 +100,8 @@ def _draw_matrix(axis, panel: Panel, colours, hidden_below: float) -> None:
         axis.axvline(ring * heads - 0.5, color=INK, linewidth=0.8)
 
 
-def _mark_negatives(axis, matrix, colours) -> None:
+def _mark_negatives(axis: Axes, matrix: np.ma.MaskedArray, colours: ScalarMappable) -> None:
     """Puts a minus into cells below a tenth of the scale, whose sign is then seen without colours."""
-    rows, columns = np.nonzero(np.ma.filled(matrix, 0.0) < -0.1 * colours.norm.vmax)
+    rows, columns = np.nonzero(np.ma.filled(matrix, 0.0) < -0.1 * end_of(colours))
     inks = ["white" if is_dark(fill) else INK for fill in colours.to_rgba(np.ma.filled(matrix, 0.0)[rows, columns])]
     axis.hlines(rows, columns - 0.18, columns + 0.18, colors=inks, linewidth=0.9)

@@ -78,26 +78,27 @@ def save_page(
     """
     from gohgraph.analysis.network import HeadNetwork, head_graph_of
 
-    path = checked_path(path, (".html",))
+    file = checked_path(path, (".html",))
     check_threshold(threshold or 0.0)
     if limit is not None:
         check_number("limit", limit, above=0)
     if isinstance(heads, HeadNetwork):
-        heads, network = patterns if patterns is not None else Recordings({}), heads
+        recordings, network = patterns if patterns is not None else Recordings({}), heads
     else:
+        recordings = heads
         network = head_graph_of(heads, importance=importance, edge_importance=edge_importance)
-    document = page_document(heads, network, title, threshold, most_edges, limit)
+    document = page_document(recordings, network, title, threshold, most_edges, limit)
     from bokeh.embed import file_html
     from bokeh.resources import INLINE
 
     text = file_html(document, resources=INLINE, title=title, template=STYLE)
-    write_whole(path, lambda pending: pending.write_text(text, encoding="utf-8"))
+    write_whole(file, lambda pending: pending.write_text(text, encoding="utf-8"))
 
 
 def page_document(
     heads: Recordings, network: HeadNetwork, title: str = "head graphs", threshold: float | None = None,
     most_edges: int = MOST_EDGES, limit: float | None = None,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """Returns the page of `save_page` as a `bokeh.document.Document`."""
     with needs("bokeh for an interactive page", "interactive"):
         import bokeh  # noqa: F401
@@ -118,7 +119,7 @@ def page_document(
         "heads": ColumnDataSource(head_columns(network, layout), name="heads"),
     }
     shown, tips = BooleanFilter(name="shown"), BooleanFilter(name="tipped")
-    drawn = network_figure(network, layout, *sources.values(), (shown, tips), mapper, themed)
+    drawn = network_figure(network, layout, sources["edges"], sources["heads"], (shown, tips), mapper, themed)
     slider, sites, layers, toggle, status = controls_of(network, end, first_least(network, chosen, threshold))
     strip, tokens, letters, greys = _strip(heads, themed)
     patterns, shades = _patterns(heads, network, themed)

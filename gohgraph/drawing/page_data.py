@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from gohgraph.analysis.record import Recording, Recordings
+from gohgraph.common.checks import there
 from gohgraph.drawing.figures import INK
 from gohgraph.drawing.layered import Layout, arcs, head_names, ring_radii, self_loops
 
@@ -110,7 +111,7 @@ def as_bytes(weights: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _weights_of(recording: Recording, tokens: int) -> torch.Tensor:
-    every = recording.every
+    every = there(recording.every)
     weights = every["weights"].float()  # [N, R, E]
     weights = weights.expand(tokens, -1, -1) if len(weights) == 1 else weights[:tokens]
     if "active" in every:

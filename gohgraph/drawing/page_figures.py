@@ -103,7 +103,7 @@ def _add_tools(plot: Any, network: HeadNetwork, edges: Any, heads: Any, curves: 
     plot.add_tools(HoverTool(renderers=discs, tooltips=about, name="head hover"))
 
 
-def strip_figure(strings: list[str], shades: Any, greys: Any, themed: Themed):
+def strip_figure(strings: list[str], shades: Any, greys: Any, themed: Themed) -> tuple[Any, Any, Any]:
     """Returns the figure of the text, the source of its tokens, shaded by `shades` `[N]`, and the glyph of its letters.
 
     A click selects a token.

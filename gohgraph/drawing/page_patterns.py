@@ -75,7 +75,7 @@ def _pattern_figure(name: str, size: int, strings: list[str] | None, mapper: Any
         width=SIDE, height=SIDE, x_range=Range1d(-0.5, size - 0.5), y_range=Range1d(size - 0.5, -0.5), tools="",
         toolbar_location=None, name=f"{name} pattern", visible=False, title=name,
     )  # fmt: skip
-    empty = {column: [] for column in ("x", "y", "weight", "shade", "query", "key")}
+    empty: dict[str, list[float]] = {column: [] for column in ("x", "y", "weight", "shade", "query", "key")}
     cells = plot.rect(
         "x", "y", 1, 1, source=ColumnDataSource(empty, name=f"{name} cells"), fill_color=transform("shade", mapper),
         line_color=None,

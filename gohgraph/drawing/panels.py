@@ -77,8 +77,8 @@ def panels_of(heads: Mapping[str, Any]) -> list[Panel]:
         shared, reach = getattr(recording, "num_shared", None), getattr(recording, "reach", 0)
         for number, weights in enumerate(means):
             label = title if len(means) == 1 else f"{title}, round {number + 1}"
-            more = {"num_shared": shared, "reach": reach}
-            panels.append(Panel(label, site_of(name), recording.num_heads, senders, receivers, weights, loads, **more))
+            heads_of = (recording.num_heads, senders, receivers, weights, loads)
+            panels.append(Panel(label, site_of(name), *heads_of, num_shared=shared, reach=reach))
     return panels
 
 
@@ -100,7 +100,7 @@ def grid_of(panels: list[Panel], *, widest: int | None = None) -> tuple[list[lis
     return rows, columns, min(WIDTH / columns, 3.4 if heads <= 16 else 4.5)
 
 
-def draw_panels(axes, rows: list[list[Panel]], draw_panel: Callable[[Any, Panel], None]) -> None:
+def draw_panels(axes: np.ndarray, rows: list[list[Panel]], draw_panel: Callable[[Any, Panel], None]) -> None:
     """Calls `draw_panel(axis, panel)` for the rows of `grid_of` on axes `[rows, columns]`; further axes stay empty."""
     for row, row_axes in zip(rows, axes, strict=True):
         for axis in row_axes[len(row) :]:
@@ -113,6 +113,7 @@ def of_layer(heads: Mapping[str, Any], layer: int) -> dict[str, Any]:
     """Returns the part of a recording that belongs to the layers of one number; `ValueError` where there is none."""
     chosen = {name: recording for name, recording in heads.items() if layer_of(block_of(name)) == layer}
     if not chosen:
-        known = sorted({layer_of(block_of(name)) for name in heads} - {None})
+        layers = (layer_of(block_of(name)) for name in heads)
+        known = sorted({number for number in layers if number is not None})
         raise ValueError(f"Expected a layer of {known} (got {layer}). Do choose one of them.")
     return chosen

@@ -1,12 +1,18 @@
 """Figure of the loss of a model that loses edges."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.figures import INK, finish, frame_axis, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, without its yellow; markers and dashes tell lines apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
@@ -20,7 +26,7 @@ def draw_pruning(
     path: str | os.PathLike[str] | None = None,
     *,
     title: str | None = None,
-):
+) -> Figure:
     """Draw the loss of pruned models against the share of edges kept, one line for each order of removal.
 
     Args:
@@ -50,7 +56,7 @@ def draw_pruning(
             raise ValueError(f"Expected curves over the same shares (got {shares} in {name!r}). Do measure them alike.")
         points = np.array([sorted(curve) for curve in seeds], dtype=float)  # [seeds, points, 2]
         is_random = name.startswith("random")
-        style = {"color": RANDOM, "linestyle": "--", "marker": "."}
+        style: dict[str, Any] = {"color": RANDOM, "linestyle": "--", "marker": "."}
         if not is_random:
             place = learned % len(COLOURS)
             style = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 4.5}

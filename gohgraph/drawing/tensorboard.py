@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import nn
@@ -12,6 +12,9 @@ from gohgraph.analysis.module_names import graph_titles
 from gohgraph.analysis.record import Recording
 from gohgraph.analysis.strength import edge_strength
 from gohgraph.drawing.circles import draw
+
+if TYPE_CHECKING:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 DPI = 100
 
@@ -32,9 +35,10 @@ def log_head_graphs(writer: Any, model: nn.Module | Mapping[str, Recording], ste
     heads = at_rest(model) if isinstance(model, nn.Module) else model
     figure = draw(heads, limit=1.0)
     figure.set_dpi(DPI)
-    figure.canvas.draw()
+    canvas = cast("FigureCanvasAgg", figure.canvas)
+    canvas.draw()
     # add_figure would import pyplot, with its list of figures.
-    writer.add_image("head_graphs", np.asarray(figure.canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
+    writer.add_image("head_graphs", np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
     strengths, measured = edge_strength(model), measures(heads)
     for title, name in zip(graph_titles(list(heads)), heads, strict=True):
         if not heads[name].edge_index.numel():

@@ -1,18 +1,25 @@
 """Figure of a text as a strip of tokens, with the head graphs of one of them."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from gohgraph.analysis.record import Recording, Recordings
+from gohgraph.common.checks import there
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import check_threshold, circle_label, draw_circle
 from gohgraph.drawing.colours import colour_bar, colour_scale
 from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
 from gohgraph.drawing.panels import draw_panels, grid_of, panels_of, strongest_weight
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Lines of a strip, inches of each, and letters in it.
 ROWS, CELL_HEIGHT, ROOM = 6, 0.27, 92
@@ -26,11 +33,12 @@ class AtToken:
     """What a recording with `every_token=True` says of one token; static edges are the same at all."""
 
     def __init__(self, recording: Recording, token: int) -> None:
-        weights = recording.every["weights"]  # [N, R, E]
+        every = there(recording.every)
+        weights = every["weights"]  # [N, R, E]
         self.edge_index, self.num_heads = recording.edge_index, recording.num_heads
         self.mean = weights[token if len(weights) > 1 else 0].double()  # [R, E]
         self.num_shared = recording.num_shared
-        active = recording.every.get("active")  # [N, H]
+        active = every.get("active")  # [N, H]
         self.load = torch.ones(self.num_heads) if active is None else active[token].double()  # [H]
         if active is not None:
             both = active[token][self.edge_index[0] % self.num_heads] & active[token][self.edge_index[1]]
@@ -45,7 +53,7 @@ def draw_tokens(
     title: str | None = None,
     threshold: float = 0.05,
     limit: float | None = None,
-):
+) -> Figure:
     """Draw a text as a strip of tokens, and below it the head graphs of one of them.
 
     The grey of a token tells how far its edge weights are from their mean over tokens (root mean square over all
@@ -91,7 +99,7 @@ def check_tokens_recorded(heads: Recordings) -> list[str]:
     strings = getattr(heads, "token_strings", None)
     if strings is None:
         raise ValueError("Expected token strings to show (got token_strings=None). Do record with token_strings=[...].")
-    numbers = {len(recording.every["weights"]) for recording in heads.values()}
+    numbers = {len(there(recording.every)["weights"]) for recording in heads.values()}
     if others := sorted(numbers - {1, len(strings)}):
         raise ValueError(f"Expected one pass over {len(strings)} tokens (got {others}). Do record a single sequence.")
     return strings
@@ -102,11 +110,11 @@ def token_changes(heads: Recordings) -> np.ndarray:
     squares: Any = 0.0
     edges = 0
     for recording in heads.values():
-        weights = recording.every["weights"].double()  # [N, R, E]
+        weights = there(recording.every)["weights"].double()  # [N, R, E]
         squares = squares + (weights - weights.mean(dim=0)).square().sum(dim=(1, 2))  # [N]
         edges += weights[0].numel()
     changes = (squares / max(1, edges)).sqrt().numpy()
-    return np.broadcast_to(changes, (len(heads.token_strings),))
+    return np.broadcast_to(changes, (len(there(heads.token_strings)),))
 
 
 def readable(token: str) -> str:
@@ -166,7 +174,7 @@ def _around(lines: list, token: int) -> list:
     return lines[first : first + ROWS]
 
 
-def _draw_strip(axis, strings: list[str], lines: list, token: int, changes: np.ndarray, width: float) -> None:
+def _draw_strip(axis: Axes, strings: list[str], lines: list, token: int, changes: np.ndarray, width: float) -> None:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 

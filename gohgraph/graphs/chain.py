@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
 from gohgraph.graphs.cross_layer import joined, reached
-from gohgraph.graphs.protocol import SiteGraph, Traits
+from gohgraph.graphs.protocol import Losses, SiteGraph, Traits
 
 
 class Chain(nn.ModuleList, SiteGraph):
@@ -29,11 +30,24 @@ class Chain(nn.ModuleList, SiteGraph):
         super().__init__(graphs)
         self.traits = _common_traits([graph.traits for graph in graphs])
 
+    @property
+    def graphs(self) -> list[SiteGraph]:
+        """The graphs, in their order."""
+        return [cast(SiteGraph, graph) for graph in self]
+
     def forward(
-        self, nodes, context=None, earlier=(), active=None, *, keys=None, losses=None, values=None
+        self,
+        nodes: Tensor,
+        context: Tensor | None = None,
+        earlier: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+        *,
+        keys: Tensor | None = None,
+        losses: Losses | None = None,
+        values: Tensor | None = None,
     ) -> Tensor:
         """Passes the nodes `[*, H, F]` through all graphs."""
-        for graph in self:
+        for graph in self.graphs:
             state = keys if graph.traits.keyed else None
             read = {"values": values} if graph.traits.reads_values else {}
             before = reached(earlier, graph.traits.reach)
@@ -42,12 +56,13 @@ class Chain(nn.ModuleList, SiteGraph):
 
     def key_state(self, source: Tensor) -> Tensor | None:
         """Returns the state of the one keyed graph."""
-        return next((graph.key_state(source) for graph in self if graph.traits.keyed), None)
+        return next((graph.key_state(source) for graph in self.graphs if graph.traits.keyed), None)
 
     def matrix(self, context: Tensor | None = None, active: Tensor | None = None) -> Tensor:
         """Returns the product of all matrices, `[*, H, H]`."""
-        product = self[0].matrix(context, active)
-        for graph in self[1:]:
+        first, *others = self.graphs
+        product = first.matrix(context, active)
+        for graph in others:
             product = graph.matrix(context, active) @ product  # [*, H, H]
         return product
 

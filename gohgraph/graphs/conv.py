@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -12,14 +12,17 @@ from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 
 from gohgraph.common.checks import check_choice, check_int
+from gohgraph.graphs.chunked import add_in_chunks
 from gohgraph.graphs.cross_layer import CrossLayer, reached
-from gohgraph.graphs.dense import add_layers, add_product, edge_kinds, pays_by_layer
+from gohgraph.graphs.dense import add_layers, add_product, add_runs, edge_kinds, pays_by_layer
 from gohgraph.graphs.edge_graph import EdgeGraph
-from gohgraph.graphs.edge_tables import EdgeTables, edge_tables
+from gohgraph.graphs.edge_tables import EdgeTables, edge_tables, num_runs
 from gohgraph.graphs.edges import EdgeWeights
 from gohgraph.graphs.graph import head_graph
-from gohgraph.graphs.protocol import FEATURES, MAPS, Sparse, Traits
+from gohgraph.graphs.protocol import FEATURES, MAPS, Losses, Sparse, Traits
 from gohgraph.graphs.site_config import SiteConfig
+from gohgraph.graphs.sparse import add_gathered
+from gohgraph.graphs.ways import edges_in_chunks, pays_gathered
 
 BACKENDS = ("dense", "pyg")
 OPTIONS = ("edges", "rank", "activation", "rounds", "cross_layer", "norm", "backend", "top_edges")
@@ -73,6 +76,18 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
 
     # Whether senders are nodes as they are, so that messages can be added layer by layer, without joining the layers.
     by_layer = True
+    # Whether weights are those of `edges` as they are, so that they can be computed for a few tokens at a time.
+    in_chunks = True
+    # Buffers, see `EdgeTables`.
+    edge_of_cell: Tensor
+    cell_of_edge: Tensor
+    senders: Tensor
+    edge_of_sender: Tensor
+    receivers: Tensor
+    edge_of_receiver: Tensor
+    place_of_edge: Tensor
+    # PyG writes it for every class.
+    propagate: Callable[..., Tensor]
     # Options of the constructor, and what a `SiteConfig` calls them.
     options: ClassVar[dict[str, str]] = {name: name for name in OPTIONS}
 
@@ -98,12 +113,21 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         self.reach, self.num_senders = cross.layers, self.num_heads * (1 + self.cross_layer)
         self.top_edges = top_edges
         edge_index = cross.joined(head_graph(self.num_heads, graph, self_loops=False).edge_index, self.num_heads)
-        num_edges, scaling = edge_index.shape[1], {}
+        num_edges = edge_index.shape[1]
+        scaled, scale_start = None, 0.0
         if cross.scale is not None and self.cross_layer:
-            scaling = {"scaled": edge_index[0] >= self.num_heads, "scale_start": cross.scale}
+            scaled, scale_start = edge_index[0] >= self.num_heads, cross.scale
         scale = max(1.0, num_edges / self.num_heads) ** -0.5
         self.edges = EdgeWeights(
-            num_edges, context_dim, kind=edges, rank=rank, activation=activation, rounds=rounds, scale=scale, **scaling
+            num_edges,
+            context_dim,
+            kind=edges,
+            rank=rank,
+            activation=activation,
+            rounds=rounds,
+            scale=scale,
+            scaled=scaled,
+            scale_start=scale_start,
         )
         self.fusion = nn.Parameter(torch.zeros(rounds)) if rounds > 1 else None
         self.gain = nn.Parameter(torch.ones(self.num_senders, head_dim)) if norm else None
@@ -180,6 +204,8 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         self._edge_list = self.edge_index.t().tolist()
         edges = [(j, i) for j, i in self.local_edges.t().tolist()]
         self._edge_kinds = edge_kinds(edges, self.num_heads, 1 + self.cross_layer)
+        # Of runs of heads that are complete graphs, edges in order are the rows of all their adjacencies.
+        self.num_runs = num_runs(edges, self.num_heads, self.num_senders)
         tables = edge_tables(edges, self.num_heads, self.num_senders)
         for name, table in tables._asdict().items():
             self.register_buffer(name, table.to(self.edge_index.device), persistent=False)
@@ -201,17 +227,32 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
             limited_by="" if self.gain is None else "norm=True",
         )
 
-    def forward(self, z, context=None, earlier=(), active=None, *, keys=None, losses=None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        earlier: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+        *,
+        keys: Tensor | None = None,
+        losses: Losses | None = None,
+        values: Tensor | None = None,
+    ) -> Tensor:
         """Passes messages between the nodes `z [*, H, D]` under the context `[*, M]`; see `SiteGraph.forward`."""
         if self.fusion is None:
             self._check_nodes(z, earlier)
+            many = edges_in_chunks(self, z, context, active) if self.in_chunks else None
+            if many is not None:
+                return add_in_chunks(z, self._senders(z, earlier), many)
             alpha = self.edge_weight(context, 0, active).to(z.dtype)
             if self.by_layer and self.gain is None and self.backend == "dense" and pays_by_layer(self._edge_kinds):
                 return add_layers((z, *reached(earlier, self.reach)), self._edge_kinds, alpha, self.edge_of_cell)
             return self._add_messages(z, self._senders(z, earlier), alpha)
         return self._fuse(z, self.messages(z, context, earlier, active))
 
-    def messages(self, z: Tensor, context=None, earlier=(), active=None) -> list[Tensor]:
+    def messages(
+        self, z: Tensor, context: Tensor | None = None, earlier: Sequence[Tensor] = (), active: Tensor | None = None
+    ) -> list[Tensor]:
         """Returns m^(1), ..., m^(R), `[*, H, D]` each: what heads receive in each round; z^(r) = z^(r-1) + m^(r)."""
         self._check_nodes(z, earlier)
         weights = self._weights(context, active).to(z.dtype)  # [*, R, E] or [R, E]
@@ -235,6 +276,8 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
             return super().matrix(context, active)
         dtype = self.own_edges.bias.dtype if context is None else context.dtype
         eye = torch.eye(self.num_senders, dtype=dtype, device=self.edge_index.device)  # [S, S]
+        if self.rounds == 1 and self.num_senders == self.traits.num_heads:
+            return self._dense(self.edge_weight(context, 0, active).to(dtype)) + eye  # [*, H, H]
         varying = context if self.own_edges.weight is not None else active
         tokens = () if varying is None else varying.shape[:-1]
         return self(eye.expand(*tokens, -1, -1), context, active=active)  # [*, H, S]
@@ -303,6 +346,11 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
             size = (self.num_senders, self.num_heads)
             received = self.propagate(self.local_edges, x=(senders, None), alpha=alpha, size=size)  # [*, H, D]
             return received if z is None else z + received
+        if pays_gathered(senders, alpha, self.senders.shape[1], self.num_heads):
+            tables = EdgeTables(*(getattr(self, name) for name in EdgeTables._fields))
+            return add_gathered(z, senders, alpha, tables)
+        if self.num_runs > 1:
+            return add_runs(z, alpha, senders, self.num_runs)
         return add_product(z, self._dense(alpha), senders)
 
     def _dense(self, alpha: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class CrossLayer(Config):
     @classmethod
     def of(cls, value: int | str | CrossLayer) -> CrossLayer:
         """Returns what a number of layers or a name of them stands for."""
-        return value if isinstance(value, cls) else cls(value)
+        return value if isinstance(value, CrossLayer) else cls(value)
 
     @property
     def count(self) -> int:
@@ -68,7 +68,7 @@ class CrossLayer(Config):
                 "Expected a number of earlier layers, or 'first', where a graph is built by itself (got "
                 "cross_layer='all'). Do pass the number; in gohgraph's own models every layer knows it."
             )
-        return 1 if self.layers == FIRST else self.layers
+        return self.layers if isinstance(self.layers, int) else 1
 
     def at(self, layer: int | None) -> CrossLayer:
         """Returns the senders that there are for the layer of that index; `None` leaves them as they are."""
@@ -130,6 +130,6 @@ def joined(reaches: Sequence[Reach]) -> Reach:
     parts = [part for reach in reaches for part in (reach if isinstance(reach, tuple) else (reach,))]
     names = tuple(dict.fromkeys(part for part in parts if isinstance(part, str)))
     nearest = max((part for part in parts if isinstance(part, int)), default=0)
-    every = (*names, nearest) if nearest else names
+    every: tuple[int | str, ...] = (*names, nearest) if nearest else names
     return every if len(every) > 1 else every[0] if every else 0
 

@@ -23,6 +23,20 @@ def add_product(z: Tensor | None, adjacency: Tensor, senders: Tensor) -> Tensor:
     return added.view(z.shape)  # [*, H, D]
 
 
+def add_runs(z: Tensor | None, alpha: Tensor, senders: Tensor, count: int) -> Tensor:
+    """Returns what `add_product` does over `count` runs of heads, each a complete graph with alpha `[*, E]`.
+
+    Example:
+        >>> z, alpha = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 8)
+        >>> add_runs(z, alpha, z, 2).shape
+        torch.Size([2, 3, 4, 5])
+    """
+    runs = (count, senders.shape[-2] // count)
+    nodes = senders.unflatten(-2, runs)  # [*, g, H/g, D]
+    of_z = nodes if z is senders else None if z is None else z.unflatten(-2, runs)
+    return add_product(of_z, alpha.unflatten(-1, (*runs, runs[1])), nodes).flatten(-3, -2)  # [*, H, D]
+
+
 def edge_kinds(edges: Sequence[tuple[int, int]], num_heads: int, layers: int) -> list[str]:
     """Returns of every layer that sends, this one first, its kind of edges: `""` (none), `"same head"` or `"pairs"`.
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohgraph.common.checks import check_choice, check_int
+from gohgraph.common.checks import check_choice, check_int, there
 
 EDGE_KINDS = ("token", "static", "frozen")
 ACTIVATIONS = {"tanh": torch.tanh, None: lambda alpha: alpha}
@@ -42,6 +42,9 @@ class EdgeWeights(nn.Module):
         >>> EdgeWeights(num_edges=6, context_dim=5)(torch.randn(2, 3, 5)).shape
         torch.Size([2, 3, 1, 6])
     """
+
+    bias: Tensor
+    scaled: Tensor | None
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class EdgeWeights(nn.Module):
         if self.learned_scale is not None:
             nn.init.constant_(self.learned_scale, self.scale_start)
             if self.scale_start == 0 and self.kind != "frozen":
-                self.bias.add_(self.scale * self.scaled.to(self.bias.device, self.bias.dtype))
+                self.bias.add_(self.scale * there(self.scaled).to(self.bias.device, self.bias.dtype))
 
     def keep_edges(self, kept: Tensor) -> None:
         """Leaves the weights of the edges of a bool mask `[E]`."""
@@ -107,7 +110,9 @@ class EdgeWeights(nn.Module):
 
     def rescaled(self, alpha: Tensor, factor: Tensor | None) -> Tensor:
         """Returns alpha `[*, E]` times a factor of one element (`None`: 1) where edges are `scaled`."""
-        return alpha if factor is None else alpha * torch.where(self.scaled, factor, 1.0).to(alpha.dtype)  # [*, E]
+        if factor is None:
+            return alpha
+        return alpha * torch.where(there(self.scaled), factor, 1.0).to(alpha.dtype)  # [*, E]
 
     def _activated(
         self, context: Tensor | None, bias: Tensor, weight: Tensor | None, down: Tensor | None

@@ -11,7 +11,7 @@ from torch_geometric.data import Data
 from gohgraph.common.checks import check_int
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.edge_tables import EdgeTables
-from gohgraph.graphs.protocol import ALIGNMENT, FEATURES, Traits
+from gohgraph.graphs.protocol import ALIGNMENT, FEATURES, Losses, Traits
 
 
 class GraphExperts(HeadGraphConv):
@@ -78,7 +78,17 @@ class GraphExperts(HeadGraphConv):
         super().reset_parameters()
         self._reset_embeddings()
 
-    def forward(self, z, context=None, earlier=(), active=None, *, keys=None, losses=None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        earlier: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+        *,
+        keys: Tensor | None = None,
+        losses: Losses | None = None,
+        values: Tensor | None = None,
+    ) -> Tensor:
         """Passes messages between the nodes `z [*, H, D]`; see `SiteGraph.forward`."""
         if losses is None or ALIGNMENT not in losses:
             return super().forward(z, context, earlier, active)

@@ -1,14 +1,16 @@
 """Score graphs whose edges weigh the key's token too."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch_geometric.data import Data
 
+from gohgraph.common.checks import needed
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.edge_tables import EdgeTables
 from gohgraph.graphs.edges import EdgeWeights
-from gohgraph.graphs.protocol import Traits
+from gohgraph.graphs.protocol import Losses, Traits
 
 
 class KeyedGraphConv(HeadGraphConv):
@@ -73,12 +75,22 @@ class KeyedGraphConv(HeadGraphConv):
         in_degree, sites = super()._traits(tables).in_degree, frozenset({"scores"})
         return Traits(self.num_heads, sites, keyed=True, in_degree=in_degree, limited_by='kind="keyed"')
 
-    def forward(self, z, context=None, earlier=(), active=None, *, keys=None, losses=None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        earlier: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+        *,
+        keys: Tensor | None = None,
+        losses: Losses | None = None,
+        values: Tensor | None = None,
+    ) -> Tensor:
         """Mixes scores `[B, T, H, S]` under the contexts of query and key; see `SiteGraph.forward`."""
         self._check_nodes(z, ())
         senders, receivers = self.edge_index
         alpha = self.edge_weight(context, 0, active).to(z.dtype).unsqueeze(-1)  # [B, T, E, 1] or [E, 1]
-        beta = keys.to(z.dtype).transpose(1, 2).unsqueeze(1)  # [B, 1, E, S]
+        beta = needed("state of the keys", keys).to(z.dtype).transpose(1, 2).unsqueeze(1)  # [B, 1, E, S]
         is_loop = (senders == receivers).to(z.dtype).unsqueeze(-1)  # [E, 1]
         # The identity's part of an edge i -> i is already in z.
         message = ((is_loop + alpha) * (1 + beta) - is_loop) * z.index_select(-2, senders)  # [B, T, E, S]

@@ -42,6 +42,9 @@ class LearnedTopologyConv(HeadGraphConv):
         (10, torch.Size([2, 10]))
     """
 
+    in_chunks = False
+    kept: Tensor
+    strength: Tensor
     options: ClassVar[dict[str, str]] = {**HeadGraphConv.options, "in_degree": "keep_in_degree"}
 
     def __init__(self, graph: Data, head_dim: int, context_dim: int, in_degree: int, **options: Any) -> None:

@@ -147,7 +147,7 @@ class SiteGraph(nn.Module, ABC):
             f"Expected a graph that is linear in the nodes (got {type(self).__name__}). Do check traits.linear."
         )
 
-    def sparse(self, context: Tensor, active: Tensor | None = None, keys: Tensor | None = None) -> Sparse:
+    def sparse(self, context: Tensor | None, active: Tensor | None = None, keys: Tensor | None = None) -> Sparse:
         """Returns every receiver's senders and their weights; of a linear graph at least all heads and its matrix."""
         matrix = self.matrix(context, active)  # [*, H, H]
         senders = torch.arange(matrix.shape[-1], device=matrix.device).expand(matrix.shape[-2:])  # [H, H]

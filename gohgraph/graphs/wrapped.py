@@ -26,7 +26,7 @@ class WrappedModule(SiteGraph):
         self.traits = Traits(num_heads)
 
     def forward(
-        self, nodes: Tensor, context: Tensor, earlier: Any = (), active: Tensor | None = None, **call: Any
+        self, nodes: Tensor, context: Tensor | None = None, earlier: Any = (), active: Tensor | None = None, **call: Any
     ) -> Tensor:
         """Calls the module; heads that are off send zeros and receive nothing."""
         if active is None:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_model
@@ -65,7 +66,9 @@ def _load_step(folder: Path) -> OwnModel:
     try:
         settings = json.loads((folder / STATE).read_text(encoding="utf-8"))["settings"]
         kind = _class_of(settings)
-        model = kind(kind.config_class.from_dict(settings["model"]))
+        # Every class has the configurations of its own.
+        build: Any = kind
+        model: OwnModel = build(kind.config_class.from_dict(settings["model"]))
         load_model(model, folder / WEIGHTS)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(

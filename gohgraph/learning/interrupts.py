@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -24,7 +25,7 @@ def interrupts() -> Iterator[threading.Event]:
     """
     interrupted = threading.Event()
 
-    def handle(number, frame) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if interrupted.is_set():
             raise KeyboardInterrupt
         interrupted.set()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from gohgraph.common.checks import there
 from gohgraph.parallel.gradients import layout_of, spread_as, whole
 
 # The group of `parameter_groups` that Muon trains.
@@ -93,12 +94,12 @@ class Muon(Optimizer):
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [there(parameter.grad) for parameter in parameters]
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - mu)
         ahead = [whole(tensor) for tensor in torch._foreach_lerp(gradients, momenta, mu)]
-        updates = orthogonalized(torch.stack(ahead)).unbind()  # P of [n, m]
-        updates = [spread_as(parameter, update) for parameter, update in zip(parameters, updates, strict=True)]
+        directions = orthogonalized(torch.stack(ahead)).unbind()  # P of [n, m]
+        updates = [spread_as(parameter, update) for parameter, update in zip(parameters, directions, strict=True)]
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         torch._foreach_add_(parameters, updates, alpha=-lr * max(1, rows / columns) ** 0.5)
 

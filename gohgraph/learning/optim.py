@@ -95,10 +95,11 @@ def _ids(modules: Iterable[nn.Module]) -> set[int]:
 
 def _tables(model: nn.Module) -> list[nn.Module]:
     """What is looked up, and what stands between the model and its input and output."""
-    ends = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    ends: list[Any] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     ends += [getattr(model, name, None) for name in ("embedding", "head")]
     # Transformers' models say which is theirs.
-    ends += [model.get_output_embeddings()] if hasattr(model, "get_output_embeddings") else []
+    of_output = getattr(model, "get_output_embeddings", None)
+    ends += [] if of_output is None else [of_output()]
     return [end for end in ends if isinstance(end, nn.Module)]
 
 

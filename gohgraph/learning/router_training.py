@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gohgraph.attention.head_load import load_cv, load_entropy
 from gohgraph.attention.routing import Routing, routers, share_statistics
+from gohgraph.common.checks import there
 
 COLUMNS = ("balance_loss", "z_loss", "load_cv", "load_entropy", "router_entropy")
 
@@ -63,8 +64,9 @@ class RouterTraining:
                 "the model's whole output."
             )
         if routing:
-            scalars = [torch.stack((r.balance_loss.detach(), r.z_loss.detach(), r.entropy)) for r in routing]
-            self._loads.append([decision.load for decision in routing])
+            told = [(there(r.balance_loss).detach(), there(r.z_loss).detach(), there(r.entropy)) for r in routing]
+            scalars = [torch.stack(of_router) for of_router in told]
+            self._loads.append([there(decision.load) for decision in routing])
             self._scalars.append(torch.stack(scalars).mean(dim=0))
 
     def end(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gohgraph.common.checks import there
 from gohgraph.common.files import make_folder, read_json, write_whole
 from gohgraph.common.files import write_text_whole as write_text
 from gohgraph.graphs.site_config import upgraded
@@ -70,7 +71,7 @@ class RunFolder:
             reader = csv.DictReader(lines)
             self.columns = list(reader.fieldnames or COLUMNS)
             rows = [{name: _number(text) for name, text in row.items()} for row in reader]
-        self.rows = [row for row in rows if row["step"] <= until]
+        self.rows = [row for row in rows if there(row["step"]) <= until]
         write_whole(self.path / LOG, self._write_log)
 
     def checkpoints(self) -> list[Path]:

@@ -1,9 +1,14 @@
 """Training of learned topologies: edges fall away until every head has its budget of them."""
 
+from typing import TYPE_CHECKING, cast
+
 from torch import nn
 
 from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.learning.router_training import annealed_top_k
+
+if TYPE_CHECKING:
+    from gohgraph.graphs.learned_topology import LearnedTopologyConv
 
 
 class TopologyTraining:
@@ -18,7 +23,7 @@ class TopologyTraining:
     def __init__(self, model: nn.Module, anneal_in_degree: int = 0) -> None:
         self.anneal_in_degree = anneal_in_degree
         graphs = (module for module in model.modules() if isinstance(module, EdgeGraph))
-        self.graphs = [graph for graph in graphs if graph.traits.learned]
+        self.graphs = [cast("LearnedTopologyConv", graph) for graph in graphs if graph.traits.learned]
         if anneal_in_degree and not self.graphs:
             kind = type(model).__name__
             raise ValueError(

@@ -13,9 +13,9 @@ PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "inverse-sqrt", "warmdown")
 DEVICES = (None, "cpu", "cuda", "mps", "xpu")
+# What the defaults were before the recipe of today, and a run trained with that was started before these settings were.
+BEFORE = {"optimizer": "adamw", "schedule": "cosine", "min_lr_ratio": 0.1, "graph_lr_factor": 1.0}
 # They change when something is written or where it is computed, not what is learned: a resumed run may change them.
-# What a run trained with that was started before these settings were.
-BEFORE = {"optimizer": "adamw", "schedule": "cosine", "min_lr_ratio": 0.1}
 FREE_ON_RESUME = ("device", "compile", "eval_every", "log_every", "checkpoint_every", "keep_checkpoints")
 
 
@@ -37,7 +37,8 @@ class TrainConfig:
         weight_decay: of matrices; vectors and head graphs have none.
         betas: of AdamW, each in [0, 1).
         grad_clip: largest gradient norm, `None` for no limit.
-        graph_lr_factor: learning rate of head graphs, as a multiple of the others'.
+        graph_lr_factor: learning rate of head graphs, as a multiple of AdamW's. A quarter is what text and translation
+            chose beside Muon, see docs/experiments.md; models trained by AdamW alone took 1.
         anneal_top_k: steps over which every router's k falls linearly, rounded, from all its routed heads to its own
             budget, fewer than `steps`; 0 for that budget at once. Under `compile`, every k is compiled anew.
         anneal_in_degree: steps over which learned topologies lose their weakest edges, until every head has its budget
@@ -68,7 +69,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float | None = 1.0
-    graph_lr_factor: float = 1.0
+    graph_lr_factor: float = 0.25
     anneal_top_k: int = 0
     anneal_in_degree: int = 0
     patience: int | None = None

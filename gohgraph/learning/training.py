@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gohgraph.common.checks import there
 from gohgraph.drawing import draw_curves
 from gohgraph.learning.engine import make_engine
 from gohgraph.learning.router_training import RouterTraining
@@ -78,7 +79,7 @@ class Training:
             self.folder.open(resume=resume)
         self.accelerator.wait_for_everyone()
         self.model, self.optimizer, self.schedule = self.engine.prepare(model)
-        self.callable = torch.compile(self.model) if config.compile else self.model
+        self.callable: nn.Module = cast(nn.Module, torch.compile(self.model)) if config.compile else self.model
         self.step, self.seconds, self.has_diverged = 0, 0.0, False
         # Losses since the last row of the log: on the device, and read from it.
         self._new: list[Tensor] = []
@@ -157,7 +158,7 @@ class Training:
             # Each k is another graph, and torch gives up compiling after a few of the same code.
             torch.compiler.reset()
         self.topology.begin(self.step)
-        total = 0.0
+        total: Tensor | None = None
         for number in range(config.accumulate):
             tensors = self._batch(number)
             last = number + 1 == config.accumulate
@@ -167,14 +168,14 @@ class Training:
                 loss = (output if isinstance(output, Tensor) else output.loss) / config.accumulate
                 accelerator.backward(loss)
             self.routing.observe(() if isinstance(output, Tensor) else output.routing)
-            total = total + loss.detach()
+            total = loss.detach() if total is None else total + loss.detach()
         if config.grad_clip is not None:
             self.engine.clip(config.grad_clip)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         self.routing.end()
-        self._new.append(total)
+        self._new.append(there(total))
         self.step += 1
 
     def _batch(self, number: int) -> Any:
@@ -228,7 +229,7 @@ class Training:
         model = self.engine.unwrapped()
         model.eval()
         with torch.no_grad():
-            measured = self.evaluate(model)
+            measured = there(self.evaluate)(model)
         model.train()
         if "validation_loss" in measured:
             self._validation_losses.append(measured["validation_loss"])

@@ -32,8 +32,8 @@ from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.models.auto import GohgraphClassifierConfig, GohgraphConfig, GohgraphSeq2SeqConfig, model_folder
 from gohgraph.models.auto_cache import OwnCache
 from gohgraph.models.keywords import check_unused, next_tokens, real_tokens, shifted_right
-from gohgraph.models.model_output import ModelOutput
-from gohgraph.models.models import Classifier, LanguageModel, Transformer, logits_of
+from gohgraph.models.model_output import ModelOutput, logits_of
+from gohgraph.models.models import Classifier, LanguageModel, Transformer
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -49,6 +49,39 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, t
         check_number("top_p", top_p, above=0, high=1)
 
 
+def continued(
+    step: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos: int | None = None,
+) -> Tensor:
+    """Continues each prompt `[B, T]` token by token: `[B, T + new]`.
+
+    Args:
+        step: `new tokens [B, T] -> logits [B, V]` of the token after them; the first call gets the prompts.
+        tokens: the prompts.
+        max_new_tokens: number of tokens to add, fewer when all rows have ended.
+        temperature, top_k, top_p: as in `sample`.
+        eos: token that ends a row; the row is filled with it.
+    """
+    new = tokens
+    ended = None if eos is None else torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+    for _ in range(max_new_tokens):
+        token = sample(step(new), temperature, top_k, top_p)  # [B]
+        if ended is not None:
+            token = torch.where(ended, eos, token)
+            ended = ended | (token == eos)
+        new = token.unsqueeze(1)
+        tokens = torch.cat((tokens, new), dim=1)
+        if ended is not None and ended.all():
+            break
+    return tokens
+
+
 @torch.no_grad()
 def beam_search(
     step: Callable[[Tensor, Tensor], Tensor],

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gohgraph.attention.routing import Routing
 from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.graphs.protocol import ALIGNMENT, Losses
 from gohgraph.models.stacks import StackOutput
+
+if TYPE_CHECKING:
+    from gohgraph.models.models import LanguageModel, Transformer
 
 
 class ModelOutput(NamedTuple):
@@ -72,3 +76,10 @@ def _auxiliary_loss(
     known = [(weight, [loss for loss in losses if loss is not None]) for weight, losses in weighted if weight]
     terms = [weight * torch.stack(losses).mean() for weight, losses in known if losses]
     return reduce(torch.add, terms) if terms else None
+
+
+def logits_of(model: LanguageModel | Transformer, x: Tensor) -> Tensor:
+    """Returns the logits `[*, V]` of the last hidden states `[*, M]`."""
+    logits = F.linear(x, model.embedding.tokens.weight) if model.head is None else model.head(x)  # [B, T, V]
+    cap = model.config.logit_cap
+    return logits if cap is None else cap * torch.tanh(logits / cap)

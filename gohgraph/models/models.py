@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohgraph.attention.cache import KeyValueCache, padded, reorder_all
+from gohgraph.attention.cache import KeyValueCache, reorder_all
 from gohgraph.common.checkpoint import PretrainedMixin
 from gohgraph.common.checks import check_int
 from gohgraph.models.boundary import (
@@ -21,11 +22,12 @@ from gohgraph.models.boundary import (
 )
 from gohgraph.models.config import ClassifierConfig, TransformerConfig
 from gohgraph.models.embeddings import TokenEmbedding
-from gohgraph.models.generation import beam_search, check_sampling, sample
+from gohgraph.models.generation import beam_search, check_sampling, continued
 from gohgraph.models.init import initialize
 from gohgraph.models.keywords import by_name, next_tokens, real_tokens, required
-from gohgraph.models.model_output import ModelOutput, model_output
+from gohgraph.models.model_output import ModelOutput, logits_of, model_output
 from gohgraph.models.stacks import Stack, StackOutput
+from gohgraph.models.steps import CompiledSteps, Steps
 
 
 class LanguageModel(PretrainedMixin, nn.Module):
@@ -107,6 +109,7 @@ class LanguageModel(PretrainedMixin, nn.Module):
         top_p: float | None = None,
         eos: int | None = None,
         keep_mask: Tensor | None = None,
+        compile: bool | str = False,
     ) -> Tensor:
         """Continues each prompt, with a key/value cache.
 
@@ -115,13 +118,15 @@ class LanguageModel(PretrainedMixin, nn.Module):
             max_new_tokens: number of tokens to add, fewer when all rows have ended.
             temperature, top_k, top_p: as in `generation.sample`; temperature 0 is greedy.
             eos: token that ends a row; the row is filled with it.
+            compile: runs the steps after the prompt under `torch.compile`, over caches of one size: worth it for many
+                or long calls, since the first takes a minute. A string names a backend of torch.
 
         Returns:
             Prompts and continuations `[B, T + new]`.
 
         Raises:
             TypeError, ValueError: settings out of range, an empty prompt, padding on the right, with learned positions
-                more tokens than `max_length`.
+                more tokens than `max_length`; with `compile`, a model that does not fit, see `CompiledSteps`.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p)
         if tokens.dim() != 2 or tokens.shape[1] == 0:
@@ -133,20 +138,11 @@ class LanguageModel(PretrainedMixin, nn.Module):
                 f"Expected a keep_mask of shape {list(tokens.shape)} that ends in True (got {list(keep_mask.shape)}). "
                 "Do pad prompts on the left."
             )
-        caches, new = self.decoder.new_caches(), tokens
-        ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        for _ in range(max_new_tokens):
-            mask = None if keep_mask is None else padded(keep_mask, tokens.shape[1])
-            logits = self(new, keep_mask=mask, caches=caches).logits[:, -1]  # [B, V]
-            token = sample(logits, temperature, top_k, top_p)  # [B]
-            if eos is not None:
-                token = torch.where(ended, eos, token)
-                ended = ended | (token == eos)
-            new = token.unsqueeze(1)
-            tokens = torch.cat((tokens, new), dim=1)
-            if ended.all():
-                break
-        return tokens
+        kind = partial(CompiledSteps, backend="inductor" if compile is True else compile) if compile else Steps
+        step = kind(self, keep_mask, tokens.shape[1] + max_new_tokens)
+        return continued(
+            step, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos=eos
+        )
 
 
 class Transformer(PretrainedMixin, nn.Module):
@@ -352,10 +348,3 @@ class Classifier(PretrainedMixin, nn.Module):
         if not images.is_floating_point():
             raise TypeError(f"Expected images of a floating dtype (got {images.dtype}). Do pass images.float() / 255.")
         return F.unfold(images, side, stride=side).transpose(1, 2)  # [B, T, C*P*P]
-
-
-def logits_of(model: LanguageModel | Transformer, x: Tensor) -> Tensor:
-    """Returns the logits `[*, V]` of the last hidden states `[*, M]`."""
-    logits = F.linear(x, model.embedding.tokens.weight) if model.head is None else model.head(x)  # [B, T, V]
-    cap = model.config.logit_cap
-    return logits if cap is None else cap * torch.tanh(logits / cap)

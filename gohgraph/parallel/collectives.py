@@ -5,7 +5,7 @@ and its all-reduce of a gradient that is not contiguous reduces a copy. Over one
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,14 @@ def own_part(value: Tensor, group: ProcessGroup, dim: int) -> Tensor:
 def gather_parts(part: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     """The whole of equal parts, for work that all ranks do alike: backward takes this rank's part of the gradient."""
     return _apply(part, group, dim, _all_gather, _part)
+
+
+@overload
+def local(value: Tensor) -> Tensor: ...
+
+
+@overload
+def local(value: None) -> None: ...
 
 
 def local(value: Tensor | None) -> Tensor | None:

@@ -9,6 +9,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from gohgraph.common.checks import there
+
 
 def layout_of(tensor: Tensor) -> Hashable:
     """What tensors must share to go into one call of an optimizer: all whole, or on one mesh."""
@@ -63,7 +65,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, group: Pr
 
 
 def _norm(parameters: list[nn.Parameter], group: ProcessGroup | None) -> Tensor:
-    norm = get_total_norm([parameter.grad for parameter in parameters])
+    norm = get_total_norm([there(parameter.grad) for parameter in parameters])
     if group is not None:
         square = norm.square()
         dist.all_reduce(square, group=group)

@@ -1,8 +1,9 @@
 """Which heads share a rank: placed so that as little edge weight as possible joins two ranks."""
 
 import dataclasses
+from collections.abc import Iterable
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from gohgraph.common.modules import check_writable
 from gohgraph.convert.head_order import check_permutable, permute_heads
 from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.graph import head_graph
-from gohgraph.graphs.site_config import SiteConfig
+from gohgraph.graphs.site_config import Site, SiteConfig
 from gohgraph.models.models import LanguageModel
 
 STARTS = 8
@@ -123,23 +124,29 @@ def reorder_heads(model: LanguageModel, order: list[int]) -> LanguageModel:
         True
     """
     config, graphs = model.config, model.config.head_graph
-    blocks = [layer.attention.object for layer in model.decoder.layers]
+    layers: Iterable[Any] = model.decoder.layers
+    blocks: list[MultiHeadAttention] = [layer.attention.object for layer in layers]
     for block in blocks:
         _check(block, order)
     check_permutable(model, blocks)
-    inside = [graph for block in blocks for graph in (block.output_graph, block.score_graph) if graph is not None]
+    inside = [graph for block in blocks for graph in _graphs(block)]
     check_writable(model, [graph.edges for graph in inside], ("bias", "weight"))
     for block in blocks:
         permute_heads(block, order)
-        for graph in (block.output_graph, block.score_graph):
-            if graph is not None:
-                _relabel(graph, order)
+        for graph in _graphs(block):
+            _relabel(graph, order)
         if block.router is not None:
             _reorder_router(block.router, order)
     if graphs is not None:
-        new = {site: _site(getattr(graphs, site), order, config.num_heads) for site in ("outputs", "scores")}
-        model.config = dataclasses.replace(config, head_graph=dataclasses.replace(graphs, **new))
+        outputs, scores = (_site(site, order, config.num_heads) for site in (graphs.outputs, graphs.scores))
+        moved = dataclasses.replace(graphs, outputs=outputs, scores=scores)
+        model.config = dataclasses.replace(config, head_graph=moved)
     return model
+
+
+def _graphs(block: MultiHeadAttention) -> list[EdgeGraph]:
+    # `_check` let nothing else stand there.
+    return [cast(EdgeGraph, graph) for graph in (block.output_graph, block.score_graph) if graph is not None]
 
 
 def _relabel(graph: EdgeGraph, order: list[int]) -> None:
@@ -166,9 +173,9 @@ def _reorder_router(router: HeadRouter, order: list[int]) -> None:
         router.balance_bias.copy_(router.balance_bias[routed])
 
 
-def _site(site: SiteConfig | None, order: list[int], heads: int) -> SiteConfig | None:
-    if site is None:
-        return None
+def _site(site: Site | None, order: list[int], heads: int) -> Site | None:
+    if not isinstance(site, SiteConfig):
+        return site
     edges = head_graph(heads, site.topology, self_loops=site.self_loops, **site.options).edge_index
     moved = torch.tensor(order).argsort()[edges].t().tolist()  # [E, 2]
     return dataclasses.replace(site, topology=tuple(map(tuple, moved)), options={}, self_loops=False)

@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import distributed
@@ -68,10 +68,10 @@ def on_first_rank(decide: Callable[[], Value]) -> Value:
         except Exception as error:
             outcome = [(None, error)]
     distributed.broadcast_object_list(outcome, src=0)
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value
+    value, refusal = outcome[0]
+    if refusal is not None:
+        raise refusal
+    return cast(Value, value)
 
 
 class _Terminated(BaseException):

@@ -1,6 +1,7 @@
 """The part of a head graph that one tensor-parallel rank computes, under gohgraph's own engine and Megatron-Core's."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +10,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from gohgraph.common.checks import there
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.edge_tables import EdgeTables
 from gohgraph.graphs.edges import EdgeWeights
-from gohgraph.graphs.protocol import Traits
+from gohgraph.graphs.protocol import Losses, Traits
 from gohgraph.parallel.collectives import gather_heads, local, scatter_heads, sum_gradients
 from gohgraph.parallel.exchange import GATHER, SCATTER, plan_exchange
 
@@ -29,6 +31,9 @@ class ShardedEdgeWeights(EdgeWeights):
         ranks: the tensor-parallel ranks, a mesh of one dimension or a process group.
     """
 
+    # This rank's edges of what all ranks hold; `None` where it holds but its part.
+    chosen: Tensor | None
+
     def __init__(
         self, edges: EdgeWeights, edges_of_ranks: Sequence[Sequence[int]], ranks: DeviceMesh | ProcessGroup
     ) -> None:
@@ -39,10 +44,13 @@ class ShardedEdgeWeights(EdgeWeights):
         chosen = torch.tensor(edges_of_ranks[self.group.rank()], dtype=torch.long, device=edges.bias.device)  # [E']
         self.num_edges = len(chosen)
         is_whole = isinstance(ranks, DeviceMesh) and (edges.kind == "frozen" or not are_equal_runs(edges_of_ranks))
-        register = self.register_buffer if edges.kind == "frozen" else self.register_parameter
         for name in ("bias", "weight"):
             value = getattr(edges, name)
-            register(name, value if is_whole or value is None else _cut(value, 1, chosen, ranks))
+            part = value if is_whole or value is None else _cut(value, 1, chosen, ranks)
+            if edges.kind == "frozen":
+                self.register_buffer(name, part)
+            else:
+                self.register_parameter(name, cast(nn.Parameter, part))
         self.down, self.learned_scale = edges.down, edges.learned_scale
         self.register_buffer("scaled", None if edges.scaled is None else edges.scaled[chosen], persistent=False)
         self.register_buffer("chosen", chosen if is_whole else None, persistent=False)
@@ -50,7 +58,8 @@ class ShardedEdgeWeights(EdgeWeights):
     def forward(self, context: Tensor | None = None) -> Tensor:
         """Returns the weights of this rank's edges, `[*, R, E of the rank]`."""
         down = None if self.down is None else sum_gradients(self.down, self.group)
-        bias, weight = (rows_here(value, 1, self.chosen, self.group) for value in (self.bias, self.weight))
+        bias = rows_here(self.bias, 1, self.chosen, self.group)
+        weight = None if self.weight is None else rows_here(self.weight, 1, self.chosen, self.group)
         if context is not None:
             # Who made a DTensor of what all ranks hold adds the gradients; of a plain tensor it is done here.
             context = local(context) if isinstance(context, DTensor) else sum_gradients(context, self.group)
@@ -87,6 +96,13 @@ class ShardedHeadGraphConv(HeadGraphConv):
     """
 
     by_layer = False
+    # Buffers, see `_place`.
+    global_edges: Tensor
+    edges_by_place: Tensor
+    held_senders: Tensor | None
+    sent: Tensor
+    arrived: Tensor
+    summed: Tensor
 
     def __init__(self, conv: HeadGraphConv, ranks: DeviceMesh | ProcessGroup, *, over_maps: bool = False) -> None:
         # What the parent's constructor makes is taken over from `conv`.
@@ -111,7 +127,7 @@ class ShardedHeadGraphConv(HeadGraphConv):
         self.fusion, self.gain, self.traits = conv.fusion, conv.gain, conv.traits
         self._place([edges[index] for index in edges_of_ranks[self.group.rank()]])
         if self.gain is not None and not is_mesh:
-            self.gain = _cut(self.gain, 0, self.held_senders, ranks)
+            self.gain = _cut(self.gain, 0, there(self.held_senders), ranks)
             self.held_senders = None
 
     def _place(self, edges: list[tuple[int, int]]) -> None:
@@ -149,14 +165,29 @@ class ShardedHeadGraphConv(HeadGraphConv):
         """True when edges in order are the rows of the adjacency."""
         return self.in_order
 
-    def forward(self, z, context=None, earlier=(), active=None, *, keys=None, losses=None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        earlier: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+        *,
+        keys: Tensor | None = None,
+        losses: Losses | None = None,
+        values: Tensor | None = None,
+    ) -> Tensor:
         """Passes messages to the nodes of this rank."""
         if not (self.over_maps and self.exchange.width):
             return super().forward(z, context, earlier, active)
         alpha = self.edge_weight(context, 0, active).to(z.dtype)
         return super()._add_messages(z[..., : self.exchange.per_rank, :], z, alpha)
 
-    def gather_senders(self, *nodes: Tensor) -> tuple[Tensor, ...]:
+    def gather_senders(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns queries and keys with those of the senders of other ranks appended."""
+        q, k = self._gathered(q, k)
+        return q, k
+
+    def _gathered(self, *nodes: Tensor) -> tuple[Tensor, ...]:
         """Appends the senders of other ranks that this one receives from, in one all-gather of all with equal shapes.
 
         Args:
@@ -172,17 +203,18 @@ class ShardedHeadGraphConv(HeadGraphConv):
         nodes = tuple(each.repeat_interleave(held // each.shape[-2], dim=-2) for each in nodes)  # [*, S', D] each
         sent = [each.index_select(-2, self.sent) for each in nodes]  # [*, b, D] each
         if len(nodes) > 1 and len({each.shape for each in sent}) == 1:
-            arrived = gather_heads(torch.cat(sent, dim=-1), self.group).chunk(len(sent), dim=-1)  # [*, n*b, D] each
+            joined = gather_heads(torch.cat(sent, dim=-1), self.group)  # [*, n*b, len(sent)*D]
+            arrived: Sequence[Tensor] = joined.chunk(len(sent), dim=-1)  # [*, n*b, D] each
         else:
             arrived = [gather_heads(each, self.group) for each in sent]
         needed = [each.index_select(-2, self.arrived) for each in arrived]  # [*, S-H/n, D] each
         return tuple(torch.cat(both, dim=-2) for both in zip(nodes, needed, strict=True))
 
     def _senders(self, nodes: Tensor, earlier: Sequence[Tensor]) -> Tensor:
-        return self.gather_senders(super()._senders(nodes, earlier))[0]  # [*, S, D]
+        return self._gathered(super()._senders(nodes, earlier))[0]  # [*, S, D]
 
     def _gain(self) -> Tensor | None:
-        return rows_here(self.gain, 0, self.held_senders, self.group)  # [S', D]
+        return None if self.gain is None else rows_here(self.gain, 0, self.held_senders, self.group)  # [S', D]
 
     def _add_messages(self, z: Tensor | None, senders: Tensor, alpha: Tensor) -> Tensor:
         if self.exchange.kind != SCATTER:
@@ -220,9 +252,9 @@ def group_of(ranks: DeviceMesh | ProcessGroup) -> ProcessGroup:
     return ranks.get_group() if isinstance(ranks, DeviceMesh) else ranks
 
 
-def rows_here(value: Tensor | None, dim: int, chosen: Tensor | None, group: ProcessGroup) -> Tensor | None:
+def rows_here(value: Tensor, dim: int, chosen: Tensor | None, group: ProcessGroup) -> Tensor:
     """This rank's rows along `dim`: those `chosen` of what all ranks hold; all (`None`) of a shard or part."""
-    if value is None or chosen is None:
+    if chosen is None:
         return local(value)
     return sum_gradients(value, group).index_select(dim, chosen)
 
@@ -240,6 +272,7 @@ def are_equal_runs(edges_of_ranks: Sequence[Sequence[int]]) -> bool:
 
 def _cut(value: Tensor, dim: int, chosen: Tensor, ranks: DeviceMesh | ProcessGroup) -> Tensor:
     """This rank's rows of a parameter or buffer: a shard on a mesh, of which they are an equal run, or a plain part."""
+    part: Tensor
     if isinstance(ranks, DeviceMesh):
         part = distribute_tensor(value.data, ranks, [Shard(dim)])
     else:

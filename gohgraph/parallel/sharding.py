@@ -58,7 +58,8 @@ def shard_data(model: Module, mesh: DeviceMesh) -> Module:
 
     for layer in [part for part in model.modules() if isinstance(part, (EncoderLayer, DecoderLayer))]:
         fully_shard(layer, mesh=mesh, shard_placement_fn=place)
-    return fully_shard(model, mesh=mesh, shard_placement_fn=place)
+    fully_shard(model, mesh=mesh, shard_placement_fn=place)
+    return model
 
 
 def _dimension(parameter: nn.Parameter, ranks: int) -> int:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def load_state(
     Returns the values that were saved, under the keys of the values given.
     """
     weights, state = get_state_dict(model, optimizer, options=OPTIONS)
-    saved = {"model": weights, "optimizer": state, "more": dict(values)}
+    saved: dict[str, Any] = {"model": weights, "optimizer": state, "more": dict(values)}
     dcp.load(saved, checkpoint_id=os.fspath(folder))
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=OPTIONS)
     return saved["more"]
@@ -51,4 +51,5 @@ def is_sharded_state(folder: str | os.PathLike[str]) -> bool:
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Returns the whole state dict on the CPU of the first rank, an empty one on the others; all ranks call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return cast("dict[str, Tensor]", weights)

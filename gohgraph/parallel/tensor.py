@@ -1,6 +1,6 @@
 """Tensor parallelism: every rank holds some of the heads, and the head graphs' messages travel between ranks."""
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from gohgraph.models.objects import FeedForward
 from gohgraph.models.stacks import Stack, StackOutput
 from gohgraph.models.sublayers import Residual
 from gohgraph.parallel.collectives import gather_parts, local, own_part
+
+if TYPE_CHECKING:
+    from gohgraph.graphs.conv import HeadGraphConv
+    from gohgraph.parallel.sharded_graph import ShardedHeadGraphConv
 
 Module = TypeVar("Module", bound=nn.Module)
 WHOLE, TOKENS = Replicate(), Shard(1)
@@ -65,8 +69,10 @@ def tensor_parallel(model: Module, mesh: DeviceMesh, *, sequence_parallel: bool 
     for parameter in (*model.parameters(), *model.buffers()):
         torch.distributed.broadcast(parameter.data, group=mesh.get_group(), group_src=0)
     for block in blocks:
-        shard = _shard_attention if isinstance(block, MultiHeadAttention) else _shard_feed_forward
-        shard(block, mesh, between)
+        if isinstance(block, MultiHeadAttention):
+            _shard_attention(block, mesh, between)
+        else:
+            _shard_feed_forward(block, mesh, between)
     if sequence_parallel:
         for stack in stacks:
             _split_tokens(stack, mesh)
@@ -77,8 +83,10 @@ def _shard_attention(attention: MultiHeadAttention, mesh: DeviceMesh, between: A
     graphs = attention.inner_graphs
     for name in graphs:
         graphs[name] = _sharded(graphs[name], mesh, over_maps=name == "weight")
-    attention.output_graph = _sharded(attention.output_graph, mesh)
-    attention.score_graph = _sharded(attention.score_graph, mesh, over_maps=True)
+    if attention.output_graph is not None:
+        attention.output_graph = _sharded(attention.output_graph, mesh)
+    if attention.score_graph is not None:
+        attention.score_graph = _sharded(attention.score_graph, mesh, over_maps=True)
     if attention.router is not None:
         attention.router.register_forward_pre_hook(_whole_input)
         attention.router.register_forward_hook(
@@ -102,12 +110,11 @@ def _rows(between: Any) -> RowwiseParallel:
     return RowwiseParallel(output_layouts=between)
 
 
-def _sharded(graph: nn.Module | None, mesh: DeviceMesh, *, over_maps: bool = False) -> nn.Module | None:
-    if graph is None:
-        return None
+def _sharded(graph: nn.Module, mesh: DeviceMesh, *, over_maps: bool = False) -> "ShardedHeadGraphConv":
     from gohgraph.parallel.sharded_graph import ShardedHeadGraphConv
 
-    return ShardedHeadGraphConv(graph, mesh, over_maps=over_maps)
+    # `check_site` let nothing else stand here.
+    return ShardedHeadGraphConv(cast("HeadGraphConv", graph), mesh, over_maps=over_maps)
 
 
 class Block(ParallelStyle):

@@ -249,7 +249,7 @@ def test_an_unknown_form_is_refused():
         explain(call, "eager")
 
 
-@pytest.mark.parametrize("change", ["dropout", "float", "weights", "second gradients", "compiling", "a query"])
+@pytest.mark.parametrize("change", ["dropout", "float", "weights", "second gradients", "exported", "a query"])
 def test_what_keeps_calls_from_tiles_and_the_kernel(monkeypatch, change):
     mask = Mask(torch.ones(1, 1, 1, PRIMES.keys)) if change == "float" else NO_MASK
     call, _ = call_of("complete", PRIMES, mask)
@@ -258,11 +258,18 @@ def test_what_keeps_calls_from_tiles_and_the_kernel(monkeypatch, change):
         messages = call.scores._replace(context=call.scores.context[:, :1])
         call = call._replace(q=call.q[:, :1], scores=messages)
     monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: change != "second gradients")
-    monkeypatch.setattr(Call, "is_compiling", property(lambda call: change == "compiling"))
+    monkeypatch.setattr(Call, "is_exported", property(lambda call: change == "exported"))
     said = {"dropout": "dropout", "float": "float", "weights": "weights", "second gradients": "second gradients"}
-    said |= {"compiling": "torch.compile", "a query": "a single query"}
+    said |= {"exported": "torch.export", "a query": "a single query"}
     assert all(said[change] in explain(call)[form] for form in ("kernel", "tiled"))
     assert explain(call)["maps"] == "taken"
+
+
+def test_torch_compile_keeps_calls_from_the_kernel_and_not_from_tiles(monkeypatch):
+    call, _ = call_of("complete", PRIMES)
+    monkeypatch.setattr(Call, "is_compiling", property(lambda call: True))
+    reasons = explain(call)
+    assert "under torch.compile" in reasons["kernel"] and "pays from" in reasons["tiled"]
 
 
 # Another library's attention beneath.

@@ -426,7 +426,7 @@ def test_runs_cut_heads_exactly_and_leave_few_alone():
     for _ in range(2000):
         heads = sorted(draw.choices(range(17), k=draw.randint(1, 13)))
         runs = cut_into_runs(heads)
-        assert [run.first + run.step * place for run in runs for place in range(run.count)] == heads
+        assert [run.first + run.step * place for run in runs for place in range(run.length)] == heads
         # One head alone only at the end, where the run before it has none to give.
-        assert all(run.count > 1 for run in runs[:-1])
-        assert runs[-1].count > 1 or len(runs) == 1 or runs[-2].count == 2
+        assert all(run.length > 1 for run in runs[:-1])
+        assert runs[-1].length > 1 or len(runs) == 1 or runs[-2].length == 2

@@ -284,3 +284,9 @@ def test_impossible_options(build, match):
 
 def _site(kind, **options):
     return build_graph(goh.BaselineConfig(kind, options), (H, D, H * D))
+
+
+@pytest.mark.parametrize("kind", [SigmoidGate, SoftmaxMessages])
+def test_a_missing_context_is_named(kind):
+    with pytest.raises(ValueError, match=r"a context \(got None\)"):
+        kind(H, D, M)(torch.randn(B, T, H, D))

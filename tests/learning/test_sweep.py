@@ -58,6 +58,8 @@ def test_other_arguments_and_damage_are_refused(tmp_path):
         sweep(pow, {"one": {"base": 2, "exp": 4}}, tmp_path)
     with pytest.raises(ValueError, match="same arguments"):
         sweep(pow, {"one": RUNS["one"] | {"mod": None}}, tmp_path)
+    later = {name: arguments | {"mod": None} for name, arguments in RUNS.items()}
+    assert sweep(pow, later, tmp_path, upgrade=lambda old: {"mod": None, **old}) == {"one": 8, "two": 25}
     (tmp_path / "one.json").write_text('{"arguments": ')
     with pytest.raises(ValueError, match=r"Expected JSON in .*one\.json"):
         sweep(pow, RUNS, tmp_path)

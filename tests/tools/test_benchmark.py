@@ -235,7 +235,18 @@ def test_grids_are_measured_in_every_form(tool, tmp_path, capsys, command, value
     assert [(row["size"]["length"], row["variant"]) for row in rows] == [(t, f) for t in (5, 11) for f in grids.FORMS]
     assert all(row[value] == 1 for row in rows if row["variant"] == "plain") and all(row[value] > 0 for row in rows)
     lines = [line for line in printed.splitlines() if line.startswith("| x-talking-heads")]
-    assert lines[0].split()[-2] == f"{rows[-1][value]:.2f}" and len(lines) == (1 if command == "scaling" else 2)
+    cell = f"{rows[-1][value]:.2f}"
+    if command == "scaling":
+        low, _, high = rows[-1]["quartiles"]
+        cell = f"{cell} ({low:.2f}-{high:.2f})"
+    assert lines[0].endswith(f"| {cell} |") and len(lines) == (1 if command == "scaling" else 2)
+
+
+def test_one_table_of_chosen_sizes(tool, capsys):
+    flags = tool._parser("scaling").parse_args(["--lengths", "2048", "4096", "--only", "output"])
+    assert [[size.length for size in grid.sizes] for grid in grids.grids_of(flags, 2)] == [[2048, 4096]]
+    assert tool.main(["memory", "--heads", "24"]) == 2
+    assert "Expected heads that divide a d_model of 512 (got [24])" in capsys.readouterr().err
 
 
 def test_maps_that_do_not_fit_are_not_run():

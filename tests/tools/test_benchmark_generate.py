@@ -40,7 +40,9 @@ def test_all_are_of_one_size_and_generate_as_many_tokens(prompts):
 def test_tokens_a_second_are_told_for_every_model(tmp_path, capsys):
     tool, file = load_script("tools", "benchmark"), tmp_path / "out.json"
     asked = ["plain", "output graph", "minimal"]
-    assert tool.main(["generate", "--smoke", "--threads", "1", "--only", *asked[1:], "--json", str(file)]) == 0
+    flags = ["--smoke", "--threads", "1", "--compile", "eager", "--only", *asked[1:], "--json", str(file)]
+    assert tool.main(["generate", *flags]) == 0
+    asked += ["plain, compiled", "output graph, compiled"]
     rows, printed = json.loads(file.read_text())["rows"], capsys.readouterr().out
     assert [row["model"] for row in rows] == asked and rows[0]["ratio"] == [1.0, 1.0, 1.0]
     assert all(min(row["seconds"]) > 0 for row in rows) and all(f"| {name} " in printed for name in asked)

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import math
+import re
 import signal
 from dataclasses import replace
 
@@ -169,6 +170,9 @@ def test_a_smoke_run_leaves_tables_results_and_a_picture(finished):
         log[-1]["error"] for variant in ("plain", "outputs") for log in saved[variant]["logs"]
     ]
     assert (folder / "quality.png").stat().st_size > 1000 and not list(folder.rglob("checkpoints"))
+    # What keeps it under a minute: six trainings of so many steps.
+    steps = [int(count) for count in re.findall(r", (\d+) steps in ", (folder / "log.txt").read_text())]
+    assert sorted(steps) == [4, 4, 4, 4, 8, 8]
 
 
 @pytest.mark.slow
@@ -250,6 +254,13 @@ def test_results_on_disk_are_what_they_were(tmp_path, monkeypatch):
     assert len(lines) == 4
     assert lines[-1].endswith("two-cues_outputs_0.1_1: error 0.5000, choosing_error 0.5000, 2 steps in 3 s")
 
+    for path in (tmp_path / "results").iterdir():
+        before_the_field = json.loads(path.read_text())
+        for config in ("config", "plain"):
+            assert before_the_field["arguments"][config].pop("residual") == "plain"
+        path.write_text(json.dumps(before_the_field))
+    runs_of_two_cues(tmp_path, monkeypatch, "--rates", "0.1", "--steps", "7", train=pytest.fail)
+
 
 def test_the_factor_is_handed_to_every_run(tmp_path, monkeypatch):
     factors = []
@@ -326,6 +337,8 @@ def test_rates_of_the_command_line_go_over_the_recipes(tmp_path, monkeypatch):
     runs = runs_of_two_cues(tmp_path, monkeypatch, *given, train=lambda *_, **__: LOG)
     assert runs.grids["plain"].settings == {"learning_rate": (0.1,), "matrix_learning_rate": (0.3,)}
     assert runs.grids["outputs"].settings["graph_lr_factor"] == (0.25, 1.0)
+    own = runs_of_two_cues(tmp_path / "own", monkeypatch, "--recipe", "modern", train=lambda *_, **__: LOG)
+    assert own.grids["plain"].settings == TwoCues.grid
 
 
 def test_models_have_the_parameters_asked_for():

@@ -31,7 +31,8 @@ from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.site_config import SiteConfig
 
-DEFAULT_SIZES, SMOKE_SIZES = ("512/8/2/1024/1",), ("24/4/2/7/1",)
+DEFAULT_SIZES = ("512/8/2/1024/1", "512/16/2/1024/1", "512/32/2/1024/1")
+SMOKE_SIZES = ("24/4/2/7/1",)
 DEFAULT_PAST, SMOKE_PAST = 2048, 11
 REPEATS = 20
 FORM = "d_model/heads/layers/tokens/batch"
@@ -104,7 +105,7 @@ KINDS = {"forward": Forward, "forward and backward": Step, "decode": Decode}
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this benchmark."""
-    parser.add_argument("--sizes", nargs="+", metavar="SIZE", help=f"{FORM} (default: {DEFAULT_SIZES[0]})")
+    parser.add_argument("--sizes", nargs="+", metavar="SIZE", help=f"{FORM} (default: {' '.join(DEFAULT_SIZES)})")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["forward"], help="(default: forward)")
     parser.add_argument("--models", nargs="+", choices=BACKBONES, default=list(BACKBONES), help="(default: both)")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="plain is always run")

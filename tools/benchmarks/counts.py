@@ -2,7 +2,8 @@
 
 Counted are calls of torch's operators, floating-point operations of their products (not those inside torch's own
 attention on a CPU), bytes that they allocate, and the largest allocation: a form that copies caches, or leaves its
-tiles for whole maps, is seen there. `block` is a causal block in training (forward and backward) on 256 tokens,
+tiles for whole maps, is seen there. `block` is a causal block in training (forward and backward) on 256 tokens, `block
+of` one of more heads or tokens,
 `decode` adds one token to 255 cached ones, in our block, in our language model and in a converted Llama. The budgets
 that the tests hold are `tools/benchmarks/budgets.json`:
 
@@ -34,12 +35,19 @@ from gohgraph.common.tables import markdown_table
 
 # Heads of 32: sparse graphs of narrower ones do not run in tiles.
 SIZE = Size(d_model=256, num_heads=8, length=256, batch=1)
+# Of more edges a token than a feed-forward has numbers; and of more keys than a tile's rows hold in a cache.
+MANY = {"64 heads": Size(d_model=256, num_heads=64, length=256, batch=1)}
+LONG = {"2,048 tokens": Size(d_model=128, num_heads=4, length=2048, batch=1)}
 CASE = Case(d_model=256, num_heads=8, num_layers=2, tokens=1, batch=1, past=255)
 BUDGETS = Path(__file__).with_name("budgets.json")
 TRAINED = (
     "plain", "output", "output-ring4", "score-ring2", "score-ring2-wide", "score-complete", "score-complete-eager",
     "talking-heads",
 )  # fmt: skip
+TRAINED_ELSEWHERE = [
+    *((place, size, name) for place, size in MANY.items() for name in ("plain", "output", "output-ring4")),
+    *((place, size, "score-ring2") for place, size in LONG.items()),
+]
 DECODED = ("plain", "output", "score-ring2", "score-complete", "talking-heads", "moh-50")
 
 
@@ -91,11 +99,11 @@ def counted(call: Callable[[], object]) -> Counts:
     return counter.counts
 
 
-def trained(name: str, form: str | None = None) -> Counts:
+def trained(name: str, form: str | None = None, size: Size = SIZE) -> Counts:
     """Counts a training step of a block; `form` asks for one of attention, by its name."""
-    layer = build(name, SIZE)
+    layer = build(name, size)
     layer.attention.object.form = form or layer.attention.object.form
-    x, grad = torch.randn(2, SIZE.batch, SIZE.length, SIZE.d_model)  # [B, T, M] each
+    x, grad = torch.randn(2, size.batch, size.length, size.d_model)  # [B, T, M] each
     return _counted_step(Step(layer, "block", "forward+backward", x.requires_grad_(), grad))
 
 
@@ -116,6 +124,7 @@ def decoded_by_model(backbone: str, variant: str) -> Counts:
 def all_counts() -> dict[str, Counts]:
     """Returns what every form costs, by what is done and its name."""
     found = {f"block, {name}": trained(name) for name in TRAINED}
+    found |= {f"block of {place}, {name}": trained(name, size=size) for place, size, name in TRAINED_ELSEWHERE}
     found |= {f"decode, {name}": decoded(name) for name in DECODED}
     models = [(backbone, variant) for backbone in BACKBONES for variant in CONVERTED]
     return found | {f"decode, {', '.join(names)}": decoded_by_model(*names) for names in models}

@@ -22,11 +22,14 @@ def add_shared_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="default: %(default)s")
 
 
-def add_round_flags(parser: argparse.ArgumentParser, repeats: int, *, threads: int) -> None:
-    """Adds the flags of rounds and of files; `repeats` and `threads` are their defaults."""
+def add_round_flags(parser: argparse.ArgumentParser, repeats: int, *, threads: int | list[int]) -> None:
+    """Adds the flags of rounds and of files; `repeats` and `threads` are their defaults, of threads one or several."""
     text = f"rounds (default: {repeats}, {SMOKE_REPEATS} with --smoke)"
     parser.add_argument("--repeats", type=int, help=text)
-    parser.add_argument("--threads", type=int, default=threads, help="CPU threads (default: %(default)s)")
+    several = "+" if isinstance(threads, list) else None
+    parser.add_argument(
+        "--threads", type=int, nargs=several, default=threads, help="CPU threads (default: %(default)s)"
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny size, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the printed tables")
@@ -53,7 +56,8 @@ def check_round_flags(flags: argparse.Namespace, repeats: int, *, fewest: int) -
     if flags.repeats is None:
         flags.repeats = SMOKE_REPEATS if flags.smoke else repeats
     check_int("--repeats", flags.repeats, low=fewest)
-    check_int("--threads", flags.threads, low=1)
+    for threads in flags.threads if isinstance(flags.threads, list) else [flags.threads]:
+        check_int("--threads", threads, low=1)
     for path in filter(None, (flags.json, flags.markdown)):
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"Expected a file that can be written (got {path}). Do choose another.")

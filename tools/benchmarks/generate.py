@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +73,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this benchmark."""
     parser.add_argument("--sizes", nargs="+", metavar="SIZE", help=f"{FORM} (default: {' '.join(DEFAULT_SIZES)})")
     parser.add_argument("--only", nargs="+", choices=(*OURS, *OTHERS), help="plain is always run")
+    parser.add_argument(
+        "--compile", nargs="?", const="inductor", metavar="BACKEND", help="ours under torch.compile, too"
+    )
     parser.add_argument("--new", type=int, help=f"tokens to generate (default: {NEW_TOKENS})")
     add_shared_flags(parser, REPEATS)
 
@@ -92,7 +96,8 @@ def cases(flags: argparse.Namespace) -> list[Case]:
 
 def calls(case: Case, flags: argparse.Namespace) -> int:
     """Returns how many calls `measure` times."""
-    return len(flags.only) * (flags.repeats + WARM_UP)
+    ours = [name for name in flags.only if name in OURS]
+    return (len(flags.only) + bool(flags.compile) * len(ours)) * (flags.repeats + WARM_UP)
 
 
 def measure(case: Case, flags: argparse.Namespace, progress: tqdm) -> list[dict[str, Any]]:
@@ -101,6 +106,10 @@ def measure(case: Case, flags: argparse.Namespace, progress: tqdm) -> list[dict[
     models = {name: build(name, case, flags.new).to(**place(flags)).eval() for name in flags.only}
     prompts = torch.randint(VOCABULARY, (case.batch, case.prompt), device=flags.device)  # [B, T]
     steps = {name: Generation(generating(model), prompts, flags.new) for name, model in models.items()}
+    for name in OURS if flags.compile else ():
+        if name in models:
+            function = partial(models[name].generate, temperature=0, compile=flags.compile)
+            steps[f"{name}, compiled"] = Generation(function, prompts, flags.new)
     seconds = interleaved(steps, flags.repeats, progress)
     rows = []
     for name, own in seconds.items():

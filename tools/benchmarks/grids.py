@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.flags import check_shared_flags
 from benchmarks.forms import VARIANTS, Size
+from gohgraph.common.checks import check_int
 from gohgraph.common.tables import markdown_table
 
-OURS = ("plain", "output", "output-ring4", "score-ring2", "talking-heads")
+OURS = ("plain", "output", "output-ring4", "score-ring2", "score-complete", "talking-heads")
 FORMS = (*OURS, "torch", "x-transformers", "x-talking-heads")
 # Forms that hold whole maps of scores, and how many of them at a time, forward and backward.
 MAPS = {"x-talking-heads": 8}
@@ -23,25 +26,32 @@ class Grid(NamedTuple):
     sizes: tuple[Size, ...]
 
 
-def grids(smoke: bool) -> list[Grid]:
-    """Returns the tables of a benchmark over sizes.
+HEADS, LENGTHS, BATCHES = (4, 8, 16, 32, 64, 128), (128, 512, 2048, 8192), (1, 4, 16, 64)
+
+
+def grids(
+    heads: Sequence[int] = HEADS, lengths: Sequence[int] = LENGTHS, batches: Sequence[int] = BATCHES
+) -> list[Grid]:
+    """Returns the tables of a benchmark over sizes, without those of nothing.
 
     Example:
-        >>> [(grid.axis, len(grid.sizes)) for grid in grids(smoke=False)]
-        [('num_heads', 6), ('length', 4), ('batch', 4)]
+        >>> [(grid.axis, len(grid.sizes)) for grid in grids()], [grid.axis for grid in grids((), (4096,), ())]
+        ([('num_heads', 6), ('length', 4), ('batch', 4)], ['length'])
     """
-    if smoke:
-        return [Grid("length", tuple(Size(32, 4, length, 2) for length in (5, 11)))]
-    return [
-        Grid("num_heads", tuple(Size(512, heads, 512, 2) for heads in (4, 8, 16, 32, 64, 128))),
-        Grid("length", tuple(Size(512, 8, length, 1) for length in (128, 512, 2048, 8192))),
-        Grid("batch", tuple(Size(512, 8, 128, batch) for batch in (1, 4, 16, 64))),
+    every = [
+        Grid("num_heads", tuple(Size(512, number, 512, 2) for number in heads)),
+        Grid("length", tuple(Size(512, 8, length, 1) for length in lengths)),
+        Grid("batch", tuple(Size(512, 8, 128, batch) for batch in batches)),
     ]
+    return [grid for grid in every if grid.sizes]
 
 
-def add_form_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag that chooses among the forms."""
+def add_grid_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that choose among forms and sizes."""
     parser.add_argument("--only", nargs="+", metavar="FORM", help=f"of {' '.join(FORMS)}; plain is always run")
+    for name, default in {"heads": HEADS, "lengths": LENGTHS, "batches": BATCHES}.items():
+        text = f"default: {' '.join(map(str, default))}; one of these flags leaves out the tables of the others"
+        parser.add_argument(f"--{name}", nargs="+", type=int, default=(), metavar="N", help=text)
 
 
 def grids_of(flags: argparse.Namespace, repeats: int) -> list[Grid]:
@@ -54,7 +64,14 @@ def grids_of(flags: argparse.Namespace, repeats: int) -> list[Grid]:
         raise ValueError(f"Expected forms of {list(FORMS)} (got {unknown}). Do choose among them.")
     check_shared_flags(flags, repeats)
     flags.only = [name for name in FORMS if name == "plain" or name in (flags.only or FORMS)]
-    return grids(flags.smoke)
+    if flags.smoke:
+        return [Grid("length", tuple(Size(32, 4, length, 2) for length in (5, 11)))]
+    asked = (flags.heads, flags.lengths, flags.batches)
+    for number in itertools.chain(*asked):
+        check_int("--heads, --lengths and --batches", number, low=1)
+    if odd := [number for number in flags.heads if 512 % number]:
+        raise ValueError(f"Expected heads that divide a d_model of 512 (got {odd}). Do choose others.")
+    return grids(*asked) if any(asked) else grids()
 
 
 def forms_at(size: Size, names: list[str]) -> list[str]:
@@ -70,7 +87,7 @@ def forms_at(size: Size, names: list[str]) -> list[str]:
 
 
 def grid_table(title: str, rows: list[dict[str, Any]], value: str) -> str:
-    """Returns a Markdown table of one number by form and size; `-` where a form was not measured.
+    """Returns a Markdown table of a number, or of quartiles, by form and size; `-` where a form was not measured.
 
     Args:
         title: of the table.
@@ -84,5 +101,14 @@ def grid_table(title: str, rows: list[dict[str, Any]], value: str) -> str:
     lines = [[axis.replace("_", " "), *map(str, columns)]]
     for name in dict.fromkeys(row["variant"] for row in rows):
         cells = (found.get((name, column)) for column in columns)
-        lines.append([name, *("-" if number is None else f"{number:.2f}" for number in cells)])
+        lines.append([name, *map(_cell, cells)])
     return markdown_table(lines, f"**{title}**, {fixed}")
+
+
+def _cell(value: float | Sequence[float] | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, (int, float)):
+        return f"{value:.2f}"
+    low, median, high = value
+    return f"{median:.2f} ({low:.2f}-{high:.2f})"

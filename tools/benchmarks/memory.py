@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.flags import add_shared_flags, place
 from benchmarks.forms import build
-from benchmarks.grids import Grid, add_form_flag, forms_at, grid_table, grids_of
+from benchmarks.grids import Grid, add_grid_flags, forms_at, grid_table, grids_of
 from benchmarks.speed import Step
 
 # Allocations do not vary between rounds.
@@ -25,7 +25,7 @@ MODES = {"training": "forward+backward", "prefill": "forward"}
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this benchmark."""
-    add_form_flag(parser)
+    add_grid_flags(parser)
     add_shared_flags(parser, REPEATS)
 
 

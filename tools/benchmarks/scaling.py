@@ -1,12 +1,14 @@
 """How the time of head graphs grows with heads, length and batch, as ratios to plain attention.
 
-Timed is a block, forward and backward, as in `speed`; shown is the median over rounds of the ratio to plain within a
-round. Forms whose maps of scores would not fit into 8 GiB are not run at that size.
+Timed is a block, forward and backward, as in `speed`; shown are the median and the quartiles over rounds of the ratio
+to plain within a round. On one CPU thread the time is that of the processor. Forms whose maps of scores would not fit
+into 8 GiB are not run at that size.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.flags import add_shared_flags, place
 from benchmarks.forms import build
-from benchmarks.grids import Grid, add_form_flag, forms_at, grid_table, grids_of
+from benchmarks.grids import Grid, add_grid_flags, forms_at, grid_table, grids_of
 from benchmarks.speed import Step
 from benchmarks.timing import WARM_UP, interleaved, ratios
 
@@ -23,7 +25,7 @@ REPEATS = 8
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this benchmark."""
-    add_form_flag(parser)
+    add_grid_flags(parser)
     add_shared_flags(parser, REPEATS)
 
 
@@ -49,13 +51,17 @@ def measure(grid: Grid, flags: argparse.Namespace, progress: tqdm) -> list[dict[
             name: Step(build(name, size).to(**place(flags)), "block", "forward+backward", x, grad)
             for name in forms_at(size, flags.only)
         }
+        if flags.device == "cpu" and flags.threads == 1:
+            for step in steps.values():
+                step.clock = time.process_time
         seconds = interleaved(steps, flags.repeats, progress)
         for name, own in seconds.items():
             row = {"axis": grid.axis, "size": size._asdict(), "variant": name, "seconds": own}
-            rows.append({**row, "ratio": ratios(own, seconds["plain"])[1]})
+            quartiles = ratios(own, seconds["plain"])
+            rows.append({**row, "ratio": quartiles[1], "quartiles": quartiles})
     return rows
 
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
     """Returns the Markdown table of one grid."""
-    return [grid_table("time of a block, forward+backward, to plain", rows, "ratio")]
+    return [grid_table("time of a block, forward+backward, to plain", rows, "quartiles")]

@@ -52,6 +52,7 @@ class TaskRuns:
             loss=lambda log: log[-1][self.task.choosing],
             jobs=flags.jobs,
             file_name=lambda run: Trial(name, *run).name,
+            upgrade=_upgraded,
             on_result=self._tell,
         )
         contest = Contest(self.configs, flags.seeds, self.grids, flags.run / name)
@@ -61,11 +62,12 @@ class TaskRuns:
     @cached_property
     def grids(self) -> dict[str, Grid]:
         """What is searched for each variant."""
-        rates, given = self.task.learning_rates, dict(self.flags.grid)
+        given = dict(self.task.grid if self.recipe.grid else {})
         if self.flags.rates is not None:
-            given.setdefault("learning_rate", tuple(self.flags.rates))
+            given["learning_rate"] = tuple(self.flags.rates)
+        given |= dict(self.flags.grid)
         return {
-            variant: self.recipe.search(rates, given, has_graphs=config.head_graph is not None)
+            variant: self.recipe.search(self.task.learning_rates, given, has_graphs=config.head_graph is not None)
             for variant, config in self.configs.items()
         }
 
@@ -109,7 +111,7 @@ class TaskRuns:
 
     def _sweep(self, trials: list[Trial]) -> dict[Trial, list[dict[str, Any]]]:
         runs = {trial.name: self._arguments(trial) for trial in trials}
-        logs = sweep(self.function, runs, self.folder, jobs=self.flags.jobs, on_result=self._tell)
+        logs = sweep(self.function, runs, self.folder, jobs=self.flags.jobs, upgrade=_upgraded, on_result=self._tell)
         return {trial: logs[trial.name] for trial in trials}
 
     def _arguments(self, trial: Trial) -> dict[str, Any]:
@@ -126,22 +128,21 @@ class TaskRuns:
 
     def _training(self, point: Point, steps: int) -> dict[str, Any]:
         own = {"steps": steps, "graph_lr_factor": self.flags.graph_lr_factor}
-        return {**own, **self.recipe.trained(steps, self.task.training(steps)), **point.to_dict()}
+        return {**self.recipe.trained(steps, self.task.training(steps)), **own, **point.to_dict()}
 
     def _times(self) -> dict[str, dict[str, Any]]:
         """Ratios of a training step's seconds to plain attention's (quartiles) and tokens a second, measured once."""
         file = self.flags.run / self.name / "times.json"
         saved = read_json(file, "delete it") if file.exists() else {}
-        configs = {variant: config.to_dict() for variant, config in self.configs.items()}
-        known = [v for v, found in saved.items() if found["config"] == json.loads(json.dumps(configs.get(v)))]
-        if missing := [variant for variant in self.configs if variant not in known]:
+        known = {variant: TransformerConfig.from_dict(found["config"]) for variant, found in saved.items()}
+        if missing := [variant for variant, config in self.configs.items() if known.get(variant) != config]:
             seconds = self._seconds(missing)
             for variant in missing:
                 middle = sorted(seconds[variant])[len(seconds[variant]) // 2]
                 saved[variant] = {
                     "ratios": ratios(seconds[variant], seconds[PLAIN]),
                     "tokens_per_second": self._tokens_per_step / middle,
-                    "config": configs[variant],
+                    "config": self.configs[variant].to_dict(),
                 }
             make_folder(file.parent)
             write_text_whole(file, json.dumps(saved, indent=1))
@@ -204,3 +205,9 @@ def equal_configs(
     configs = {name: dataclasses.replace(bare, **fields_of(name, task.num_heads)) for name in names}
     wanted = parameters or max(count_parameters(task.model(config)) for config in configs.values())
     return {name: match_parameters(task.model, config, wanted) for name, config in configs.items()}
+
+
+def _upgraded(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns a run's saved arguments, their configurations with the fields that later versions added."""
+    configs = {key: TransformerConfig.from_dict(arguments[key]).to_dict() for key in ("config", "plain")}
+    return {**arguments, **configs}

@@ -109,7 +109,7 @@ def interleaved(calls: dict[Name, Call], repeats: int, progress: tqdm) -> dict[N
     return {name: found[WARM_UP:] for name, found in seconds.items()}
 
 
-def machine(device: str, dtype: str, threads: int, repeats: int) -> str:
+def machine(device: str, dtype: str, threads: int | str, repeats: int) -> str:
     """Returns the line that says where and how the numbers were taken.
 
     Example:

@@ -44,7 +44,8 @@ def attention_rows(name: str, attention: nn.Module) -> AttentionRows | str:
     queries, keys, values = rows
     if queries.heads % keys.heads or keys.heads != values.heads:
         return f"key/value heads that divide the query heads ({queries.heads}, {keys.heads}, {values.heads})"
-    if features(attention.get_submodule(output))[0] != queries.heads * values.size:
+    sizes = features(attention.get_submodule(output))
+    if sizes is None or sizes[0] != queries.heads * values.size:
         return f"an output projection of {queries.heads} heads of size {values.size}"
     return AttentionRows(queries, keys, values, f"{name}.{output}")
 
@@ -53,16 +54,16 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     """Returns the input and output features of a linear map, or `None` of anything else."""
     for names in (("in_features", "out_features"), ("nx", "nf")):
         if all(isinstance(getattr(module, name, None), int) for name in names):
-            return tuple(getattr(module, name) for name in names)
+            return getattr(module, names[0]), getattr(module, names[1])
     return None
 
 
 def _separate(name: str, attention: nn.Module, size: int) -> list[Rows] | None:
     for paths in SEPARATE:
         if all(has(attention, path) for path in paths):
-            found = [features(attention.get_submodule(path)) for path in paths]
-            if all(found) and not any(out % size for _, out in found):
-                return [Rows(f"{name}.{path}", out // size, size) for path, (_, out) in zip(paths, found, strict=True)]
+            widths = [sizes[1] for path in paths if (sizes := features(attention.get_submodule(path)))]
+            if len(widths) == len(paths) and not any(width % size for width in widths):
+                return [Rows(f"{name}.{path}", out // size, size) for path, out in zip(paths, widths, strict=True)]
     return None
 
 

@@ -131,9 +131,10 @@ LAYOUTS: dict[str, Layout] = {
 def layout_of(layer: nn.Module, stack: nn.Module) -> tuple[str, Layout] | None:
     """Returns the name and layout of a layer, or `None`."""
     fitting = [(name, layout) for name, layout in LAYOUTS.items() if layout.fits(layer, stack)]
-    if len(fitting) > 1 and hasattr(getattr(layer, "attention", None), "norm_first"):
+    norm_first = getattr(getattr(layer, "attention", None), "norm_first", None)
+    if len(fitting) > 1 and norm_first is not None:
         # Our own layers have the same names for both.
-        fitting = [(n, layout) for n, layout in fitting if bool(layout.before) == layer.attention.norm_first]
+        fitting = [(name, layout) for name, layout in fitting if bool(layout.before) == norm_first]
     return fitting[0] if fitting else None
 
 

@@ -43,19 +43,18 @@ def gain_of(norm: nn.Module, width: int) -> Gain:
         True
     """
     parameter = next(iter(norm.parameters()), torch.empty(0))
-    make = {"dtype": parameter.dtype, "device": parameter.device}
-    signs = torch.ones(width, **make)
+    signs = torch.ones(width, dtype=parameter.dtype, device=parameter.device)
     signs[1::2] = -1
     if width % 2:
         # The mean has to be zero.
-        signs[-3:] = torch.tensor([1.0, 1.0, -2.0], **make)
+        signs[-3:] = torch.tensor([1.0, 1.0, -2.0]).to(signs)
     with torch.no_grad():
         size = AMPLITUDE_OF_DOUBLE if signs.dtype == torch.float64 else AMPLITUDE
         flat, probe = size * torch.ones_like(signs), size * signs
         # Differences take biases away. Calls of `forward`, which no hook sees.
         flat = norm.forward(flat) - norm.forward(-flat)
-        size = signs.square().mean().sqrt()
-        weight = (norm.forward(probe) - norm.forward(-probe)) / 2 * size / signs
+        length = signs.square().mean().sqrt()
+        weight = (norm.forward(probe) - norm.forward(-probe)) / 2 * length / signs
     return Gain(weight, bool(flat.abs().max() <= 1e-3 * weight.abs().max()))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def linear_weight(module: nn.Module) -> Tensor:
     if type(module) is nn.Linear and type(module.weight.data) is Tensor:
         return module.weight.detach()
     if type(module).__name__ == "Conv1D":
-        return module.weight.detach().t()
+        return cast(Tensor, module.weight).detach().t()
     width = next(getattr(module, name) for name in ("in_features", "nx") if hasattr(module, name))
     kept = [*module.parameters(), *module.buffers()]
     plain = [tensor for tensor in kept if type(tensor.data) is Tensor and tensor.is_floating_point()]
@@ -64,7 +65,7 @@ class Folder:
         model: on meta.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
             raise FileNotFoundError(f"Expected a folder with config.json (got {path}). Do pass a saved model.")
@@ -126,7 +127,7 @@ def _index(path: Path) -> dict[str, str]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"Expected *.safetensors in {path} (got none). Do save with safe_serialization=True.")
-    found = {}
+    found: dict[str, str] = {}
     for file in files:
         with safe_open(file, framework="pt") as weights:
             found |= dict.fromkeys(weights.keys(), file.name)

@@ -132,7 +132,7 @@ class Wiring:
     def units(self) -> list[AttentionUnit | FeedForwardUnit]:
         """Attention and feed-forward units, stream after stream, by their time of writing; parallel ones as listed."""
         places = {stream.name: number for number, stream in enumerate(self.streams)}
-        everything = [*self.attentions, *self.feed_forwards]
+        everything: list[AttentionUnit | FeedForwardUnit] = [*self.attentions, *self.feed_forwards]
         return sorted(everything, key=lambda unit: (places[unit.reads.stream], unit.writes_at))
 
     def norms_between(self, stream: str, after: int, before: int) -> list[StreamNorm]:

@@ -28,7 +28,7 @@ class _Stack(NamedTuple):
     name: str
     owner: nn.Module
     layers: str
-    count: int
+    num_layers: int
     kind: str
     layout: Layout
 
@@ -69,8 +69,8 @@ def _stacks(model: nn.Module) -> list[_Stack]:
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
-        fitting = [layout_of(layer, owner) for layer in module]
-        if all(fitting) and len({kind for kind, _ in fitting}) == 1:
+        fitting = [layout for layer in module if (layout := layout_of(layer, owner))]
+        if len(fitting) == len(module) and len({kind for kind, _ in fitting}) == 1:
             found.append(_Stack(name.rpartition(".")[0], owner, name, len(module), *fitting[0]))
     return found
 
@@ -88,23 +88,22 @@ def _stream_names(stacks: list[_Stack]) -> list[str]:
 
 
 def _stream(stack: _Stack, name: str) -> Stream:
-    first, last = f"{stack.layers}.0", f"{stack.layers}.{stack.count - 1}"
+    first, last = f"{stack.layers}.0", f"{stack.layers}.{stack.num_layers - 1}"
     norm = next((norm for norm in FINAL_NORMS if has(stack.owner, norm)), None)
     path = None if norm is None else f"{stack.name}.{norm}".removeprefix(".")
-    return Stream(name, first, last, Reading(name, LAYER * stack.count, path, ""))
+    return Stream(name, first, last, Reading(name, LAYER * stack.num_layers, path, ""))
 
 
 def _with_stack(wiring: Wiring, model: nn.Module, stack: _Stack, stream: Stream) -> Wiring:
     attentions, feed_forwards, norms = list(wiring.attentions), list(wiring.feed_forwards), list(wiring.norms)
     layout = stack.layout
-    for layer in range(stack.count):
+    for layer in range(stack.num_layers):
         place, start = f"{stack.layers}.{layer}", LAYER * layer
         title = f"{stream.name} layer {layer}".strip()
         parallel = layout.parallel
         parallel = getattr(model.get_submodule(place), parallel) if isinstance(parallel, str) else parallel
         end = start + FEED_FORWARD + 1
-        norm_names = (layout.before, layout.after, layout.on_stream)
-        unit = _attention(model, place, layout.attention, norm_names[:2], stream, start, title)
+        unit = _attention(model, place, layout.attention, (layout.before, layout.after), stream, start, title)
         if parallel:
             unit = AttentionUnit(**{**vars(unit), "writes_at": end})
         attentions.append(unit)
@@ -112,9 +111,9 @@ def _with_stack(wiring: Wiring, model: nn.Module, stack: _Stack, stream: Stream)
             norms.append(StreamNorm(stream.name, start + ATTENTION + 2, f"{place}.{layout.on_stream}"))
         if layout.cross:
             encoder = wiring.streams[0].end
+            when, crossing = start + CROSS, f"{title} cross"
             norm_names = (layout.cross_before, "")
-            when = start + CROSS
-            cross = _attention(model, place, layout.cross, norm_names, stream, when, f"{title} cross", encoder)
+            cross = _attention(model, place, layout.cross, norm_names, stream, when, crossing, encoder)
             attentions.append(cross)
             if layout.cross_on_stream:
                 norms.append(StreamNorm(stream.name, start + CROSS + 2, f"{place}.{layout.cross_on_stream}"))

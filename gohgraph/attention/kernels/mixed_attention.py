@@ -104,7 +104,8 @@ def _has_triton() -> bool:
 
 @lru_cache
 def _is_large(index: int) -> bool:
-    properties = torch.cuda.get_device_properties(index)
+    # torch does not declare all of them.
+    properties: Any = torch.cuda.get_device_properties(index)
     return properties.major >= 8 and properties.shared_memory_per_block_optin >= SHARED_MEMORY
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohgraph.common.checks import check_bool, check_int
+from gohgraph.common.checks import check_bool, check_int, needed
 from gohgraph.graphs.protocol import MAPS, SiteGraph, Traits
 
 
@@ -70,14 +70,22 @@ class Composition(SiteGraph):
         return self._mixing(source, 1).flatten(-2)  # [B, S, H*H]
 
     def forward(
-        self, z: Tensor, context: Tensor, earlier: Any = (), active: Tensor | None = None, *, keys: Tensor, **call: Any
+        self,
+        nodes: Tensor,
+        context: Tensor | None = None,
+        earlier: Any = (),
+        active: Tensor | None = None,
+        *,
+        keys: Tensor | None = None,
+        **call: Any,
     ) -> Tensor:
         """Composes maps `[B, T, H, S]`; heads that are off send nothing."""
-        sent = z if active is None else z * active.unsqueeze(-1)  # [B, T, H, S]
-        by_key = keys.unflatten(-1, (self.num_heads, self.num_heads)).to(z.dtype)  # [B, S, H, H]
-        from_query = self._mixing(context, 0).to(z.dtype) @ sent  # [B, T, H, S]
+        sent = nodes if active is None else nodes * active.unsqueeze(-1)  # [B, T, H, S]
+        keys, context = needed("state of the keys", keys), needed("context", context)
+        by_key = keys.unflatten(-1, (self.num_heads, self.num_heads)).to(nodes.dtype)  # [B, S, H, H]
+        from_query = self._mixing(context, 0).to(nodes.dtype) @ sent  # [B, T, H, S]
         from_key = torch.einsum("bsij,btjs->btis", by_key, sent)  # [B, T, H, S]
-        return z + from_query + from_key
+        return nodes + from_query + from_key
 
     def _mixing(self, x: Tensor, side: int) -> Tensor:
         hidden = F.gelu(F.linear(x, self.inner[side]))  # [*, 2*R*H]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.common.checks import needed
 from gohgraph.graphs.protocol import SiteGraph, Sparse, Traits
 
 
@@ -54,23 +55,24 @@ class DifferentialPairs(SiteGraph):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(
-        self, z: Tensor, context: Tensor, earlier: Any = (), active: Tensor | None = None, **call: Any
+        self, nodes: Tensor, context: Tensor | None = None, earlier: Any = (), active: Tensor | None = None, **call: Any
     ) -> Tensor:
-        """Subtracts within pairs of the nodes `z [*, H, F]`; heads that are off neither send nor receive."""
-        weights = self._weights(context, active).to(z.dtype).unflatten(-2, (-1, 2))  # [*, H/2, 2, 2]
-        first, second = z.unflatten(-2, (-1, 2)).split(1, dim=-2)  # [*, H/2, 1, F]
+        """Subtracts within pairs of the nodes `[*, H, F]`; heads that are off neither send nor receive."""
+        weights = self._weights(needed("context", context), active).to(nodes.dtype)  # [*, H, 2]
+        weights = weights.unflatten(-2, (-1, 2))  # [*, H/2, 2, 2]
+        first, second = nodes.unflatten(-2, (-1, 2)).split(1, dim=-2)  # [*, H/2, 1, F]
         pairs = weights[..., :1] * first + weights[..., 1:] * second  # [*, H/2, 2, F]
         return pairs.flatten(-3, -2)  # [*, H, F]
 
-    def matrix(self, context: Tensor, active: Tensor | None = None) -> Tensor:
+    def matrix(self, context: Tensor | None = None, active: Tensor | None = None) -> Tensor:
         """Returns the pairs' blocks `[1, -sigma; 1, -sigma]` as one matrix, `[*, H, H]`."""
-        weights = self._weights(context, active)  # [*, H, 2]
+        weights = self._weights(needed("context", context), active)  # [*, H, 2]
         whole = weights.new_zeros(*weights.shape[:-1], self.num_heads)  # [*, H, H]
         return whole.scatter(-1, self._senders(weights).expand_as(weights), weights)
 
-    def sparse(self, context: Tensor, active: Tensor | None = None, keys: Tensor | None = None) -> Sparse:
+    def sparse(self, context: Tensor | None, active: Tensor | None = None, keys: Tensor | None = None) -> Sparse:
         """Returns the two senders of every head, and their weights."""
-        weights = self._weights(context, active)
+        weights = self._weights(needed("context", context), active)
         return Sparse(self._senders(weights), weights)
 
     def _weights(self, context: Tensor, active: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohgraph.common.checks import check_bool
+from gohgraph.common.checks import check_bool, needed
 from gohgraph.graphs.protocol import SiteGraph, Traits
 
 
@@ -49,20 +49,20 @@ class ExclusiveHeads(SiteGraph):
 
     def forward(
         self,
-        z: Tensor,
+        nodes: Tensor,
         context: Tensor | None = None,
         earlier: Any = (),
         active: Tensor | None = None,
         *,
-        values: Tensor,
+        values: Tensor | None = None,
         **call: Any,
     ) -> Tensor:
-        """Takes the part along `values [*, H, D]` from the nodes `z [*, H, D]`, each by itself."""
-        direction = F.normalize(values, dim=-1)  # [*, H, D]
-        along = (z * direction).sum(-1, keepdim=True)  # [*, H, 1]
+        """Takes the part along `values [*, H, D]` from the nodes `[*, H, D]`, each by itself."""
+        direction = F.normalize(needed("value of the token", values), dim=-1)  # [*, H, D]
+        along = (nodes * direction).sum(-1, keepdim=True)  # [*, H, 1]
         if self.gate is not None:
-            along = along * self.gate.unsqueeze(-1).to(z.dtype)
-        return z - along * direction
+            along = along * self.gate.unsqueeze(-1).to(nodes.dtype)
+        return nodes - along * direction
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, gate={self.gate is not None}"

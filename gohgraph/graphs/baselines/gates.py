@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohgraph.common.checks import check_choice, check_int
+from gohgraph.common.checks import check_choice, check_int, needed
 from gohgraph.graphs.protocol import FEATURES, MAPS, SiteGraph, Traits
 
 GRAINS = ("head", "element")
@@ -63,16 +63,16 @@ class SigmoidGate(SiteGraph):
             nn.init.normal_(self.down, std=len(self.down) ** -0.5)
 
     def forward(
-        self, z: Tensor, context: Tensor, earlier: Any = (), active: Tensor | None = None, **call: Any
+        self, nodes: Tensor, context: Tensor | None = None, earlier: Any = (), active: Tensor | None = None, **call: Any
     ) -> Tensor:
-        """Weighs the nodes `z [*, H, D]`; `active` changes nothing, no head hears of another."""
-        return z * self._gates(context).to(z.dtype)
+        """Weighs the nodes `[*, H, D]`; `active` changes nothing, no head hears of another."""
+        return nodes * self._gates(needed("context", context)).to(nodes.dtype)
 
-    def matrix(self, context: Tensor, active: Tensor | None = None) -> Tensor:
+    def matrix(self, context: Tensor | None = None, active: Tensor | None = None) -> Tensor:
         """Returns the gates of whole heads as a diagonal matrix, `[*, H, H]`."""
         if not self.traits.linear:
             return super().matrix(context, active)
-        return torch.diag_embed(self._gates(context).squeeze(-1))  # [*, H, H]
+        return torch.diag_embed(self._gates(needed("context", context)).squeeze(-1))  # [*, H, H]
 
     def _gates(self, context: Tensor) -> Tensor:
         low = context if self.down is None else F.linear(context, self.down)  # [*, M] or [*, r]

@@ -48,18 +48,19 @@ class KnockingHeads(SiteGraph):
     def reset_parameters(self) -> None:
         """Returns to the identity."""
         nn.init.eye_(self.up)
-        if self.gate is not None:
+        if self.gate is not None and self.down is not None:
             nn.init.zeros_(self.gate)
             nn.init.eye_(self.down)
 
     def forward(
-        self, z: Tensor, context: Tensor | None = None, earlier: Any = (), active: Tensor | None = None, **call: Any
+        self, nodes: Tensor, context: Tensor | None = None, earlier: Any = (), active: Tensor | None = None, **call: Any
     ) -> Tensor:
-        """Maps the nodes `z [*, H, D]`, each by itself."""
-        raised = z @ self.up.to(z.dtype)  # [*, H, D]
-        if self.gate is None:
+        """Maps the nodes `[*, H, D]`, each by itself."""
+        raised = nodes @ self.up.to(nodes.dtype)  # [*, H, D]
+        if self.gate is None or self.down is None:
             return raised
-        return 2 * (raised * (z @ self.gate.to(z.dtype)).sigmoid()) @ self.down.to(z.dtype)  # [*, H, D]
+        opened = raised * (nodes @ self.gate.to(nodes.dtype)).sigmoid()  # [*, H, D]
+        return 2 * opened @ self.down.to(nodes.dtype)  # [*, H, D]
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, form={self.form!r}"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.common.checks import needed
 from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.protocol import FEATURES, SiteGraph, Traits
 
@@ -48,14 +49,14 @@ class SoftmaxMessages(SiteGraph):
         nn.init.zeros_(self.gain)
 
     def forward(
-        self, z: Tensor, context: Tensor, earlier: Any = (), active: Tensor | None = None, **call: Any
+        self, nodes: Tensor, context: Tensor | None = None, earlier: Any = (), active: Tensor | None = None, **call: Any
     ) -> Tensor:
         """Passes messages between the nodes; heads that are off (`active` False) neither send nor receive."""
-        return z + self._alpha(context, active).to(z.dtype) @ z
+        return nodes + self._alpha(needed("context", context), active).to(nodes.dtype) @ nodes
 
-    def matrix(self, context: Tensor, active: Tensor | None = None) -> Tensor:
+    def matrix(self, context: Tensor | None = None, active: Tensor | None = None) -> Tensor:
         """Returns identity + alpha, `[*, H, H]`."""
-        alpha = self._alpha(context, active)
+        alpha = self._alpha(needed("context", context), active)
         return torch.eye(self.num_heads, dtype=alpha.dtype, device=alpha.device) + alpha
 
     def _alpha(self, context: Tensor, active: Tensor | None) -> Tensor:
@@ -92,7 +93,7 @@ class OwnContext(SiteGraph):
         self.conv = HeadGraphConv(head_graph(num_heads), head_dim, num_heads * head_dim)
 
     def forward(
-        self, z: Tensor, context: Tensor, earlier: Any = (), active: Tensor | None = None, **call: Any
+        self, nodes: Tensor, context: Tensor | None = None, earlier: Any = (), active: Tensor | None = None, **call: Any
     ) -> Tensor:
         """Passes messages between the nodes; the context is not read."""
-        return self.conv(z, z.flatten(-2), active=active)
+        return self.conv(nodes, nodes.flatten(-2), active=active)

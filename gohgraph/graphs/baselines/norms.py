@@ -42,10 +42,10 @@ class HeadNorm(SiteGraph):
         nn.init.ones_(self.gain)
 
     def forward(
-        self, z: Tensor, context: Tensor | None = None, earlier: Any = (), active: Tensor | None = None, **call: Any
+        self, nodes: Tensor, context: Tensor | None = None, earlier: Any = (), active: Tensor | None = None, **call: Any
     ) -> Tensor:
-        """Normalises the nodes `z [*, H, D]`."""
-        return F.rms_norm(z, z.shape[-1:], eps=self.eps) * self.gain.to(z.dtype)
+        """Normalises the nodes `[*, H, D]`."""
+        return F.rms_norm(nodes, nodes.shape[-1:], eps=self.eps) * self.gain.to(nodes.dtype)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, eps={self.eps}"

@@ -46,10 +46,10 @@ class PairedHeads(SiteGraph):
         self.traits = Traits(num_heads, frozenset({"scores"}), run=2, joins_keys=True)
 
     def forward(
-        self, z: Tensor, context: Tensor | None = None, earlier: Any = (), active: Tensor | None = None, **call: Any
+        self, nodes: Tensor, context: Tensor | None = None, earlier: Any = (), active: Tensor | None = None, **call: Any
     ) -> Tensor:
-        """Returns the nodes `z [*, H, F]`: scores of a head on its own keys do not change."""
-        return z
+        """Returns the nodes `[*, H, F]`: scores of a head on its own keys do not change."""
+        return nodes
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

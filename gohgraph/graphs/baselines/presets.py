@@ -29,12 +29,22 @@ VALUE_RESIDUAL = SiteConfig("empty", edges="static", activation=None, cross_laye
 MUDD_VALUES = SiteConfig("empty", self_loops=False, activation=None, cross_layer=CrossLayer("all", "same-head", 0.1))
 
 
-def _outputs(*parts: SiteConfig | BaselineConfig, **sites: Site) -> Preset:
-    return lambda heads: HeadGraphConfig(parts[0] if len(parts) == 1 else parts, **sites)
+def _outputs(*parts: SiteConfig | BaselineConfig, keys: Site | None = None, values: Site | None = None) -> Preset:
+    return lambda heads: HeadGraphConfig(parts[0] if len(parts) == 1 else parts, keys=keys, values=values)
 
 
-def _inner(**sites: Site | tuple[int, ...]) -> Preset:
-    return lambda heads: HeadGraphConfig(None, **sites)
+def _inner(
+    scores: Site | None = None,
+    weights: Site | None = None,
+    *,
+    queries: Site | None = None,
+    keys: Site | None = None,
+    values: Site | None = None,
+    layers: tuple[int, ...] | None = None,
+) -> Preset:
+    return lambda heads: HeadGraphConfig(
+        None, scores, queries=queries, keys=keys, values=values, weights=weights, layers=layers
+    )
 
 
 def _across(layers: int | str, edges: str, **more: float) -> SiteConfig:

@@ -1,7 +1,8 @@
 """A training script of a model with head graphs, alone or beside plain attention of as many parameters."""
 
 import statistics
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,22 +24,17 @@ from gohgraph.models.config import TransformerConfig
 class Comparison(ContestScript):
     """A `ContestScript` with `--compare` and the flags of head graphs and routing.
 
-    A subclass has these slots besides the flags:
-
-    - `load()`: reads the data, sets `data_settings`, and returns the `TransformerConfig` of the flags.
-    - `build(config)`: returns a new model.
-    - `batches(seed)`: returns the data of training, as `Training` takes it.
-    - `loss(model, batch)`: what is trained on.
-    - `evaluate(model)`: returns measures of a model by name, its `validation_loss` among them.
-    - `measure(model, leaf)`: returns those of the trained model, with `losses` `[examples]` in nats, and draws it.
+    A subclass fills the slots `load`, `build`, `batches`, `evaluate` and `measure`.
 
     Attributes:
+        loss: `(model, batch)`, what is trained on.
         columns: of the table, as in `results_table`.
         pictures: files in the folders of runs, to be named in the end.
         examples: what the edge weights in heads.png are means over.
         data_settings: what defines the data, as JSON values.
     """
 
+    loss: Callable[..., Any]
     columns: ClassVar[Mapping[str, tuple[str, int, float]]]
     pictures: ClassVar[tuple[str, ...]]
     examples: ClassVar[str]
@@ -75,11 +71,31 @@ class Comparison(ContestScript):
             return with_plain(self.build, config)
         return {"plain" if config.head_graph is None else "goh": config}
 
+    @abstractmethod
+    def load(self) -> TransformerConfig:
+        """Reads the data, sets `data_settings`, and returns the configuration of the flags."""
+
+    @abstractmethod
+    def build(self, config: TransformerConfig) -> Any:
+        """Returns a new model."""
+
+    @abstractmethod
+    def batches(self, seed: int) -> Callable[[int], Any]:
+        """Returns the data of training, as `Training` takes it."""
+
+    @abstractmethod
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Returns measures of a model by name, its `validation_loss` among them."""
+
+    @abstractmethod
+    def measure(self, model: Any, leaf: Path) -> Result:
+        """Returns those of the trained model, with `losses` `[examples]` in nats, and draws it."""
+
     def schedule(self) -> dict[str, Any]:
         """Returns settings of `TrainConfig` that are the script's own; none by default."""
         return {}
 
-    def tracking(self, model: nn.Module, leaf: Path) -> dict[str, Any]:
+    def tracking(self, model: Any, leaf: Path) -> dict[str, Any]:
         """Returns arguments of `Training` that are the script's own; none by default."""
         return {}
 

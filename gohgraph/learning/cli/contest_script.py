@@ -1,6 +1,7 @@
 """A training script that holds a contest: models at the best rates of one grid, over several seeds."""
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,14 +18,8 @@ from gohgraph.learning.loop import Training
 from gohgraph.learning.run_folder import write_text
 
 
-class ContestScript(Script):
-    """A `Script` with the flag `--learning-rates`, whose subclass has these slots:
-
-    - `models()`: reads the data and returns what to train by name, usually configurations.
-    - `start(model, seed, rate, leaf)`: returns the `Training` of one of them in a folder, torch having been seeded.
-    - `finish(training, leaf)`: returns the measures of a trained model: JSON values, and tensors for the report alone.
-    - `report(results)`: prints what came out, by seed and name: what `finish` has returned, with the
-      `learning_rate`, the `leaf` of the folder, and the `log`.
+class ContestScript(Script, ABC):
+    """A `Script` with the flag `--learning-rates`; a subclass fills the slots `models`, `start`, `finish`, `report`.
 
     Attributes:
         learning_rate: where `--learning-rates` does not say otherwise.
@@ -45,6 +40,24 @@ class ContestScript(Script):
         """Raises `ValueError` for flags of training that do not fit; a subclass calls it from its own."""
         for rate in self.flags.learning_rates:
             self.config(self.flags.seeds[0], rate)
+
+    @abstractmethod
+    def models(self) -> dict[str, Any]:
+        """Reads the data and returns what to train by name, usually configurations."""
+
+    @abstractmethod
+    def start(self, model: Any, seed: int, rate: float, leaf: Path) -> Training:
+        """Returns the `Training` of one of them in a folder, torch having been seeded."""
+
+    @abstractmethod
+    def finish(self, training: Training, leaf: Path) -> Result:
+        """Returns the measures of a trained model: JSON values, and tensors for the report alone."""
+
+    @abstractmethod
+    def report(self, results: dict[tuple[int, str], Result]) -> None:
+        """Prints what came out, by seed and name: what `finish` has returned, with the `learning_rate`, the `leaf` of
+        the folder, and the `log`.
+        """
 
     def train(self) -> None:
         """Trains all models, draws their curves in one figure and reports; ranks but the first only train."""

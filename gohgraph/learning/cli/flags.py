@@ -47,7 +47,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, weight_decay: float =
     add("--warmup", type=int, help="steps of linear warm-up (default: a tenth of the steps, at most 100)")
     add("--matrix-learning-rate", type=float, help="of Muon, whose matrices are those inside layers (default: 0.02)")
     add("--weight-decay", type=float, default=weight_decay, help="default %(default)s")
-    add("--graph-lr-factor", type=float, default=1.0, help="learning rate of head graphs over the others'")
+    add("--graph-lr-factor", type=float, help="learning rate of head graphs over the others' (default: the recipe's)")
     add("--patience", type=int, help="evaluations without a better loss after which it stops (default: never)")
     add("--eval-every", type=int, help="steps (default: a tenth of them)")
     add("--checkpoint-every", type=int, help="steps (default: a fifth of them)")
@@ -94,7 +94,7 @@ def fill_sizes(flags: argparse.Namespace, full: Mapping[str, Any], smoke: Mappin
 
 def train_config(flags: argparse.Namespace, seed: int, learning_rate: float, **overrides: Any) -> TrainConfig:
     """Returns the training that flags of `add_training_flags` describe; `overrides` go over them."""
-    same = "weight_decay graph_lr_factor patience precision compile device keep_checkpoints".split()
+    same = "weight_decay patience precision compile device keep_checkpoints".split()
     steps = overrides["steps"] if "steps" in overrides else flags.steps
     values = RECIPES[flags.recipe].training | {name: getattr(flags, name) for name in same} | {
         "steps": steps,
@@ -105,6 +105,7 @@ def train_config(flags: argparse.Namespace, seed: int, learning_rate: float, **o
         "seed": seed,
         "learning_rate": learning_rate,
     }
-    if flags.matrix_learning_rate is not None:
-        values["matrix_learning_rate"] = flags.matrix_learning_rate
+    for name in ("matrix_learning_rate", "graph_lr_factor"):
+        if getattr(flags, name) is not None:
+            values[name] = getattr(flags, name)
     return TrainConfig(**(values | overrides))

@@ -97,6 +97,7 @@ def _check(flags: argparse.Namespace) -> None:
 
 
 def _routing(flags: argparse.Namespace, num_heads: int, num_shared: int) -> RoutingConfig:
+    top_k: int | tuple[int, ...]
     if flags.top_k is None:
         routed = max(0, num_heads - num_shared)
         top_k = min(max(1, round(0.75 * num_heads) - num_shared), routed)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gohgraph.attention.head_load import load_cv, load_entropy
+from gohgraph.common.checks import there
 from gohgraph.common.command_line import ArgumentParser
 from gohgraph.drawing.load_chart import draw_load
 from gohgraph.drawing.tensorboard import log_head_graphs
@@ -126,7 +127,7 @@ class LanguageModelTraining(Comparison):
         can_log = has_head_graphs(model) and tracker is not None and not (self.parallel and self.parallel.is_sharded)
 
         def log(row: dict[str, Any]) -> None:
-            log_head_graphs(tracker.writer(row["step"]), model, row["step"])
+            log_head_graphs(there(tracker).writer(row["step"]), model, row["step"])
 
         return {"tracker": tracker, "on_evaluate": log if can_log else None, "parallel": self.parallel}
 
@@ -142,7 +143,7 @@ class LanguageModelTraining(Comparison):
         # transformers loads the run's folder, and the model's alone.
         for folder in (leaf, leaf / "model"):
             save_byte_tokenizer(folder)
-        result = {
+        result: Result = {
             "losses": losses, "validation_loss": losses.mean().item(), "standard_error": language.standard_error(losses)
         }  # fmt: skip
         graph = model.config.head_graph

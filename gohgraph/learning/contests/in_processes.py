@@ -14,7 +14,7 @@ class InProcesses:
     """Calls a function for every run, by a `sweep`: what is finished is read from its file.
 
     Args:
-        function, folder, jobs, on_result: as in `sweep`.
+        function, folder, jobs, upgrade, on_result: as in `sweep`.
         arguments: of a run, the keyword arguments of its call.
         loss: of a result, what rates are chosen by, perhaps on other data than what is reported of it.
         file_name: of a run.
@@ -29,11 +29,12 @@ class InProcesses:
         loss: Callable[[Any], float],
         jobs: int = 1,
         file_name: Callable[[Run], str] = attrgetter("file_name"),
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
         on_result: Callable[[str, Any], None] | None = None,
     ) -> None:
         self._function, self._arguments, self._folder = function, arguments, folder
         self._loss, self._file_name = loss, file_name
-        self._options = {"jobs": jobs, "on_result": on_result}
+        self._jobs, self._upgrade, self._on_result = jobs, upgrade, on_result
 
     def try_rates(self, runs: Sequence[Run]) -> dict[Run, float]:
         """Calls what is missing; returns the loss of each run, infinite where it has run away."""
@@ -52,5 +53,13 @@ class InProcesses:
 
     def _sweep(self, runs: Sequence[Run], *, may_diverge: bool) -> dict[Run, Any]:
         named = {self._file_name(run): self._arguments(run) for run in runs}
-        results = sweep(self._function, named, self._folder, may_diverge=may_diverge, **self._options)
+        results = sweep(
+            self._function,
+            named,
+            self._folder,
+            jobs=self._jobs,
+            may_diverge=may_diverge,
+            upgrade=self._upgrade,
+            on_result=self._on_result,
+        )
         return dict(zip(runs, results.values(), strict=True))

@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from functools import partial
@@ -23,6 +23,7 @@ def sweep(
     *,
     jobs: int = 1,
     may_diverge: bool = False,
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     on_result: Callable[[str, Any], None] | None = None,
 ) -> dict[str, Any]:
     """Calls `function(**runs[name])` for every name whose result is not in `folder` yet.
@@ -36,6 +37,7 @@ def sweep(
         folder: where results are kept.
         jobs: processes side by side; with one, runs stay in this process.
         may_diverge: a run that raises `FloatingPointError`, since its loss is no longer finite, has the result `None`.
+        upgrade: of the arguments in a file, what they are today, such as a configuration with its later fields.
         on_result: called with the name and result of every run that has just finished, once it is on disk.
 
     Raises:
@@ -52,7 +54,7 @@ def sweep(
     check_int("jobs", jobs, low=1)
     make_folder(folder := Path(folder))
     files = {name: folder / f"{name}.json" for name in runs}
-    results = {name: _finished(file, runs[name]) for name, file in files.items() if file.exists()}
+    results = {name: _finished(file, runs[name], upgrade) for name, file in files.items() if file.exists()}
     missing = {name: arguments for name, arguments in runs.items() if name not in results}
     bar = tqdm(total=len(runs), initial=len(results), unit="run", desc=folder.name)
     with bar, closing(_calls(function, missing, jobs)) as calls:
@@ -74,7 +76,7 @@ def sweep(
 
 def _calls(
     function: Callable[..., Any], runs: dict[str, dict[str, Any]], jobs: int
-) -> Iterator[tuple[str, Callable[[], Any]]]:
+) -> Generator[tuple[str, Callable[[], Any]], None, None]:
     """Yields each name with what returns its result: by a call in this process, or once another one has it."""
     if jobs == 1:
         yield from ((name, partial(function, **arguments)) for name, arguments in runs.items())
@@ -93,12 +95,14 @@ def _calls(
         os.environ.pop("TQDM_DISABLE") if bars is None else os.environ.update(TQDM_DISABLE=bars)
 
 
-def _finished(file: Path, arguments: dict[str, Any]) -> Any:
+def _finished(
+    file: Path, arguments: dict[str, Any], upgrade: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Any:
     """Returns the result in a file that the same arguments gave."""
     saved = read_json(file, "delete it")
     if not isinstance(saved, dict) or not isinstance(saved.get("arguments"), dict) or "result" not in saved:
         raise ValueError(f"Expected a finished run in {file} (got something else). Do delete it.")
-    before, given = saved["arguments"], json.loads(json.dumps(arguments))
+    before, given = json.loads(json.dumps([upgrade(saved["arguments"]), arguments]))
     if before != given:
         changed = sorted(key for key in {*before, *given} if before.get(key) != given.get(key))
         raise ValueError(

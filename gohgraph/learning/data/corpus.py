@@ -246,8 +246,9 @@ def _download(name: str, cache: str | os.PathLike[str] | None) -> bytes:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda pending: pending.write_bytes(text), pending=pending)
     except OSError as error:
+        cause = getattr(error.__cause__ or error, "strerror", None)
         raise ValueError(
-            f"Expected a folder to keep {name!r} in (got {folder}: {(error.__cause__ or error).strerror}). "
+            f"Expected a folder to keep {name!r} in (got {folder}: {cause}). "
             "Do set GOHGRAPH_CACHE to a folder that can be written."
         ) from error
     return text

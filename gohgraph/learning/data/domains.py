@@ -38,7 +38,8 @@ def load_domain(name: str, *, limit: int = 500_000, validation_fraction: float =
         ('names', True)
     """
     check_choice("domain", name, DOMAINS)
-    blocks, read = {}, 0
+    blocks: dict[str, str] = {}
+    read = 0
     for block in _blocks(DOMAINS[name]()):
         blocks[f"{name}/{len(blocks)}"] = block
         read += len(block)

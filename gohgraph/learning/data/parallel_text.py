@@ -72,10 +72,11 @@ def _numerals(source: str, target: str) -> ParallelText:
     order = {("en", "de"): 1, ("de", "en"): -1}.get((source, target))
     if order is None:
         raise ValueError(f"Expected numerals in 'en' and 'de' (got {source!r} and {target!r}). Do pass a folder.")
-    generator, pairs = random.Random(0), {}
-    while len(pairs) < 20_500:
-        pairs[numeral_sentences(generator)[::order]] = None
-    pairs = list(pairs)
+    generator, distinct = random.Random(0), dict[tuple[str, str], None]()
+    while len(distinct) < 20_500:
+        first, second = numeral_sentences(generator)[::order]
+        distinct[first, second] = None
+    pairs = list(distinct)
     return ParallelText(NUMERALS, pairs[500:], pairs[:500])
 
 

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from gohgraph.common.checks import there
+
 PACKAGES = ("torch", "torch_geometric", "networkx", "numpy")
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -51,8 +53,8 @@ def packages() -> dict[str, str]:
     """Returns what `library` does, and the source files of torch, torch_geometric, networkx and numpy alike."""
     documents = library()
     for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        documents |= _contents(Path(spec.submodule_search_locations[0]), f"{name}/")
+        spec = there(importlib.util.find_spec(name))
+        documents |= _contents(Path(there(spec.submodule_search_locations)[0]), f"{name}/")
     return documents
 
 
@@ -61,10 +63,13 @@ def _library() -> Path:
 
 
 def _topics(root: Path) -> dict[str, str]:
+    topics: dict[str, str] = {}
     try:
-        from pydoc_data.topics import topics
+        from pydoc_data.topics import topics as documented
     except ImportError:
-        topics = {}
+        pass
+    else:
+        topics = documented
     paths = _sources(root)
     if not topics or not paths:
         raise ValueError(

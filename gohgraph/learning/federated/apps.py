@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -54,11 +55,12 @@ def client_app(build: Callable[[Context], Client], mods: Sequence[Callable] = ()
     app = ClientApp()
 
     def fit(client: Client, message: Message) -> dict[str, ArrayRecord | MetricRecord]:
-        update, metrics = client.fit(to_tensors(message.content[ARRAYS]), _round(message))
+        update, metrics = client.fit(to_tensors(message.content.array_records[ARRAYS]), _round(message))
         return {ARRAYS: to_arrays(update), METRICS: _metrics(client, metrics)}
 
     def measure(client: Client, message: Message) -> dict[str, ArrayRecord | MetricRecord]:
-        return {METRICS: _metrics(client, client.measure(to_tensors(message.content[ARRAYS]), _round(message)))}
+        shared = to_tensors(message.content.array_records[ARRAYS])
+        return {METRICS: _metrics(client, client.measure(shared, _round(message)))}
 
     app.train(mods=list(mods))(partial(_answer, build, fit))
     app.evaluate()(partial(_answer, build, measure))
@@ -81,7 +83,7 @@ def to_tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
 
 
 def _round(message: Message) -> int:
-    return int(message.content[CONFIG]["server-round"])
+    return int(cast(int, message.content.config_records[CONFIG]["server-round"]))
 
 
 def _metrics(client: Client, metrics: Mapping[str, float]) -> MetricRecord:

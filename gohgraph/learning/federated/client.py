@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from gohgraph.common.checks import there
 from gohgraph.common.files import write_whole
 from gohgraph.learning.accelerator import device_kind
 from gohgraph.learning.federated.sharing import Sharing, load_state
@@ -106,7 +107,7 @@ class Client:
                 f"Expected a finite loss (got {total} in round {round}). Do lower the learning rate."
             )
         if self.sharing.personal:
-            _save(self.folder, round, self.sharing.personal_state(self.model))
+            _save(there(self.folder), round, self.sharing.personal_state(self.model))
         update = {name: tensor.cpu().clone() for name, tensor in self.sharing.shared_state(self.model).items()}
         return update, {"loss": total / self.local_steps}
 
@@ -135,7 +136,7 @@ class Client:
     def _load(self, shared: Mapping[str, Tensor], *, before: int) -> None:
         load_state(self.sharing.shared_state(self.model), shared)
         if self.sharing.personal:
-            load_state(self.sharing.personal_state(self.model), _last(self.folder, before) or self._start)
+            load_state(self.sharing.personal_state(self.model), _last(there(self.folder), before) or self._start)
 
 
 def _save(folder: Path, round: int, state: Mapping[str, Tensor]) -> None:

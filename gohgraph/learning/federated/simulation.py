@@ -57,7 +57,7 @@ def simulate(
         results.append(serve(grid))
 
     started = {"num_cpus": cpus or os.cpu_count(), "include_dashboard": False}
-    config = {"init_args": started, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    config: dict[str, Any] = {"init_args": started, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     run_simulation(server, client, num_clients, backend_name="ray", backend_config=config)
     return results[0]
 

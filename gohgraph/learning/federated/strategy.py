@@ -5,6 +5,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import numpy as np
 
@@ -88,7 +89,7 @@ class Guarded(Strategy):
         for node in sorted(self._silent):
             self._refuse(f"node {node}", "no answer in time")
         accepted = self._accepted(replies, self._reference)
-        self.report.train = {sender(reply): _measures(reply.content[METRICS]) for reply in accepted}
+        self.report.train = {sender(reply): _measures(reply.content.metric_records[METRICS]) for reply in accepted}
         if not accepted:
             logger.error("round %d: no update could be used; the shared weights stay as they were", self.report.round)
             return None, None
@@ -111,7 +112,7 @@ class Guarded(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Returns the means of clients' measures."""
         accepted = self._accepted(list(replies), None)
-        self.report.evaluate = {sender(reply): _measures(reply.content[METRICS]) for reply in accepted}
+        self.report.evaluate = {sender(reply): _measures(reply.content.metric_records[METRICS]) for reply in accepted}
         if not accepted:
             return None
         metrics = self.strategy.aggregate_evaluate(self.report.round, accepted)
@@ -132,16 +133,17 @@ class Guarded(Strategy):
             else:
                 self._refuse(sender(reply), reason)
         # Strategies give up a round whose metrics have different names; the majority's are right.
-        named = [frozenset(reply.content[METRICS]) for reply in usable]
+        named = [frozenset(reply.content.metric_records[METRICS]) for reply in usable]
         usual = Counter(named).most_common(1)[0][0] if named else None
         accepted = [reply for reply, names in zip(usable, named, strict=True) if names == usual]
         for reply, names in zip(usable, named, strict=True):
             if names != usual:
                 self._refuse(sender(reply), f"metrics {sorted(names)} are not those of the others")
-        for reply in accepted if reference is not None else ():
-            arrays = reply.content[ARRAYS]
-            # Wrappers pair arrays by their place.
-            reply.content[ARRAYS] = ArrayRecord({name: arrays[name] for name in reference})
+        if reference is not None:
+            for reply in accepted:
+                arrays = reply.content.array_records[ARRAYS]
+                # Wrappers pair arrays by their place.
+                reply.content[ARRAYS] = ArrayRecord({name: arrays[name] for name in reference})
         return accepted
 
     def _refuse(self, name: str, reason: str) -> None:
@@ -152,20 +154,21 @@ class Guarded(Strategy):
 def refusal(reply: Message, reference: Mapping[str, np.ndarray] | None) -> str | None:
     """Returns why a client's reply to the weights `reference` (`None`: to be evaluated) is no use, or `None`."""
     if reply.has_error():
-        return f"error on the client: {' '.join(reply.error.reason.split())[-300:]}"
+        return f"error on the client: {' '.join((reply.error.reason or '').split())[-300:]}"
     metrics = reply.content.metric_records
     if list(metrics) != [METRICS]:
         return f"expected one record of metrics, {METRICS!r} (got {sorted(metrics)})"
     for name, value in metrics[METRICS].items():
         if isinstance(value, list) or not math.isfinite(value):
             return f"metric {name} is not a finite number: {value}"
-    if any(not metrics[METRICS].get(name, 0) > 0 for name in WEIGHTS):
+    weights = [metrics[METRICS].get(name, 0) for name in WEIGHTS]
+    if any(isinstance(weight, list) or not weight > 0 for weight in weights):
         return f"expected {list(WEIGHTS)} above 0 (got {dict(metrics[METRICS])})"
     if reference is None:
         return None
     if list(reply.content.array_records) != [ARRAYS]:
         return f"expected one record of weights, {ARRAYS!r} (got {sorted(reply.content.array_records)})"
-    return wrong_weights(reply.content[ARRAYS], reference)
+    return wrong_weights(reply.content.array_records[ARRAYS], reference)
 
 
 def wrong_weights(arrays: Mapping[str, Array], reference: Mapping[str, np.ndarray]) -> str | None:
@@ -208,12 +211,15 @@ def sender(reply: Message) -> str:
     return f"node {reply.metadata.src_node_id}" if number is None else f"client {number}"
 
 
-def _measures(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    return {name: value for name, value in (metrics or {}).items() if name not in WEIGHTS}
+def _measures(metrics: MetricRecord | None) -> dict[str, float]:
+    # `refusal` lets no lists pass.
+    values = {} if metrics is None else dict(metrics.items())
+    return {name: cast(float, value) for name, value in values.items() if name not in WEIGHTS}
 
 
 def _number(reply: Message) -> int | None:
-    number = reply.content.get(SENDER, {}).get("partition-id", -1) if reply.has_content() else -1
+    records = reply.content.config_records if reply.has_content() else {}
+    number = records[SENDER].get("partition-id", -1) if SENDER in records else -1
     return number if isinstance(number, int) and number >= 0 else None
 
 

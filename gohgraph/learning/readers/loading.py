@@ -123,11 +123,12 @@ def of_bytes(model: LanguageModel) -> Causal:
     return Causal(model, BYTES, config.max_length if config.positions == "learned" else None)
 
 
-def _of_transformers(model: nn.Module, folder: Path, tokenizer: str | os.PathLike[str] | None) -> Reader:
+def _of_transformers(model: Any, folder: Path, tokenizer: str | os.PathLike[str] | None) -> Reader:
     config, name = model.config, type(model).__name__
     kind = check_readable(name)
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise ValueError(f"Expected a model of text (got {name}, of {model.main_input_name}). Do use --from weights.")
+    places: list[str | os.PathLike[str]]
     places = [folder, folder / BACKBONE, getattr(config, "_name_or_path", "")] if tokenizer is None else [tokenizer]
     tokens = load_tokenizer(places, getattr(config, "vocab_size", 1 << 62))
     longest = getattr(config, "max_position_embeddings", None)
@@ -146,7 +147,7 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
 
 
-def _classifier(model: nn.Module, folder: Path) -> Reader:
+def _classifier(model: Classifier, folder: Path) -> Reader:
     """A classifier with the data of its run, by the flags it was trained with; without those, classes are numbers."""
     config, flags = model.config, _flags(folder)
     names = list(map(str, range(config.num_classes)))
@@ -163,15 +164,15 @@ def _classifier(model: nn.Module, folder: Path) -> Reader:
             f"Expected a byte-level model (got a vocabulary of {config.transformer.vocab_size}). Do pass one of at "
             "least 256."
         )
-    data = None
+    texts = None
     if flags.get("task") == "text":
-        data = load_text_classes(flags.get("data"), length=flags["length"], per_class=400)
-        names = list(data.classes)
+        texts = load_text_classes(flags.get("data"), length=flags["length"], per_class=400)
+        names = list(texts.classes)
     longest = config.transformer.max_length if config.transformer.positions == "learned" else None
-    return Classes(model, BYTES, longest, names, None if data is None else data.validation)
+    return Classes(model, BYTES, longest, names, None if texts is None else texts.validation)
 
 
-def _translation(model: nn.Module, folder: Path) -> Reader:
+def _translation(model: Transformer, folder: Path) -> Reader:
     files = [place / "tokenizer.json" for place in (folder, folder.parent)]
     file = next((file for file in files if file.is_file()), None)
     if file is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.analysis.metrics import IGNORED, log_probability, logit_difference, logits_of
+from gohgraph.common.checks import needed, there
 from gohgraph.learning.data.corpus import evaluation_batches
 from gohgraph.learning.readers.tokens import Tokens
 
@@ -63,7 +64,7 @@ class Reader(ABC):
         return False
 
     @abstractmethod
-    def batches(self, text: bytes, length: int, limit: int) -> list[Batch]:
+    def batches(self, text: bytes | None, length: int, limit: int) -> list[Batch]:
         """Returns at most `limit` sequences of `length` tokens, spread over a text, with what is to be predicted."""
 
     @abstractmethod
@@ -71,7 +72,7 @@ class Reader(ABC):
         """Returns what the model is given of the tokens `[T]` of one sequence."""
 
     @abstractmethod
-    def task(self, text: bytes, length: int, target: str | None) -> Task:
+    def task(self, text: bytes | None, length: int, target: str | None) -> Task:
         """Returns what is to be attributed to: `target`, or without one what the model is trained to predict."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -97,9 +98,9 @@ class Reader(ABC):
             )
         return {**task.inputs, **self.given(self.tokens.framed(words[: task.words]))}
 
-    def sequence(self, text: bytes, length: int | None) -> tuple[Tensor, int, tuple[str, ...]]:
+    def sequence(self, text: bytes | None, length: int | None) -> tuple[Tensor, int, tuple[str, ...]]:
         """Returns the tokens of a text between special ones, how many it has itself, and what is to be said of it."""
-        words, unknown = self.tokens.known(text)
+        words, unknown = self.tokens.known(needed("text", text))
         if length is not None:
             words = words[: max(1, length - len(self.tokens.before) - len(self.tokens.after))]
         ids = self.tokens.framed(words)
@@ -140,8 +141,8 @@ class Causal(Reader):
 
     what = "causal language model"
 
-    def batches(self, text: bytes, length: int, limit: int) -> list[Batch]:
-        words, _ = self.tokens.known(text)
+    def batches(self, text: bytes | None, length: int, limit: int) -> list[Batch]:
+        words, _ = self.tokens.known(needed("text", text))
         length = min(length, len(words) - 1)
         if length < 1:
             raise ValueError(f"Expected a text of at least two tokens (got {len(words)}). Do pass a longer one.")
@@ -155,7 +156,7 @@ class Causal(Reader):
     def given(self, ids: Tensor) -> Inputs:
         return {"input_ids": ids if ids.dim() == 2 else ids[None]}
 
-    def task(self, text: bytes, length: int, target: str | None) -> Task:
+    def task(self, text: bytes | None, length: int, target: str | None) -> Task:
         ids, words, notes = self.sequence(text, length if target is None else None)
         last = self.tokens.strings(ids[-1:])[0]
         if target is not None:
@@ -171,8 +172,13 @@ class Masked(Reader):
 
     what = "masked language model"
 
-    def batches(self, text: bytes, length: int, limit: int) -> list[Batch]:
-        words, _ = self.tokens.known(text)
+    @property
+    def _mask(self) -> int:
+        # `load_reader` refuses a tokenizer without.
+        return there(self.tokens.mask)
+
+    def batches(self, text: bytes | None, length: int, limit: int) -> list[Batch]:
+        words, _ = self.tokens.known(needed("text", text))
         room = min(max(1, length - len(self.tokens.before) - len(self.tokens.after)), len(words))
         if not room:
             raise ValueError("Expected a text of at least one token (got none). Do pass a longer one.")
@@ -185,12 +191,12 @@ class Masked(Reader):
     def given(self, ids: Tensor) -> Inputs:
         return self._hidden(ids[None])[0]
 
-    def task(self, text: bytes, length: int, target: str | None) -> Task:
+    def task(self, text: bytes | None, length: int, target: str | None) -> Task:
         ids, words, notes = self.sequence(text, length)
-        places = (ids == self.tokens.mask).nonzero().flatten().tolist()
+        places = (ids == self._mask).nonzero().flatten().tolist()
         if target is not None:
             if len(places) != 1:
-                name = self.tokens.strings(torch.tensor([self.tokens.mask]))[0]
+                name = self.tokens.strings(torch.tensor([self._mask]))[0]
                 raise ValueError(
                     f"Expected one {name} in the text, where --target is predicted (got {len(places)}). Do put it in."
                 )
@@ -208,4 +214,4 @@ class Masked(Reader):
         # A text shorter than that has its first word hidden.
         for row in (~hidden.any(dim=1)).nonzero().flatten().tolist():
             hidden[row, int((~special[row]).long().argmax())] = True
-        return {"input_ids": ids.masked_fill(hidden, self.tokens.mask)}, ids.masked_fill(~hidden, IGNORED)
+        return {"input_ids": ids.masked_fill(hidden, self._mask)}, ids.masked_fill(~hidden, IGNORED)

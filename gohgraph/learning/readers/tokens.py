@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,13 +97,20 @@ def of_tokenizer(tokenizer: Any) -> Tokens:
     def strings(ids: Tensor) -> list[str]:
         return [tokenizer.decode([token]) for token in ids.tolist()]
 
-    around = {"before": tuple(ids[:first]), "after": tuple(ids[last + 1 :]), "special": special}
-    mask, unknown = tokenizer.mask_token_id, tokenizer.unk_token_id
-    texts = strings, lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-    return Tokens(partial(_words, tokenizer), *texts, len(tokenizer), **around, mask=mask, unknown=unknown)
+    return Tokens(
+        partial(_words, tokenizer),
+        strings,
+        lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=True),
+        len(tokenizer),
+        before=tuple(ids[:first]),
+        after=tuple(ids[last + 1 :]),
+        special=special,
+        mask=tokenizer.mask_token_id,
+        unknown=tokenizer.unk_token_id,
+    )
 
 
-def load_tokenizer(places: Iterable[str | Path], vocab_size: int) -> Tokens:
+def load_tokenizer(places: Iterable[str | os.PathLike[str]], vocab_size: int) -> Tokens:
     """Returns the tokens of the first of several folders or hub names that has a tokenizer.
 
     Raises:

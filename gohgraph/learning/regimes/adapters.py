@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class TaskAdapters(nn.Module):
 
     def forward(self, *inputs: Any, task: int, **options: Any) -> Any:
         """Runs the shared model with the adapter of a task."""
-        return functional_call(self.model, self.parameters_of(task), inputs, options)
+        return functional_call(self.model, dict[str, Tensor](self.parameters_of(task)), inputs, options)
 
     def parameters_of(self, task: int) -> dict[str, nn.Parameter]:
         """Returns what a task owns, under the names of the shared model."""
@@ -85,7 +85,7 @@ class TaskAdapters(nn.Module):
             raise ValueError(f"Expected a task of 0..{self.num_tasks - 1} (got {task}). Do pass its number.")
         return {
             f"{key.replace('/', '.')}.{name}": parameter
-            for key, module in self.tasks[task].items()
+            for key, module in cast(nn.ModuleDict, self.tasks[task]).items()
             for name, parameter in module.named_parameters()
         }
 

@@ -7,12 +7,14 @@ all tasks with the one training loop and returns the loss on every task after ev
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gohgraph.common.checks import there
 from gohgraph.learning.data.corpus import Corpus, evaluation_batches, sample_batch
 from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.regimes.adapters import TaskAdapters
@@ -131,7 +133,7 @@ class ElasticWeights(Learner):
     def loss(self, model: nn.Module, batch: Any) -> ModelOutput:
         """Returns the output with the penalty added to its loss."""
         output = super().loss(model, batch)
-        return output._replace(loss=output.loss + self.penalty()) if self.anchors else output
+        return output._replace(loss=there(output.loss) + self.penalty()) if self.anchors else output
 
     def penalty(self) -> Tensor:
         """Returns the penalty of the weights as they are, a scalar."""
@@ -202,6 +204,10 @@ class PerTask(Learner):
         return losses, (chosen == task).double().mean().item()
 
 
+def _measured(learner: Learner, task: int, model: nn.Module) -> dict[str, float]:
+    return {"validation_loss": learner.measure(task).mean().item()}
+
+
 def learn_in_sequence(
     learner: Learner, config: TrainConfig, folder: str | os.PathLike[str], *, resume: bool = False,
     settings: dict[str, Any] | None = None, on_task: Callable[[int, Tensor], None] | None = None,
@@ -223,8 +229,8 @@ def learn_in_sequence(
     for task, text in enumerate(learner.tasks):
         path = Path(folder) / f"task-{task}"
         train(
-            learner.model, lambda index, task=task: learner.batch(task, index), learner.loss, config, path,
-            evaluate=lambda model, task=task: {"validation_loss": learner.measure(task).mean().item()},
+            learner.model, partial(learner.batch, task), learner.loss, config, path,
+            evaluate=partial(_measured, learner, task),
             resume=resume and (path / "config.json").exists(), settings={**(settings or {}), "task": text.name},
             description=f"{Path(folder).name}: {text.name}",
         )  # fmt: skip

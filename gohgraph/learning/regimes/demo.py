@@ -3,6 +3,7 @@
 import torch
 from tqdm import tqdm
 
+from gohgraph.common.checks import there
 from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.learning.data.corpus import PYTHON_DOCS, load_corpus, sample_batch
 from gohgraph.learning.regimes.language import VOCAB_SIZE
@@ -32,7 +33,7 @@ def demo_model(steps: int = 200, seed: int = 0) -> LanguageModel:
     bar = tqdm(range(steps), desc="demo", unit="step", leave=False)
     for step in bar:
         inputs, targets = sample_batch(data, step, batch_size=8, length=64, seed=seed)
-        loss = model(inputs, targets=targets).loss
+        loss = there(model(inputs, targets=targets).loss)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,11 +1,13 @@
 """Byte-level language modelling: text as token ids, and how well a model predicts it."""
 
 import codecs
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohgraph.common.checks import there
 from gohgraph.learning.data.corpus import evaluation_batches
 from gohgraph.models.model_output import ModelOutput
 
@@ -101,20 +103,20 @@ def head_loads(model: nn.Module, data: Tensor, *, batch_size: int, length: int, 
         (1.0, 2.0)
     """
     device = next(model.parameters()).device
-    total, windows = 0.0, 0
+    total, windows = torch.zeros((), dtype=torch.double), 0
     for inputs, _ in evaluation_batches(data, batch_size=batch_size, length=length, limit=limit):
         routing = model(inputs.to(device)).routing
         if not routing:
             kind = type(model).__name__
             raise ValueError(f"Expected routers (got a {kind} without). Do build it with HeadGraphConfig.moh(...).")
         # The last batch may hold fewer windows than the others.
-        loads = torch.stack([decision.load for decision in routing])  # [L, H]
+        loads = torch.stack([there(decision.load) for decision in routing])  # [L, H]
         total = total + len(inputs) * loads.double().cpu()
         windows += len(inputs)
     return total / windows
 
 
-def sample_text(model: nn.Module, data: Tensor, *, length: int, samples: int = 4, seed: int = 0) -> str:
+def sample_text(model: Any, data: Tensor, *, length: int, samples: int = 4, seed: int = 0) -> str:
     """Lets a language model continue pieces of a text: a quarter of the length is given, in brackets.
 
     It continues no further than the length it was trained on, past which it has seen nothing.

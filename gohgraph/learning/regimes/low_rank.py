@@ -72,7 +72,8 @@ def add_low_rank(
     if updated := [name for name, layer in layers.items() if parametrize.is_parametrized(layer, "weight")]:
         raise ValueError(f"Expected linear layers without an update (got {updated[:4]}). Do build the model anew.")
     for layer in layers.values():
-        update = LowRankUpdate(*layer.weight.shape, rank, alpha).to(layer.weight.device, layer.weight.dtype)
+        rows, columns = layer.weight.shape
+        update = LowRankUpdate(rows, columns, rank, alpha).to(layer.weight.device, layer.weight.dtype)
         parametrize.register_parametrization(layer, "weight", update)
     return list(layers)
 

@@ -96,7 +96,7 @@ class MetaLearner(nn.Module):
             return functional_call(self.model, dict(fast), (support,), {"targets": targets}).loss
 
         parameters = dict(self.model.named_parameters())
-        fast = {name: parameters[name] for name in self.adapted}
+        fast: dict[str, Tensor] = {name: parameters[name] for name in self.adapted}
         rates = dict(zip(self.adapted, self.log_rate.exp(), strict=True))
         with sdpa_kernel(SDPBackend.MATH):
             for _ in range(self.steps):

@@ -45,7 +45,9 @@ class TaskSampler:
         if sizes is not None and (len(sizes) != len(sources) or not min(sizes) > 0):
             raise ValueError(f"Expected {len(sources)} sizes above 0 (got {list(sizes)}). Do pass one for every task.")
         self.sources, self.seed = sources, seed
-        weights = [1.0] * len(sources) if temperature is None else [size ** (1 / temperature) for size in sizes]
+        weights = [1.0] * len(sources)
+        if temperature is not None:
+            weights = [size ** (1 / temperature) for size in sizes or ()]
         self.probabilities = [weight / sum(weights) for weight in weights]
 
     def task(self, index: int) -> int:

@@ -1,6 +1,7 @@
 """Training and measuring a translating `Transformer`: label smoothing, loss of each sentence, and BLEU."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ def sentence_losses(model: nn.Module, pairs: PairBatches) -> tuple[Tensor, Tenso
 
 
 def translate(
-    model: nn.Module, subwords: Subwords, pairs: PairBatches, *, num_beams: int = 4, length_penalty: float = 0.6
+    model: Any, subwords: Subwords, pairs: PairBatches, *, num_beams: int = 4, length_penalty: float = 0.6
 ) -> Iterator[str]:
     """Yields the translation of every source sentence by beam search (4 beams and 0.6 as Vaswani et al. 2017).
 

@@ -1,7 +1,7 @@
 """Megatron-Core's self-attention with head graphs and a router."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import tensor_parallel
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from gohgraph.attention.call import NO_MASK, Call, Core, Mask
 from gohgraph.attention.forms import attend
 from gohgraph.attention.routing import HeadRouter
+from gohgraph.common.checks import there
 from gohgraph.graphs.building import build_graph
 from gohgraph.graphs.config import HeadGraphConfig
+from gohgraph.graphs.conv import HeadGraphConv
 from gohgraph.graphs.protocol import Messages, check_site
 from gohgraph.graphs.site_config import Site
 from gohgraph.parallel.collectives import gather_parts, own_part
@@ -42,6 +44,8 @@ class HeadGraphSelfAttention(SelfAttention):
         ValueError: a config with context parallelism, CUDA graphs, flash decoding, fp8 or offloaded core attention;
             when called, packed sequences, an attention bias or a cache.
     """
+
+    checkpoint_core_attention: bool
 
     def __init__(self, config: TransformerConfig, submodules: Any, layer_number: int, **options: Any) -> None:
         check_transformer(config)
@@ -118,7 +122,7 @@ class HeadGraphCoreAttention(MegatronModule):
             self.score_graph = self._conv("scores", head_graph.scores)
             sizes = (config.hidden_size, config.num_attention_heads)
             routing = head_graph.routing
-            self.router = routing and HeadRouter.from_config(routing, *sizes, layer=layer_number - 1)
+            self.router = None if routing is None else HeadRouter.from_config(routing, *sizes, layer=layer_number - 1)
         self._place()
 
     def forward(
@@ -132,7 +136,7 @@ class HeadGraphCoreAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> Tensor:
         """Attends and passes messages; `attention_bias` is the input x `[s, b, M]` of the block."""
-        x = attention_bias
+        x = there(attention_bias)
         routing = None if self.router is None else self.router(x)
         active = None if routing is None else routing.active  # [s, b, H]
         scores = None
@@ -140,15 +144,15 @@ class HeadGraphCoreAttention(MegatronModule):
             by_batch = None if active is None else active.transpose(0, 1)  # [b, s, H]
             scores = Messages(self.score_graph, x.transpose(0, 1), by_batch)
         mask, core, scale = self._core(query, attention_mask, attn_mask_type)
-        heads = (part.transpose(0, 1) for part in (query, key, value))  # [b, s, H/n or G/n, D] each
-        z, _ = attend(Call(*heads, mask, scores=scores, core=core, scale=scale))
+        q, k, v = (part.transpose(0, 1) for part in (query, key, value))  # [b, s, H/n or G/n, D] each
+        z, _ = attend(Call(q, k, v, mask, scores=scores, core=core, scale=scale))
         z = z.transpose(0, 1)  # [s, b, H/n, D]
         if self.output_graph is not None:
             z = self.output_graph(z, x, (), active)
         if routing is not None:
             z = z * own_part(routing.gates, self.tp_group, -1).unsqueeze(-1).to(z.dtype)
             if self.training:
-                z = attach_losses(z, routing, self.routing_config, self.config, self.layer_number)
+                z = attach_losses(z, routing, there(self.routing_config), self.config, self.layer_number)
         return z.flatten(-2)  # [s, b, H/n*D]
 
     def _core(self, query: Tensor, mask: Tensor | None, mask_type: Any) -> tuple[Mask, Core, float | None]:
@@ -156,8 +160,8 @@ class HeadGraphCoreAttention(MegatronModule):
 
         def beneath(q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_wide: bool) -> tuple[Tensor, None]:
             # Megatron-Core's own attention views heads and batch as one.
-            turned = (part.transpose(0, 1).contiguous() for part in (q, k, v[..., : self.head_dim]))  # [s, b, H/n, D]
-            z = self._attend(*turned, mask, mask_type)
+            q, k, v = (part.transpose(0, 1).contiguous() for part in (q, k, v[..., : self.head_dim]))  # [s, b, H/n, D]
+            z = self._attend(q, k, v, mask, mask_type)
             return z.unflatten(-1, (-1, self.head_dim)).transpose(0, 1), None  # [b, s, H/n, D]
 
         if not isinstance(self.attention, TorchCoreAttention):
@@ -181,7 +185,8 @@ class HeadGraphCoreAttention(MegatronModule):
         if graph is None:
             return None
         check_site(name, graph, sizes[0], ())
-        return MegatronHeadGraphConv(graph, self.tp_group, over_maps=name == "scores")
+        # `check_site` let nothing else stand here.
+        return MegatronHeadGraphConv(cast(HeadGraphConv, graph), self.tp_group, over_maps=name == "scores")
 
     def _place(self) -> None:
         """Moves head graphs and router to where Megatron-Core makes parameters, in its number format."""

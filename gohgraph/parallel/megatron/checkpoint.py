@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import dist_checkpointing
@@ -62,7 +62,8 @@ def load_checkpoint(
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    tensors = model.sharded_state_dict()
+    # Of Megatron-Core's modules.
+    tensors = cast(Any, model).sharded_state_dict()
     if optimizer is None:
         return {"model": tensors}
     _fill_state(optimizer)

@@ -28,6 +28,9 @@ class MegatronHeadGraphConv(ShardedHeadGraphConv):
         over_maps: as in `ShardedHeadGraphConv`.
     """
 
+    # This rank's edges, by the name that checkpoints have for them.
+    graph_edges: Tensor
+
     def __init__(self, conv: HeadGraphConv, group: ProcessGroup, *, over_maps: bool = False) -> None:
         super().__init__(conv, group, over_maps=over_maps)
         # Checkpoints hold every rank's edges, by a name of their own, instead of the whole graph.

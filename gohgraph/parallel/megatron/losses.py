@@ -51,7 +51,7 @@ def attach_losses(
     tokens = z.shape[0] * z.shape[1] if config.calculate_per_token_loss else 1
     balance = (BALANCE, weights.balance_loss, routing.balance_loss)
     for name, weight, loss in (balance, (Z, weights.z_loss, routing.z_loss)):
-        if not weight:
+        if not weight or loss is None:
             continue
         if MoEAuxLossAutoScaler.main_loss_backward_scale is None and config.num_moe_experts is None:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,6 +37,7 @@ class Task(ABC):
         summary: what is measured, in one line of the table's caption.
         measure: the entry of `evaluate` that is reported, lower is better.
         chosen_by: the entry that learning rates are chosen by; `None` for the measure's of the choosing part.
+        grid: values of settings that go over the grid of a recipe that has one, where the task asks for others.
     """
 
     d_model: int
@@ -47,6 +49,7 @@ class Task(ABC):
     summary: ClassVar[str]
     measure: ClassVar[str] = "validation_loss"
     chosen_by: ClassVar[str | None] = None
+    grid: ClassVar[Mapping[str, tuple[float, ...]]] = {}
 
     @property
     def choosing(self) -> str:

@@ -14,6 +14,7 @@ from gohgraph.analysis import edge_attribution, head_importance
 from gohgraph.analysis.attention_record import attention_modules
 from gohgraph.analysis.module_names import block_of, layer_of
 from gohgraph.analysis.record import recordable
+from gohgraph.common.checks import there
 from gohgraph.common.command_line import ArgumentParser
 from gohgraph.drawing.attention_patterns import draw_attention
 from gohgraph.learning.checkpoints import training_steps
@@ -51,17 +52,17 @@ def draw_model(flags: argparse.Namespace) -> None:
     chose = f", so it is shown --from {found.source}" if flags.source is None else ""
     notes = [f"{found.why}{chose}"] if found.why else []
     if flags.view == "attention":
-        printed = _draw_attention(flags, found.reader, out, name)
+        printed = _draw_attention(flags, there(found.reader), out, name)
     elif found.source == "graph":
-        printed = _draw_graph(flags, found.reader, out, name, notes)
+        printed = _draw_graph(flags, there(found.reader), out, name, notes)
     else:
         if found.reader is not None:
             of = attributed(flags, found.reader, name)
         else:
-            of = of_weights(found.folder, name, not flags.no_learned)
+            of = of_weights(there(found.folder), name, not flags.no_learned)
         network, said = of.network, of.said
         notes += of.notes
-        patterns = attended(found.reader, of.inputs) if flags.attention else None
+        patterns = attended(there(found.reader), there(of.inputs)) if flags.attention else None
         write_network(network, flags, out, said if flags.title is None else flags.title, patterns)
         printed = f"{out}: {said}{_said(notes)}\n\n{TABLE} strongest edges\n{_network_table(network.strongest(TABLE))}"
     print(printed)
@@ -122,7 +123,8 @@ def _amount(given: list[Inputs]) -> str:
 
 
 def _check_layer(flags: argparse.Namespace, blocks: Iterable[str]) -> None:
-    layers = sorted({layer_of(block) for block in blocks} - {None})
+    known = (layer_of(block) for block in blocks)
+    layers = sorted({layer for layer in known if layer is not None})
     if flags.layer is not None and flags.layer not in layers:
         raise ValueError(f"Expected a layer of {layers} (got {flags.layer}). Do choose one of them.")
 

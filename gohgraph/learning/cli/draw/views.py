@@ -58,8 +58,15 @@ def write_graph(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
     if flags.suffix in GRAPH_SUFFIXES:
         save_head_graph(seen.network, out)
     elif flags.suffix == ".html":
-        importances = {"importance": seen.importance, "edge_importance": seen.edge_importance}
-        save_page(seen.heads, out, title=seen.title, **_scale(flags), **importances)
+        save_page(
+            seen.heads,
+            out,
+            title=seen.title,
+            threshold=flags.threshold,
+            limit=flags.limit,
+            importance=seen.importance,
+            edge_importance=seen.edge_importance,
+        )
     else:
         DRAWERS[flags.view](seen, flags, out)
 

@@ -1,0 +1,79 @@
+"""The weights of all edges for a few tokens at a time, and the gradients of what they are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Numbers of the weights of one chunk of tokens, of which backward holds two: they stay in a core's cache between
+# products. With fewer tokens products are too flat to be fast, those of the gradient of W above all.
+CHUNK_NUMBERS, FEWEST_TOKENS = 2**20, 128
+
+
+class TokenEdges(NamedTuple):
+    r"""What the weights of edges are computed from, :math:`\alpha(t) = \mathrm{act}(W c(t) + s)`, over runs of heads.
+
+    Args:
+        context: c, `[N, M]`.
+        weight, bias: W and s, `[E, M]` and `[E]`; E is a multiple of the edges of a run.
+        squashes: act is tanh; otherwise the identity.
+        width: h; heads pass messages in runs of h heads, every pair of them.
+
+    Example:
+        >>> edges = TokenEdges(torch.randn(7, 5), torch.randn(12, 5), torch.randn(12), squashes=True, width=2)
+        >>> edges.matrices(edges.alpha(slice(0, 3))).shape
+        torch.Size([9, 2, 2])
+    """
+
+    context: Tensor
+    weight: Tensor
+    bias: Tensor
+    squashes: bool
+    width: int
+
+    def chunks(self) -> Iterator[slice]:
+        """Yields the tokens of one chunk after the other."""
+        tokens = max(FEWEST_TOKENS, CHUNK_NUMBERS // len(self.weight))
+        for start in range(0, len(self.context), tokens):
+            yield slice(start, min(start + tokens, len(self.context)))
+
+    def alpha(self, tokens: slice, out: Tensor | None = None) -> Tensor:
+        """Returns the weights of some tokens, `[n, E]`, written to `out` if there is one."""
+        alpha = torch.addmm(self.bias, self.context[tokens], self.weight.t(), out=out)  # [n, E]
+        if not self.squashes:
+            return alpha
+        return alpha.tanh() if out is None else alpha.tanh_()
+
+    def matrices(self, alpha: Tensor) -> Tensor:
+        """Returns weights `[n, E]` as a matrix for every run, rows receive, `[n*H/h, h, h]`."""
+        return alpha.view(-1, self.width, self.width)
+
+
+class EdgeGradients:
+    """Gradients of context, W and s, to which every chunk adds.
+
+    Args:
+        edges: the weights.
+        needed: whether those of context, W and s are asked for; what is not stays `None`.
+    """
+
+    def __init__(self, edges: TokenEdges, needed: tuple[bool, bool, bool]) -> None:
+        self.edges = edges
+        self.context = torch.empty_like(edges.context) if needed[0] else None
+        self.weight, self.bias = (
+            torch.zeros_like(x) if asked else None for x, asked in zip(edges[1:3], needed[1:], strict=True)
+        )
+
+    def add(self, tokens: slice, alpha: Tensor, dalpha: Tensor) -> None:
+        """Adds the part of some tokens' weights `[n, E]`, given their gradients, which are overwritten."""
+        if self.edges.squashes:
+            torch.ops.aten.tanh_backward.grad_input(dalpha, alpha, grad_input=dalpha)
+        if self.context is not None:
+            torch.mm(dalpha, self.edges.weight, out=self.context[tokens])
+        if self.weight is not None:
+            self.weight.addmm_(dalpha.t(), self.edges.context[tokens])
+        if self.bias is not None:
+            self.bias += dalpha.sum(dim=0)
