@@ -76,7 +76,8 @@ def _draw_attention(flags: argparse.Namespace, reader: Reader, out: Path, name: 
     task = task_of(flags, reader)
     heads = attended(reader, task.inputs)
     where = "".join(f", {of} {getattr(flags, of)}" for of in ("layer", "head") if getattr(flags, of) is not None)
-    said, notes = f"{name}: attention over {_amount([task.inputs])}{where}", []
+    said = f"{name}: attention over {_amount([task.inputs])}{where}"
+    notes: list[str] = []
     _check_known(reader, text_of(flags, reader), notes)
     draw_attention(heads, flags.layer, flags.head, out, title=said if flags.title is None else flags.title)
     return f"{out}: {said}{_said(notes)}"

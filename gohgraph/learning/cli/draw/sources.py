@@ -108,8 +108,8 @@ def recorded(
     `record` refuses a model without either. Tokens are named where they are of one text.
     """
     strings = reader.strings(batches[0]) if every_token else None
-    options = {"every_token": every_token, "token_strings": strings, "attention": attention}
-    with record(model, **options) as heads, torch.inference_mode():
+    recording = record(model, every_token=every_token, token_strings=strings, attention=attention)
+    with recording as heads, torch.inference_mode():
         for batch in batches:
             reader.loss(model, batch)
     return heads
@@ -144,8 +144,8 @@ def attributed(flags: argparse.Namespace, reader: Reader, name: str) -> Network:
     else:
         file = Path(against)
         other = reader.other(file.read_bytes() if file.is_file() else against.encode(), task)
-    how = {"against": other, "metric": task.metric, "learned": not flags.no_learned}
-    network = attribution_graph(reader.model, task.inputs, **how)
+    learned = not flags.no_learned
+    network = attribution_graph(reader.model, task.inputs, against=other, metric=task.metric, learned=learned)
     tokens = next(iter(task.inputs.values()))
     count = f"{tokens.shape[1]} tokens" if tokens.dim() == 2 and len(tokens) == 1 else f"{len(tokens)} examples"
     named = other if isinstance(other, str) else "another text"
