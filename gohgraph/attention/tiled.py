@@ -92,7 +92,8 @@ def tiled_attention(
         is_precise = q.dtype in (torch.float32, torch.float64)
         long_scores = mix_weights is None and mix_scores is not None and k.shape[1] >= BLOCKS_FROM_KEYS and is_precise
         if tiles is None and long_scores:
-            return blocked_attention(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), mixes[0], keep_mask, is_causal)
+            mix = there(mixes[0])
+            return blocked_attention(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), mix, keep_mask, is_causal)
         tiles = _TiledAttention.apply if tiles is None else tiles
         return tiles(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), *mixes, keep_mask, is_causal)
 
