@@ -43,7 +43,10 @@ def quiet():
 
 SIZES = (2, 3, 5)
 STEPS, ROUNDS = 3, 2
-CONFIG = TrainConfig(steps=STEPS * ROUNDS, optimizer="adamw", learning_rate=0.05, warmup=2, device="cpu")
+# One rate for all: what the plain loop of a test knows.
+CONFIG = TrainConfig(
+    steps=STEPS * ROUNDS, optimizer="adamw", learning_rate=0.05, graph_lr_factor=1.0, warmup=2, device="cpu"
+)
 
 
 def model(**graph) -> LanguageModel:
