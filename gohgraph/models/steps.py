@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.attention.block import MultiHeadAttention
-from gohgraph.attention.cache import StaticCache, padded
+from gohgraph.attention.cache import KeyValueCache, padded
 from gohgraph.models.model_output import logits_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _step(
     place: Tensor,
     real: Tensor,
     padding: Tensor,
-    caches: list[tuple[StaticCache, ...]],
+    caches: list[tuple[KeyValueCache, ...]],
 ) -> Tensor:
     """Returns the logits `[B, V]` after tokens `[B, 1]` that stand at `place [1]`."""
     keep = real & (torch.arange(real.shape[1], device=real.device) <= place)  # [B, S]
