@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gohgraph.attention.block import MultiHeadAttention
-from gohgraph.attention.cache import StaticCache, padded
+from gohgraph.attention.cache import KeyValueCache, padded
 from gohgraph.models.model_output import logits_of
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Steps:
 
     def __init__(self, model: LanguageModel, keep_mask: Tensor | None, length: int) -> None:
         self.model, self.keep_mask, self.length = model, keep_mask, length
-        self.caches = model.decoder.new_caches()
+        self.caches: list[tuple[KeyValueCache, ...]] = model.decoder.new_caches()
 
     def __call__(self, new: Tensor) -> Tensor:
         """Takes the step."""
@@ -87,7 +87,7 @@ def _step(
     place: Tensor,
     real: Tensor,
     padding: Tensor,
-    caches: list[tuple[StaticCache, ...]],
+    caches: list[tuple[KeyValueCache, ...]],
 ) -> Tensor:
     """Returns the logits `[B, V]` after tokens `[B, 1]` that stand at `place [1]`."""
     keep = real & (torch.arange(real.shape[1], device=real.device) <= place)  # [B, S]
