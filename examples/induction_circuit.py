@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def study(flags: argparse.Namespace) -> None:
     """Finds the circuit, measures it on other examples, and writes what was found."""
-    for name in ("examples", "length", "threads"):
+    for name in ("examples", "length", "steps", "threads"):
         check_int(f"--{name}", getattr(flags, name), low=2 if name == "length" else 1)
     torch.set_num_threads(flags.threads)
     from transformers import AutoModelForCausalLM
@@ -47,7 +47,7 @@ def study(flags: argparse.Namespace) -> None:
     shape = {"length": flags.length, "examples": flags.examples, "first": min(1000, vocabulary // 2)}
     found, held_out = (repeated_tokens(vocabulary, **shape, seed=seed) for seed in (0, 1))
     start, cpu = time.perf_counter(), time.process_time()
-    network = goh.attribution_graph(model, **found._asdict())
+    network = goh.attribution_graph(model, **found._asdict(), steps=flags.steps)
     took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     network = goh.label_heads(model, network)
     print(f"{network.num_edges:,} edges in {took['seconds']:.1f} s ({took['cpu_seconds']:.1f} s of CPU)\n")
@@ -124,6 +124,7 @@ def _parser() -> ArgumentParser:
     add("--out", type=Path, default=Path("runs/induction"), help="folder to write to (default: %(default)s)")
     add("--examples", type=int, default=20, help="examples to find the circuit on, as many to measure it (%(default)s)")
     add("--length", type=int, default=12, help="random tokens of an example, which come twice (%(default)s)")
+    add("--steps", type=int, default=1, help="points between both inputs where slopes are taken (default: %(default)s)")
     add("--random", type=int, default=1, help="random orders of edges beside (%(default)s)")
     add("--layers", type=int, nargs=2, metavar=("FIRST", "LAST"), help="draw these layers alone")
     add("--limit", type=float, help="end of the picture's colour range")

@@ -31,7 +31,14 @@ def olmo2() -> nn.Module:
     return hf.Olmo2ForCausalLM(hf.Olmo2Config(**SHAPE, num_key_value_heads=1, **IDS))
 
 
-STOCK: dict[str, Callable[[], nn.Module]] = {**INTERFACE, **{m.__name__: m for m in (gemma2, gemma3, phi, olmo2)}}
+def dinov2() -> nn.Module:
+    sizes = {"hidden_size": 30, "num_hidden_layers": 2, "num_attention_heads": 5, "mlp_ratio": 2}
+    config = hf.Dinov2Config(**sizes, image_size=12, patch_size=4, num_labels=7, layerscale_value=0.5)
+    return hf.Dinov2ForImageClassification(config)
+
+
+FURTHER = (gemma2, gemma3, phi, olmo2, dinov2)
+STOCK: dict[str, Callable[[], nn.Module]] = {**INTERFACE, **{model.__name__: model for model in FURTHER}}
 OWN = {
     "own": lambda: language_model("outputs", num_kv_heads=1),
     "own post-norm": lambda: language_model(norm_first=False),
@@ -67,6 +74,8 @@ def rms(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def gain(norm: nn.Module) -> Tensor:
+    if hasattr(norm, "lambda1"):
+        return norm.lambda1
     return norm.weight + 1 if type(norm).__name__.startswith("Gemma") else norm.weight
 
 
@@ -79,6 +88,8 @@ def linear_part(norm: nn.Module, x: Tensor, part: Tensor) -> Tensor:
     if isinstance(norm, nn.LayerNorm):
         scale = (x.var(dim=-1, keepdim=True, correction=0) + norm.eps).rsqrt()
         return gain(norm) * (part - part.mean(dim=-1, keepdim=True)) * scale
+    if hasattr(norm, "lambda1"):
+        return gain(norm) * part
     return gain(norm) * part * (x.square().mean(dim=-1, keepdim=True) + epsilon(norm)).rsqrt()
 
 
@@ -132,6 +143,12 @@ def by_hand(name: str, model: nn.Module) -> list[ByHand]:
             ByHand("", b.layernorm_before, *separate([b.attention.q_proj, b.attention.k_proj, b.attention.v_proj], 6),
                    b.attention.o_proj)
             for b in model.vit.layers
+        ]  # fmt: skip
+    if name == "dinov2":
+        return [
+            ByHand("", b.norm1, *separate([b.attention.q_proj, b.attention.k_proj, b.attention.v_proj], 6),
+                   b.attention.o_proj, b.layer_scale1)
+            for b in model.dinov2.encoder.layer
         ]  # fmt: skip
     if name == "t5":
         return _of_t5(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gohgraph.analysis.against import Against, other_trace, token_masks
 from gohgraph.analysis.architectures import Wiring, wiring_of
-from gohgraph.analysis.architectures.weights import linear_weight
+from gohgraph.analysis.architectures.wiring import SITES
 from gohgraph.analysis.learned_edges import LearnedGraph, learned_graphs, worth
 from gohgraph.analysis.parts import Weights, Where, changed, written
 from gohgraph.analysis.running_stats import Moments
@@ -86,14 +86,14 @@ def attribution_graph(
         clean, other, slopes = _runs(model, wiring, inputs, against, metric, steps, graphs)
     table = UnitNodes(wiring, nodes, graphs)
     masks = token_masks(inputs, wiring, clean)
-    width = clean.read[wiring.streams[0].name, -1].shape[-1]
-    found = _Edges(table, every_token, max(x.shape[1] for x in clean.read.values()))
-    weights = Weights(model, wiring, width)
-    for stream in wiring.streams:
-        for example, mask in enumerate(masks[stream.name]):
-            for where in _blocks(example, mask, table, width):
+    start = clean.read[wiring.streams[0].name, -1]
+    length = max(mask.shape[1] for mask in masks.values()) if every_token else 0
+    found, weights = _Edges(table, length, start), Weights(model, wiring, start.shape[-1])
+    for example in range(len(start)):
+        for stream in wiring.streams:
+            for where in _blocks(example, masks[stream.name][example], table, weights.width):
                 _add_stream(found, stream.name, where, (clean, other), slopes, weights)
-        found.end_of_stream()
+        found.end_of_example()
     of_graphs = {one.name: _messages(one, (clean, other), slopes, masks[one.stream]) for one in graphs}
     moments = {name: Moments(values.shape[1:2]) for name, values in of_graphs.items()}
     for name, values in of_graphs.items():
@@ -101,7 +101,7 @@ def attribution_graph(
     network = network_of(table, found.values(), {name: (m.mean, m.std) for name, m in moments.items()})
     if every_token:
         tokens = (values.mean(dim=0).cpu() for values in of_graphs.values())  # [E, T]
-        network.by_token = torch.cat([found.by_token(), *(F.pad(t, (0, found.length - t.shape[1])) for t in tokens)])
+        network.by_token = torch.cat([found.by_token(), *(F.pad(t, (0, length - t.shape[1])) for t in tokens)])
     return network
 
 
@@ -124,7 +124,9 @@ def _runs(
     if steps == 1:
         clean.take_gradients(metric_value(metric, output, examples))
     del output
+    clean.forget()
     other = other_trace(model, wiring, inputs, against, clean, graphs)
+    other.forget(later=True)
     if steps > 1:
         slopes = []
         for step in range(1, steps + 1):
@@ -132,6 +134,7 @@ def _runs(
             starts = {s.name: a.lerp(b, step / steps) for s, (a, b) in zip(wiring.streams, ends, strict=True)}
             slope, output = trace(model, wiring, inputs, graphs=graphs, zeros=True, starts=starts)
             slope.take_gradients(metric_value(metric, output, examples))
+            slope.forget(parts=True)
             slopes.append(slope)
     return clean, other, slopes
 
@@ -151,50 +154,52 @@ def metric_value(metric: Metric, output: Any, examples: int) -> Tensor:
 
 
 class _Edges:
-    """Attributions of all edges: sums over tokens of an example, means over examples."""
+    """Attributions of all edges in one row, `[E]`: sums over tokens of an example, means over examples.
 
-    def __init__(self, table: UnitNodes, every_token: bool, length: int) -> None:
-        self.table, self.every_token, self.length = table, every_token, length
-        self._sums: dict[tuple[str, str], Tensor] = {}
-        self._moments: dict[tuple[str, str], Moments] = {}
-        self._tokens: dict[tuple[str, str], Tensor] = {}
-        self._example = -1
+    Args:
+        length: of how many tokens each has its own; 0 for the sums alone.
+        like: of the stream, `[B, T, M]`.
+    """
 
-    def begin(self, example: int) -> None:
-        if example != self._example:
-            self._flush()
-            self._example = example
+    def __init__(self, table: UnitNodes, length: int, like: Tensor) -> None:
+        self.table, self.length = table, length
+        # Of every reader with edges, where they lie and how many senders there are.
+        self._places: dict[tuple[str, str], tuple[slice, int]] = {}
+        start = 0
+        for reader in table.readers:
+            senders = sum(len(writer.nodes) for writer in table.edges_into(reader))
+            end = start + senders * len(reader.nodes)
+            if senders:
+                self._places[reader.unit, reader.site] = slice(start, end), senders
+            start = end
+        self._sums = like.new_zeros(start, dtype=torch.double)
+        self._tokens = like.new_zeros(start, length, dtype=torch.promote_types(like.dtype, torch.float32))
+        self._moments = Moments((start,))
 
     def add(self, readers: list[Reader], parts: Tensor, slopes: Tensor, where: Where) -> None:
         """Takes in parts `[W, N, M]` and the slopes of several readers one after another, `[R, N, M]`."""
         # One product for all: to read the parts takes as long as to multiply them.
-        if self.every_token:
-            values = torch.einsum("wnm,rnm->wrn", parts, slopes).double()  # [W, R, N]
+        if self.length:
+            values = torch.einsum("wnm,rnm->wrn", parts, slopes).to(self._tokens.dtype)  # [W, R, N]
         else:
             values = (parts.flatten(1) @ slopes.flatten(1).t()).double()  # [W, R]
         for reader, own in zip(readers, values.split([len(r.nodes) for r in readers], dim=1), strict=True):
-            key = reader.unit, reader.site
-            if self.every_token:
-                total = self._tokens.setdefault(key, own.new_zeros(*own.shape[:2], self.length))
-                total.index_add_(2, where.tokens, own)
-                own = own.sum(dim=-1)  # [W, R]
-            self._sums[key] = self._sums.get(key, 0) + own
+            place, senders = self._places[reader.unit, reader.site]
+            if self.length:
+                self._tokens[place].unflatten(0, (senders, -1)).index_add_(2, where.tokens, own)
+                own = own.sum(dim=-1, dtype=torch.double)  # [W, R]
+            self._sums[place] += own.flatten()
 
-    def end_of_stream(self) -> None:
-        self._flush()
-        self._example = -1
-
-    def _flush(self) -> None:
-        for key, values in self._sums.items():
-            self._moments.setdefault(key, Moments(values.shape)).update(values)
-        self._sums.clear()
+    def end_of_example(self) -> None:
+        self._moments.update(self._sums[None])
+        self._sums.zero_()
 
     def values(self) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-        return {key: (moments.mean, moments.std) for key, moments in self._moments.items()}
+        mean, std = self._moments.mean, self._moments.std
+        return {key: (mean[place].view(n, -1), std[place].view(n, -1)) for key, (place, n) in self._places.items()}
 
     def by_token(self) -> Tensor:
-        readers = [(r.unit, r.site) for r in self.table.readers if (r.unit, r.site) in self._moments]
-        return torch.cat([self._tokens[key].flatten(0, 1).cpu() / self._moments[key].count for key in readers])
+        return self._tokens.div_(self._moments.count).cpu()
 
 
 def _blocks(example: int, mask: Tensor, table: UnitNodes, width: int) -> Iterator[Where]:
@@ -209,7 +214,6 @@ def _add_stream(
 ) -> None:
     """Walks along a stream: parts are added, carried through its norms, and read."""
     table, wiring = found.table, weights.wiring
-    found.begin(where.example)
     norms = [norm for norm in wiring.norms if norm.stream == stream]
     writers = [writer for writer in table.writers if writer.stream == stream]
     events: list[tuple[int, int, Any]] = [(writer.time, 0, writer) for writer in writers]
@@ -233,9 +237,7 @@ def _add_stream(
                 one[:done] = weights.carried(event.module, one[:done], where.of(run.normed[event.module]))
         elif done:
             change = parts[0, :done] - parts[1, :done] if norms else parts[0, :done]  # [W, N, M]
-            total = sum(_slope(event, run, weights, where) for run in slopes)
-            slope = torch.as_tensor(total / len(slopes))  # [R, N, M]
-            found.add(event, change, slope, where)
+            found.add(event, change, _slope(event, slopes, weights, where), where)
 
 
 def _together(table: UnitNodes, stream: str) -> list[list[Reader]]:
@@ -248,22 +250,26 @@ def _together(table: UnitNodes, stream: str) -> list[list[Reader]]:
     return list(found.values())
 
 
-def _slope(readers: list[Reader], run: Trace, weights: Weights, where: Where) -> Tensor:
-    """The slope of the metric in what each node of readers together reads of the stream, `[R, N, M]`."""
+def _slope(readers: list[Reader], runs: list[Trace], weights: Weights, where: Where) -> Tensor:
+    """The metric's slope in what each node of readers together reads of the stream, `[R, N, M]`: its mean over runs."""
+    total = _slope_of(readers, runs[0], weights, where)
+    for run in runs[1:]:
+        total += _slope_of(readers, run, weights, where)
+    return total if len(runs) == 1 else total.div_(len(runs))
+
+
+def _slope_of(readers: list[Reader], run: Trace, weights: Weights, where: Where) -> Tensor:
     slope = torch.cat([_behind_norm(reader, run, weights, where) for reader in readers])
     reading = readers[0].reading
     # The model's head reads the end of the stream, where the slope is known before the norm.
     if reading.norm is None or readers[0].site == "logits":
         return slope
-    at = where.of(run.read[reading.stream, reading.time])
-    return weights.pulled_back(reading.norm, at, slope)
+    return weights.pulled_back(reading.norm, where.of(run.read[reading.stream, reading.time]), slope)
 
 
 def _behind_norm(reader: Reader, run: Trace, weights: Weights, where: Where) -> Tensor:
     if reader.site in ("logits", "mlp"):
         return where.of(run.gradients[reader.unit]).unsqueeze(0)  # [1, N, M]
-    unit = weights.attentions[reader.unit]
-    rows = unit.rows[("queries", "keys", "values").index(reader.site)]
-    weight = rows.of(linear_weight(weights.model.get_submodule(rows.module)))  # [R, D, M]
+    rows = weights.attentions[reader.unit].rows[SITES.index(reader.site)]
     gradient = rows.of(where.of(run.gradients[rows.module]), dim=-1)  # [N, R, D]
-    return torch.einsum("nrd,rdm->rnm", gradient, weight.to(gradient.dtype))
+    return torch.einsum("nrd,rdm->rnm", gradient, weights.rows(rows).to(gradient.dtype))

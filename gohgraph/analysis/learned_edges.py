@@ -117,7 +117,8 @@ def _learned(model: nn.Module, name: str, conv: EdgeGraph, units: dict[str, Atte
 def _refusal(name: str, missing: str) -> ValueError:
     return ValueError(
         f"Expected head graphs whose nodes receive the sum of their edges' messages in one round (got {missing} at "
-        f"{name}). Do pass learned=False: their messages are then part of what heads write."
+        f"{name}). Do pass learned=False (`gohgraph draw`: --no-learned): their messages are then part of what heads "
+        "write."
     )
 
 

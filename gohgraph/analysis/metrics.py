@@ -68,6 +68,26 @@ def label_loss(labels: Tensor, *, shift: bool = True) -> Callable[[Any], Tensor]
     return lambda output: -likelihood(output)
 
 
+def embedding_share(own: Tensor, other: Tensor, pool: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    r"""Returns the metric of how far an encoder's embedding has come from another input's to this one's.
+
+    .. math:: m = \frac{\langle e - e',\; e_0 - e' \rangle}{\| e_0 - e' \|^2}
+
+    It is 1 where the embedding is that of this input, 0 where it is the other's.
+
+    Args:
+        own, other: e_0 and e', the embeddings of both inputs, `[B, M]`.
+        pool: what the model returns -> embeddings e, `[B, M]`.
+
+    Example:
+        >>> metric = embedding_share(torch.tensor([[2.0, 0.0]]), torch.zeros(1, 2), pool=lambda output: output)
+        >>> metric(torch.tensor([[1.0, 5.0]])).tolist()
+        [0.5]
+    """
+    way = own - other  # [B, M]
+    return lambda output: ((pool(output) - other) * way).sum(dim=-1) / way.square().sum(dim=-1)
+
+
 def logits_of(output: Any) -> Tensor:
     """Returns the logits of what a model returned: an object, or a dictionary as for transformers' Trainer."""
     return output["logits"] if isinstance(output, dict) else output.logits

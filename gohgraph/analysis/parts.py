@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gohgraph.analysis.architectures.norms import Gain, gain_of, pulled_back, scale_of
 from gohgraph.analysis.architectures.weights import linear_weight
-from gohgraph.analysis.architectures.wiring import AttentionUnit, Wiring
+from gohgraph.analysis.architectures.wiring import AttentionUnit, Rows, Wiring
 from gohgraph.analysis.traces import Trace
 from gohgraph.analysis.unit_network import Writer
 
@@ -22,39 +22,50 @@ class Weights:
         self._gains: dict[str, Gain] = {}
         # By norm, whether its derivative has the form that is computed fast.
         self._is_usual: dict[str, bool] = {}
+        self._modules: dict[str, nn.Module] = {}
         self.attentions = {unit.name: unit for unit in wiring.attentions}
         self.feed_forwards = {unit.name: unit for unit in wiring.feed_forwards}
 
+    def module(self, name: str) -> nn.Module:
+        """The model's own."""
+        if name not in self._modules:
+            self._modules[name] = self.model.get_submodule(name)
+        return self._modules[name]
+
+    def rows(self, rows: Rows) -> Tensor:
+        """The weights of a unit's queries, keys or values by head, `[R, D, M]`."""
+        return rows.of(linear_weight(self.module(rows.module)))
+
     def output(self, unit: AttentionUnit) -> Tensor:
         """W_O by head, `[H, D, M]`."""
-        weight = linear_weight(self.model.get_submodule(unit.output)).t()  # [H*D, M]
+        weight = linear_weight(self.module(unit.output)).t()  # [H*D, M]
         return weight.unflatten(0, (unit.queries.heads, unit.values.size))
 
     def gain(self, norm: str) -> Gain:
         if norm not in self._gains:
-            self._gains[norm] = gain_of(self.model.get_submodule(norm), self.width)
+            self._gains[norm] = gain_of(self.module(norm), self.width)
         return self._gains[norm]
 
     def carried(self, norm: str, parts: Tensor, x: Tensor) -> Tensor:
         """Parts `[W, N, M]` of `x [N, M]` behind a norm whose scale is that of x."""
         gain = self.gain(norm)
-        return gain(parts) * scale_of(self.model.get_submodule(norm), x, gain)
+        return gain(parts) * scale_of(self.module(norm), x, gain)
 
     def pulled_back(self, norm: str, x: Tensor, slopes: Tensor) -> Tensor:
-        """The transposed derivative of a norm at `x [N, M]`, times slopes `[R, N, M]`."""
-        gain = self.gain(norm)
-        usual = pulled_back(gain, scale_of(self.model.get_submodule(norm), x, gain), x, slopes)
+        """The transposed derivative of a norm at `x [N, M]`, times slopes `[R, N, M]`, which are overwritten."""
+        gain, scale = self.gain(norm), scale_of(self.module(norm), x, self.gain(norm))
         if norm not in self._is_usual:
             exact = self._by_autograd(norm, x, slopes[:1])
             limit = torch.finfo(exact.dtype).eps ** 0.5 * exact.abs().max()
-            self._is_usual[norm] = bool((usual[:1] - exact).abs().max() <= limit)
-        return usual if self._is_usual[norm] else self._by_autograd(norm, x, slopes)
+            usual = pulled_back(gain, scale, x, slopes[:1].clone())
+            self._is_usual[norm] = bool((usual - exact).abs().max() <= limit)
+        return pulled_back(gain, scale, x, slopes) if self._is_usual[norm] else self._by_autograd(norm, x, slopes)
 
     def _by_autograd(self, norm: str, x: Tensor, slopes: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.expand_as(slopes).detach().requires_grad_()
             # Its `forward`, which no hook sees.
-            return torch.autograd.grad(self.model.get_submodule(norm).forward(x), x, slopes)[0]
+            return torch.autograd.grad(self.module(norm).forward(x), x, slopes)[0]
 
 
 class Tokens(Protocol):

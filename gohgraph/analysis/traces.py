@@ -44,6 +44,22 @@ class Trace:
             self.gradients[name] = torch.zeros_like(zero) if gradient is None else gradient
         self.zeros.clear()
 
+    def forget(self, *, parts: bool = False, later: bool = False) -> None:
+        """Lets go of what only `check_trace` needs: what attention added to the stream, which heads make again.
+
+        Args:
+            parts: of all that was written, too: what is left are slopes and where they are taken.
+            later: of what stood in streams after their start, too.
+        """
+        for name in list(self.wrote):
+            if parts or name in self.heads:
+                del self.wrote[name]
+        if parts:
+            self.heads.clear()
+            self.normed.clear()
+        if later:
+            self.read = {place: x for place, x in self.read.items() if place[1] < 0}
+
 
 class Hooks:
     """Hooks on modules by name, of this thread's calls alone, which are gone at the end of the block."""

@@ -20,7 +20,7 @@ FEWEST_ROWS, MOST_ROWS = 64, 128
 
 # From so many keys on, whole rows of a tile leave the cache, and messages between scores alone go over blocks of keys
 # (attention of 8 heads of 64 alone, forward and backward, processor time on one thread of a busy machine, as ratio to
-# torch's: 2,048 keys 1.99 -> 1.82, 4,096 1.66 -> 1.37, 8,192 2.71 -> 1.56).
+# torch's: 2,048 keys 1.99 -> 1.82, 4,096 1.66 -> 1.37 and in another run 2.02 -> 1.91, 8,192 2.71 -> 1.56).
 BLOCKS_FROM_KEYS = 2048
 
 
@@ -90,9 +90,10 @@ def tiled_attention(
     with torch.autocast(q.device.type, enabled=False):
         # Sums over blocks are carried on: half precision would lose them.
         is_precise = q.dtype in (torch.float32, torch.float64)
-        long_scores = mix_weights is None and mix_scores is not None and k.shape[1] >= BLOCKS_FROM_KEYS and is_precise
-        if tiles is None and long_scores:
-            return blocked_attention(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), mixes[0], keep_mask, is_causal)
+        scores, weights = mixes
+        is_long = weights is None and k.shape[1] >= BLOCKS_FROM_KEYS and is_precise
+        if tiles is None and scores is not None and is_long:
+            return blocked_attention(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), scores, keep_mask, is_causal)
         tiles = _TiledAttention.apply if tiles is None else tiles
         return tiles(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), *mixes, keep_mask, is_causal)
 

@@ -114,6 +114,8 @@ def circle_label(label: str, panels: list[Panel], most_edges: int) -> str:
         notes.append(f"the {most_edges} strongest edges of each graph")
     if any(is_dense(panel) for panel in panels):
         notes[-1:] = [";  ".join([*notes[-1:], "width and opacity: rank among them"])]
+    if any((panel.weights < 0).any() for panel in panels):
+        notes.append("hollow tip: negative")
     return "\n".join([label, *notes])
 
 
@@ -191,7 +193,13 @@ def _draw_edges(
         heads = (0.035 + 0.05 * rank) * min(1.0, 2.4 / size)
     paths, tips = curves(places[senders], places[receivers], radii[senders], radii[receivers], heads)
     axis.add_collection(LineCollection(list(paths), colors=colour, linewidths=widths, capstyle="butt"))
-    axis.add_collection(PolyCollection(list(tips), facecolors=colour, edgecolors="none", zorder=2.1))
+    axis.add_collection(PolyCollection(list(tips), **tip_style(colour, weights), zorder=2.1))
+
+
+def tip_style(colour: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """The style of arrow tips, hollow where a weight is negative, so that its sign is seen without colours."""
+    fills = np.where((weights < 0)[:, None], 1.0, colour)  # [E, 4]
+    return {"facecolors": fills, "edgecolors": colour, "linewidths": np.where(weights < 0, 0.7, 0.0)}
 
 
 def curves(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gohgraph.common.files import checked_path
-from gohgraph.drawing.circles import arrows, check_threshold
+from gohgraph.drawing.circles import arrows, check_threshold, tip_style
 from gohgraph.drawing.colours import colour_bar, colour_scale, end_of, is_dark
 from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
 from gohgraph.drawing.given import network_given
@@ -199,13 +199,13 @@ def _draw_edges(axis: Axes, network: HeadNetwork, layout: Layout, edges: np.ndar
     tips = layout.radius * (0.45 + 0.55 * np.sqrt(share))
     paths, points = arcs(network, layout, edges, ring_radii(network, layout, len(self_loops(network)))[-1], tips)
     colour = colours.to_rgba(weights)
-    widths = (0.4 + 2.6 * share) * min(1.0, layout.radius / 0.1)
+    widths = (0.6 + 2.4 * share) * min(1.0, layout.radius / 0.1)
     sites = np.array([network.site[e] for e in edges])
     for site in dict.fromkeys(network.site):
         chosen = sites == site
         style = {"colors": colour[chosen], "linewidths": widths[chosen], "linestyles": [STYLES.get(site, (0, (2, 2)))]}
         axis.add_collection(LineCollection(paths[chosen], **style))
-    axis.add_collection(PolyCollection(list(points), facecolors=colour, edgecolors="none", zorder=2.1))
+    axis.add_collection(PolyCollection(list(points), **tip_style(colour, weights), zorder=2.1))
 
 
 def _draw_heads(axis: Axes, network: HeadNetwork, layout: Layout, colours: ScalarMappable) -> None:
@@ -235,7 +235,7 @@ def _draw_heads(axis: Axes, network: HeadNetwork, layout: Layout, colours: Scala
 
 
 def _label(network: HeadNetwork, shown: int, edges: int) -> str:
-    label = "mean edge weight   (arcs above a row lead to the right, below it to the left;  fill: self-loop)"
+    label = "mean edge weight   (arcs above a row lead right, below it left;  fill: self-loop;  hollow tip: negative)"
     notes = [f"the {shown} strongest of {edges} edges"] if shown < edges else []
     notes.append("size: importance of the head" if "importance" in network else "")
     if any(kind == "routed" for kind in network.kind):

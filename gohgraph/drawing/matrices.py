@@ -10,7 +10,7 @@ import numpy as np
 
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import check_threshold
-from gohgraph.drawing.colours import colour_bar, colour_scale
+from gohgraph.drawing.colours import colour_bar, colour_scale, end_of, is_dark
 from gohgraph.drawing.figures import INK, finish, new_figure
 from gohgraph.drawing.given import recordings_of
 from gohgraph.drawing.panels import Panel, draw_panels, grid_of, panels_of, strongest_weight
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
+# Cells of so many heads have room for a minus.
+MOST_SIGNED = 16
 LABEL = "mean edge weight   (row: receiver,  column: sender,  white: no edge)"
 
 
@@ -36,7 +38,8 @@ def draw_matrices(
     """Draw the adjacency matrices of a recording, one heat map for each layer, site and round.
 
     Row i, column j is the mean of alpha_ji over the recorded tokens: what head i takes from head j. Where there is no
-    edge the matrix is white. Senders of earlier layers (`cross_layer`) are further columns to the right.
+    edge the matrix is white; a cell below a tenth of the scale has a minus, up to 16 heads. Senders of earlier layers
+    (`cross_layer`) are further columns to the right.
 
     Args:
         threshold: edges weaker than this share (0 to 1) of the strongest one have the colour of 0.
@@ -84,6 +87,8 @@ def _draw_matrix(axis: Axes, panel: Panel, colours: ScalarMappable, hidden_below
     axis.imshow(matrix, cmap=colours.cmap, norm=norm, interpolation="nearest", aspect="equal")
     axis.set_title(panel.title, fontsize=9, color=INK, pad=3)
     heads = panel.num_heads
+    if heads * (1 + panel.rings) <= MOST_SIGNED:
+        _mark_negatives(axis, matrix, colours)
     step = next(step for step in (1, 2, 4, 8, 16, heads) if heads * (1 + panel.rings) / step <= 10 or step >= heads)
     ticks = np.arange(0, heads, step)
     axis.set_yticks(ticks)
@@ -93,3 +98,10 @@ def _draw_matrix(axis: Axes, panel: Panel, colours: ScalarMappable, hidden_below
     axis.spines[:].set(color="#bbbbbb", linewidth=0.6)
     for ring in range(1, panel.rings + 1):
         axis.axvline(ring * heads - 0.5, color=INK, linewidth=0.8)
+
+
+def _mark_negatives(axis: Axes, matrix: np.ma.MaskedArray, colours: ScalarMappable) -> None:
+    """Puts a minus into cells below a tenth of the scale, whose sign is then seen without colours."""
+    rows, columns = np.nonzero(np.ma.filled(matrix, 0.0) < -0.1 * end_of(colours))
+    inks = ["white" if is_dark(fill) else INK for fill in colours.to_rgba(np.ma.filled(matrix, 0.0)[rows, columns])]
+    axis.hlines(rows, columns - 0.18, columns + 0.18, colors=inks, linewidth=0.9)

@@ -11,12 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from gohgraph.analysis.record import Recordings
+from gohgraph.common.checks import check_number
 from gohgraph.common.files import checked_path, write_whole
 from gohgraph.common.packages import needs
 from gohgraph.drawing.attention_patterns import WEIGHTS
 from gohgraph.drawing.circles import check_threshold
 from gohgraph.drawing.colours import DIVERGING, round_limit
 from gohgraph.drawing.layered import Layout, layout_of, self_loops
+from gohgraph.drawing.page_controls import MANY, WIDGETS, controls_of, first_least, hint_of
 from gohgraph.drawing.page_data import as_bytes, edge_columns, head_columns, strongest_edges, token_weights
 from gohgraph.drawing.page_figures import Drawn, Themed, network_figure, strip_figure
 from gohgraph.drawing.page_patterns import NAMES, SIDE, pattern_columns, pattern_figures
@@ -33,7 +35,6 @@ GREYS, DARK_GREYS = ("#ffffff", "#9a9a9a"), ("#1b1d21", "#6f7580")
 DARK_WEIGHTS = ("#1b1d21", "#233a55", "#2f6fb0", "#7fb0d9", "#d7e8f8", "#ffffff")
 WRAPPED = ":host { flex-wrap: wrap; max-width: 100%; }"
 STICKY = ":host { position: sticky; top: 8px; align-self: flex-start; }"
-WIDGETS = ":host, label, .bk-input-group, .bk-slider-title { color: var(--ink); }"
 
 
 def save_page(
@@ -43,7 +44,8 @@ def save_page(
     title: str = "head graphs",
     importance: Mapping[str, Tensor] | None = None,
     edge_importance: Mapping[str, Tensor] | None = None,
-    threshold: float = 0.05,
+    threshold: float | None = None,
+    limit: float | None = None,
     most_edges: int = MOST_EDGES,
     patterns: Recordings | None = None,
 ) -> None:
@@ -64,7 +66,9 @@ def save_page(
         path: a file that ends in .html.
         title: of the page.
         importance, edge_importance: as in `head_graph_of`.
-        threshold: where the slider stands at first, as a share (0 to 1) of the strongest edge.
+        threshold: where the slider stands at first, as a share (0 to 1) of the strongest edge; `None` for the 300
+            strongest edges by their mean, those above 0.05 of the strongest.
+        limit: end of the colours, and of the widths, to compare pages and pictures; `None` above the strongest weight.
         most_edges: so many edges are on the page, the strongest by their mean, and as many again that are strongest at
             single tokens; self-loops not counted.
 
@@ -75,13 +79,15 @@ def save_page(
     from gohgraph.analysis.network import HeadNetwork, head_graph_of
 
     file = checked_path(path, (".html",))
-    check_threshold(threshold)
+    check_threshold(threshold or 0.0)
+    if limit is not None:
+        check_number("limit", limit, above=0)
     if isinstance(heads, HeadNetwork):
         recordings, network = patterns if patterns is not None else Recordings({}), heads
     else:
         recordings = heads
         network = head_graph_of(heads, importance=importance, edge_importance=edge_importance)
-    document = page_document(recordings, network, title, threshold, most_edges)
+    document = page_document(recordings, network, title, threshold, most_edges, limit)
     from bokeh.embed import file_html
     from bokeh.resources import INLINE
 
@@ -90,8 +96,8 @@ def save_page(
 
 
 def page_document(
-    heads: Recordings, network: HeadNetwork, title: str = "head graphs", threshold: float = 0.05,
-    most_edges: int = MOST_EDGES,
+    heads: Recordings, network: HeadNetwork, title: str = "head graphs", threshold: float | None = None,
+    most_edges: int = MOST_EDGES, limit: float | None = None,
 ) -> Any:  # fmt: skip
     """Returns the page of `save_page` as a `bokeh.document.Document`."""
     with needs("bokeh for an interactive page", "interactive"):
@@ -105,26 +111,27 @@ def page_document(
     weights = _weights_of_tokens(heads, network)
     chosen = strongest_edges(network, most_edges, weights)
     values = _token_values(weights, network, chosen)
-    limit = round_limit(max(float(np.abs(network.mean.numpy()).max(initial=0.0)), values["largest"]))
+    end = round_limit(max(float(np.abs(network.mean.numpy()).max(initial=0.0)), values["largest"]))
+    limit = end if limit is None else limit
     mapper = LinearColorMapper(palette=_palette(DIVERGING), low=-limit, high=limit)
     sources = {
         "edges": ColumnDataSource(edge_columns(network, layout, chosen), name="edges"),
         "heads": ColumnDataSource(head_columns(network, layout), name="heads"),
     }
-    shown = BooleanFilter(name="shown")
-    drawn = network_figure(network, layout, sources["edges"], sources["heads"], shown, mapper, themed)
-    strongest = float(np.abs(network.mean.numpy()[chosen]).max(initial=0.0))
-    slider, sites, layers, toggle, status = _controls(network, limit, threshold * strongest)
+    shown, tips = BooleanFilter(name="shown"), BooleanFilter(name="tipped")
+    drawn = network_figure(network, layout, sources["edges"], sources["heads"], (shown, tips), mapper, themed)
+    slider, sites, layers, toggle, status = controls_of(network, end, first_least(network, chosen, threshold))
     strip, tokens, letters, greys = _strip(heads, themed)
     patterns, shades = _patterns(heads, network, themed)
-    about = Div(text="", name="about", stylesheets=[WIDGETS], width=SIDE)
+    about = Div(text="", name="about", stylesheets=[WIDGETS], width=SIDE - 16)
     between = int((network.edge_index[0] != network.edge_index[1]).sum())
     shared = {
-        "filter": shown, "threshold": slider, "layers": layers, "sites": sites, "status": status, "toggle": toggle,
-        "tokens": tokens, "values": values["edges"], "loops": values["loops"], "scale": values["scale"], "limit": limit,
-        "rings": len(self_loops(network)), "total": between, "rows": drawn.rows, "plot": drawn.plot,
-        "row_ticks": drawn.plot.yaxis[0].ticker, "about": about,
-        "hint": _hint(tokens is not None, patterns["patterns"] is not None),
+        "filter": shown, "tips": tips, "many": MANY, "threshold": slider, "layers": layers, "sites": sites,
+        "status": status, "toggle": toggle, "tokens": tokens, "values": values["edges"], "loops": values["loops"],
+        "scale": values["scale"], "limit": limit, "rings": len(self_loops(network)), "total": between,
+        "rows": drawn.rows, "plot": drawn.plot, "row_ticks": drawn.plot.yaxis[0].ticker, "about": about,
+        "mean_of": ", mean over tokens" if heads else "",
+        "hint": hint_of(tokens is not None, patterns["patterns"] is not None),
     }  # fmt: skip
     update = CustomJS(args={**sources, **shared, **patterns}, code=UPDATE)
     view = _view(drawn, layout, strip, letters)
@@ -145,29 +152,6 @@ def page_document(
     ready = [update, view, CustomJS(args={"toggle": toggle}, code=PREFERENCE)]
     document.js_on_event(DocumentReady, *ready, *([CustomJS(args={"tokens": tokens}, code=KEYS)] if tokens else []))
     return document
-
-
-def _controls(network: HeadNetwork, limit: float, threshold: float) -> tuple[Any, Any, Any, Any, Any]:
-    """The threshold's slider, choices of sites and layers, the button for the theme, and the line that counts edges."""
-    from bokeh.models import CheckboxButtonGroup, Div, MultiChoice, Slider, Toggle
-
-    style = {"stylesheets": [WIDGETS]}
-    slider = Slider(
-        start=0, end=limit, step=limit / 200, value=round(threshold, 4), title="hide weights below", format="0.000",
-        name="threshold", width=240, **style,
-    )  # fmt: skip
-    names = list(dict.fromkeys(network.site))
-    sites = CheckboxButtonGroup(labels=names, active=list(range(len(names))), name="sites", margin=(14, 5, 5, 5))
-    layers = MultiChoice(options=network.blocks, placeholder="all layers", name="layers", width=240, **style)
-    toggle = Toggle(label="dark", name="theme", width=70, margin=(14, 5, 5, 5))
-    status = Div(text="", name="status", margin=(0, 5, 0, 15), width_policy="max", **style)
-    return slider, sites if len(names) > 1 else None, layers, toggle, status
-
-
-def _hint(has_tokens: bool, has_patterns: bool) -> str:
-    head = "its pattern, senders and receivers" if has_patterns else "its senders and receivers"
-    token = "; a token for the weights there, \u2190 \u2192 for the next" if has_tokens else ""
-    return f"Click a head for {head}; an edge for its two ends{token}; beside them to undo."
 
 
 def _view(drawn: Drawn, layout: Layout, strip: Any, letters: Any) -> Any:

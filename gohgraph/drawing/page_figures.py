@@ -43,11 +43,12 @@ class Drawn:
 
 
 def network_figure(
-    network: HeadNetwork, layout: Layout, edges: Any, heads: Any, shown: Any, mapper: Any, themed: Themed
+    network: HeadNetwork, layout: Layout, edges: Any, heads: Any, filters: tuple[Any, Any], mapper: Any, themed: Themed
 ) -> Drawn:
     """Returns the figure of the network, rows of heads with curves between them, and its colour bar.
 
-    Edges and heads are the `ColumnDataSource`s of `page_data`, `shown` filters edges, `mapper` colours weights. Names
+    Edges and heads are the `ColumnDataSource`s of `page_data`, the filters are of edges and of
+    their tips, `mapper` colours weights. Names
     of layers and numbers of heads are those of the axes, so that they stay on zoom.
     """
     from bokeh.models import CDSView, ColorBar, Range1d, TapTool
@@ -64,12 +65,12 @@ def network_figure(
     plot.grid.visible, plot.outline_line_color = False, None
     plot.toolbar.logo = None
     rows, columns = _name_axes(plot, network, layout, themed)
-    colour, view = transform("weight", mapper), CDSView(filter=shown)
-    line = {"line_color": colour, "line_width": "width", "line_alpha": "alpha", "line_cap": "round"}
+    colour, (view, tipped) = transform("weight", mapper), (CDSView(filter=chosen) for chosen in filters)
+    line = {"line_color": colour, "line_width": "width", "line_alpha": "alpha"}
     curves = plot.multi_line("xs", "ys", source=edges, view=view, name="curves", hover_line_width=6, **line)
     curves.nonselection_glyph = curves.selection_glyph = curves.glyph
-    tips = {"marker": "triangle", "angle": "angle", "size": "tip", "color": colour, "alpha": "alpha"}
-    points = plot.scatter("tip_x", "tip_y", source=edges, view=view, **tips)
+    tips = {"marker": "triangle", "angle": "angle", "size": "tip", "fill_color": colour, "line_color": None}
+    points = plot.scatter("tip_x", "tip_y", source=edges, view=tipped, fill_alpha="alpha", name="tips", **tips)
     points.nonselection_glyph = points.selection_glyph = points.glyph
     discs, letters = _draw_heads(plot, network, heads, mapper, themed)
     _add_tools(plot, network, edges, heads, curves, discs)

@@ -9,37 +9,49 @@ return title[best]
 """
 NAME_COLUMNS = NAME_ROWS.replace("{y,", "{x,").replace("y[", "x[")
 
+# What a slider says: its end is a root, so that weak weights, which are most, have as much room as strong ones.
+SQUARED = "return (tick * tick).toPrecision(2)"
+
 # One function for all controls: weights of the chosen token or the means, above the threshold, of the chosen layers and
-# sites; what a chosen head or edge has nothing to do with is faint.
+# sites; what a chosen head or edge has nothing to do with is faint. It does anew only what a change touches.
 UPDATE = """
+const state = edges._page ??= {}
+const redraw = () => {
 const data = edges.data, count = data.mean.length, size = heads.data.x.length
 const token = tokens == null || tokens.selected.indices.length == 0 ? -1 : tokens.selected.indices[0]
 const head = heads.selected.indices.length ? heads.selected.indices[0] : -1
 const edge = head < 0 && edges.selected.indices.length ? edges.selected.indices[0] : -1
 const chosen = new Set(layers.value), of_site = sites == null ? null : new Set(sites.active.map((n) => sites.labels[n]))
-const shown = new Array(count)
-const weight = new Float64Array(count), width = new Float64Array(count), tip = new Float64Array(count)
-const alpha = new Float64Array(count)
+const least = threshold.value * threshold.value
+const shown = new Array(count), tipped = new Array(count)
+const weight = new Float64Array(count), strengths = new Float64Array(count)
 let drawn = 0
 for (let e = 0; e < count; e++) {
   weight[e] = token < 0 ? data.mean[e] : values.data.weight[token * count + e] * scale
+  shown[e] = Math.abs(weight[e]) >= least && (chosen.size == 0 || chosen.has(data.block[e]))
+    && (of_site == null || of_site.has(data.site[e]))
+  if (shown[e]) strengths[drawn++] = Math.abs(weight[e])
+}
+// The more edges, the thinner each, and the strongest alone have tips: a crowd can be read, and is drawn soon.
+const thin = Math.min(1, Math.sqrt(many / drawn))
+const least_tipped = drawn <= 2 * many ? 0 : strengths.subarray(0, drawn).sort()[drawn - 2 * many]
+const width = new Float64Array(count), tip = new Float64Array(count), alpha = new Float64Array(count)
+for (let e = 0; e < count; e++) {
   const share = Math.min(Math.abs(weight[e]) / limit, 1)
   const touched = head < 0 && edge < 0 || e == edge || head >= 0 && (data.from[e] == head || data.to[e] == head)
   alpha[e] = touched ? 1 : 0.06
-  width[e] = 0.6 + 4.4 * share
-  tip[e] = touched ? 4 + 7 * Math.sqrt(share) : 0
-  shown[e] = Math.abs(weight[e]) >= threshold.value && (chosen.size == 0 || chosen.has(data.block[e]))
-    && (of_site == null || of_site.has(data.site[e]))
-  if (shown[e]) drawn++
+  width[e] = (0.6 + 4.4 * share) * (touched && head + edge > -2 ? 1 : thin)
+  tip[e] = (4 + 7 * Math.sqrt(share)) * Math.max(0.6, thin)
+  tipped[e] = shown[e] && touched && (Math.abs(weight[e]) >= least_tipped || head + edge > -2)
 }
 const moved = {}, placed = {}
 // Rows that are not chosen move together: between two of them a tenth of the room is left, beside one that is half.
-if (edges._layers !== layers.value.join()) {
-  edges._layers = layers.value.join()
-  edges._base ??= {ys: data.ys, tip_y: data.tip_y, y: heads.data.y, names: Object.keys(heads.data).filter(
+if (state.layers !== layers.value.join()) {
+  state.layers = layers.value.join()
+  state.base ??= {ys: data.ys, tip_y: data.tip_y, y: heads.data.y, names: Object.keys(heads.data).filter(
     (name) => name.startsWith("radius_") || name.startsWith("side_")), sizes: {...heads.data}, height: plot.height,
     end: plot.y_range.end}
-  const base = edges._base, from = rows.data.base, count_rows = from.length
+  const base = state.base, from = rows.data.base, count_rows = from.length
   const kept = rows.data.title.map((title) => chosen.size == 0 || chosen.has(title))
   const to = [0]
   const room = [0.1, 0.55, 1]
@@ -65,27 +77,39 @@ if (edges._layers !== layers.value.join()) {
   plot.y_range.reset_end = end
   plot.height = Math.max(220, Math.round(130 + (base.height - 130) * (end - bottom) / (base.end - bottom)))
 }
-// One redrawing for both: where the filter changes, its data are read again.
+// One redrawing for all: a filter that changes reads the data again, and nobody else does so.
+const same = (now, then) => then != null && now.every((is, e) => is == then[e])
+const is_read = !same(shown, filter.booleans) && !same(tipped, tips.booleans)
 edges.setv({data: {...data, ...moved, weight, width, tip, alpha}}, {silent: true})
 filter.booleans = shown
-const ink = new Array(size)
-for (let ring = 0; ring < rings; ring++) {
-  const loop = new Float64Array(size)
-  for (let h = 0; h < size; h++) {
-    loop[h] = token < 0 ? heads.data[`mean_${ring}`][h] : loops.data.weight[(token * rings + ring) * size + h] * scale
-    const strong = Math.abs(loop[h]) > 0.5 * limit
-    if (ring == 0) ink[h] = toggle.active ? (strong ? "#1b1d21" : "#dddddd") : (strong ? "#ffffff" : "#333333")
+tips.booleans = tipped
+if (!is_read) edges.change.emit()
+const seen = [token, toggle.active, state.layers].join()
+if (state.seen !== seen) {
+  state.seen = seen
+  const ink = new Array(size)
+  for (let ring = 0; ring < rings; ring++) {
+    const loop = new Float64Array(size)
+    for (let h = 0; h < size; h++) {
+      const at = (token * rings + ring) * size + h
+      loop[h] = token < 0 ? heads.data[`mean_${ring}`][h] : loops.data.weight[at] * scale
+      const strong = Math.abs(loop[h]) > 0.5 * limit
+      if (ring == 0) ink[h] = toggle.active ? (strong ? "#1b1d21" : "#dddddd") : (strong ? "#ffffff" : "#333333")
+    }
+    placed[`loop_${ring}`] = loop
   }
-  placed[`loop_${ring}`] = loop
+  heads.data = {...heads.data, ...placed, ink}
 }
-heads.data = {...heads.data, ...placed, ink}
-const where = token < 0 ? "mean over tokens" : `at token ${token}, \\u201c${tokens.data.text[token]}\\u201d`
+const where = token < 0 ? mean_of : `, at token ${token}, \\u201c${tokens.data.text[token]}\\u201d`
 const whole = total.toLocaleString("en")
 const here = count < total ? ` (${count.toLocaleString("en")} on this page)` : ""
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;")
-status.text = plain(`${drawn.toLocaleString("en")} of ${whole} edges${here}, ${where}`)
+status.text = plain(`${drawn.toLocaleString("en")} of ${whole} edges${here}${where}`)
 
 // What is told of the chosen head or edge.
+const told_of = [token, head, edge].join()
+if (state.told_of === told_of) return
+state.told_of = told_of
 const signed = (number) => `${number < 0 ? "\\u2212" : "+"}${Math.abs(number).toFixed(3)}`
 const strongest = (end, other) => {
   const own = []
@@ -128,6 +152,22 @@ if (patterns != null) {
     const part = side < asked ? `, ${side} of ${asked} tokens` : ""
     figure.title.text = `${edge < 0 ? "pattern of" : n == 0 ? "sender" : "receiver"} ${heads.data.label[node]}${part}`
   }
+}
+}
+// The changes of one frame are drawn once, so that a slider that is dragged never waits for what it has left behind.
+const after = () => requestAnimationFrame(() => {
+  const again = state.again
+  state.again = null
+  if (again == null) return state.waits = false
+  again()
+  after()
+})
+if (state.waits) {
+  state.again = redraw
+} else {
+  state.waits = true
+  redraw()
+  after()
 }
 """
 

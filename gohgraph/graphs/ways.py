@@ -50,7 +50,7 @@ def edges_in_chunks(conv: HeadGraphConv, z: Tensor, context: Tensor | None, acti
 
     Where a token has more edges than `KEPT_NUMBERS` for every number of its context, they would outgrow the
     feed-forward of a block of the usual width. Computing some again costs time: `tools/benchmark.py scaling` and
-    `memory` with `--axes num_heads`.
+    `memory` with `--heads 32 64 128`.
     """
     edges = conv.edges
     if conv.backend != "dense" or not conv.num_runs or type(edges) is not EdgeWeights or edges.weight is None:

@@ -72,7 +72,7 @@ def continued(
     ended = None if eos is None else torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         token = sample(step(new), temperature, top_k, top_p)  # [B]
-        if ended is not None:
+        if ended is not None and eos is not None:
             token = torch.where(ended, eos, token)
             ended = ended | (token == eos)
         new = token.unsqueeze(1)

@@ -16,7 +16,7 @@ STREAMS = ("", "encoder", "decoder")
 
 def metric_of(name):
     """One number for each example."""
-    if name == "vit":
+    if name in ("vit", "dinov2"):
         return lambda output: output.logits[:, 3] - output.logits[:, 5]
     return lambda output: output.logits[:, -1, 5] - output.logits[:, -1, 7] + output.logits[:, 2, 3]
 

@@ -36,6 +36,18 @@ def parts(axis):
     return lines, tips, circles
 
 
+def test_the_sign_is_seen_without_colours():
+    edges = [(0, 1), (1, 2), (2, 0)]
+    figure = draw({"layer": recording(3, edges, [0.5, -0.5, 0.1])})
+    _, tips, _ = parts(figure.axes[0])
+    # Weakest first; the negative tip alone is white inside.
+    assert [fill[:3].tolist() == [1, 1, 1] for fill in tips.get_facecolors()].count(True) == 1
+    assert sorted(tips.get_linewidths()) == [0, 0, 0.7]
+    figure = goh.draw_matrices({"layer": recording(3, edges, [0.5, -0.5, 0.1])})
+    (minuses,) = [item for item in figure.axes[0].collections if isinstance(item, LineCollection)]
+    assert [line[0][1] for line in minuses.get_segments()] == [2]
+
+
 def texts(axis):
     return [text.get_text() for text in axis.texts]
 

@@ -10,13 +10,22 @@ import time
 import numpy as np
 import pytest
 import torch
-from bokeh.models import BooleanFilter, CheckboxButtonGroup, HoverTool, MultiChoice, Slider, TapTool, Toggle
+from bokeh.models import (
+    BooleanFilter,
+    CheckboxButtonGroup,
+    HoverTool,
+    LinearColorMapper,
+    MultiChoice,
+    Slider,
+    TapTool,
+    Toggle,
+)
 from helpers import small_config, trained_like
 from stock_models import stock
 
 import gohgraph as goh
 from gohgraph.analysis.record import Recording, Recordings
-from gohgraph.drawing import page_patterns
+from gohgraph.drawing import page_controls, page_patterns
 from gohgraph.drawing.layered import self_loops
 from gohgraph.drawing.page import page_document
 from gohgraph.drawing.page_data import as_bytes, strongest_edges, token_weights
@@ -73,12 +82,13 @@ def test_the_page_has_its_controls_and_tells_numbers():
     blocks = {name.rpartition(".")[0]: torch.rand(5) for name in heads}
     network = goh.head_graph_of(heads, importance=blocks, edge_importance={name: torch.rand(25) for name in heads})
     document = page_document(heads, network, threshold=0.25)
-    kinds = (Slider, MultiChoice, Toggle, CheckboxButtonGroup, BooleanFilter)
+    kinds = (Slider, MultiChoice, Toggle, CheckboxButtonGroup)
     assert all(len(list(document.select({"type": kind}))) == 1 for kind in kinds)
+    assert {one.name for one in document.select({"type": BooleanFilter})} == {"shown", "tipped"}
     assert len(list(document.select({"type": TapTool}))) == 2
     edges = data_of(document, "edges")
     slider = document.select_one({"name": "threshold"})
-    assert slider.value == pytest.approx(0.25 * abs(edges["mean"]).max(), abs=1e-4)
+    assert slider.value**2 == pytest.approx(0.25 * abs(edges["mean"]).max())
     assert document.select_one({"name": "layers"}).options == ["layer 0", "layer 1", "layer 2"]
     told = {row for hover in document.select({"type": HoverTool}) for row, _ in hover.tooltips}
     loops = {"self-loop, outputs", "self-loop, scores"}
@@ -117,6 +127,26 @@ def test_only_the_strongest_edges_are_on_a_large_page():
     document = page_document(recorded(), network, most_edges=11)
     assert len(data_of(document, "edges")["mean"]) == 11
     assert document.select_one({"name": "tokens"}) is None
+
+
+def test_the_first_view_is_of_edges_that_can_be_read():
+    heads = recorded()
+    for few, share in ((7, 0.0), (300, page_controls.FAINT)):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(page_controls, "MANY", few)
+            document = page_document(heads, goh.head_graph_of(heads))
+        means = np.abs(data_of(document, "edges")["mean"])
+        shown = (means >= document.select_one({"name": "threshold"}).value ** 2).sum()
+        assert shown == min(few, (means >= share * means.max()).sum()) < len(means)
+
+
+def test_a_limit_is_the_end_of_colours_and_hides_nothing():
+    heads = recorded()
+    network = goh.head_graph_of(heads)
+    document = page_document(heads, network, limit=0.1)
+    mappers = list(document.select({"type": LinearColorMapper}))
+    assert [(mapper.low, mapper.high) for mapper in mappers] == [(-0.1, 0.1)]
+    assert document.select_one({"name": "threshold"}).end ** 2 >= network.mean.abs().max()
 
 
 def test_the_file_needs_no_network(tmp_path):
@@ -191,6 +221,8 @@ def test_bad_pages(tmp_path):
         goh.save_page(recorded(), tmp_path / "heads.htm")
     with pytest.raises(ValueError, match="Expected a threshold from 0 to 1"):
         goh.save_page(recorded(), tmp_path / "heads.html", threshold=-1)
+    with pytest.raises(ValueError, match="Expected limit to be"):
+        goh.save_page(recorded(), tmp_path / "heads.html", limit=0)
     heads = recorded(every_token=True, token_strings=STRINGS)
     heads.token_strings = heads.token_strings[:3]
     with pytest.raises(ValueError, match=r"Expected one pass over 3 tokens \(got \[\d+\]\)"):
@@ -255,6 +287,17 @@ def model_of(name):
     return f"Bokeh.documents[0].get_model_by_name('{name}')"
 
 
+# What a slider says is the square of where it stands.
+LEAST = f"{model_of('threshold')}.value ** 2"
+SETTLED = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
+
+
+def changed(page, name, change):
+    """Sets a property of a model, as its widget does, and waits until that is drawn."""
+    page.evaluate(f"{model_of(name)}.{change}")
+    page.evaluate(SETTLED)
+
+
 def column(page, source, name):
     return page.evaluate(f"[...{model_of(source)}.data.{name}]")
 
@@ -270,16 +313,51 @@ def test_moving_the_slider_hides_edges(page):
     mean = np.array(column(page, "edges", "mean"))
     before, of, where = counted(page)
     assert of == len(mean) == 75 and where == "mean over tokens"
-    assert before == (abs(mean) >= page.evaluate(f"{model_of('threshold')}.value")).sum()
+    assert before == (abs(mean) >= page.evaluate(LEAST)).sum()
     handle = page.locator(".noUi-handle").first.bounding_box()
     track = page.locator(".noUi-base").first.bounding_box()
     page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
     page.mouse.down()
     page.mouse.move(track["x"] + 0.5 * track["width"], handle["y"] + handle["height"] / 2, steps=5)
     page.mouse.up()
-    threshold = page.evaluate(f"{model_of('threshold')}.value")
+    page.evaluate(SETTLED)
+    threshold = page.evaluate(LEAST)
     after, _, _ = counted(page)
-    assert threshold > 0.3 and after == (abs(mean) >= threshold).sum() < before
+    assert threshold > 0.1 and after == (abs(mean) >= threshold).sum() < before
+
+
+COUNTING = """() => {
+  window.painted = {}
+  const counted = (owner, name) => {
+    const own = owner[name].bind(owner)
+    owner[name] = (...given) => { window.painted[name] = (window.painted[name] || 0) + 1; return own(...given) }
+  }
+  const view = Bokeh.index.find_one(Bokeh.documents[0].get_model_by_name("curves"))
+  counted(view, "set_data")
+  counted(view, "paint")
+  counted(Bokeh.documents[0].get_model_by_name("heads"), "setv")
+}"""
+
+
+@pytest.mark.slow
+def test_what_is_changed_within_a_frame_is_drawn_once_and_nothing_else_with_it(page):
+    page.evaluate(COUNTING)
+
+    def painted(change):
+        page.evaluate(f"window.painted = {{}}; {change}")
+        page.wait_for_function(f"{model_of('edges')}._page.waits === false")
+        page.evaluate(SETTLED)
+        return page.evaluate("window.painted")
+
+    # Twenty steps of a slider: the first is drawn at once, the last after it, none between, and no head anew.
+    steps = painted(f"for (let n = 1; n <= 20; n++) {model_of('threshold')}.value = 0.02 * n")
+    assert steps["set_data"] <= 4 and steps["paint"] <= 3 and "setv" not in steps
+    assert page.evaluate(f"{model_of('threshold')}.value") == pytest.approx(0.4)
+    assert counted(page)[0] == (abs(np.array(column(page, "edges", "mean"))) >= 0.16).sum()
+    # A chosen head takes no edge away, and yet the others are painted faint.
+    chosen = painted(f"{model_of('heads')}.selected.indices = [7]")
+    assert 1 <= chosen["set_data"] <= 2 and chosen["paint"] <= 3 and "setv" not in chosen
+    assert painted(f"{model_of('tokens')}.selected.indices = [2]")["setv"] == 1
 
 
 @pytest.mark.slow
@@ -294,7 +372,7 @@ def test_tokens_are_chosen_by_clicks_and_arrow_keys(page):
     chosen = strongest_edges(network, 4000, weights)
     assert np.abs(shown - weights[2][chosen]).max() < 0.005
     drawn, _, where = counted(page)
-    assert drawn == (abs(shown) >= page.evaluate(f"{model_of('threshold')}.value")).sum() and "\u2423to" in where
+    assert drawn == (abs(shown) >= page.evaluate(LEAST)).sum() and "\u2423to" in where
     page.keyboard.press("ArrowRight")
     page.wait_for_function(f"{model_of('status')}.text.includes('at token 3, ')")
     assert np.abs(weights_shown(page) - weights[3][chosen]).max() < 0.005
@@ -309,19 +387,19 @@ def test_tokens_are_chosen_by_clicks_and_arrow_keys(page):
 
 @pytest.mark.slow
 def test_layers_and_sites_are_chosen_and_the_theme_changes(page):
-    page.evaluate(f"{model_of('threshold')}.value = 0")
+    changed(page, "threshold", "value = 0")
     assert counted(page)[0] == 75
     rows = column(page, "rows", "y")
-    page.evaluate(f"{model_of('layers')}.value = ['layer 1', 'layer 2']")
+    changed(page, "layers", "value = ['layer 1', 'layer 2']")
     assert counted(page)[0] == 50
     # The row that is not chosen moves towards the others, and its heads shrink.
     moved = column(page, "rows", "y")
     assert moved[1] - moved[0] < 0.6 * (rows[1] - rows[0]) and moved[2] - moved[1] == pytest.approx(rows[2] - rows[1])
     radius = column(page, "heads", "side_0")
     assert radius[0] < 0.5 * radius[5]
-    page.evaluate(f"{model_of('sites')}.active = [1]")
+    changed(page, "sites", "active = [1]")
     assert counted(page)[0] == 10
-    page.evaluate(f"{model_of('layers')}.value = []")
+    changed(page, "layers", "value = []")
     assert counted(page)[0] == 15 and column(page, "rows", "y") == rows
     paper = "getComputedStyle(document.body).backgroundColor"
     assert page.evaluate(paper) == "rgb(255, 255, 255)"
@@ -335,8 +413,8 @@ def test_pointing_tells_heads_and_the_edges_of_every_site_apart(page):
     pointed_at(page, "network", column(page, "heads", "x")[3], column(page, "heads", "y")[3])
     tooltip = page.locator(".bk-tooltip-row-value")
     tooltip.filter(has_text="0.3, ").first.wait_for(timeout=20000)
-    page.evaluate(f"{model_of('threshold')}.value = 0")
-    page.evaluate(f"{model_of('layers')}.value = ['layer 1']")
+    changed(page, "threshold", "value = 0")
+    changed(page, "layers", "value = ['layer 1']")
     columns = {name: column(page, "edges", name) for name in ("sender", "receiver", "site", "block", "xs", "ys")}
     edges = list(zip(*columns.values(), strict=True))
     pairs = {(j, i) for j, i, site, block, *_ in edges if site == "scores" and block == "layer 1"}
@@ -373,8 +451,8 @@ def test_a_click_shows_patterns_senders_and_receivers(page):
     about = page.evaluate(f"{model_of('about')}.text")
     assert f"hears {network.label[network.edge_index[0, strongest]]} " in about
     page.wait_for_timeout(700)
-    page.evaluate(f"{model_of('heads')}.selected.indices = []")
-    page.evaluate(f"{model_of('edges')}.selected.indices = [3]")
+    changed(page, "heads", "selected.indices = []")
+    changed(page, "edges", "selected.indices = [3]")
     sites = column(page, "edges", "site")
     assert f"the {sites[3]}" in page.evaluate(f"{model_of('about')}.text")
     assert page.evaluate(f"{model_of('sender pattern')}.visible && {model_of('receiver pattern')}.visible")

@@ -104,6 +104,29 @@ def test_a_layer_and_a_token_are_chosen(tmp_path):
     assert (tmp_path / "heads.svg").stat().st_size < whole.stat().st_size
 
 
+def test_attention_is_drawn_and_stands_in_the_page(tmp_path, capsys):
+    saved(tmp_path / "model")
+    arguments = [str(tmp_path / "model"), "--text", WORDS, "--attention"]
+    sizes = []
+    for more in ([], ["--layer", "1"], ["--layer", "1", "--head", "3"]):
+        assert main(["draw", *arguments, *more, "--out", str(tmp_path / "heads.svg")]) == 0
+        assert "model: attention over 44 tokens" in capsys.readouterr().out
+        sizes.append((tmp_path / "heads.svg").stat().st_size)
+    assert len(set(sizes)) == 3
+    assert main(["draw", *arguments, "--limit", "0.5", "--out", str(tmp_path / "heads.html")]) == 0
+    assert "sender pattern" in (tmp_path / "heads.html").read_text()
+
+
+def test_head_graphs_of_rounds_are_attributed_without_their_edges(tmp_path, capsys):
+    saved(tmp_path / "model", head_graph=goh.HeadGraphConfig(outputs=goh.SiteConfig(rounds=2)))
+    arguments = ["draw", str(tmp_path / "model"), "--text", WORDS, "--from", "attribution"]
+    out = tmp_path / "heads.json"
+    assert main([*arguments, "--out", str(out)]) == 2
+    assert "2 rounds" in (printed := capsys.readouterr().err) and "--no-learned" in printed
+    assert main([*arguments, "--no-learned", "--out", str(out)]) == 0
+    assert set(goh.load_head_graph(out).site) == {"queries", "keys", "values"}
+
+
 @pytest.mark.parametrize("suffix", ["graphml", "gexf", "json", "csv"])
 def test_the_network_is_exported_with_importances(tmp_path, suffix):
     model = saved(tmp_path / "model").eval()
@@ -234,6 +257,14 @@ BAD = {
     "another shape": (["model", "--view", "difference", "--compare", "wide"], "Expected two recordings of the same"),
     "an idle flag": (["model", "--view", "network", "--layer", "1"], "Expected --layer with --view circle or matrix"),
     "no such layer": (["model", "--layer", "9"], r"Expected a layer of \[0, 1\] \(got 9\)"),
+    "no such layer of attention": (["model", "--attention", "--layer", "9"], r"Expected a layer of \[0, 1\] \(got 9\)"),
+    "a head without its layer": (["model", "--attention", "--head", "1"], "Expected --layer with --head 1"),
+    "a head of no pattern": (["model", "--layer", "1", "--head", "1"], "Expected --head with --view attention"),
+    "two views": (["model", "--attention", "--view", "matrix"], "Expected no --view matrix with --attention"),
+    "a file of attention": (["model", "--attention", "--out", "h.json"], "Expected a picture or a page for --att"),
+    "a limit of attention": (["model", "--attention", "--limit", "1"], "Expected no --limit for --view attention"),
+    "attention of weights": (["model", "--attention", "--from", "weights"], "Expected --attention of a model"),
+    "edges to leave out": (["model", "--no-learned"], "Expected --no-learned with --from weights or attribution"),
     "no such token": (["model", "--view", "tokens", "--token", "99"], "Expected a token from 0 to 42"),
     "a strange threshold": (["model", "--threshold", "7"], "Expected a threshold from 0 to 1"),
     "neither": ([], r"Expected a model or --demo \(got neither\)"),

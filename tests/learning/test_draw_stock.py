@@ -50,6 +50,14 @@ def test_a_stock_model_is_shown_by_attribution_on_a_text(folders, tmp_path, caps
     torch.testing.assert_close(goh.load_head_graph(files).mean, expected.mean)
 
 
+def test_what_stock_heads_attend_to(folders, tmp_path, capsys):
+    arguments = ["draw", str(folders / "llama"), "--text", "heads talk to heads and some", "--attention"]
+    assert main([*arguments, "--layer", "1", "--head", "5", "--out", str(tmp_path / "head.svg")]) == 0
+    assert "llama: attention over 6 tokens" in capsys.readouterr().out
+    assert main([*arguments, "--out", str(tmp_path / "heads.html")]) == 0
+    assert "sender pattern" in (tmp_path / "heads.html").read_text()
+
+
 def test_weights_alone_and_pages(folders, tmp_path, capsys):
     page = tmp_path / "heads.html"
     assert main(["draw", str(folders / "vit"), "--from", "weights", "--out", str(page)]) == 0
@@ -73,6 +81,8 @@ def test_masked_models_have_masked_tokens(folders, tmp_path, capsys):
         (["--from", "graph"], "Expected --from weights or attribution"),
         (["--from", "weights", "--against", "zero"], "Expected --against with --from attribution"),
         (["--from", "weights", "--text", "heads talk"], "Expected no --text for --from weights"),
+        (["--no-learned"], "Expected --no-learned with head graphs"),
+        (["--from", "weights", "--attention"], "Expected --attention of a model that reads a text"),
         (["--view", "circle", "--out", "x.png"], "Expected --view network"),
         (["--text", "heads"], "at least two"),
         (["--text", "heads talk", "--target", "sing|sing"], "Expected --target WORD"),

@@ -28,13 +28,16 @@ def test_composition_and_attribution_are_measured(tool, tmp_path, capsys, in_thi
     file = tmp_path / "out.json"
     assert tool.main(["attribution", "--smoke", "--tokens", "5", "--json", str(file)]) == 0
     rows, shown = json.loads(file.read_text())["rows"], capsys.readouterr().out
-    assert [(row["kind"], row["edges"][0]) for row in rows] == [("composition", 27), ("attribution", 75)]
+    kinds = [(row["kind"], row["who"], row["edges"][0]) for row in rows]
+    assert kinds[:2] == [("composition", "gohgraph", 27), ("attribution", "gohgraph", 75)]
+    assert kinds[2][:2] == ("attribution", attribution.PASSES)
     assert all(len(row["cpu_seconds"]) == 2 and min(row["cpu_seconds"]) >= 0 for row in rows)
     assert "| 2 x 3 " in shown and "gohgraph" in shown
 
 
 def test_an_opponent_is_compared_edge_by_edge(monkeypatch, in_this_process):
     """The opponent here is ours with one edge moved."""
+
     def work(case, model, clean, other):
         run, told = attribution._work(case._replace(who=attribution.OURS))
         return run, lambda network: {edge: value + 0.1 * (edge[2] == "logits") for edge, value in told(network).items()}

@@ -2,11 +2,12 @@
 
 A GPT-2 of random weights is measured whole: `composition` are the Q-, K- and V-composition of all pairs of heads;
 `attribution` all edges between embedding, heads, feed-forwards and logits at every token, two forward passes and one
-backward pass. Every call has a process of its own, one after the other in rounds. Time is that of the processor over
-all threads, after a tiny call; memory is the peak of the process above what it held before. With `--opponent`,
-TransformerLens 4.3 does the same in the same rounds: `all_composition_scores`, `attribution_patch`; and, its strongest
-form, its hooks and caches with one matrix product a reader instead of its loop over edges. The difference is the
-largest of any edge's values, to the largest value.
+backward pass; what these passes take without any edge stands beside it, since nobody can be faster. Every call has a
+process of its own, one after the other in rounds. Time is that of the processor over all threads, after a tiny call;
+memory is the peak of the process above what it held before. With `--opponent`, TransformerLens 4.3 does the same in the
+same rounds, in both its forms: its own functions (`all_composition_scores`, `attribution_patch`); and, its strongest
+for attribution, its hooks and caches with one matrix product a reader instead of its loop over edges. The difference is
+the largest of any edge's values, to the largest value.
 
 `--stream` measures composition of a folder that is never loaded: a Llama of random bfloat16 weights, written first and
 removed afterwards.
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +44,7 @@ from gohgraph.common.tables import markdown_table
 SIZES, SMOKE_SIZES = ("4/4/256", "8/8/512", "12/12/768", "16/16/1024", "32/32/2048"), ("2/3/12",)
 FORM, REPEATS, VOCABULARY = "layers/heads/d_model", 3, 512
 KINDS = ("composition", "attribution")
-OURS = "gohgraph"
+OURS, PASSES = "gohgraph", "the passes alone"
 
 
 class Case(NamedTuple):
@@ -98,9 +100,9 @@ def _cases(flags: argparse.Namespace) -> list[list[Case]]:
     for text in sizes:
         layers, heads, d_model = _numbers(text)
         for kind in flags.kinds:
-            who = [OURS, *(rival.FORMS[kind] if flags.opponent else ())]
+            who = [OURS, *([PASSES] if kind == "attribution" else []), *(rival.FORMS[kind] if flags.opponent else ())]
             shape = (layers, heads, d_model, flags.tokens, flags.threads)
-            found.append([Case(kind, one, *shape, values=flags.opponent) for one in who])
+            found.append([Case(kind, one, *shape, values=flags.opponent and one != PASSES) for one in who])
     return found
 
 
@@ -171,15 +173,26 @@ def _work(case: Case) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     if case.folder:
         return lambda: goh.composition_graph(case.folder), lambda network: None
     model, (clean, other) = rival.gpt2(case, VOCABULARY), rival.inputs(case, VOCABULARY)
+    metric = logit_difference(torch.tensor([5]), torch.tensor([7]))
+    if case.who == PASSES:
+        return partial(_passes, model, clean, other, metric), lambda nothing: None
     if case.who != OURS:
         return rival.work(case, model, clean, other)
     told = rival.values_of if case.values else lambda network: None
     if case.kind == "composition":
         return lambda: goh.composition_graph(model), told
-    metric = logit_difference(torch.tensor([5]), torch.tensor([7]))
     options: dict[str, Any] = {"nodes": ("embedding", "mlp", "logits"), "every_token": True}
     # Slopes at the second input, as TransformerLens has them.
     return lambda: goh.attribution_graph(model, other, against=clean, metric=metric, **options), told
+
+
+def _passes(model: Any, clean: torch.Tensor, other: torch.Tensor, metric: Callable[[Any], torch.Tensor]) -> None:
+    """A forward pass of each input and the slope of the metric in the embedding of one."""
+    with torch.no_grad():
+        model(clean)
+        start = model.get_input_embeddings()(other)
+    start.requires_grad_()
+    torch.autograd.grad(metric(model(inputs_embeds=start)).sum(), start)
 
 
 def _reset_peak() -> int:

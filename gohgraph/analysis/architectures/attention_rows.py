@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from gohgraph.analysis.architectures.layouts import has
@@ -73,8 +72,5 @@ def _fused(name: str, attention: nn.Module, size: int) -> list[Rows] | None:
         found = features(attention.get_submodule(path)) if has(attention, path) else None
         if found is None or found[1] % (3 * size):
             continue
-        heads = found[1] // (3 * size)
-        rows = torch.arange(found[1])
-        by_kind = rows.view(heads, 3, size).transpose(0, 1) if by_head else rows.view(3, heads, size)  # [3, H, D]
-        return [Rows(f"{name}.{path}", heads, size, kind.flatten()) for kind in by_kind]
+        return [Rows(f"{name}.{path}", found[1] // (3 * size), size, part, by_head) for part in range(3)]
     return None

@@ -113,6 +113,10 @@ LAYOUTS: dict[str, Layout] = {
         ff_on_stream="output.LayerNorm",
     ),
     "vit": Layout("attention", "mlp", "mlp", before="layernorm_before", ff_before="layernorm_after"),
+    # A scale of every feature, learned, stands behind what a block writes.
+    "dinov2": Layout(
+        "attention", "mlp", "mlp", before="norm1", after="layer_scale1", ff_before="norm2", ff_after="layer_scale2"
+    ),
     "t5": _t5(cross=False),
     "t5 decoder": _t5(cross=True),
     **{
@@ -148,5 +152,6 @@ def has(module: nn.Module, path: str) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm, by the name of its class."""
-    return "norm" in type(module).__name__.lower() and not list(module.children())
+    """Whether a module is a norm or scales features as one does, by the name of its class."""
+    kind = type(module).__name__.lower()
+    return ("norm" in kind or "layerscale" in kind) and not list(module.children())

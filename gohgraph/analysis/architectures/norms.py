@@ -74,10 +74,10 @@ def pulled_back(gain: Gain, scale: Tensor, x: Tensor, slopes: Tensor) -> Tensor:
 
     Args:
         scale: `[N, 1]`, of `scale_of`; x: `[N, M]`.
-        slopes: v, `[R, N, M]`.
+        slopes: v, `[R, N, M]`, which are overwritten.
     """
     centred = x - x.mean(dim=-1, keepdim=True) if gain.centred else x
-    weighed = slopes * gain.weight  # [R, N, M]
+    weighed = slopes.to(torch.promote_types(slopes.dtype, gain.weight.dtype)).mul_(gain.weight)  # [R, N, M]
     along = torch.einsum("rnm,nm->rn", weighed, centred).unsqueeze(-1) * scale.square() / x.shape[-1]  # [R, N, 1]
     if gain.centred:
         weighed -= weighed.mean(dim=-1, keepdim=True)

@@ -17,18 +17,23 @@ class Rows(NamedTuple):
     Args:
         module: name of the linear map.
         heads, size: H heads of D rows each.
-        order: the rows `[H*D]`, head after head, of a map that holds others too; `None` for all, as they are.
+        part: of a map that holds queries, keys and values, which of the three these are, 0 to 2; else `None`.
+        by_head: such a map holds the three of one head after those of another, not those of all heads together.
     """
 
     module: str
     heads: int
     size: int
-    order: Tensor | None = None
+    part: int | None = None
+    by_head: bool = False
 
     def of(self, values: Tensor, dim: int = 0) -> Tensor:
-        """Returns a map's rows (or, with `dim=-1`, its output's features) by head: `[..., H, D, ...]`."""
-        chosen = values if self.order is None else values.index_select(dim, self.order.to(values.device))
-        return chosen.unflatten(dim, (self.heads, self.size))
+        """Returns a view of a map's rows (or, with `dim=-1`, its output's features) by head: `[..., H, D, ...]`."""
+        if self.part is None:
+            return values.unflatten(dim, (self.heads, self.size))
+        dim %= values.dim()
+        split = (self.heads, 3, self.size) if self.by_head else (3, self.heads, self.size)
+        return values.unflatten(dim, split).select(dim + self.by_head, self.part)
 
 
 class Reading(NamedTuple):

@@ -37,8 +37,8 @@ def wiring_of(model: nn.Module) -> Wiring:
     """Returns where the heads of a model read and write; nothing is run, and a model on meta will do.
 
     Layers are known by their parts (`gohgraph.analysis.architectures.layouts.LAYOUTS`), not by the name of their class:
-    Llama, Qwen 2 and 3, Mistral, Gemma 2 and 3, OLMo 2, Phi, GPT-2, GPT-NeoX, BERT, RoBERTa, ViT, T5, BART, Whisper and
-    their kin, and our own models.
+    Llama, Qwen 2 and 3, Mistral, Gemma 2 and 3, OLMo 2, Phi, GPT-2, GPT-NeoX, BERT, RoBERTa, ViT, DINOv2, T5, BART,
+    Whisper and their kin, and our own models.
 
     Raises:
         ValueError: there is no stack of such layers, or a part of its attention is missing; it says which.

@@ -11,15 +11,26 @@ from typing import Any
 import torch
 
 from gohgraph.analysis import edge_attribution, head_importance
+from gohgraph.analysis.attention_record import attention_modules
 from gohgraph.analysis.module_names import block_of, layer_of
 from gohgraph.analysis.record import recordable
 from gohgraph.common.checks import there
 from gohgraph.common.command_line import ArgumentParser
+from gohgraph.drawing.attention_patterns import draw_attention
 from gohgraph.learning.checkpoints import training_steps
 from gohgraph.learning.cli.draw.flags import ABOUT, add_flags, checked
-from gohgraph.learning.cli.draw.sources import attributed, chosen, length_of, of_weights, recorded, text_of
+from gohgraph.learning.cli.draw.sources import (
+    attended,
+    attributed,
+    chosen,
+    length_of,
+    of_weights,
+    recorded,
+    task_of,
+    text_of,
+)
 from gohgraph.learning.cli.draw.views import Seen, write_graph, write_network
-from gohgraph.learning.readers.reader import Batch, Reader
+from gohgraph.learning.readers.reader import Batch, Inputs, Reader
 
 TABLE = 10
 
@@ -40,22 +51,41 @@ def draw_model(flags: argparse.Namespace) -> None:
     name = "demo" if flags.demo else Path(flags.model).resolve().name
     chose = f", so it is shown --from {found.source}" if flags.source is None else ""
     notes = [f"{found.why}{chose}"] if found.why else []
-    if found.source == "graph":
+    if flags.view == "attention":
+        printed = _draw_attention(flags, there(found.reader), out, name)
+    elif found.source == "graph":
         printed = _draw_graph(flags, there(found.reader), out, name, notes)
     else:
-        of = attributed(flags, found.reader, name) if found.reader else (*of_weights(there(found.folder), name), ())
-        network, said, more = of
-        notes += more
-        write_network(network, flags, out, said if flags.title is None else flags.title)
+        if found.reader is not None:
+            of = attributed(flags, found.reader, name)
+        else:
+            of = of_weights(there(found.folder), name, not flags.no_learned)
+        network, said = of.network, of.said
+        notes += of.notes
+        patterns = attended(there(found.reader), there(of.inputs)) if flags.attention else None
+        write_network(network, flags, out, said if flags.title is None else flags.title, patterns)
         printed = f"{out}: {said}{_said(notes)}\n\n{TABLE} strongest edges\n{_network_table(network.strongest(TABLE))}"
     print(printed)
     if flags.open:
         webbrowser.open(out.resolve().as_uri())
 
 
+def _draw_attention(flags: argparse.Namespace, reader: Reader, out: Path, name: str) -> str:
+    """Draws what heads attend to in one window of the text, and returns what is to be printed."""
+    _check_layer(flags, attention_modules(reader.model))
+    task = task_of(flags, reader)
+    heads = attended(reader, task.inputs)
+    where = "".join(f", {of} {getattr(flags, of)}" for of in ("layer", "head") if getattr(flags, of) is not None)
+    said = f"{name}: attention over {_amount([task.inputs])}{where}"
+    notes: list[str] = []
+    _check_known(reader, text_of(flags, reader), notes)
+    draw_attention(heads, flags.layer, flags.head, out, title=said if flags.title is None else flags.title)
+    return f"{out}: {said}{_said(notes)}"
+
+
 def _draw_graph(flags: argparse.Namespace, reader: Reader, out: Path, name: str, notes: list[str]) -> str:
     """Draws the model's own graph and returns what is to be printed."""
-    _check_layer(flags, reader)
+    _check_layer(flags, (block_of(name) for name in recordable(reader.model)[0]))
     if flags.view == "film":
         training_steps(flags.model)
     length, shows_tokens = length_of(flags, reader), flags.view == "tokens" or flags.suffix == ".html"
@@ -74,8 +104,8 @@ def _draw_graph(flags: argparse.Namespace, reader: Reader, out: Path, name: str,
     batches = batches_of(text)
     _check_token(flags, reader, batches)
     _check_known(reader, text, notes)
-    said = f"{name}: mean edge weights over {_amount(batches)}"
-    heads = recorded(reader, reader.model, batches, every_token=shows_tokens)
+    said = f"{name}: mean edge weights over {_amount([inputs for inputs, _ in batches])}"
+    heads = recorded(reader, reader.model, batches, every_token=shows_tokens, attention=flags.attention)
     importance = head_importance(reader.model, reader.loss, batches)
     edge_importance = edge_attribution(reader.model, reader.loss, batches)
     title = said if flags.title is None else flags.title
@@ -87,15 +117,14 @@ def _draw_graph(flags: argparse.Namespace, reader: Reader, out: Path, name: str,
     return "\n".join([*lines, _table(seen.network.strongest(TABLE, by="edge_importance"))])
 
 
-def _amount(batches: list[Batch]) -> str:
-    parts = [inputs["pixel_values"].shape[:1] if "pixel_values" in inputs else inputs["input_ids"].shape
-             for inputs, _ in batches]  # fmt: skip
-    what = "images" if "pixel_values" in batches[0][0] else "tokens"
-    return f"{sum(shape.numel() for shape in parts):,} {what}"
+def _amount(given: list[Inputs]) -> str:
+    is_images = "pixel_values" in given[0]
+    shapes = (inputs["pixel_values"].shape[:1] if is_images else inputs["input_ids"].shape for inputs in given)
+    return f"{sum(shape.numel() for shape in shapes):,} {'images' if is_images else 'tokens'}"
 
 
-def _check_layer(flags: argparse.Namespace, reader: Reader) -> None:
-    known = (layer_of(block_of(name)) for name in recordable(reader.model)[0])
+def _check_layer(flags: argparse.Namespace, blocks: Iterable[str]) -> None:
+    known = (layer_of(block) for block in blocks)
     layers = sorted({layer for layer in known if layer is not None})
     if flags.layer is not None and flags.layer not in layers:
         raise ValueError(f"Expected a layer of {layers} (got {flags.layer}). Do choose one of them.")

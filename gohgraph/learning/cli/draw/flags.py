@@ -22,6 +22,7 @@ ABOUT = """Show the head graph of a model: pictures, an interactive page, files 
     gohgraph draw converted-llama --text "heads talk to heads" --out llama.html
     gohgraph draw HuggingFaceTB/SmolLM2-135M --text "heads talk to heads" --against "birds sing to birds"
     gohgraph draw SmolLM2-135M --from weights --view network --out composition.png
+    gohgraph draw SmolLM2-135M --attention --layer 5 --head 3 --text "heads talk to heads" --out pattern.png
     gohgraph draw google-bert/bert-base-uncased --text "heads talk to [MASK]" --target heads
     gohgraph draw --demo --out heads.html
 
@@ -32,8 +33,8 @@ by attribution on a text, or by weights alone.
 The suffix of --out chooses what is written: .png, .svg or .pdf a picture of --view, .html the interactive page, .gif or
 .mp4 the film, .graphml, .gexf, .json or .csv the network of all heads."""
 SOURCES = ("graph", "weights", "attribution")
-VIEWS = ("circle", "matrix", "network", "tokens", "difference", "pruning", "film")
-OF_A_LAYER = ("circle", "matrix", "tokens", "difference")
+VIEWS = ("circle", "matrix", "network", "tokens", "attention", "difference", "pruning", "film")
+OF_A_LAYER = ("circle", "matrix", "tokens", "attention", "difference")
 THRESHOLD, LENGTH = 0.05, 128
 
 
@@ -49,10 +50,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--out", help="the file to write (default: heads.html, without bokeh heads.png)")
     add("--view", choices=VIEWS, help="what a picture shows (default: circle)")
     add("--layer", type=int, help=f"this layer alone ({', '.join(OF_A_LAYER)})")
+    add("--attention", action="store_true", help="what heads attend to: a picture of that, or a page that has it too")
+    add("--head", type=int, help="this head alone, of --layer (attention)")
+    add("--no-learned", action="store_true", help="weights, attribution: edges of head graphs count as parts of heads")
     add("--text", help="the text to run (default: of the run, or the built-in corpus, validation part)")
     add("--text-file", metavar="FILE", help="a file with the text to run")
     add("--token", type=int, help="number of the token to show (tokens; default: 0)")
-    add("--threshold", type=float, help=f"weaker edges than this share of the strongest are hidden ({THRESHOLD})")
+    add("--threshold", type=float, help=f"edges below this share of the strongest hide ({THRESHOLD}; pages: 300 edges)")
     add("--limit", type=float, help="end of the colour scale, to compare pictures (default: above the strongest edge)")
     add("--compare", metavar="OTHER", help="difference from this one: a model, or a file with another text")
     add("--title", help="a line above the picture; '' for none (default: model and tokens)")
@@ -72,12 +76,14 @@ def checked(flags: argparse.Namespace) -> Path:
     if flags.view is not None and flags.suffix not in kinds:
         raise ValueError(f"Expected --out of {', '.join(kinds)} for --view {flags.view} (got {out}). Do change it.")
     flags.view_given = flags.view
-    if flags.view is None:
-        flags.view = "film" if flags.suffix in FILM_SUFFIXES else "circle" if flags.suffix in PICTURES else None
+    _choose_view(flags, out)
     _check_numbers(flags)
-    for name, views in (("layer", OF_A_LAYER), ("token", ("tokens",)), ("compare", ("difference",))):
+    of_view = {"layer": OF_A_LAYER, "token": ("tokens",), "compare": ("difference",), "head": ("attention",)}
+    for name, views in of_view.items():
         if getattr(flags, name) is not None and flags.view not in views:
             raise ValueError(f"Expected --{name} with --view {' or '.join(views)} (got {flags.view}). Do drop it.")
+    if flags.head is not None and flags.layer is None:
+        raise ValueError(f"Expected --layer with --head {flags.head} (got none). Do name the head's layer.")
     if flags.view == "difference" and flags.compare is None:
         raise ValueError("Expected --compare for --view difference (got none). Do name a model or a text.")
     if (flags.model is None) != flags.demo:
@@ -91,6 +97,19 @@ def checked(flags: argparse.Namespace) -> Path:
     return out
 
 
+def _choose_view(flags: argparse.Namespace, out: Path) -> None:
+    """Fills in the view of a picture, by its suffix and --attention."""
+    if flags.attention and flags.view not in (None, "attention"):
+        raise ValueError(f"Expected no --view {flags.view} with --attention, a view itself (got both). Do drop one.")
+    if flags.attention and flags.suffix not in (*PICTURES, ".html"):
+        raise ValueError(f"Expected a picture or a page for --attention (got {out}). Do change --out.")
+    flags.attention = flags.attention or flags.view == "attention"
+    if flags.view is None and flags.suffix in PICTURES:
+        flags.view = "attention" if flags.attention else "circle"
+    elif flags.view is None and flags.suffix in FILM_SUFFIXES:
+        flags.view = "film"
+
+
 def check_source(flags: argparse.Namespace, source: str) -> None:
     """Raises `ValueError` for flags that do not go with where the network comes from."""
     if flags.demo and source != "graph":
@@ -98,13 +117,21 @@ def check_source(flags: argparse.Namespace, source: str) -> None:
     for name in ("against", "target"):
         if getattr(flags, name) is not None and source != "attribution":
             raise ValueError(f"Expected --{name} with --from attribution (got {source}). Do drop it.")
+    if flags.no_learned and source == "graph":
+        raise ValueError("Expected --no-learned with --from weights or attribution (got graph). Do drop it.")
     if source == "weights":
+        if flags.attention:
+            raise ValueError(
+                "Expected --attention of a model that reads a text (got --from weights, which runs none). Do drop one."
+            )
         for name in ("text", "text_file", "tokenizer"):
             if getattr(flags, name) is not None:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"Expected no {flag} for --from weights (got one). Do drop it, or use attribution.")
-    if source != "graph" and flags.view_given not in (None, "network"):
-        raise ValueError(f"Expected --view network for --from {source} (got {flags.view}). Do change it.")
+    if source != "graph" and flags.view_given not in (None, "network", "attention"):
+        raise ValueError(
+            f"Expected --view network or attention for --from {source} (got {flags.view}). Do change it."
+        )
     if source != "graph" and flags.view == "film":
         raise ValueError(f"Expected a picture, a page or a file for --from {source} (got a film). Do change --out.")
 
@@ -117,10 +144,11 @@ def _check_numbers(flags: argparse.Namespace) -> None:
         check_threshold(flags.threshold)
     if flags.limit is not None:
         check_number("--limit", flags.limit, above=0)
-    shown = flags.suffix not in GRAPH_SUFFIXES and flags.view != "pruning"
-    for name, is_used in (("threshold", shown), ("limit", shown and flags.suffix != ".html")):
-        if getattr(flags, name) is not None and not is_used:
-            what = f"--view {flags.view}" if flags.view == "pruning" else flags.suffix
+    has_no_edges = flags.view in ("pruning", "attention")
+    for name in ("threshold", "limit"):
+        if getattr(flags, name) is not None and (has_no_edges or flags.suffix in GRAPH_SUFFIXES):
+            what = f"--view {flags.view}" if has_no_edges else flags.suffix
             raise ValueError(f"Expected no --{name} for {what}, which it would not change (got one). Do drop it.")
-    if flags.threshold is None:
+    # A page begins with as many edges as can be read.
+    if flags.threshold is None and flags.suffix != ".html":
         flags.threshold = THRESHOLD

@@ -18,7 +18,7 @@ from gohgraph.learning.checkpoints import load_own_model
 from gohgraph.learning.cli.draw.flags import LENGTH, check_source
 from gohgraph.learning.data.corpus import PYTHON_DOCS, load_corpus
 from gohgraph.learning.readers.loading import is_stock, kind_of, load_reader, of_bytes, stock_class
-from gohgraph.learning.readers.reader import Batch, Reader
+from gohgraph.learning.readers.reader import Batch, Inputs, Reader, Task
 from gohgraph.learning.readers.tokens import NoTokenizerError
 from gohgraph.learning.regimes.demo import demo_model
 
@@ -44,6 +44,22 @@ class Chosen(NamedTuple):
     reader: Reader | None
     folder: Path | None
     why: str = ""
+
+
+class Network(NamedTuple):
+    """A network by attribution or by weights.
+
+    Attributes:
+        network: of all heads.
+        said: the line that says what it shows.
+        notes: what else is to be said.
+        inputs: what the model was given, `None` where it was not run.
+    """
+
+    network: HeadNetwork
+    said: str
+    notes: tuple[str, ...] = ()
+    inputs: Inputs | None = None
 
 
 def chosen(flags: argparse.Namespace) -> Chosen:
@@ -85,22 +101,41 @@ def length_of(flags: argparse.Namespace, reader: Reader) -> int:
 
 
 def recorded(
-    reader: Reader, model: torch.nn.Module, batches: list[Batch], every_token: bool = False
+    reader: Reader, model: torch.nn.Module, batches: list[Batch], every_token: bool = False, attention: bool = False
 ) -> Recordings:  # fmt: skip
-    """Returns what every head graph of a model did on batches; `record` refuses a model without one."""
+    """Returns what every head graph of a model did on batches, and what its heads attended to there if asked.
+
+    `record` refuses a model without either. Tokens are named where they are of one text.
+    """
     strings = reader.strings(batches[0]) if every_token else None
-    with record(model, every_token=every_token, token_strings=strings) as heads, torch.inference_mode():
+    recording = record(model, every_token=every_token, token_strings=strings, attention=attention)
+    with recording as heads, torch.inference_mode():
         for batch in batches:
             reader.loss(model, batch)
     return heads
 
 
-def attributed(flags: argparse.Namespace, reader: Reader, name: str) -> tuple[HeadNetwork, str, tuple[str, ...]]:
-    """Returns the network of a model by attribution, the line that says what it shows, and what else is to be said."""
+def attended(reader: Reader, inputs: Inputs) -> Recordings:
+    """Returns what a model's heads attend to on one batch."""
+    tokens = inputs.get("input_ids")
+    is_text = tokens is not None and len(tokens) == 1 and reader.strings_known
+    strings = reader.tokens.strings(tokens[0]) if tokens is not None and is_text else None
+    with record(reader.model, attention=True, token_strings=strings) as heads, torch.inference_mode():
+        reader.model(**inputs)
+    return heads
+
+
+def task_of(flags: argparse.Namespace, reader: Reader) -> Task:
+    """Returns the one text that the model reads, all its tokens, and what is to be attributed to."""
     text, length = text_of(flags, reader), length_of(flags, reader)
     if flags.text is None and text is not None and flags.text_file is None:
         text = text[: BYTES_A_TOKEN * length]
-    task = reader.task(text, length, flags.target)
+    return reader.task(text, length, flags.target)
+
+
+def attributed(flags: argparse.Namespace, reader: Reader, name: str) -> Network:
+    """Returns the network of a model by attribution."""
+    task = task_of(flags, reader)
     against = flags.against or "zero"
     if against in WORDS:
         other = against
@@ -109,20 +144,23 @@ def attributed(flags: argparse.Namespace, reader: Reader, name: str) -> tuple[He
     else:
         file = Path(against)
         other = reader.other(file.read_bytes() if file.is_file() else against.encode(), task)
-    network = attribution_graph(reader.model, task.inputs, against=other, metric=task.metric)
+    learned = not flags.no_learned
+    network = attribution_graph(reader.model, task.inputs, against=other, metric=task.metric, learned=learned)
     tokens = next(iter(task.inputs.values()))
     count = f"{tokens.shape[1]} tokens" if tokens.dim() == 2 and len(tokens) == 1 else f"{len(tokens)} examples"
     named = other if isinstance(other, str) else "another text"
-    return network, f"{name}: attribution to {task.said}, {count} against {named}", task.notes
+    said = f"{name}: attribution to {task.said}, {count} against {named}"
+    return Network(network, said, task.notes, task.inputs)
 
 
-def of_weights(folder: Path, name: str) -> tuple[HeadNetwork, str]:
-    """Returns the network of a model by its weights alone, and the line that says what it shows."""
+def of_weights(folder: Path, name: str, learned: bool = True) -> Network:
+    """Returns the network of a model by its weights alone."""
     if is_stock(folder):
         network = composition_graph(folder)
     else:
-        network = composition_graph(load_converted(folder) if is_converted(folder) else load_own_model(folder))
-    return network, f"{name}: composition of weights, in [0, 1]"
+        model = load_converted(folder) if is_converted(folder) else load_own_model(folder)
+        network = composition_graph(model, learned=learned)
+    return Network(network, f"{name}: composition of weights, in [0, 1]")
 
 
 def _of_stock(flags: argparse.Namespace, folder: Path) -> Chosen:
@@ -130,6 +168,8 @@ def _of_stock(flags: argparse.Namespace, folder: Path) -> Chosen:
         raise ValueError(
             f"Expected --from weights or attribution for {flags.model} (got graph: it has none). Do leave --from out."
         )
+    if flags.no_learned:
+        raise ValueError(f"Expected --no-learned with head graphs (got {flags.model}, which has none). Do drop it.")
     kind, no_graph = stock_class(folder), "it has no head graph"
     if flags.source == "weights" or flags.source is None and kind_of(kind) is None:
         check_source(flags, "weights")
@@ -140,7 +180,7 @@ def _of_stock(flags: argparse.Namespace, folder: Path) -> Chosen:
         reader = load_reader(folder, flags.tokenizer)
     except NoTokenizerError:
         wanted = (flags.source, flags.text, flags.text_file, flags.against, flags.target, flags.tokenizer)
-        if any(flag is not None for flag in wanted):
+        if flags.attention or any(flag is not None for flag in wanted):
             raise
         return Chosen("weights", None, folder, f"{no_graph}, and no tokenizer to read a text with")
     return Chosen("attribution", reader, folder, "" if flags.source else no_graph)

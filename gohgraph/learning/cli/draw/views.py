@@ -63,6 +63,7 @@ def write_graph(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
             out,
             title=seen.title,
             threshold=flags.threshold,
+            limit=flags.limit,
             importance=seen.importance,
             edge_importance=seen.edge_importance,
         )
@@ -70,12 +71,14 @@ def write_graph(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
         DRAWERS[flags.view](seen, flags, out)
 
 
-def write_network(network: HeadNetwork, flags: argparse.Namespace, out: Path, title: str) -> None:
-    """Writes a network by attribution or by weights."""
+def write_network(
+    network: HeadNetwork, flags: argparse.Namespace, out: Path, title: str, patterns: Recordings | None = None
+) -> None:  # fmt: skip
+    """Writes a network by attribution or by weights; a page with what its heads attend to, where that was recorded."""
     if flags.suffix in GRAPH_SUFFIXES:
         save_head_graph(network, out)
     elif flags.suffix == ".html":
-        save_page(network, out, title=title, threshold=flags.threshold)
+        save_page(network, out, title=title, patterns=patterns, **_scale(flags))
     else:
         draw_network(network, out, title=title, **_scale(flags))
 
