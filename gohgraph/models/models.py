@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -138,11 +137,11 @@ class LanguageModel(PretrainedMixin, nn.Module):
                 f"Expected a keep_mask of shape {list(tokens.shape)} that ends in True (got {list(keep_mask.shape)}). "
                 "Do pad prompts on the left."
             )
-        kind = partial(CompiledSteps, backend="inductor" if compile is True else compile) if compile else Steps
-        step = kind(self, keep_mask, tokens.shape[1] + max_new_tokens)
-        return continued(
-            step, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos=eos
-        )
+        length, backend = tokens.shape[1] + max_new_tokens, compile if isinstance(compile, str) else "inductor"
+        step = Steps(self, keep_mask, length)
+        if compile:
+            step = CompiledSteps(self, keep_mask, length, backend=backend)
+        return continued(step, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos=eos)
 
 
 class Transformer(PretrainedMixin, nn.Module):

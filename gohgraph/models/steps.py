@@ -29,7 +29,7 @@ class Steps:
 
     def __init__(self, model: LanguageModel, keep_mask: Tensor | None, length: int) -> None:
         self.model, self.keep_mask, self.length = model, keep_mask, length
-        self.caches = model.decoder.new_caches()
+        self.caches: list[tuple[KeyValueCache, ...]] = model.decoder.new_caches()
 
     def __call__(self, new: Tensor) -> Tensor:
         """Takes the step."""

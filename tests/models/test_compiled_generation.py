@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import B, T, V, small_config, trained_like, with_graphs
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from gohgraph import HeadGraphConfig, LanguageModel
@@ -52,13 +51,13 @@ def test_compiled_steps_give_the_logits_and_tokens_of_eager_ones(graph, prompts)
 
 def test_every_length_has_one_of_two_programs(prompts, monkeypatch):
     monkeypatch.setattr(steps, "KEYS_AT_ONCE", 5)
-    model, counter = own_model("outputs"), CompileCounterWithBackend("aot_eager")
+    model = own_model("outputs")
     for new in (3, 9, 14, 19):
         for tokens in (prompts, prompts[:, :5]):
             settings = {"temperature": 0, "eos": 3}
             expected = model.generate(tokens, new, **settings)
-            assert torch.equal(model.generate(tokens, new, compile=counter, **settings), expected)
-    assert counter.frame_count <= 2
+            assert torch.equal(model.generate(tokens, new, compile="aot_eager", **settings), expected)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
 
 
 def test_sampling_draws_the_same_tokens(prompts):
