@@ -124,8 +124,8 @@ def test_a_message_that_is_a_little_of_another_moves_the_metric_by_its_attributi
         if network.graph[edge] != last:
             continue
         number = edge - network.graph.index(last)
-        ours = mine.received(conv.edge_index[1], 5, torch.arange(len(mine.index)) == number)
-        theirs = real.received(conv.edge_index[1], 5, torch.arange(len(real.index)) == number)
+        ours = mine.received(conv.edge_index[1], 5, torch.arange(len(mine.senders)) == number)
+        theirs = real.received(conv.edge_index[1], 5, torch.arange(len(real.senders)) == number)
         hook = conv.register_forward_hook(lambda m, a, out, change=ours - theirs: out - step * change)
         with torch.no_grad():
             moved = metric(model(clean))

@@ -238,7 +238,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         numbers = [interval(row[name]) for name in ("cpu_seconds", "peak_bytes")]
         base = [sum(ours[place][name]) / len(ours[place][name]) for name in ("cpu_seconds", "peak_bytes")]
         pairs = zip(numbers, base, strict=True)
-        ratios = [f"{mean / own:.1f}x" if row["who"] != OURS else "" for (mean, _), own in pairs]
+        # A tiny model's peak may be too small to be seen.
+        ratios = [f"{mean / own:.1f}x" if row["who"] != OURS and own else "" for (mean, _), own in pairs]
         (seconds, spread), (peak, more) = numbers
         spreads = [f" ± {spread:.2f}", f" ± {more / 2**20:,.0f}"] if len(row["cpu_seconds"]) > 1 else ["", ""]
         lines.append([
