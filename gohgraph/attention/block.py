@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from gohgraph.attention.cache import KeyValueCache
 from gohgraph.attention.call import Call, Mask, Routed
-from gohgraph.attention.forms import attend, why_all_heads
+from gohgraph.attention.forms import attend
 from gohgraph.attention.history import Earlier, History
+from gohgraph.attention.routed_forms import why_all_heads
 from gohgraph.attention.routing import HeadRouter, Routing
 from gohgraph.attention.skipped import ActiveHeads, project_all
 from gohgraph.common.checks import there
