@@ -92,6 +92,10 @@ class MultiHeadAttention(nn.Module):
     Shape:
         x `[B, T, M]` -> (y `[B, T, M]`, `Heads` with outputs `[B, T, H, D]`).
 
+    Raises:
+        ValueError: numbers of heads that do not divide, or a graph or router that does not fit its site; in forward,
+            a mask of another shape, or a `form` that does not take the call.
+
     Example:
         >>> import gohgraph as goh
         >>> graph = goh.HeadGraphConv(goh.head_graph(4), head_dim=8, context_dim=32)

@@ -65,6 +65,10 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         z `[*, H, D]`, context `[*, M]`, earlier: one tensor `[*, H, D]` of each layer that sends (nearest first),
         active: bool `[*, H]`, or `None` for all -> `[*, H, D]`.
 
+    Raises:
+        ValueError: an option out of its range; in forward, nodes of another number of heads, a context of another
+            size, or fewer earlier layers than send.
+
     Example:
         >>> conv = HeadGraphConv(head_graph(8), head_dim=4, context_dim=32)
         >>> z, x = torch.randn(2, 5, 8, 4), torch.randn(2, 5, 32)
