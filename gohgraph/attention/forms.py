@@ -19,7 +19,7 @@ from gohgraph.attention.maps import Mix, mixed_attention, plain_attention
 from gohgraph.attention.routed_forms import grouped, pays_grouped, refuses_grouped, refuses_skipped, skipped
 from gohgraph.attention.runs import parted
 from gohgraph.attention.tiled import FEWEST_ROWS, tiled_attention
-from gohgraph.attention.tiled_operator import tiles
+from gohgraph.attention.tiled_operator import blocks, tiles
 from gohgraph.attention.watching import show
 from gohgraph.common.checks import there
 from gohgraph.graphs.protocol import Messages
@@ -245,8 +245,8 @@ def _tiled(call: Call) -> Result:
     if edges is not None:
         return tiled_attention(*heads, EdgeMatrices(edges, len(call.q)), None, keep, is_causal, edge_tiles), None
     scores, weights = (None if messages is None else messages.matrix() for messages in (call.scores, call.weights))
-    operator = tiles if call.is_compiling else None
-    return tiled_attention(*heads, scores, weights, keep, is_causal, operator), None
+    operators = (tiles, blocks) if call.is_compiling else ()
+    return tiled_attention(*heads, scores, weights, keep, is_causal, *operators), None
 
 
 def _many_edges(call: Call) -> TokenEdges | None:

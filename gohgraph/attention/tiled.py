@@ -55,6 +55,7 @@ def tiled_attention(
     keep_mask: Tensor | None = None,
     is_causal: bool = False,
     tiles: Callable[..., Tensor] | None = None,
+    blocks: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     r"""Attention with linear messages between scores, between the weights they become, or both, in tiles of queries.
 
@@ -79,6 +80,7 @@ def tiled_attention(
         is_causal: query t sees keys up to t; T = S. Not beside a mask.
         tiles: what computes them, `tiled_operator.tiles` where torch compiles, `edge_tiles` where edges are too many;
             `None` for a function of autograd.
+        blocks: the same for messages between scores alone over many keys.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 7, 5, 4)
@@ -104,10 +106,12 @@ def tiled_attention(
         is_precise = q.dtype in (torch.float32, torch.float64)
         scores, weights = mixes
         is_long = weights is None and k.shape[1] >= BLOCKS_FROM_KEYS and is_precise
-        if tiles is None and isinstance(scores, Tensor) and is_long:
-            return blocked_attention(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), scores, keep_mask, is_causal)
+        inputs = q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype)
+        if isinstance(scores, Tensor) and is_long:
+            blocks = blocked_attention if blocks is None else blocks
+            return blocks(*inputs, scores, keep_mask, is_causal)
         tiles = _TiledAttention.apply if tiles is None else tiles
-        return tiles(q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype), *mixes, keep_mask, is_causal)
+        return tiles(*inputs, *mixes, keep_mask, is_causal)
 
 
 def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) -> Iterator[Tile]:
