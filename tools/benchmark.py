@@ -7,6 +7,7 @@
     python tools/benchmark.py generate --threads 1
     python tools/benchmark.py limits --threads 1 2
     python tools/benchmark.py attribution --sizes 12/12/768 --opponent --threads 1
+    python tools/benchmark.py page
     python tools/benchmark.py quality --tasks text two-cues --variants plain element-gate outputs
 
 The first argument names what is measured, `speed` without one; each is a module of `benchmarks`, which says
@@ -34,6 +35,7 @@ from benchmarks import (
     laws,
     limits,
     memory,
+    page,
     quality,
     recipe,
     routing,
@@ -61,6 +63,7 @@ COMMANDS = {
     "limits": limits,
     "counts": counts,
     "attribution": attribution,
+    "page": page,
     "kernels": kernels,
 }
 DEFAULT = "speed"

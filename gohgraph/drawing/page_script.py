@@ -12,6 +12,16 @@ NAME_COLUMNS = NAME_ROWS.replace("{y,", "{x,").replace("y[", "x[")
 # What a slider says: its end is a root, so that weak weights, which are most, have as much room as strong ones.
 SQUARED = "return (tick * tick).toPrecision(2)"
 
+# Where edges run is one row of numbers, which is cut into as many as there are edges.
+PATHS = """
+const count = edges.data.mean.length
+const cut = (row) => {
+  const points = new Float32Array(row), length = points.length / count
+  return Array.from({length: count}, (_, e) => points.subarray(e * length, (e + 1) * length))
+}
+edges.setv({data: {...edges.data, xs: cut(paths.data.x), ys: cut(paths.data.y)}}, {silent: true})
+"""
+
 # One function for all controls: weights of the chosen token or the means, above the threshold, of the chosen layers and
 # sites; what a chosen head or edge has nothing to do with is faint. It does anew only what a change touches.
 UPDATE = """
@@ -63,7 +73,7 @@ if (state.layers !== layers.value.join()) {
     return y >= from[count_rows - 1] ? to[count_rows - 1] + y - from[count_rows - 1]
       : to[r] + (y - from[r]) / gap * (to[r + 1] - to[r])
   }
-  moved.ys = base.ys.map((line) => Array.from(line, move))
+  moved.ys = base.ys.map((line) => line.map(move))
   moved.tip_y = Array.from(base.tip_y, move)
   placed.y = Array.from(base.y, move)
   for (const name of base.names) {
@@ -181,10 +191,11 @@ const {x} = columns.data
 const between = x.length > 1 ? Math.abs(x[1] - x[0]) * scale : 100
 const step = [1, 2, 4, 8, 16, 32].find((step) => step * between >= 16) || 64
 column_ticks.ticks = Array.from(x).filter((_, n) => n % step == 0)
-if (strip != null && strip.inner_width > 0) {
-  const room = strip.inner_width / (strip.x_range.end - strip.x_range.start)
-  texts.text_font_size = `${Math.max(5, Math.min(12, Math.floor(1.66 * room)))}px`
-}
+"""
+
+STRIP_VIEW = """
+const room = strip.inner_width / (strip.x_range.end - strip.x_range.start)
+texts.text_font_size = `${Math.max(5, Math.min(12, Math.floor(1.66 * room)))}px`
 """
 
 KEYS = """
@@ -234,6 +245,16 @@ STYLE = """
   :root { --ink: #333333; --paper: #ffffff; }
   :root[data-theme="dark"] { --ink: #dddddd; --paper: #1b1d21; }
   html, body { background: var(--paper); color: var(--ink); font-family: sans-serif; margin: 0.5rem; overflow-x: clip; }
+  #below { display: flex; flex-wrap: wrap; }
+  #plot { flex: 1 1 300px; min-width: 300px; max-width: 1400px; }
+  #beside { width: 300px; position: sticky; top: 8px; align-self: flex-start; }
 </style>
+{% endblock %}
+{% block contents %}
+{% for root in roots if root.name != "network" and "beside" not in root.tags %}{{ embed(root) }}{% endfor %}
+<div id="below">
+  <div id="plot">{{ embed(roots.network) }}</div>
+  <div id="beside">{% for root in roots if "beside" in root.tags %}{{ embed(root) }}{% endfor %}</div>
+</div>
 {% endblock %}
 """

@@ -335,6 +335,7 @@ COUNTING = """() => {
   const view = Bokeh.index.find_one(Bokeh.documents[0].get_model_by_name("curves"))
   counted(view, "set_data")
   counted(view, "paint")
+  counted(Bokeh.index.find_one(Bokeh.documents[0].get_model_by_name("network")), "after_layout")
   counted(Bokeh.documents[0].get_model_by_name("heads"), "setv")
 }"""
 
@@ -357,6 +358,8 @@ def test_what_is_changed_within_a_frame_is_drawn_once_and_nothing_else_with_it(p
     # A chosen head takes no edge away, and yet the others are painted faint.
     chosen = painted(f"{model_of('heads')}.selected.indices = [7]")
     assert 1 <= chosen["set_data"] <= 2 and chosen["paint"] <= 3 and "setv" not in chosen
+    # Its pattern and what is told of it are laid out by themselves.
+    assert page.evaluate(f"{model_of('sender pattern')}.visible") and "after_layout" not in chosen
     assert painted(f"{model_of('tokens')}.selected.indices = [2]")["setv"] == 1
 
 
