@@ -46,17 +46,21 @@ def study(flags: argparse.Namespace) -> None:
     vocabulary = model.config.vocab_size
     shape = {"length": flags.length, "examples": flags.examples, "first": min(1000, vocabulary // 2)}
     found, held_out = (repeated_tokens(vocabulary, **shape, seed=seed) for seed in (0, 1))
+    flags.out.mkdir(parents=True, exist_ok=True)
     start, cpu = time.perf_counter(), time.process_time()
     network = goh.attribution_graph(model, **found._asdict(), steps=flags.steps)
     took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    network = goh.label_heads(model, network)
-    print(f"{network.num_edges:,} edges in {took['seconds']:.1f} s ({took['cpu_seconds']:.1f} s of CPU)\n")
-    print(_strongest(network))
-    flags.out.mkdir(parents=True, exist_ok=True)
-    goh.save_head_graph(network, flags.out / "circuit.json")
     title = f"{Path(flags.model).resolve().name}: attribution of edges, random tokens that come twice"
     drawn = network if flags.layers is None else _of_layers(network, *flags.layers)
     goh.draw_network(drawn, flags.out / "circuit.png", title=title, threshold=0.03, limit=flags.limit)
+    took |= {"drawn_seconds": time.perf_counter() - start, "drawn_cpu_seconds": time.process_time() - cpu}
+    print(
+        f"{network.num_edges:,} edges in {took['seconds']:.1f} s ({took['cpu_seconds']:.1f} s of CPU), drawn after "
+        f"{took['drawn_seconds']:.1f} s ({took['drawn_cpu_seconds']:.1f} s of CPU)\n"
+    )
+    network = goh.label_heads(model, network)
+    print(_strongest(network))
+    goh.save_head_graph(network, flags.out / "circuit.json")
     beside = {"composition": goh.composition_graph(model)}
     measured = goh.faithfulness(model, network, **held_out._asdict(), beside=beside, random=flags.random)
     print(f"\n{measured.table()}")

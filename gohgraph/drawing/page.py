@@ -22,7 +22,7 @@ from gohgraph.drawing.page_controls import MANY, WIDGETS, controls_of, first_lea
 from gohgraph.drawing.page_data import as_bytes, edge_columns, head_columns, strongest_edges, token_weights
 from gohgraph.drawing.page_figures import Drawn, Themed, network_figure, strip_figure
 from gohgraph.drawing.page_patterns import NAMES, SIDE, pattern_columns, pattern_figures
-from gohgraph.drawing.page_script import KEYS, PATHS, PREFERENCE, STRIP_VIEW, STYLE, THEME, UPDATE, VIEW
+from gohgraph.drawing.page_script import KEYS, PREFERENCE, STRIP_VIEW, STYLE, THEME, UPDATE, VIEW
 from gohgraph.drawing.tokens import check_tokens_recorded, shades_of, token_changes
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def page_document(
         "status": status, "toggle": toggle, "tokens": tokens, "values": values["edges"], "loops": values["loops"],
         "scale": values["scale"], "limit": limit, "rings": len(self_loops(network)), "total": between,
         "rows": drawn.rows, "plot": drawn.plot, "row_ticks": drawn.plot.yaxis[0].ticker, "about": about,
+        "letters": drawn.letters, "paths": ColumnDataSource(points),
         "mean_of": ", mean over tokens" if heads else "",
         "hint": hint_of(tokens is not None, patterns["patterns"] is not None),
     }  # fmt: skip
@@ -145,6 +146,7 @@ def page_document(
         for change in changes:
             model.js_on_change(change, update)
     toggle.js_on_change("active", theme, update)
+    drawn.letters.js_on_change("visible", update)
     for source in (*sources.values(), *([tokens] if tokens else [])):
         source.selected.js_on_change("indices", update)
     heading = Div(text=f"<b>{html.escape(title)}</b>", stylesheets=[WIDGETS])
@@ -156,8 +158,7 @@ def page_document(
         part.tags = ["beside"]
         document.add_root(part)
     # The first drawing is that of the controls as they stand.
-    paths = CustomJS(args={"edges": sources["edges"], "paths": ColumnDataSource(points)}, code=PATHS)
-    ready = [paths, update, *views, CustomJS(args={"toggle": toggle}, code=PREFERENCE)]
+    ready = [update, *views, CustomJS(args={"toggle": toggle}, code=PREFERENCE)]
     document.js_on_event(DocumentReady, *ready, *([CustomJS(args={"tokens": tokens}, code=KEYS)] if tokens else []))
     return document
 

@@ -9,7 +9,6 @@ import torch
 
 from gohgraph.analysis.record import Recording, Recordings
 from gohgraph.common.checks import there
-from gohgraph.drawing.figures import INK
 from gohgraph.drawing.layered import Layout, arcs, head_names, ring_radii, self_loops
 
 if TYPE_CHECKING:
@@ -88,7 +87,6 @@ def head_columns(network: HeadNetwork, layout: Layout) -> dict[str, Any]:
         "x": layout.places[:, 0],
         "y": layout.places[:, 1],
         "row": layout.rows.astype(np.int32),
-        "ink": [INK] * network.num_nodes,
         "number": head_names(network),
         "load": network.load.numpy(),
         **{name: list(network[name]) for name in ("label", "block", "kind")},

@@ -12,20 +12,19 @@ NAME_COLUMNS = NAME_ROWS.replace("{y,", "{x,").replace("y[", "x[")
 # What a slider says: its end is a root, so that weak weights, which are most, have as much room as strong ones.
 SQUARED = "return (tick * tick).toPrecision(2)"
 
-# Where edges run is one row of numbers, which is cut into as many as there are edges.
-PATHS = """
-const count = edges.data.mean.length
-const cut = (row) => {
-  const points = new Float32Array(row), length = points.length / count
-  return Array.from({length: count}, (_, e) => points.subarray(e * length, (e + 1) * length))
-}
-edges.setv({data: {...edges.data, xs: cut(paths.data.x), ys: cut(paths.data.y)}}, {silent: true})
-"""
-
 # One function for all controls: weights of the chosen token or the means, above the threshold, of the chosen layers and
 # sites; what a chosen head or edge has nothing to do with is faint. It does anew only what a change touches.
 UPDATE = """
-const state = edges._page ??= {}
+// Where edges run is one row of numbers, which is cut into as many as there are edges.
+const opened = () => {
+  const cut = (row) => {
+    const points = new Float32Array(row), length = points.length / edges.data.mean.length
+    return Array.from(edges.data.mean, (_, e) => points.subarray(e * length, (e + 1) * length))
+  }
+  edges.setv({data: {...edges.data, xs: cut(paths.data.x), ys: cut(paths.data.y)}}, {silent: true})
+  return {}
+}
+const state = edges._page ??= opened()
 const redraw = () => {
 const data = edges.data, count = data.mean.length, size = heads.data.x.length
 const token = tokens == null || tokens.selected.indices.length == 0 ? -1 : tokens.selected.indices[0]
@@ -94,21 +93,27 @@ edges.setv({data: {...data, ...moved, weight, width, tip, alpha}}, {silent: true
 filter.booleans = shown
 tips.booleans = tipped
 if (!is_read) edges.change.emit()
-const seen = [token, toggle.active, state.layers].join()
+const seen = [token, state.layers].join()
 if (state.seen !== seen) {
   state.seen = seen
-  const ink = new Array(size)
   for (let ring = 0; ring < rings; ring++) {
     const loop = new Float64Array(size)
     for (let h = 0; h < size; h++) {
       const at = (token * rings + ring) * size + h
       loop[h] = token < 0 ? heads.data[`mean_${ring}`][h] : loops.data.weight[at] * scale
-      const strong = Math.abs(loop[h]) > 0.5 * limit
-      if (ring == 0) ink[h] = toggle.active ? (strong ? "#1b1d21" : "#dddddd") : (strong ? "#ffffff" : "#333333")
     }
     placed[`loop_${ring}`] = loop
   }
-  heads.data = {...heads.data, ...placed, ink}
+  heads.data = {...heads.data, ...placed}
+}
+// Letters that change are measured anew: those that are too small to be seen do not.
+const spelt = [seen, toggle.active].join()
+if (letters.visible && state.spelt !== spelt) {
+  state.spelt = spelt
+  const [faint, strong] = toggle.active ? ["#dddddd", "#1b1d21"] : ["#333333", "#ffffff"]
+  const {x, y, number, loop_0} = heads.data
+  const ink = Array.from(loop_0, (loop) => Math.abs(loop) > 0.5 * limit ? strong : faint)
+  letters.data_source.data = {x, y, number, ink}
 }
 const where = token < 0 ? mean_of : `, at token ${token}, \\u201c${tokens.data.text[token]}\\u201d`
 const whole = total.toLocaleString("en")
@@ -185,8 +190,8 @@ if (state.waits) {
 VIEW = """
 const scale = plot.inner_width / Math.abs(plot.x_range.end - plot.x_range.start)
 const pixels = Math.min(14, Math.floor(1.1 * radius * scale))
-letters.visible = pixels >= 6
-letters.glyph.text_font_size = `${Math.max(pixels, 6)}px`
+letters.glyph.text_font_size = `${Math.max(pixels, 7)}px`
+letters.visible = pixels >= 7
 const {x} = columns.data
 const between = x.length > 1 ? Math.abs(x[1] - x[0]) * scale : 100
 const step = [1, 2, 4, 8, 16, 32].find((step) => step * between >= 16) || 64

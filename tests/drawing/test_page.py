@@ -469,7 +469,7 @@ def test_a_narrow_window_fits_and_names_stay_on_zoom(page):
     boxes = [one.bounding_box() for one in page.locator(".bk-input-group, .bk-btn, canvas").all()]
     assert all(box["x"] + box["width"] <= 421 for box in boxes if box is not None)
     page.evaluate(f"{{const range = {model_of('network')}.x_range; range.start = 1; range.end = 3}}")
-    page.wait_for_function(f"{model_of('numbers')}.visible && {model_of('numbers')}.glyph.text_font_size != '6px'")
+    page.wait_for_function(f"{model_of('numbers')}.visible && {model_of('numbers')}.glyph.text_font_size != '7px'")
 
 
 @pytest.mark.slow
