@@ -65,6 +65,10 @@ def study(flags: argparse.Namespace) -> None:
     measured = goh.faithfulness(model, network, **held_out._asdict(), beside=beside, random=flags.random)
     print(f"\n{measured.table()}")
     goh.draw_faithfulness(measured, flags.out / "faithfulness.png")
+    if flags.page:
+        with torch.no_grad(), goh.record(model, attention=True) as heads:
+            model(found.inputs)
+        goh.save_page(network, flags.out / "circuit.html", title=title, patterns=heads, faithfulness=measured)
     lost = _without(model, network, held_out)
     print(
         f"\nfall of the log probability ({lost['metric']:.3f} nats, {lost['all']:.3f} without any edge): without the "
@@ -132,6 +136,7 @@ def _parser() -> ArgumentParser:
     add("--random", type=int, default=1, help="random orders of edges beside (%(default)s)")
     add("--layers", type=int, nargs=2, metavar=("FIRST", "LAST"), help="draw these layers alone")
     add("--limit", type=float, help="end of the picture's colour range")
+    add("--page", action="store_true", help="also an interactive page, the curve under it (extra interactive)")
     add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     return parser
 

@@ -19,6 +19,7 @@ from gohgraph.drawing.circles import check_threshold
 from gohgraph.drawing.colours import DIVERGING, round_limit
 from gohgraph.drawing.layered import Layout, layout_of, self_loops
 from gohgraph.drawing.page_controls import MANY, WIDGETS, controls_of, first_least, hint_of
+from gohgraph.drawing.page_curve import curve_figure
 from gohgraph.drawing.page_data import as_bytes, edge_columns, head_columns, strongest_edges, token_weights
 from gohgraph.drawing.page_figures import Drawn, Themed, network_figure, strip_figure
 from gohgraph.drawing.page_patterns import NAMES, SIDE, pattern_columns, pattern_figures
@@ -26,6 +27,7 @@ from gohgraph.drawing.page_script import KEYS, PREFERENCE, STRIP_VIEW, STYLE, TH
 from gohgraph.drawing.tokens import check_tokens_recorded, shades_of, token_changes
 
 if TYPE_CHECKING:
+    from gohgraph.analysis.faithfulness import Faithfulness
     from gohgraph.analysis.network import HeadNetwork
 
 MOST_EDGES, MOST_TOKENS = 4000, 400
@@ -47,6 +49,7 @@ def save_page(
     limit: float | None = None,
     most_edges: int = MOST_EDGES,
     patterns: Recordings | None = None,
+    faithfulness: Faithfulness | None = None,
 ) -> None:
     """Save the head network of a recording as one HTML file that opens from disk, without any request to a network.
 
@@ -62,6 +65,7 @@ def save_page(
     Args:
         heads: a recording; or a network, by `attribution_graph` or another, which has no tokens to click.
         patterns: of a network, a recording with attention and token strings, whose patterns are shown with it.
+        faithfulness: of a network, how much of the behaviour it carries, whose curve stands under it.
         path: a file that ends in .html.
         title: of the page.
         importance, edge_importance: as in `head_graph_of`.
@@ -86,7 +90,7 @@ def save_page(
     else:
         recordings = heads
         network = head_graph_of(heads, importance=importance, edge_importance=edge_importance)
-    document = page_document(recordings, network, title, threshold, most_edges, limit)
+    document = page_document(recordings, network, title, threshold, most_edges, limit, faithfulness)
     from bokeh.embed import file_html
     from bokeh.resources import INLINE
 
@@ -96,7 +100,7 @@ def save_page(
 
 def page_document(
     heads: Recordings, network: HeadNetwork, title: str = "head graphs", threshold: float | None = None,
-    most_edges: int = MOST_EDGES, limit: float | None = None,
+    most_edges: int = MOST_EDGES, limit: float | None = None, measured: Faithfulness | None = None,
 ) -> Any:  # fmt: skip
     """Returns the page of `save_page` as a `bokeh.document.Document`.
 
@@ -128,6 +132,7 @@ def page_document(
     slider, sites, layers, toggle, status = controls_of(network, end, first_least(network, chosen, threshold))
     strip, tokens, letters, greys = _strip(heads, themed)
     patterns, shades = _patterns(heads, network, themed)
+    curve = None if measured is None else curve_figure(measured, themed)
     about = Div(text="", name="about", stylesheets=[WIDGETS], width=SIDE - 16)
     between = int((network.edge_index[0] != network.edge_index[1]).sum())
     shared = {
@@ -157,6 +162,8 @@ def page_document(
     for part in (about, *(patterns["figures"] or ())):
         part.tags = ["beside"]
         document.add_root(part)
+    if curve is not None:
+        document.add_root(curve)
     # The first drawing is that of the controls as they stand.
     ready = [update, *views, CustomJS(args={"toggle": toggle}, code=PREFERENCE)]
     document.js_on_event(DocumentReady, *ready, *([CustomJS(args={"tokens": tokens}, code=KEYS)] if tokens else []))

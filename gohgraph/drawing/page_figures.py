@@ -21,7 +21,7 @@ LINE = "#e6e6e6"
 
 @dataclass
 class Themed:
-    """The parts of a page whose colours change with its theme: papers, letters, axes, titles, lines and outlines."""
+    """The parts of a page whose colours change with its theme."""
 
     figures: list[Any] = field(default_factory=list)
     inks: list[Any] = field(default_factory=list)
@@ -29,6 +29,7 @@ class Themed:
     titles: list[Any] = field(default_factory=list)
     rows: list[Any] = field(default_factory=list)
     outlines: list[Any] = field(default_factory=list)
+    legends: list[Any] = field(default_factory=list)
 
 
 @dataclass

@@ -226,6 +226,7 @@ for (const figure of figures) {
 }
 for (const letters of inks) letters.text_color = ink
 for (const title of titles) title.text_color = ink
+for (const legend of legends) legend.label_text_color = ink
 for (const axis of axes) {
   axis.major_label_text_color = ink
   axis.axis_label_text_color = ink
@@ -256,10 +257,11 @@ STYLE = """
 </style>
 {% endblock %}
 {% block contents %}
-{% for root in roots if root.name != "network" and "beside" not in root.tags %}{{ embed(root) }}{% endfor %}
+{% for root in roots if root.name != "network" and not root.tags %}{{ embed(root) }}{% endfor %}
 <div id="below">
   <div id="plot">{{ embed(roots.network) }}</div>
   <div id="beside">{% for root in roots if "beside" in root.tags %}{{ embed(root) }}{% endfor %}</div>
 </div>
+{% for root in roots if "under" in root.tags %}{{ embed(root) }}{% endfor %}
 {% endblock %}
 """

@@ -24,6 +24,7 @@ from helpers import small_config, trained_like
 from stock_models import stock
 
 import gohgraph as goh
+from gohgraph.analysis.faithfulness import Faithfulness
 from gohgraph.analysis.record import Recording, Recordings
 from gohgraph.drawing import page_controls, page_patterns
 from gohgraph.drawing.layered import self_loops
@@ -186,6 +187,20 @@ def test_patterns_of_a_stock_model_stand_beside_its_network():
     is_head = np.array([kind == "head" for kind in network.kind])
     assert (columns["pattern"][is_head] >= 0).all() and (columns["pattern"][~is_head] < 0).all()
     page_document(heads, network).validate()
+
+
+def test_the_curve_of_a_circuit_stands_under_its_network():
+    network = goh.composition_graph(stock("llama"))
+    values = {"network": torch.tensor([[0.5, 0.6], [1.0, 1.0]]), "random": torch.tensor([[0.1, 0.0], [1.0, 1.0]])}
+    whole, none = torch.ones(2).double(), torch.zeros(2).double()
+    measured = Faithfulness((0.1, 1.0), {name: f.double() for name, f in values.items()}, whole, none)
+    document = page_document(Recordings({}), network, measured=measured)
+    document.validate()
+    (curve,) = [root for root in document.roots if root.tags == ["under"]]
+    assert [item.label.value for item in curve.legend[0].items] == ["this network", "random edges"]
+    shown = [glyph.data_source.data["f"].tolist() for glyph in curve.renderers if "Line" in repr(glyph.glyph)]
+    assert shown == [pytest.approx([0.55, 1.0]), pytest.approx([0.05, 1.0])]
+    assert not [root for root in page_document(Recordings({}), network).roots if root.tags == ["under"]]
 
 
 def test_long_patterns_are_cut_to_a_bounded_size(monkeypatch):

@@ -36,20 +36,24 @@ SIZES, SMOKE_SIZES, REPEATS = ("12/32", "32/64"), ("2/4",), 5
 HEAD_DIM = 2
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 MODEL = "Bokeh.documents[0].get_model_by_name"
-# What is done in the page; n counts the times.
+# What is done in the page before, and what is measured then; n counts the times.
+NO_HEAD, NO_EDGE = (f"{MODEL}('{of}').selected.indices = []" for of in ("heads", "edges"))
+A_HEAD = f"{MODEL}('heads').selected.indices = [(5 * n + 1) % {MODEL}('heads').data.x.length]"
+AN_EDGE = f"{MODEL}('edges').selected.indices = [(11 * n + 1) % {MODEL}('edges').data.mean.length]"
+A_TOKEN = f"{MODEL}('tokens').selected.indices = [(7 * n + 3) % {MODEL}('tokens').data.x.length]"
+LAYERS, LEAST = f"{MODEL}('layers').value", f"{MODEL}('threshold').value"
 CHANGES = {
-    "nothing": "",
-    "slider": f"const s = {MODEL}('threshold'); s.value = s.value * (n % 2 ? 1 / 0.7 : 0.7)",
-    "click on a token": f"{MODEL}('tokens').selected.indices = [(7 * n + 3) % {MODEL}('tokens').data.x.length]",
-    "click on a head": f"{MODEL}('heads').selected.indices = [(5 * n + 1) % {MODEL}('heads').data.x.length]",
-    "click beside it": f"{MODEL}('heads').selected.indices = []",
-    "click on an edge": f"{MODEL}('edges').selected.indices = [(11 * n + 1) % {MODEL}('edges').data.mean.length]",
-    "click beside that": f"{MODEL}('edges').selected.indices = []",
-    "choice of layers": f"{MODEL}('layers').value = n % 2 ? ['layer 0', 'layer 1'] : ['layer 1']",
-    "all layers again": f"{MODEL}('layers').value = []",
-    "slider, to all edges": f"{MODEL}('threshold').value = n % 2 ? 0.3 * {MODEL}('threshold').end : 0",
-    "a token, all edges": f"{MODEL}('threshold').value = 0; {MODEL}('tokens').selected.indices = [7 * n + 3]",
-    "dark": f"{MODEL}('theme').active = !{MODEL}('theme').active",
+    "nothing": ("", ""),
+    "slider": ("", f"{LEAST} *= n % 2 ? 1 / 0.7 : 0.7"),
+    "click on a token": ("", A_TOKEN),
+    "click on a head": (NO_HEAD, A_HEAD),
+    "click beside it": (A_HEAD, NO_HEAD),
+    "click on an edge": (NO_EDGE, AN_EDGE),
+    "choice of layers": (f"{NO_EDGE}; {LAYERS} = []", f"{LAYERS} = ['layer 1']"),
+    "all layers again": (f"{LAYERS} = ['layer 1']", f"{LAYERS} = []"),
+    "slider, to all edges": (f"{LEAST} = 0.3 * {MODEL}('threshold').end", f"{LEAST} = 0"),
+    "a token, all edges": ("", A_TOKEN),
+    "dark": ("", f"{MODEL}('theme').active = !{MODEL}('theme').active"),
 }
 SETTLED = "await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
 TIMED = "async (n) => {{ const from = performance.now(); {change}; {settled}; return performance.now() - from }}"
@@ -142,13 +146,14 @@ def measure(browser: Any, file: Path, repeats: int) -> list[dict[str, Any]]:
         if len(seconds) < repeats:
             context.close()
     rows = [_row("ready", seconds, cpu)]
-    for name, change in CHANGES.items():
+    for name, changes in CHANGES.items():
         seconds, cpu = [], []
+        before, code = (TIMED.format(change=change, settled=SETTLED) for change in changes)
         for number in range(repeats):
-            before = _settled_cpu(page)
-            code = TIMED.format(change=change, settled=SETTLED)
+            page.evaluate(before, number)
+            start = _settled_cpu(page)
             seconds.append(page.evaluate(code, number) / 1000)
-            cpu.append(_settled_cpu(page) - before)
+            cpu.append(_settled_cpu(page) - start)
         rows.append(_row(name, seconds, cpu))
     context.close()
     return rows
