@@ -16,7 +16,7 @@ from gohgraph.drawing.pruning import RANDOM as GREY
 
 def curve_figure(measured: Faithfulness, themed: Themed) -> Any:
     """Returns the curves of `draw_faithfulness` with their 95 % intervals, each point of which tells its numbers."""
-    from bokeh.models import ColumnDataSource, HoverTool
+    from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, NumeralTickFormatter
     from bokeh.plotting import figure
 
     plot = figure(
@@ -35,8 +35,9 @@ def curve_figure(measured: Faithfulness, themed: Themed) -> Any:
         dots.append(plot.scatter("share", "f", size=6, fill_color=colour, line_color=None, source=source))
     about = [("edges kept", "@share{0.0} %"), ("f", "@f{0.00} [@low{0.00}, @high{0.00}]")]
     plot.add_tools(HoverTool(renderers=dots, tooltips=about))
-    plot.outline_line_color, plot.grid.grid_line_alpha = None, 0.3
+    plot.outline_line_color, plot.grid.grid_line_alpha = None, 0.2
     plot.title.text_font_size, plot.title.text_color = "12px", INK
+    plot.xaxis.ticker, plot.xaxis.formatter = FixedTicker(ticks=[0.1, 1, 10, 100]), NumeralTickFormatter(format="0.[0]")
     for axis in plot.axis:
         axis.update(axis_line_color=None, major_tick_line_color=None, minor_tick_line_color=None)
     for legend in plot.legend:

