@@ -16,7 +16,7 @@ INK = "#333333"
 # Inches of a full-width picture: 900 pixels of a page at 100 per inch.
 WIDTH = 9.0
 # How wide a letter of a title is, to its height.
-LETTER = 0.6
+LETTER = 0.55
 
 
 def new_figure(width: float, height: float) -> Figure:
