@@ -5,6 +5,7 @@
     python tools/benchmark.py kernels --sizes 8/64 32/128 --capability 80
     python tools/benchmark.py convert --kinds "forward and backward" decode --threads 1
     python tools/benchmark.py generate --threads 1
+    python tools/benchmark.py rows --threads 1 2
     python tools/benchmark.py limits --threads 1 2
     python tools/benchmark.py attribution --sizes 12/12/768 --opponent --threads 1
     python tools/benchmark.py page
@@ -39,6 +40,7 @@ from benchmarks import (
     quality,
     recipe,
     routing,
+    rows,
     scaling,
     speed,
     thresholds,
@@ -61,6 +63,7 @@ COMMANDS = {
     "convert": convert,
     "generate": generate,
     "limits": limits,
+    "rows": rows,
     "counts": counts,
     "attribution": attribution,
     "page": page,

@@ -36,6 +36,17 @@ def head_importance(
     Returns:
         `[H]` by the name of the attention block: every `MultiHeadAttention`, and every other module with a graph over
         head outputs; in a model without any of these, what `convert` would give graphs to.
+
+    Raises:
+        ValueError: no list of batches, or a model without attention whose output projection is known.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, d_model=8, num_heads=2, num_layers=1, d_ff=8)).eval()
+        >>> tokens = torch.randint(9, (4, 6))
+        >>> importance = head_importance(model, lambda model, batch: model(batch, targets=batch.roll(-1, 1)), [tokens])
+        >>> {name: values.shape for name, values in importance.items()}
+        {'decoder.layers.0.attention.object': torch.Size([2])}
     """
     check_batches(batches)
     masks: dict[str, list[Tensor]] = {}

@@ -46,6 +46,13 @@ class HeadNetwork(Data):
         mean, std: of the edge's weight over tokens, `[E]`.
         share: of tokens that use the edge, `[E]`.
         edge_importance: of edges, `[E]`, if it was given.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, d_model=8, num_heads=2, num_layers=2, d_ff=8))
+        >>> network = goh.composition_graph(model)
+        >>> network.blocks, network.num_nodes, len(network.strongest(3))
+        (['layer 0', 'layer 1'], 4, 3)
     """
 
     def to_networkx(self):
@@ -128,6 +135,9 @@ def head_graph_of(
             (std 0), and the load that balanced routing would give.
         importance: of heads, `[H]` by attention block, as `head_importance` returns it.
         edge_importance: of edges, `[E]` by head graph, as `edge_ablation` and `edge_attribution` return it.
+
+    Raises:
+        ValueError: a model without head graphs, or a recording of no token.
 
     Example:
         >>> import gohgraph as goh

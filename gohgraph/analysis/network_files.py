@@ -58,7 +58,27 @@ def save_head_graph(network: HeadNetwork, path: str | os.PathLike[str]) -> None:
 
 
 def load_head_graph(path: str | os.PathLike[str]) -> HeadNetwork:
-    """Reads a head network that `save_head_graph` wrote."""
+    """Reads a head network that `save_head_graph` wrote.
+
+    Args:
+        path: a file that ends in .graphml, .gexf, .json or .csv.
+
+    Returns:
+        The network with its attributes, nodes and edges in their order.
+
+    Raises:
+        ValueError: another suffix, or a file that is damaged or of another program.
+        OSError: it cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> import gohgraph as goh
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, d_model=8, num_heads=2, num_layers=2, d_ff=8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     goh.save_head_graph(goh.composition_graph(model), f"{folder}/heads.json")
+        ...     load_head_graph(f"{folder}/heads.json").label
+        ['0.0', '0.1', '1.0', '1.1']
+    """
     from gohgraph.analysis.network import HeadNetwork
 
     path = Path(path)

@@ -22,8 +22,7 @@ def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None 
     """Returns a copy of a model whose head graphs have lost their weakest edges, for good.
 
     The edges of all graphs are ordered together, ties by their place in the model; `edge_index` and the weights of the
-    copy have the kept ones alone. It trains on, and `save_pretrained` and `from_pretrained` keep it as it is. Edges
-    whose weights are computed anew before every call, shared, quantised, on meta or offloaded are a `ValueError`.
+    copy have the kept ones alone. It trains on, and `save_pretrained` and `from_pretrained` keep it as it is.
 
     Args:
         model: with head graphs; left as it is.
@@ -31,6 +30,10 @@ def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None 
         scores: of edges, `[E]` by head graph, those of the highest stay: `edge_strength` of a recording,
             `edge_attribution`, `edge_ablation`, ... `None` for `edge_strength(model)`, which needs no data. A strong
             edge need not be an important one: where there is data, attribution prunes much better.
+
+    Raises:
+        ValueError: a model without head graphs, a share out of [0, 1], scores of another model or NaN among them, or
+            edges whose weights are computed anew before every call, shared, quantised, on meta or offloaded.
 
     Example:
         >>> import gohgraph as goh

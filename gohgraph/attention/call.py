@@ -69,6 +69,8 @@ class Mask(NamedTuple):
 
 
 NO_MASK = Mask()
+# Head outputs `[B, T, H, D]`, and the attention weights or `None`.
+Result = tuple[Tensor, Any]
 
 
 class Core(NamedTuple):

@@ -6,24 +6,24 @@ a `Call`: our own block, the drop-in, timm's and transformers' attention, Megatr
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gohgraph.attention.call import Call
-from gohgraph.attention.grouped import FROM_KEYS, LARGEST_SHARE, grouped_attention, may_pay
+from gohgraph.attention.call import Call, Result
+from gohgraph.attention.edge_matrices import EdgeMatrices, edge_tiles
 from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_refuses
 from gohgraph.attention.maps import Mix, mixed_attention, plain_attention
+from gohgraph.attention.routed_forms import grouped, pays_grouped, refuses_grouped, refuses_skipped, skipped
 from gohgraph.attention.runs import parted
-from gohgraph.attention.skipped import ActiveHeads, only_multiplies
 from gohgraph.attention.tiled import FEWEST_ROWS, tiled_attention
-from gohgraph.attention.tiled_operator import tiles
+from gohgraph.attention.tiled_operator import blocks, tiles
 from gohgraph.attention.watching import show
 from gohgraph.common.checks import there
-from gohgraph.common.modules import is_traced
 from gohgraph.graphs.protocol import Messages
+from gohgraph.graphs.token_edges import TokenEdges
 
 # Wide heads cost about in-degree times the plain attention core and hold no map of scores: on a CPU less than mixing
 # whole maps from length 1024 on, as much at 512. On denser graphs their widened keys outgrow the maps.
@@ -39,13 +39,6 @@ TILED_FROM_MAPS, TILED_FROM_SEQUENCE = 2**18, 2**17
 
 # Wide heads up to so many numbers are faster than tiles at every length: a tile's products are as thin as heads are.
 NARROW_WIDTH = 32
-
-# Numbers per row that need not be read for heads that are off, from which leaving these out pays on a CPU; with fewer
-# the calls cost more. By `tools/benchmark.py routing`: between 0.79 and 0.98 million on one thread, between 0.33 and
-# 0.39 on two, where a single token's `F.linear` keeps but one of them busy.
-SKIP_FROM_UNREAD_ON_ONE_THREAD, SKIP_FROM_UNREAD = 950_000, 350_000
-
-Result = tuple[Tensor, Any]
 
 
 class Form(NamedTuple):
@@ -129,76 +122,6 @@ def _prepared(call: Call) -> Call:
         return call
     q, k = call.scores.graph.gather_senders(call.q, call.k)
     return call if q is call.q else call._replace(q=q, k=k)
-
-
-# Chosen heads alone.
-
-
-def why_all_heads(block: Any, x: Tensor, keys: int) -> str:
-    """Returns why a routed block projects all heads of `x [B, T, M]` over `keys` keys; empty if it does not."""
-    if x.shape[1] != 1 or not len(x):
-        return "more than one token"
-    if torch.is_grad_enabled() or is_traced() or (block.training and block.dropout):
-        return "in training, or under torch.compile"
-    if block.inner_graphs or (block.score_graph is not None and block.score_graph.traits.keyed):
-        return "graphs at further sites, or edges that read the keys' tokens"
-    if x.device.type != "cpu" and block.form != "skipped":
-        return "measured to pay on a CPU only"
-    projections = (block.query, block.key, block.value, block.output)
-    # Weights are read by head, past the modules that hold them: these must do nothing else, nor autocast.
-    if torch.is_autocast_enabled(x.device.type) or not all(map(only_multiplies, projections)):
-        return "under autocast, or projections that do more than multiply"
-    if block.form is not None:
-        return "" if block.form == "skipped" else f"{block.form} was asked for"
-    off = 1 - block.router.num_active / block.num_heads
-    unread = off * (keys * block.num_kv_heads * block.head_dim + block.d_model**2 / x.shape[0])
-    pays_from = SKIP_FROM_UNREAD_ON_ONE_THREAD if torch.get_num_threads() == 1 else SKIP_FROM_UNREAD
-    return "" if unread >= pays_from else f"{unread:,.0f} unread numbers, it pays from {pays_from:,} on"
-
-
-def _refuses_skipped(call: Call) -> str:
-    if call.routed is None:
-        return "no router"
-    if isinstance(call.routed.heads, str):
-        return call.routed.heads
-    if call.need_weights or call.dropout or call.weights is not None or call.core is not None:
-        return "dropout, messages between weights, weights that are asked for, or another library's attention"
-    return "a float mask" if call.mask.is_float else ""
-
-
-def _skipped(call: Call) -> Result:
-    heads = there(call.routed).heads
-    assert isinstance(heads, ActiveHeads)
-    return heads.attend(call.scaled_q, call.k, call.v, call.scores, call.mask.keep), None
-
-
-def _refuses_grouped(call: Call) -> str:
-    if call.routed is None:
-        return "no router"
-    if call.messages:
-        return "messages between maps"
-    if call.need_weights or call.dropout or call.core is not None:
-        return "dropout, weights that are asked for, or another library's attention"
-    if call.q.shape[1] == 1 or not call.q.numel():
-        return "a single query"
-    if call.mask.is_float:
-        return "a float mask"
-    if call.is_compiling:
-        return "under torch.compile"
-    if call.v.shape[-1] != call.q.shape[-1]:
-        return "queries and values of unequal widths"
-    return "all heads are active" if call.routed.num_active == call.q.shape[2] else ""
-
-
-def _pays_grouped(call: Call) -> str:
-    if not may_pay(call.q, call.k.shape[1], call.mask.causal):
-        return f"measured to pay on a CPU from {FROM_KEYS} keys on"
-    largest, share = LARGEST_SHARE[call.mask.causal], there(call.routed).groups.share(call.q.shape[1])
-    return "" if share <= largest else f"{share:.0%} of all queries are to be computed, it pays up to {largest:.0%}"
-
-
-def _grouped(call: Call) -> Result:
-    return grouped_attention(call.scaled_q, call.k, call.v, there(call.routed).groups, *call.mask), None
 
 
 # Without messages between maps.
@@ -316,10 +239,21 @@ def _pays_tiled(call: Call) -> str:
 
 
 def _tiled(call: Call) -> Result:
-    scores, weights = (None if messages is None else messages.matrix() for messages in (call.scores, call.weights))
     keep, is_causal = call.mask.for_kernel(call.q, call.k)
-    operator = tiles if call.is_compiling else None
-    return tiled_attention(call.scaled_q, call.k, call.v, scores, weights, keep, is_causal, operator), None
+    heads = call.scaled_q, call.k, call.v
+    edges = _many_edges(call)
+    if edges is not None:
+        return tiled_attention(*heads, EdgeMatrices(edges, len(call.q)), None, keep, is_causal, edge_tiles), None
+    scores, weights = (None if messages is None else messages.matrix() for messages in (call.scores, call.weights))
+    operators = (tiles, blocks) if call.is_compiling else ()
+    return tiled_attention(*heads, scores, weights, keep, is_causal, *operators), None
+
+
+def _many_edges(call: Call) -> TokenEdges | None:
+    """What messages between scores alone are computed from, where their matrices are too many to keep."""
+    if call.scores is None or call.weights is not None:
+        return None
+    return call.scores.graph.token_edges(call.q, call.scores.context, call.scores.active)
 
 
 def _refuses_wide(call: Call) -> str:
@@ -391,8 +325,8 @@ def _pays(call: Call) -> str:
 
 
 FORMS = (
-    Form("skipped", _refuses_skipped, _pays, _skipped),
-    Form("grouped", _refuses_grouped, _pays_grouped, _grouped),
+    Form("skipped", refuses_skipped, _pays, skipped),
+    Form("grouped", refuses_grouped, pays_grouped, grouped),
     Form("plain", _refuses_plain, _pays, _plain),
     Form("paired", _refuses_paired, _pays, _paired),
     Form("shared", _refuses_shared, _pays, _shared),

@@ -79,6 +79,9 @@ class HeadRouter(nn.Module):
     Shape:
         x `[*, M]`, keep_mask bool `[*]` (True = a real token) -> `Routing` of gates `[*, H]`.
 
+    Raises:
+        TypeError, ValueError: a number that is no int or out of its range.
+
     Example:
         >>> router = HeadRouter(d_model=16, num_heads=8, num_shared=2, top_k=3)
         >>> routing = router(torch.randn(2, 5, 16))

@@ -18,14 +18,17 @@ def collect_routing(
     """Collects what the routers of a converted model decide while the block runs, whose outputs do not tell it.
 
     The list holds the decision of every call of a router, in order. Its losses can be trained on: see
-    `gohgraph.models.model_output.model_output`. Gradient checkpointing is collected once, with its gradient; with
-    `use_reentrant=True` there is none, which is a `RuntimeError`.
+    `gohgraph.models.model_output.model_output`. Gradient checkpointing is collected once, with its gradient.
 
     Args:
         model: with at least one router; gohgraph's own models return their routing, too.
         token_mask: bool `[B, T]`, True = a real token, for calls with so many tokens; others count all. Where the
             attention itself is told which tokens are padding, as torch's is, that counts.
         target_mask: the same for the decoder of an encoder-decoder, of which `token_mask` is the source's.
+
+    Raises:
+        ValueError: a model without routers.
+        RuntimeError: gradient checkpointing with `use_reentrant=True`, which has no gradient here.
 
     Example:
         >>> import gohgraph as goh

@@ -102,6 +102,12 @@ def convert(
 def unconvert(model: Model) -> Model:
     """Takes all head graphs and routers out of a model that `convert` changed; the backbone keeps its weights.
 
+    Args:
+        model: changed in place; one without head graphs stays as it is.
+
+    Returns:
+        The model.
+
     Example:
         >>> model = nn.TransformerEncoderLayer(32, 4)
         >>> _ = convert(model)

@@ -94,6 +94,17 @@ def load_converted(name: str | os.PathLike[str], model: nn.Module | None = None,
         FileNotFoundError: the folder or a file is missing.
         ValueError: a damaged folder, one of a model without head graphs, a model whose attention is not the one that
             was saved, or none given and no transformers model to load.
+
+    Example:
+        >>> import tempfile
+        >>> import gohgraph as goh
+        >>> encoder = nn.TransformerEncoderLayer(8, 2)
+        >>> _ = goh.convert(encoder)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     goh.save_converted(encoder, folder, backbone=False)
+        ...     loaded = load_converted(folder, nn.TransformerEncoderLayer(8, 2))
+        >>> type(loaded.self_attn).__name__
+        'GraphMultiheadAttention'
     """
     folder = local_folder(name, options)
     values = read_json(folder / CONFIG, remedy="copy the folder again") if (folder / CONFIG).is_file() else {}

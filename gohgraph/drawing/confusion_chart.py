@@ -30,6 +30,9 @@ def draw_confusion(
         classes: the names of the C classes.
         path, title, and what is returned: as in `draw`.
 
+    Raises:
+        ValueError: no counts, or another number of classes.
+
     Example:
         >>> figure = draw_confusion([[5, 1], [0, 4]], ["cat", "dog"])
         >>> figure.axes[0].get_title()

@@ -68,6 +68,9 @@ def draw_difference(
         view: `"circle"`, or `"matrix"` where every number matters.
         path, title, threshold, limit, and what is returned: as in `draw`.
 
+    Raises:
+        ValueError: another view, recordings of different graphs, and as `draw`.
+
     Example:
         >>> from types import SimpleNamespace
         >>> ring = torch.tensor([[0, 1, 2], [1, 2, 0]])

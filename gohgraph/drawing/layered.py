@@ -75,7 +75,17 @@ def draw_network(
         network: as `head_graph_of` makes it; or a recording or a model, of which it is made.
         threshold: edges weaker than this share (0 to 1) of the strongest are left out.
         most_edges: so many edges are drawn, the strongest of all layers.
-        path, title, limit, and what is returned and raised: as in `draw`.
+        path, title, limit, and what is returned: as in `draw`.
+
+    Raises:
+        ValueError, OSError: as `draw`.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, d_model=8, num_heads=2, num_layers=2, d_ff=8))
+        >>> figure = draw_network(goh.composition_graph(model), title="who could read whom")
+        >>> figure.get_suptitle()
+        'who could read whom'
     """
     path = checked_path(path)
     check_threshold(threshold)

@@ -78,6 +78,16 @@ def save_page(
     Raises:
         ImportError: Bokeh is not installed.
         ValueError, OSError: another suffix, as `head_graph_of` and `draw`.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import gohgraph as goh
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, d_model=8, num_heads=2, num_layers=2, d_ff=8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_page(goh.composition_graph(model), f"{folder}/heads.html")
+        ...     Path(folder, "heads.html").read_text(encoding="utf-8").lstrip()[:15]
+        '<!DOCTYPE html>'
     """
     from gohgraph.analysis.network import HeadNetwork, head_graph_of
 

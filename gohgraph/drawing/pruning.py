@@ -35,6 +35,9 @@ def draw_pruning(
             name begins with "random" is grey and dashed.
         path, title, and what is returned: as in `draw`.
 
+    Raises:
+        ValueError: no curves, or seeds of one order over different shares.
+
     Example:
         >>> curves = {"by strength": [[(1.0, 1.5), (0.5, 1.6)]], "random": [[(1.0, 1.5), (0.5, 2.0)]]}
         >>> figure = draw_pruning(curves)

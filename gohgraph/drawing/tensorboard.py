@@ -29,6 +29,19 @@ def log_head_graphs(writer: Any, model: nn.Module | Mapping[str, Recording], ste
         writer: a `torch.utils.tensorboard.SummaryWriter`, or what has its methods.
         model: a recording, for its means over tokens; or a model, for its weights at a context of zero.
         step: of training.
+
+    Raises:
+        ValueError: as `draw`.
+
+    Example:
+        >>> from unittest.mock import Mock
+        >>> import gohgraph as goh
+        >>> shape = dict(d_model=8, num_heads=2, num_layers=1, d_ff=8)
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
+        >>> writer = Mock()  # torch.utils.tensorboard.SummaryWriter("runs/first")
+        >>> log_head_graphs(writer, model, step=100)
+        >>> [call.args[0] for call in writer.add_histogram.call_args_list]
+        ['layer 0 outputs/mean', 'layer 0 outputs/strength']
     """
     from gohgraph.analysis.network import at_rest
 

@@ -65,6 +65,18 @@ def draw_tokens(
         token: number of the token, from 0; from the end where it is negative.
         title: a line above; `None` names token and text.
         path, threshold, limit, and what is returned: as in `draw`.
+
+    Raises:
+        ValueError: a recording without every token or its strings, a token that the text does not have, and as `draw`.
+
+    Example:
+        >>> import gohgraph as goh
+        >>> shape = dict(d_model=8, num_heads=2, num_layers=1, d_ff=8)
+        >>> model = goh.LanguageModel(goh.TransformerConfig(9, **shape, head_graph=goh.HeadGraphConfig()))
+        >>> with goh.record(model, every_token=True, token_strings=list("abc")) as heads:
+        ...     _ = model(torch.tensor([[1, 2, 3]]))
+        >>> draw_tokens(heads, -1).get_suptitle()
+        'token 2, c over “abc”'
     """
     path = checked_path(path)
     check_threshold(threshold)

@@ -28,6 +28,9 @@ class RoutingConfig(Config):
         bias_rate: how fast the balance bias moves, per step; 0 for no bias (arXiv 2408.15664 takes 0.001, and no
             `balance_loss`).
 
+    Raises:
+        TypeError, ValueError: a number of another type or below 0; in `check_heads`, one that the heads do not have.
+
     Example:
         >>> RoutingConfig(num_shared=2, top_k=(4, 2)).top_k
         (4, 2)
@@ -83,6 +86,9 @@ class HeadGraphConfig(Config):
         weights: messages between attention weights after the softmax.
         layers: indices of the layers that have these graphs, negative ones from the end, e.g. `(-2, -1)`; `None` for
             all. The routing is in every layer.
+
+    Raises:
+        TypeError, ValueError: a part of another type, a weight below 0, or an alignment without graph experts.
 
     Example:
         >>> HeadGraphConfig(scores=SiteConfig.ring(2)).outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,14 +14,15 @@ from torch_geometric.nn import MessagePassing
 from gohgraph.common.checks import check_choice, check_int
 from gohgraph.graphs.chunked import add_in_chunks
 from gohgraph.graphs.cross_layer import CrossLayer, reached
-from gohgraph.graphs.dense import add_layers, add_product, add_runs, edge_kinds, pays_by_layer
+from gohgraph.graphs.dense import add_layers, add_product, add_runs, pays_by_layer
 from gohgraph.graphs.edge_graph import EdgeGraph
-from gohgraph.graphs.edge_tables import EdgeTables, edge_tables, num_runs
+from gohgraph.graphs.edge_tables import EdgeTables
 from gohgraph.graphs.edges import EdgeWeights
 from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.protocol import FEATURES, MAPS, Losses, Sparse, Traits
 from gohgraph.graphs.site_config import SiteConfig
 from gohgraph.graphs.sparse import add_gathered
+from gohgraph.graphs.token_edges import TokenEdges
 from gohgraph.graphs.ways import edges_in_chunks, pays_gathered
 
 BACKENDS = ("dense", "pyg")
@@ -65,6 +66,10 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         z `[*, H, D]`, context `[*, M]`, earlier: one tensor `[*, H, D]` of each layer that sends (nearest first),
         active: bool `[*, H]`, or `None` for all -> `[*, H, D]`.
 
+    Raises:
+        ValueError: an option out of its range; in forward, nodes of another number of heads, a context of another
+            size, or fewer earlier layers than send.
+
     Example:
         >>> conv = HeadGraphConv(head_graph(8), head_dim=4, context_dim=32)
         >>> z, x = torch.randn(2, 5, 8, 4), torch.randn(2, 5, 32)
@@ -78,14 +83,6 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
     by_layer = True
     # Whether weights are those of `edges` as they are, so that they can be computed for a few tokens at a time.
     in_chunks = True
-    # Buffers, see `EdgeTables`.
-    edge_of_cell: Tensor
-    cell_of_edge: Tensor
-    senders: Tensor
-    edge_of_sender: Tensor
-    receivers: Tensor
-    edge_of_receiver: Tensor
-    place_of_edge: Tensor
     # PyG writes it for every class.
     propagate: Callable[..., Tensor]
     # Options of the constructor, and what a `SiteConfig` calls them.
@@ -155,16 +152,6 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         options["cross_layer"] = CrossLayer.of(config.cross_layer).at(layer)
         return cls(graph, head_dim, context_dim, **options)
 
-    @property
-    def is_complete(self) -> bool:
-        """True when every sender reaches every receiver, so that edges in order are the rows of the adjacency."""
-        return self.own_edges.num_edges == self.num_heads * self.num_senders
-
-    @property
-    def local_edges(self) -> Tensor:
-        """Edges `[2, E]` as this module computes them: the place of the sender among its senders, and the receiver."""
-        return self.edge_index
-
     def reset_parameters(self) -> None:
         """Returns to the neutral start."""
         self.edges.reset_parameters()
@@ -172,46 +159,6 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
             nn.init.zeros_(self.fusion)
         if self.gain is not None:
             nn.init.ones_(self.gain)
-
-    @torch.no_grad()
-    def keep_edges(self, kept: Tensor) -> None:
-        """Leaves the edges of the bool mask `kept [E]` in the graph, with their weights; the others are gone for good.
-
-        Of a whole model `gohgraph.prune` does this.
-        """
-        if kept.dtype != torch.bool or kept.shape != (self.edges.num_edges,):
-            raise ValueError(
-                f"Expected a bool mask of shape [{self.edges.num_edges}] (got {kept.dtype} {list(kept.shape)}). "
-                "Do pass one value for each edge."
-            )
-        kept = kept.to(self.edge_index.device)
-        self.edge_index = self.edge_index[:, kept]
-        self.edges.keep_edges(kept)
-        self.edges_changed()
-
-    def prune_to_saved(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        """Prunes the graph to the edges that a checkpoint holds under `prefix`, if it has all of them."""
-        saved = tensors.get(prefix + "edge_index")
-        if saved is None or saved.dim() != 2 or saved.shape[1] >= self.edges.num_edges:
-            return
-        edges = {tuple(edge) for edge in saved.t().tolist()}
-        kept = torch.tensor([tuple(edge) in edges for edge in self.edge_index.t().tolist()])
-        if torch.equal(self.edge_index[:, kept], saved.to(self.edge_index.device)):
-            self.keep_edges(kept)
-
-    def edges_changed(self) -> None:
-        """Makes anew what follows from the edges: the tables of where they lie, and the traits."""
-        self._edge_list = self.edge_index.t().tolist()
-        edges = [(j, i) for j, i in self.local_edges.t().tolist()]
-        self._edge_kinds = edge_kinds(edges, self.num_heads, 1 + self.cross_layer)
-        # Of runs of heads that are complete graphs, edges in order are the rows of all their adjacencies.
-        self.num_runs = num_runs(edges, self.num_heads, self.num_senders)
-        tables = edge_tables(edges, self.num_heads, self.num_senders)
-        for name, table in tables._asdict().items():
-            self.register_buffer(name, table.to(self.edge_index.device), persistent=False)
-        if self.edges.scaled is not None:
-            self.edges.scaled = self._crosses_layers().to(self.edge_index.device)
-        self.traits = self._traits(tables)._replace(learning_rate_factor=self.traits.learning_rate_factor)
 
     def _traits(self, tables: EdgeTables) -> Traits:
         is_linear = self.gain is None and not self.cross_layer
@@ -291,6 +238,11 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         key_weights = None if keys is None else 1 + self._by_sender(keys)  # [B, S, H, k]
         return Sparse(self.senders, weights + identity.to(weights.dtype), key_weights)
 
+    def token_edges(self, nodes: Tensor, context: Tensor, active: Tensor | None) -> TokenEdges | None:
+        """Returns what `matrix` is computed from for nodes `[*, H, D]`, where it has many cells and is one run."""
+        is_product = self.traits.linear and self.in_chunks and self.rounds == self.num_runs == 1
+        return edges_in_chunks(self, nodes, context, active) if is_product else None
+
     def _by_sender(self, alpha: Tensor) -> Tensor:
         weights = F.pad(alpha, (0, 1)).index_select(-1, self.edge_of_sender.flatten())  # [*, H*k]
         return weights.unflatten(-1, self.edge_of_sender.shape)  # [*, H, k]
@@ -309,29 +261,8 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
     def _fusion(self) -> Tensor | None:
         return self.fusion
 
-    def select(self, alpha: Tensor, active: Tensor | None = None) -> Tensor:
-        """Returns the weights `[*, R, E]` with zeros where the induced subgraph or `top_edges` leaves an edge out."""
-        if active is not None:
-            alpha = alpha * self._linked(active).unsqueeze(-2)  # [*, R, E]
-        return alpha if self.top_edges is None else self._strongest(alpha)
-
     def _weights(self, context: Tensor | None, active: Tensor | None) -> Tensor:
         return self.select(self.edges(context), active)  # [*, R, E] or [R, E]
-
-    def _crosses_layers(self) -> Tensor:
-        return self.edge_index[0] >= self.num_heads  # [E]
-
-    def _linked(self, active: Tensor) -> Tensor:
-        # Heads of earlier layers that were off there send zeros: only the receiver counts.
-        sending = F.pad(active, (0, self.num_senders - self.num_heads), value=True)  # [*, S]
-        senders, receivers = self.edge_index
-        return sending.index_select(-1, senders) & active.index_select(-1, receivers)  # [*, E]
-
-    def _strongest(self, alpha: Tensor) -> Tensor:
-        size = self._dense(alpha.detach().abs())  # [*, R, H, S]
-        best = size.argsort(dim=-1, descending=True, stable=True)[..., : self.top_edges]  # [*, R, H, k]
-        is_best = torch.zeros_like(size).scatter(-1, best, 1.0).flatten(-2)  # [*, R, H*S]
-        return alpha - (alpha * (1 - is_best.index_select(-1, self.cell_of_edge))).detach()
 
     def _senders(self, nodes: Tensor, earlier: Sequence[Tensor]) -> Tensor:
         senders = torch.cat((nodes, *reached(earlier, self.reach)), dim=-2) if self.cross_layer else nodes  # [*, S, D]
@@ -353,11 +284,6 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
             return add_runs(z, alpha, senders, self.num_runs)
         return add_product(z, self._dense(alpha), senders)
 
-    def _dense(self, alpha: Tensor) -> Tensor:
-        if not self.is_complete:
-            alpha = F.pad(alpha, (0, 1)).index_select(-1, self.edge_of_cell)  # [*, H*S]
-        return alpha.reshape(*alpha.shape[:-1], self.num_heads, self.num_senders)  # [*, H, S]
-
     def _check_nodes(self, z: Tensor, earlier: Sequence[Tensor]) -> None:
         if z.dim() < 2 or z.shape[-2] != self.traits.num_heads:
             raise ValueError(
@@ -369,19 +295,6 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
                 f"Expected the nodes of {self.cross_layer} layers before (got {len(earlier)}). Do pass them as "
                 "`earlier`, nearest first."
             )
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        saved = state_dict.get(prefix + "edge_index")
-        if saved is not None and saved.t().tolist() != self._edge_list:
-            errors.append(
-                f"Expected weights of this head graph at {prefix!r} (got another graph, {saved.shape[1]} edges for "
-                f"{len(self._edge_list)}). Do build the model with the topology it was saved with."
-            )
-            return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        # A model that was built on meta and made empty elsewhere has lost its tables.
-        if not self.edge_index.is_meta:
-            self.edges_changed()
 
     def __repr__(self) -> str:
         return (

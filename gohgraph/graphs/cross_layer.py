@@ -34,6 +34,9 @@ class CrossLayer(Config):
         scale: start of the learned factor s, one number a graph; `None` for s = 1. At 0 the edges it weighs start at
             in_degree^-0.5 instead of 0: two zero factors would never open. Either way a new graph sends nothing.
 
+    Raises:
+        TypeError, ValueError: other layers, edges or a scale that is no number.
+
     Example:
         >>> CrossLayer("all").at(3).layers, CrossLayer(2).at(1).layers, CrossLayer("first").at(0).layers
         (3, 1, 0)

@@ -33,6 +33,9 @@ class KeyedGraphConv(HeadGraphConv):
     Shape:
         scores `[B, T, H, S]`, context `[B, T, M]`, keys `[B, S, E]` -> `[B, T, H, S]`.
 
+    Raises:
+        ValueError: an option that keyed edges do not have, and as `HeadGraphConv`.
+
     Example:
         >>> import torch
         >>> from gohgraph.graphs.graph import head_graph

@@ -30,6 +30,9 @@ class SiteConfig(Config):
         keep_in_degree: of a learned topology, how many incoming edges every head is to keep.
         learning_rate_factor: of the rate that head graphs learn at, > 0.
 
+    Raises:
+        TypeError, ValueError: a value of another type or out of its range, or an option of another kind.
+
     Example:
         >>> SiteConfig.ring(4)
         SiteConfig(topology='ring', options={'hops': 3})

@@ -49,6 +49,9 @@ class TransformerConfig(Config):
         tie_embeddings: the output projection reuses the token embedding.
         head_graph: the head graphs of every attention block; `None` is plain attention.
 
+    Raises:
+        TypeError, ValueError: a value of another type, out of its range, or that does not go with the others.
+
     Example:
         >>> config = TransformerConfig(vocab_size=256, d_model=64, num_heads=4, head_graph=HeadGraphConfig())
         >>> TransformerConfig.from_dict(config.to_dict()) == config
@@ -152,6 +155,9 @@ class ClassifierConfig(Config):
         num_classes: number of classes.
         patch_size: side of the square patches of an image, in pixels; `None` for token sequences.
         channels: channels of an image.
+
+    Raises:
+        TypeError, ValueError: a value of another type or out of its range.
 
     Example:
         >>> ClassifierConfig(TransformerConfig(vocab_size=256), num_classes=10).channels

@@ -38,6 +38,9 @@ class LanguageModel(PretrainedMixin, nn.Module):
     Shape:
         tokens `[B, T]` -> logits `[B, T, V]`.
 
+    Raises:
+        ValueError: in forward, token ids outside of the vocabulary or more of them than learned positions.
+
     Example:
         >>> from gohgraph.graphs.config import HeadGraphConfig
         >>> shape = dict(d_model=32, num_heads=4, num_layers=2, d_ff=64)
@@ -278,6 +281,10 @@ class Classifier(PretrainedMixin, nn.Module):
     Shape:
         tokens `[B, T]`, or images `[B, channels, height, width]` with sides multiples of `patch_size`
         -> logits `[B, num_classes]`.
+
+    Raises:
+        ValueError: in forward, images of other channels or sides, or tokens outside of the vocabulary.
+        TypeError: in forward, images or tokens of another dtype.
 
     Example:
         >>> encoder = TransformerConfig(1, d_model=16, num_heads=2, num_layers=1, d_ff=32, positions="learned")

@@ -131,6 +131,9 @@ class Stack(nn.Module):
     Shape:
         x `[B, T, M]` -> `StackOutput` with x `[B, T, M]`.
 
+    Raises:
+        ValueError: another kind.
+
     Example:
         >>> import torch
         >>> config = TransformerConfig(7, d_model=8, num_heads=2, num_layers=2, d_ff=16)

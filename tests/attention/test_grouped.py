@@ -9,8 +9,8 @@ import torch
 from helpers import assert_equal_to, trained_like
 
 import gohgraph as goh
-from gohgraph.attention import forms
 from gohgraph.attention import grouped as grouping
+from gohgraph.attention import routed_forms
 from gohgraph.attention.cache import KeyValueCache
 from gohgraph.attention.grouped import group_tokens
 from gohgraph.models.embeddings import RotaryPositions
@@ -127,7 +127,7 @@ def test_where_tokens_are_grouped(monkeypatch):
     module = attention(True, dropout=0.1).eval()
     calls = []
     monkeypatch.setattr(
-        forms, "grouped_attention", lambda *inputs: calls.append(1) or grouping.grouped_attention(*inputs)
+        routed_forms, "grouped_attention", lambda *inputs: calls.append(1) or grouping.grouped_attention(*inputs)
     )
 
     def grouped(module, x, **arguments):

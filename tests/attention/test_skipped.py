@@ -12,9 +12,9 @@ import torch
 from helpers import GRAPHS, assert_equal_to, small_config, trained_like
 
 import gohgraph as goh
-from gohgraph.attention import block, forms
+from gohgraph.attention import block, routed_forms
 from gohgraph.attention.cache import KeyValueCache
-from gohgraph.attention.forms import why_all_heads
+from gohgraph.attention.routed_forms import why_all_heads
 from gohgraph.attention.skipped import cut_into_runs
 from gohgraph.models.embeddings import RotaryPositions
 
@@ -44,7 +44,7 @@ def attention(shared=2, top_k=2, output=None, score=None, messages=None, dtype=t
 def pays_from(monkeypatch, unread):
     """Sets from how many unread numbers heads are left out, on however many threads."""
     for name in ("SKIP_FROM_UNREAD", "SKIP_FROM_UNREAD_ON_ONE_THREAD"):
-        monkeypatch.setattr(forms, name, unread)
+        monkeypatch.setattr(routed_forms, name, unread)
 
 
 @contextmanager
@@ -272,7 +272,7 @@ def test_from_how_many_unread_numbers_heads_are_left_out(monkeypatch):
     unread = (7 * 2 * D + M * M / 5) / 2
     pays_from(monkeypatch, unread)
     assert skips(module, one, 7) and not skips(module, one, 6)
-    monkeypatch.setattr(forms, "SKIP_FROM_UNREAD_ON_ONE_THREAD", 2 * unread)
+    monkeypatch.setattr(routed_forms, "SKIP_FROM_UNREAD_ON_ONE_THREAD", 2 * unread)
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert skips(module, one, 7) == (threads == 2)
