@@ -331,7 +331,8 @@ class MultiHeadAttention(nn.Module):
 
 def _by_head(x: Tensor, num_heads: int) -> Tensor:
     # Not unflatten, which is Python and takes as long as the product for one token.
-    return x.view(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)  # [B, T, H, D]
+    batch, tokens, width = x.shape
+    return x.view(batch, tokens, num_heads, width // num_heads)  # [B, T, H, D]
 
 
 def _is_keyed(graph: SiteGraph | None) -> bool:

@@ -45,13 +45,14 @@ class KeyValueCache:
         if not self._tensors or end > self._tensors[0].shape[2]:
             self._tensors = [self._grown(index, tensor, end) for index, tensor in enumerate(new)]
         for stored, tensor in zip(self._tensors, new, strict=True):
-            stored[:, :, self._length : end] = tensor.transpose(1, 2)  # [B, G, T, D]
+            # For one token narrow takes half the time of an index.
+            stored.narrow(2, self._length, end - self._length).copy_(tensor.transpose(1, 2))  # [B, G, T, D]
         self._length = end
         return self.read()
 
     def read(self) -> tuple[Tensor, ...]:
         """Returns the keys, the values and whatever else is kept, `[B, S, G, D]` each."""
-        return tuple(stored[:, :, : self._length].transpose(1, 2) for stored in self._tensors)
+        return tuple([stored.narrow(2, 0, self._length).transpose(1, 2) for stored in self._tensors])
 
     def truncate(self, length: int) -> None:
         """Forgets all tokens after the first `length`, as when drafted tokens are refused; their memory stays reserved.
