@@ -12,7 +12,7 @@ from gohgraph.analysis.module_names import graph_titles
 
 if TYPE_CHECKING:
     from gohgraph.analysis.network import HeadNetwork
-    from gohgraph.analysis.record import Recording
+    from gohgraph.analysis.recording import Recording
 
 # What draws the picture: the room of drawings puts its function in, which stands above this one.
 pictures: list[Callable[[Any], str]] = []
