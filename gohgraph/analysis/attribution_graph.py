@@ -88,20 +88,20 @@ def attribution_graph(
     masks = token_masks(inputs, wiring, clean)
     start = clean.read[wiring.streams[0].name, -1]
     length = max(mask.shape[1] for mask in masks.values()) if every_token else 0
-    found, weights = _Edges(table, length, start), Weights(model, wiring, start.shape[-1])
+    edges, weights = _Edges(table, length, start), Weights(model, wiring, start.shape[-1])
     for example in range(len(start)):
         for stream in wiring.streams:
             for where in _blocks(example, masks[stream.name][example], table, weights.width):
-                _add_stream(found, stream.name, where, (clean, other), slopes, weights)
-        found.end_of_example()
+                _add_stream(edges, stream.name, where, (clean, other), slopes, weights)
+        edges.end_of_example()
     of_graphs = {one.name: _messages(one, (clean, other), slopes, masks[one.stream]) for one in graphs}
     moments = {name: Moments(values.shape[1:2]) for name, values in of_graphs.items()}
     for name, values in of_graphs.items():
         moments[name].update(values.sum(dim=-1))
-    network = network_of(table, found.values(), {name: (m.mean, m.std) for name, m in moments.items()})
+    network = network_of(table, edges.values(), {name: (m.mean, m.std) for name, m in moments.items()})
     if every_token:
         tokens = (values.mean(dim=0).cpu() for values in of_graphs.values())  # [E, T]
-        network.by_token = torch.cat([found.by_token(), *(F.pad(t, (0, length - t.shape[1])) for t in tokens)])
+        network.by_token = torch.cat([edges.by_token(), *(F.pad(t, (0, length - t.shape[1])) for t in tokens)])
     return network
 
 
@@ -183,12 +183,12 @@ class _Edges:
             values = torch.einsum("wnm,rnm->wrn", parts, slopes).to(self._tokens.dtype)  # [W, R, N]
         else:
             values = (parts.flatten(1) @ slopes.flatten(1).t()).double()  # [W, R]
-        for reader, own in zip(readers, values.split([len(r.nodes) for r in readers], dim=1), strict=True):
+        for reader, sums in zip(readers, values.split([len(r.nodes) for r in readers], dim=1), strict=True):
             place, senders = self._places[reader.unit, reader.site]
             if self.length:
-                self._tokens[place].unflatten(0, (senders, -1)).index_add_(2, where.tokens, own)
-                own = own.sum(dim=-1, dtype=torch.double)  # [W, R]
-            self._sums[place] += own.flatten()
+                self._tokens[place].unflatten(0, (senders, -1)).index_add_(2, where.tokens, sums)
+                sums = sums.sum(dim=-1, dtype=torch.double)  # [W, R]
+            self._sums[place] += sums.flatten()
 
     def end_of_example(self) -> None:
         self._moments.update(self._sums[None])
@@ -242,12 +242,12 @@ def _add_stream(
 
 def _together(table: UnitNodes, stream: str) -> list[list[Reader]]:
     """The readers of a stream, those that read the same through the same norm together."""
-    found: dict[tuple[int, str | None, bool], list[Reader]] = {}
+    groups: dict[tuple[int, str | None, bool], list[Reader]] = {}
     for reader in table.readers:
         if reader.reading.stream == stream:
             key = reader.reading.time, reader.reading.norm, reader.site == "logits"
-            found.setdefault(key, []).append(reader)
-    return list(found.values())
+            groups.setdefault(key, []).append(reader)
+    return list(groups.values())
 
 
 def _slope(readers: list[Reader], runs: list[Trace], weights: Weights, where: Where) -> Tensor:
