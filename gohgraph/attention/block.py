@@ -260,7 +260,8 @@ class MultiHeadAttention(nn.Module):
             return heads
         if len(heads) == 1 or any(each.shape[1] != 1 for each in heads):
             return tuple(self.rotary(each, positions) for each in heads)
-        return self.rotary(torch.cat(heads, dim=2), positions).split([each.shape[2] for each in heads], dim=2)
+        turned: Tensor = self.rotary(torch.cat(heads, dim=2), positions)
+        return tuple(turned.split_with_sizes([each.shape[2] for each in heads], 2))
 
     def _remembered(self, cache: KeyValueCache | None, k: Tensor, v: Tensor, source: Tensor) -> tuple[Tensor, ...]:
         """All keys and values, and the state `[B, S, 1, U]` of every graph over maps that reads the keys' tokens."""
@@ -283,7 +284,8 @@ class MultiHeadAttention(nn.Module):
         return self.score_graph, self._inner_graph("weight")
 
     def _inner_graph(self, slot: str) -> SiteGraph | None:
-        return cast(SiteGraph, self.inner_graphs[slot]) if slot in self.inner_graphs else None
+        # Asked five times a token and layer: past what a module dictionary does in Python.
+        return cast("SiteGraph | None", self.inner_graphs._modules.get(slot))
 
     def _messages(self, x: Tensor, active: Tensor | None, states: Sequence[Tensor]) -> list[Messages | None]:
         """The graphs over scores and over weights, bound to the tokens of this call."""

@@ -84,8 +84,11 @@ class _Maps:
         mixed = self.place(1, count, inputs.receivers, n)
         torch.bmm(inputs.mix[b, rows], scores.transpose(0, 1), out=mixed)  # [t, R, n]
         if inputs.is_causal and some.stop > rows.start + 1:
-            seen, key = (torch.arange(x.start, x.stop, device=mixed.device) for x in (rows, some))
-            mixed.masked_fill_((key > seen[:, None])[:, None], float("-inf"))
+            # Keys before the first query are seen by all, and filling by a mask is slow.
+            first = max(some.start, rows.start)
+            seen = torch.arange(rows.start, rows.stop, device=mixed.device).unsqueeze(1)  # [t, 1]
+            later = torch.arange(first, some.stop, device=mixed.device) > seen  # [t, n']
+            mixed[..., first - some.start :].masked_fill_(later.unsqueeze(1), float("-inf"))
         if inputs.keep_mask is not None:
             keep = inputs.keep_mask[b, :, rows, some].transpose(0, 1)  # [t, R, n]
             mixed.masked_fill_(~keep, float("-inf"))

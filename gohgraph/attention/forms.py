@@ -13,15 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gohgraph.attention.call import Call, Result
+from gohgraph.attention.edge_matrices import EdgeMatrices, edge_tiles
 from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, kernel_refuses
 from gohgraph.attention.maps import Mix, mixed_attention, plain_attention
 from gohgraph.attention.routed_forms import grouped, pays_grouped, refuses_grouped, refuses_skipped, skipped
 from gohgraph.attention.runs import parted
 from gohgraph.attention.tiled import FEWEST_ROWS, tiled_attention
-from gohgraph.attention.tiled_operator import tiles
+from gohgraph.attention.tiled_operator import blocks, tiles
 from gohgraph.attention.watching import show
 from gohgraph.common.checks import there
 from gohgraph.graphs.protocol import Messages
+from gohgraph.graphs.token_edges import TokenEdges
 
 # Wide heads cost about in-degree times the plain attention core and hold no map of scores: on a CPU less than mixing
 # whole maps from length 1024 on, as much at 512. On denser graphs their widened keys outgrow the maps.
@@ -237,10 +239,21 @@ def _pays_tiled(call: Call) -> str:
 
 
 def _tiled(call: Call) -> Result:
-    scores, weights = (None if messages is None else messages.matrix() for messages in (call.scores, call.weights))
     keep, is_causal = call.mask.for_kernel(call.q, call.k)
-    operator = tiles if call.is_compiling else None
-    return tiled_attention(call.scaled_q, call.k, call.v, scores, weights, keep, is_causal, operator), None
+    heads = call.scaled_q, call.k, call.v
+    edges = _many_edges(call)
+    if edges is not None:
+        return tiled_attention(*heads, EdgeMatrices(edges, len(call.q)), None, keep, is_causal, edge_tiles), None
+    scores, weights = (None if messages is None else messages.matrix() for messages in (call.scores, call.weights))
+    operators = (tiles, blocks) if call.is_compiling else ()
+    return tiled_attention(*heads, scores, weights, keep, is_causal, *operators), None
+
+
+def _many_edges(call: Call) -> TokenEdges | None:
+    """What messages between scores alone are computed from, where their matrices are too many to keep."""
+    if call.scores is None or call.weights is not None:
+        return None
+    return call.scores.graph.token_edges(call.q, call.scores.context, call.scores.active)
 
 
 def _refuses_wide(call: Call) -> str:

@@ -44,7 +44,7 @@ class _InChunks(torch.autograd.Function):
         runs, size = len(z) // max(1, len(edges.context)), len(edges.weight)
         whole = [tokens for tokens in edges.chunks() if tokens.stop * size <= KEPT_NUMBERS * edges.context.numel()]
         kept = z.new_empty(whole[-1].stop if keeps and whole else 0, size)  # [K, E]
-        result, memory = torch.empty_like(z), _memory(edges)
+        result, memory = torch.empty_like(z), edges.memory()
         for tokens in edges.chunks():
             alpha = edges.alpha(tokens, _place(tokens, kept, memory))
             rows = slice(tokens.start * runs, tokens.stop * runs)
@@ -61,7 +61,7 @@ class _InChunks(torch.autograd.Function):
             return grad, *_differentiable(grad, senders, edges, needed), *rest
         runs, grad = len(senders) // max(1, len(edges.context)), grad.contiguous()
         dsenders, gradients = torch.empty_like(senders), EdgeGradients(edges, needed[1:])
-        memory, dalpha = _memory(edges), _memory(edges)
+        memory, dalpha = edges.memory(), edges.memory()
         for tokens in edges.chunks():
             alpha = _place(tokens, kept, memory)
             if tokens.stop > len(kept):
@@ -70,7 +70,7 @@ class _InChunks(torch.autograd.Function):
             torch.bmm(edges.matrices(alpha).mT, grad[rows], out=dsenders[rows])
             if any(needed[1:]):
                 torch.bmm(grad[rows], senders[rows].mT, out=edges.matrices(own))
-                gradients.add(tokens, alpha, own)
+                gradients.add(tokens, edges.before(alpha, own, out=own))
         return grad, dsenders, gradients.context, gradients.weight, gradients.bias, *rest
 
 
@@ -82,12 +82,6 @@ def _differentiable(grad: Tensor, senders: Tensor, edges: TokenEdges, needed: tu
         asked = [x for x, is_asked in zip(inputs, needed, strict=True) if is_asked]
         found = iter(torch.autograd.grad(received, asked, grad, create_graph=True))
     return [next(found) if is_asked else None for is_asked in needed]
-
-
-def _memory(edges: TokenEdges) -> Tensor:
-    """Memory for the weights of one chunk, `[n, E]`."""
-    first = next(edges.chunks(), slice(0, 0))
-    return edges.context.new_empty(first.stop, len(edges.weight))
 
 
 def _place(tokens: slice, kept: Tensor, memory: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from gohgraph.graphs.graph import head_graph
 from gohgraph.graphs.protocol import FEATURES, MAPS, Losses, Sparse, Traits
 from gohgraph.graphs.site_config import SiteConfig
 from gohgraph.graphs.sparse import add_gathered
+from gohgraph.graphs.token_edges import TokenEdges
 from gohgraph.graphs.ways import edges_in_chunks, pays_gathered
 
 BACKENDS = ("dense", "pyg")
@@ -236,6 +237,11 @@ class HeadGraphConv(MessagePassing, EdgeGraph):
         identity = torch.arange(self.senders.shape[1], device=weights.device) == 0  # [k]
         key_weights = None if keys is None else 1 + self._by_sender(keys)  # [B, S, H, k]
         return Sparse(self.senders, weights + identity.to(weights.dtype), key_weights)
+
+    def token_edges(self, nodes: Tensor, context: Tensor, active: Tensor | None) -> TokenEdges | None:
+        """Returns what `matrix` is computed from for nodes `[*, H, D]`, where it has many cells and is one run."""
+        is_product = self.traits.linear and self.in_chunks and self.rounds == self.num_runs == 1
+        return edges_in_chunks(self, nodes, context, active) if is_product else None
 
     def _by_sender(self, alpha: Tensor) -> Tensor:
         weights = F.pad(alpha, (0, 1)).index_select(-1, self.edge_of_sender.flatten())  # [*, H*k]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohgraph.graphs.cross_layer import Reach
+from gohgraph.graphs.token_edges import TokenEdges
 
 FEATURES = frozenset({"outputs", "queries", "keys", "values"})
 MAPS = frozenset({"scores", "weights"})
@@ -146,6 +147,10 @@ class SiteGraph(nn.Module, ABC):
         raise ValueError(
             f"Expected a graph that is linear in the nodes (got {type(self).__name__}). Do check traits.linear."
         )
+
+    def token_edges(self, nodes: Tensor, context: Tensor, active: Tensor | None) -> TokenEdges | None:
+        """Returns what the matrices of a complete graph are computed from, where they are too many to keep."""
+        return None
 
     def sparse(self, context: Tensor | None, active: Tensor | None = None, keys: Tensor | None = None) -> Sparse:
         """Returns every receiver's senders and their weights; of a linear graph at least all heads and its matrix."""

@@ -47,6 +47,17 @@ class TokenEdges(NamedTuple):
             return alpha
         return alpha.tanh() if out is None else alpha.tanh_()
 
+    def memory(self) -> Tensor:
+        """Returns memory for the weights of one chunk, `[n, E]`."""
+        first = next(self.chunks(), slice(0, 0))
+        return self.context.new_empty(first.stop, len(self.weight))
+
+    def before(self, alpha: Tensor, dalpha: Tensor, out: Tensor) -> Tensor:
+        """Writes the gradients before the activation `[n, E]`, given the weights and theirs, to `out`."""
+        if self.squashes:
+            return torch.ops.aten.tanh_backward.grad_input(dalpha, alpha, grad_input=out)
+        return out if out is dalpha else out.copy_(dalpha)
+
     def matrices(self, alpha: Tensor) -> Tensor:
         """Returns weights `[n, E]` as a matrix for every run, rows receive, `[n*H/h, h, h]`."""
         return alpha.view(-1, self.width, self.width)
@@ -67,10 +78,8 @@ class EdgeGradients:
             torch.zeros_like(x) if asked else None for x, asked in zip(edges[1:3], needed[1:], strict=True)
         )
 
-    def add(self, tokens: slice, alpha: Tensor, dalpha: Tensor) -> None:
-        """Adds the part of some tokens' weights `[n, E]`, given their gradients, which are overwritten."""
-        if self.edges.squashes:
-            torch.ops.aten.tanh_backward.grad_input(dalpha, alpha, grad_input=dalpha)
+    def add(self, tokens: slice, dalpha: Tensor) -> None:
+        """Adds the part of some tokens, given the gradients of their weights before the activation, `[n, E]`."""
         if self.context is not None:
             torch.mm(dalpha, self.edges.weight, out=self.context[tokens])
         if self.weight is not None:

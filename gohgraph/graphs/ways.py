@@ -36,7 +36,10 @@ def pays_gathered(senders: Tensor, alpha: Tensor, in_degree: int, num_heads: int
         >>> pays_gathered(z, alpha, 4, 64), pays_gathered(z.bfloat16(), alpha, 4, 64), pays_gathered(z, alpha, 8, 64)
         (True, False, False)
     """
-    # First of all: no size of what is traced may be compared, or it would hold for that size alone.
+    # Whatever the features: a complete graph asks nothing further, which counts where tokens come one at a time.
+    if in_degree * CELLS_A_NUMBER >= senders.shape[-2]:
+        return False
+    # No other size of what is traced may be compared, or it would hold for that size alone.
     if not is_ordinary(senders, alpha):
         return False
     cells = num_heads * senders.shape[-2]
@@ -53,6 +56,9 @@ def edges_in_chunks(conv: HeadGraphConv, z: Tensor, context: Tensor | None, acti
     `memory` with `--heads 32 64 128`.
     """
     edges = conv.edges
+    # First, since it is told by the graph alone: most have fewer, and a token less to wait for.
+    if edges.num_edges <= KEPT_NUMBERS * edges.context_dim:
+        return None
     if conv.backend != "dense" or not conv.num_runs or type(edges) is not EdgeWeights or edges.weight is None:
         return None
     parameters = (edges.weight, edges.bias)
@@ -61,7 +67,7 @@ def edges_in_chunks(conv: HeadGraphConv, z: Tensor, context: Tensor | None, acti
     if active is not None or conv.top_edges is not None or context.shape[:-1] != z.shape[:-2]:
         return None
     tokens = z.shape[:-2].numel()
-    if edges.num_edges <= KEPT_NUMBERS * edges.context_dim or tokens * edges.num_edges < FROM_WEIGHTS:
+    if tokens * edges.num_edges < FROM_WEIGHTS:
         return None
     # Whoever watches or changes the weights by hooks must be called.
     if edges._forward_hooks or edges._forward_pre_hooks:

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gohgraph as goh
-from gohgraph.attention import tiled_operator
+from gohgraph.attention import tiled, tiled_operator
 from gohgraph.attention.call import Call
 from gohgraph.attention.forms import explain
 from gohgraph.graphs.protocol import Messages
@@ -48,11 +48,21 @@ def values_and_gradients(function, module, x, **masks):
 @pytest.mark.parametrize("site, mask, keys", [("scores", "causal", T), ("both", "some", 11), ("weights", "none", 11)])
 def test_torch_finds_the_operator_sound(site, mask, keys):
     given = inputs(site, mask, keys)
-    torch.library.opcheck(tiled_operator.tiles, given)
-    z = tiled_operator.tiles(*given).detach()
+    assert_sound(tiled_operator.tiles, given)
+
+
+@pytest.mark.parametrize("mask, keys", [("causal", T), ("some", 11)])
+def test_torch_finds_the_operator_over_blocks_sound(mask, keys):
+    q, k, v, mix, _, keep, is_causal = inputs("scores", mask, keys)
+    assert_sound(tiled_operator.blocks, (q, k, v, mix, keep, is_causal))
+
+
+def assert_sound(operators, given):
+    torch.library.opcheck(operators.forward, given)
+    outputs = [x.detach() for x in operators.forward(*given)]
     known = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(tiled_operator.gradients, (z, torch.randn_like(z), *known), test_utils=checks)
+    torch.library.opcheck(operators.backward, (*outputs, torch.randn_like(outputs[0]), *known), test_utils=checks)
 
 
 @pytest.mark.parametrize("site", ["scores", "both"])
@@ -70,14 +80,29 @@ def test_compiled_tiles_are_those_of_eager_mode_at_every_length(site):
     assert counter.frame_count <= 2
 
 
-def test_compiled_tiles_under_a_mask():
+@pytest.mark.parametrize("from_keys", [1, 2048])
+def test_compiled_tiles_under_a_mask(monkeypatch, from_keys):
     torch.compiler.reset()
+    monkeypatch.setattr(tiled, "BLOCKS_FROM_KEYS", from_keys)
     module, x = block(), torch.randn(B, T, M).double()
     padding = (torch.arange(T) < torch.tensor([[T], [9]]))[:, None, None]
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     results = [values_and_gradients(function, module, x, keep_mask=padding) for function in (compiled, module)]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_compiled_attention_over_many_keys_goes_over_blocks(monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(tiled, "BLOCKS_FROM_KEYS", 15)
+    module, counter = block(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for tokens, name in ((T, "tiled_attention"), (17, "blocked_attention"), (19, "blocked_attention")):
+        x = torch.randn(B, tokens, M).double()
+        results = [values_and_gradients(function, module, x) for function in (compiled, module)]
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+        assert any(name in str(node.target) for node in counter.graphs[-1].graph.nodes)
 
 
 def test_torch_compile_chooses_tiles_where_eager_mode_does():
@@ -98,9 +123,10 @@ def test_mapped_operators_are_those_of_every_sample():
     mapped = torch.func.vmap(lambda q, v: tiled_operator.tiles(q, k, v, *mixes, None, True))
     z = mapped(torch.stack((q, seconds[0])), torch.stack((v, seconds[1])))
     torch.testing.assert_close(z[1], tiled_operator.tiles(seconds[0], k, seconds[1], *mixes, None, True))
-    pull = torch.func.vmap(lambda grad: tiled_operator.gradients(z[0], grad, q, k, v, *mixes, None, True))
+    pull = torch.func.vmap(lambda grad: tiled_operator.tiles.backward(z[0], grad, q, k, v, *mixes, None, True))
     grads = torch.randn(3, *z[0].shape).double()
-    for a, b in zip(pull(grads), tiled_operator.gradients(z[0], grads[2], q, k, v, *mixes, None, True), strict=True):
+    one = tiled_operator.tiles.backward(z[0], grads[2], q, k, v, *mixes, None, True)
+    for a, b in zip(pull(grads), one, strict=True):
         torch.testing.assert_close(a[2], b)
 
 

@@ -9,6 +9,8 @@ import torch
 from benchmarks import counts
 from helpers import load_script
 
+from gohgraph.attention import forms
+
 # Releases of torch split their operators a little differently.
 MARGIN = 1.05
 FOUND = "python tools/benchmark.py counts --json tools/benchmarks/budgets.json"
@@ -41,6 +43,13 @@ def test_leaving_the_tiles_is_over_budget():
     assert over(counts.trained("score-complete", "maps"), counts.budgets()["block, score-complete"]) == [
         "bytes", "largest"
     ]  # fmt: skip
+
+
+def test_holding_the_matrices_of_many_heads_is_over_budget(monkeypatch):
+    monkeypatch.setattr(forms, "_many_edges", lambda call: None)
+    exceeded = over(counts.trained("score-complete", size=counts.MANY["64 heads"]),
+                    counts.budgets()["block of 64 heads, score-complete"])  # fmt: skip
+    assert "bytes" in exceeded
 
 
 def test_copying_the_cache_for_every_token_is_over_budget():

@@ -44,8 +44,9 @@ TRAINED = (
     "plain", "output", "output-ring4", "score-ring2", "score-ring2-wide", "score-complete", "score-complete-eager",
     "talking-heads",
 )  # fmt: skip
+OF_MANY_HEADS = ("plain", "output", "output-ring4", "score-complete")
 TRAINED_ELSEWHERE = [
-    *((place, size, name) for place, size in MANY.items() for name in ("plain", "output", "output-ring4")),
+    *((place, size, name) for place, size in MANY.items() for name in OF_MANY_HEADS),
     *((place, size, "score-ring2") for place, size in LONG.items()),
 ]
 DECODED = ("plain", "output", "score-ring2", "score-complete", "talking-heads", "moh-50")

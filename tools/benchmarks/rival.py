@@ -23,7 +23,7 @@ Edge = tuple[str, str, str]
 def check_installed() -> None:
     """Raises `ImportError` where TransformerLens is not installed."""
     if importlib.util.find_spec("transformer_lens") is None:
-        raise ImportError("Expected transformer_lens for --opponent (got none). Do pip install transformer-lens.")
+        raise ImportError("Expected TransformerLens for --opponent (got none). Do pip install transformer-lens==4.3.0.")
 
 
 def gpt2(case: Any, vocabulary: int) -> Any:

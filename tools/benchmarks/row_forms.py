@@ -69,6 +69,16 @@ class Padded(Call):
         self.layer(self.x, src_key_padding_mask=self.padding).backward(self.grad)
 
 
+class HalfStep(Step):
+    """A training step whose products run in bfloat16, by autocast."""
+
+    def work(self) -> None:
+        """Runs the block and its backward pass."""
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.function(self.x)[0]
+        y.backward(self.grad.to(y.dtype))
+
+
 def blocks(names: Sequence[str], *size: int) -> Forms:
     """Training steps of a causal block, plain attention first."""
     of = Size(*size)
@@ -78,13 +88,23 @@ def blocks(names: Sequence[str], *size: int) -> Forms:
             for name in ("plain", *names) for layer in [build(name, of)]}  # fmt: skip
 
 
+def half_blocks(*size: int) -> Forms:
+    """Training steps of a causal block in float32, and of all in bfloat16."""
+    forms = blocks(("output", "score-complete"), *size)
+    for name, (step, added) in list(forms.items()):
+        assert isinstance(step, Step)
+        forms[f"{name}, bf16"] = Form(HalfStep(step.layer, "block", "forward+backward", step.x, step.grad), added)
+    return forms
+
+
 def compiled_blocks(*size: int) -> Forms:
     """The same under `torch.compile`, after something else has made the compiler ready."""
     torch.compile(nn.Linear(3, 3))(torch.randn(5, 3)).sum().backward()
     torch._inductor.config.force_disable_caches = True
     forms = blocks(("score-ring2", "score-complete"), *size)
-    for form in forms.values():
-        form.call.function = torch.compile(form.call.function)
+    for step, _ in forms.values():
+        assert isinstance(step, Step)
+        step.function = torch.compile(step.function)
     return forms
 
 

@@ -93,6 +93,7 @@ ROWS = {
         partial(row_forms.blocks, ("score-ring2", "score-complete")), BLOCK,
         ((512, 8, 2048, 1), (512, 8, 4096, 1), (512, 8, 8192, 1)), SMALL, 4,
     ),
+    "bf16": Row(row_forms.half_blocks, BLOCK, ((512, 8, 512, 1),), SMALL, 8),
     "eager": Row(
         partial(row_forms.blocks, ("score-ring2", "score-complete")), BLOCK, ((512, 8, 512, 1),), SMALL, 12
     ),
