@@ -90,20 +90,20 @@ def attribution_graph(
     masks = token_masks(inputs, wiring, clean)
     start = clean.read[wiring.streams[0].name, -1]
     length = max(mask.shape[1] for mask in masks.values()) if every_token else 0
-    found, weights = _Edges(table, length, start), Weights(model, wiring, start.shape[-1])
+    edges, weights = _Edges(table, length, start), Weights(model, wiring, start.shape[-1])
     for example in range(len(start)):
         for stream in wiring.streams:
             for where in _blocks(example, masks[stream.name][example], table, weights.width):
-                _add_stream(found, stream.name, where, (clean, other), slopes, weights)
-        found.end_of_example()
+                _add_stream(edges, stream.name, where, (clean, other), slopes, weights)
+        edges.end_of_example()
     of_graphs = {one.name: _messages(one, (clean, other), slopes, masks[one.stream]) for one in graphs}
     moments = {name: Moments(values.shape[1:2]) for name, values in of_graphs.items()}
     for name, values in of_graphs.items():
         moments[name].update(values.sum(dim=-1))
-    network = network_of(table, found.values(), {name: (m.mean, m.std) for name, m in moments.items()})
+    network = network_of(table, edges.values(), {name: (m.mean, m.std) for name, m in moments.items()})
     if every_token:
         tokens = (values.mean(dim=0).cpu() for values in of_graphs.values())  # [E, T]
-        network.by_token = torch.cat([found.by_token(), *(F.pad(t, (0, length - t.shape[1])) for t in tokens)])
+        network.by_token = torch.cat([edges.by_token(), *(F.pad(t, (0, length - t.shape[1])) for t in tokens)])
     return network
 
 
@@ -195,12 +195,12 @@ class _Edges:
             for reader, own in zip(readers, read[:senders].split(sizes, dim=1), strict=True):
                 self._add_reader(reader, own, where)
 
-    def _add_reader(self, reader: Reader, own: Tensor, where: Where) -> None:
+    def _add_reader(self, reader: Reader, worths: Tensor, where: Where) -> None:
         place, senders = self._places[reader.unit, reader.site]
         if self.length:
-            self._tokens[place].unflatten(0, (senders, -1)).index_add_(2, where.tokens, own)
-            own = own.sum(dim=-1, dtype=torch.double)  # [W, R]
-        self._sums[place] += own.flatten()
+            self._tokens[place].unflatten(0, (senders, -1)).index_add_(2, where.tokens, worths)
+            worths = worths.sum(dim=-1, dtype=torch.double)  # [W, R]
+        self._sums[place] += worths.flatten()
 
     def end_of_example(self) -> None:
         self._moments.update(self._sums[None])
@@ -222,10 +222,10 @@ def _blocks(example: int, mask: Tensor, table: UnitNodes, width: int) -> Iterato
 
 
 def _add_stream(
-    found: _Edges, stream: str, where: Where, runs: tuple[Trace, Trace], slopes: list[Trace], weights: Weights
+    edges: _Edges, stream: str, where: Where, runs: tuple[Trace, Trace], slopes: list[Trace], weights: Weights
 ) -> None:
     """Walks along a stream: parts are added, carried through its norms, and read."""
-    table, wiring = found.table, weights.wiring
+    table, wiring = edges.table, weights.wiring
     norms = [norm for norm in wiring.norms if norm.stream == stream]
     writers = [writer for writer in table.writers if writer.stream == stream]
     events: list[tuple[int, int, Any]] = [(writer.time, 0, writer) for writer in writers]
@@ -251,20 +251,20 @@ def _add_stream(
             waiting.append((event, done, _slope(event, slopes, weights, where)))
             # Norms change the parts that are there.
             if norms or sum(len(rows) for _, _, rows in waiting) >= READERS:
-                found.add(waiting, parts[0, :done] - parts[1, :done] if norms else parts[0, :done], where)
+                edges.add(waiting, parts[0, :done] - parts[1, :done] if norms else parts[0, :done], where)
                 waiting = []
     if waiting:
-        found.add(waiting, parts[0, :done], where)
+        edges.add(waiting, parts[0, :done], where)
 
 
 def _together(table: UnitNodes, stream: str) -> list[list[Reader]]:
     """The readers of a stream, those that read the same through the same norm together."""
-    found: dict[tuple[int, str | None, bool], list[Reader]] = {}
+    groups: dict[tuple[int, str | None, bool], list[Reader]] = {}
     for reader in table.readers:
         if reader.reading.stream == stream:
             key = reader.reading.time, reader.reading.norm, reader.site == "logits"
-            found.setdefault(key, []).append(reader)
-    return list(found.values())
+            groups.setdefault(key, []).append(reader)
+    return list(groups.values())
 
 
 def _slope(readers: list[Reader], runs: list[Trace], weights: Weights, where: Where) -> Tensor:

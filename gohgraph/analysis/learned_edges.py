@@ -186,9 +186,9 @@ def worth(graph: LearnedGraph, runs: tuple[Sent, Sent], slope: Tensor, example: 
     """
     receivers, tokens = graph.conv.edge_index[1], mask.nonzero().flatten()
     size = graph.edges.shape[1] * slope.shape[-1]
-    found = torch.zeros(graph.edges.shape[1], len(mask), dtype=torch.double, device=slope.device)
+    of_edges = torch.zeros(graph.edges.shape[1], len(mask), dtype=torch.double, device=slope.device)
     for part in tokens.split(max(1, BLOCK // max(1, size))):
         change = runs[0].messages(example, part) - runs[1].messages(example, part)  # [n, E, F]
         at = slope[example, part].index_select(1, receivers)  # [n, E, F]
-        found[:, part] = (change * at).sum(dim=-1).T.double()
-    return found
+        of_edges[:, part] = (change * at).sum(dim=-1).T.double()
+    return of_edges

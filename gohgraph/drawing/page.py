@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from gohgraph.analysis.record import Recordings
+from gohgraph.analysis.recording import Recordings
 from gohgraph.common.checks import check_number
 from gohgraph.common.files import checked_path, write_whole
 from gohgraph.common.packages import needs

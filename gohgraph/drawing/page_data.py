@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gohgraph.analysis.record import Recording, Recordings
+from gohgraph.analysis.recording import Recording, Recordings
 from gohgraph.common.checks import there
 from gohgraph.drawing.layered import Layout, arcs, head_names, ring_radii, self_loops
 

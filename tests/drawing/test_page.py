@@ -24,7 +24,7 @@ from stock_models import stock
 
 import gohgraph as goh
 from gohgraph.analysis.faithfulness import Faithfulness
-from gohgraph.analysis.record import Recording, Recordings
+from gohgraph.analysis.recording import Recording, Recordings
 from gohgraph.drawing import page_controls, page_patterns
 from gohgraph.drawing.layered import self_loops
 from gohgraph.drawing.page import page_document

@@ -10,7 +10,8 @@ import torch
 
 from gohgraph.analysis.attribution_graph import attribution_graph
 from gohgraph.analysis.composition import composition_graph
-from gohgraph.analysis.record import Recordings, record, recordable
+from gohgraph.analysis.record import record, recordable
+from gohgraph.analysis.recording import Recordings
 from gohgraph.common.hub import local_folder
 from gohgraph.convert import load_converted
 from gohgraph.convert.saving import is_converted

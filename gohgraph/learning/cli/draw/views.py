@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from gohgraph.analysis import edge_strength, pruning_curve, random_scores
 from gohgraph.analysis.network_files import GRAPH_SUFFIXES, save_head_graph
-from gohgraph.analysis.record import Recordings
+from gohgraph.analysis.recording import Recordings
 from gohgraph.common.checks import there
 from gohgraph.common.hub import local_folder
 from gohgraph.drawing.circles import draw
