@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,28 +18,42 @@ _NEEDS = {
 collect_ignore_glob = [glob for package, globs in _NEEDS.items() if find_spec(package) is None for glob in globs]
 
 
-# A file runs on one worker: begun last, one of these would keep all others waiting. In order of their seconds.
-_LONGEST = (
-    "test_federated_example",
+# A file runs on one worker: begun last, one of these would keep all others waiting. In order of their seconds, behind
+# those that start ranks.
+_RANKS = (
     "test_parallel",
-    "test_kernels",
     "test_megatron",
-    "test_saving",
-    "test_benchmark_quality",
+    "test_sharded_graph",
     "test_router_training",
-    "test_train_language_model",
+    "test_devices",
     "test_routed_training",
-    "test_continual",
-    "test_convert_transformers",
-    "test_drawing_views",
-    "test_draw",
     "test_pretrain_gpt",
-    "test_continue_tune",
+)
+_LONGEST = (
+    *_RANKS,
+    "test_federated_example",
+    "test_benchmark_quality",
+    "test_kernels",
+    "test_draw",
+    "test_drawing_views",
+    "test_saving",
+    "test_page",
+    "test_convert_training",
+    "test_train_language_model",
+    "test_continual",
     "test_benchmark",
-    "test_loop",
+    "test_compiled_generation",
+    "test_kept",
+    "test_auto",
+    "test_continue_tune",
+    "test_tiled_operator",
+    "test_convert_transformers",
+    "test_forms",
+    "test_presets",
+    "test_serving",
     "test_federated",
+    "test_loop",
     "test_round_trips",
-    "test_meta",
 )
 # Who draws the figures of a run: to draw one takes longer than a training of a few steps.
 _FIGURES = {
@@ -56,8 +71,29 @@ def pytest_configure(config):
         config.option.loadscopereorder = False
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file runs on one worker, and one worker all files that start ranks: their fork server imports everything."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "ranks" if Path(file).stem in _RANKS else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: _PLACES.get(item.path.stem, len(_PLACES)))
+
+
+def pytest_collection_finish():
+    # What was imported and collected stays: the garbage collector need not look through it again and again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -73,7 +73,7 @@ def windows(text: Tensor, flags: argparse.Namespace) -> Tensor:
     return next(iter(batches))[0]
 
 
-def _orders(network: goh.HeadNetwork, heads: goh.analysis.record.Recordings) -> dict[str, goh.HeadNetwork]:
+def _orders(network: goh.HeadNetwork, heads: goh.analysis.recording.Recordings) -> dict[str, goh.HeadNetwork]:
     """The same edges with their strength, and with their mean weight."""
     strength = torch.cat([recording.strength for recording in heads.values()])
     mean = torch.cat([recording.mean.abs().mean(dim=0) for recording in heads.values()])

@@ -46,21 +46,29 @@ def study(flags: argparse.Namespace) -> None:
     vocabulary = model.config.vocab_size
     shape = {"length": flags.length, "examples": flags.examples, "first": min(1000, vocabulary // 2)}
     found, held_out = (repeated_tokens(vocabulary, **shape, seed=seed) for seed in (0, 1))
+    flags.out.mkdir(parents=True, exist_ok=True)
     start, cpu = time.perf_counter(), time.process_time()
     network = goh.attribution_graph(model, **found._asdict(), steps=flags.steps)
     took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    network = goh.label_heads(model, network)
-    print(f"{network.num_edges:,} edges in {took['seconds']:.1f} s ({took['cpu_seconds']:.1f} s of CPU)\n")
-    print(_strongest(network))
-    flags.out.mkdir(parents=True, exist_ok=True)
-    goh.save_head_graph(network, flags.out / "circuit.json")
     title = f"{Path(flags.model).resolve().name}: attribution of edges, random tokens that come twice"
     drawn = network if flags.layers is None else _of_layers(network, *flags.layers)
     goh.draw_network(drawn, flags.out / "circuit.png", title=title, threshold=0.03, limit=flags.limit)
+    took |= {"drawn_seconds": time.perf_counter() - start, "drawn_cpu_seconds": time.process_time() - cpu}
+    print(
+        f"{network.num_edges:,} edges in {took['seconds']:.1f} s ({took['cpu_seconds']:.1f} s of CPU), drawn after "
+        f"{took['drawn_seconds']:.1f} s ({took['drawn_cpu_seconds']:.1f} s of CPU)\n"
+    )
+    network = goh.label_heads(model, network)
+    print(_strongest(network))
+    goh.save_head_graph(network, flags.out / "circuit.json")
     beside = {"composition": goh.composition_graph(model)}
     measured = goh.faithfulness(model, network, **held_out._asdict(), beside=beside, random=flags.random)
     print(f"\n{measured.table()}")
     goh.draw_faithfulness(measured, flags.out / "faithfulness.png")
+    if flags.page:
+        with torch.no_grad(), goh.record(model, attention=True) as heads:
+            model(found.inputs)
+        goh.save_page(network, flags.out / "circuit.html", title=title, patterns=heads, faithfulness=measured)
     lost = _without(model, network, held_out)
     print(
         f"\nfall of the log probability ({lost['metric']:.3f} nats, {lost['all']:.3f} without any edge): without the "
@@ -128,6 +136,7 @@ def _parser() -> ArgumentParser:
     add("--random", type=int, default=1, help="random orders of edges beside (%(default)s)")
     add("--layers", type=int, nargs=2, metavar=("FIRST", "LAST"), help="draw these layers alone")
     add("--limit", type=float, help="end of the picture's colour range")
+    add("--page", action="store_true", help="also an interactive page, the curve under it (extra interactive)")
     add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 from gohgraph.common.command_line import ArgumentParser, run
@@ -34,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The command is the first word; what a run stores is its flags alone.
         vars(flags).pop("call")(flags, argv[1:])
 
-    return run(_parser(), call, argv)
+    with warnings.catch_warnings():
+        # Of torch-geometric under torch 2.14, when it is imported: nothing that a reader could do.
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script", FutureWarning)
+        return run(_parser(), call, argv)
 
 
 def _parser() -> ArgumentParser:

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from pairs import EXHAUSTIVE
 from torch import Tensor, nn
 
 from gohgraph import (
@@ -183,10 +184,14 @@ class FusedAttention(nn.Module):
 def traced(module: nn.Module) -> nn.Module:
     """The module as `torch.compile` sees it: one graph forward and one back, run without building machine code.
 
-    What could break here is the tracing; kernels are built from its graphs where `tests/graphs/test_conv.py` and
-    `tests/learning/test_routed_training.py` compile in full.
+    What could break here is the tracing; kernels are built from its graphs where `tests/graphs/test_conv.py` compiles.
     """
     return torch.compile(module, fullgraph=True, backend="aot_eager")
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """The module traced, and with `GOHGRAPH_EXHAUSTIVE` as machine code, which takes half a minute to build."""
+    return torch.compile(module, fullgraph=True) if EXHAUSTIVE else traced(module)
 
 
 def load_script(folder: str, name: str) -> ModuleType:

@@ -1,5 +1,6 @@
 """What is imported once, before any rank is forked: all that the ranks of the tests use."""
 
+import gc
 from contextlib import suppress
 
 import accelerate  # noqa: F401
@@ -17,3 +18,6 @@ with suppress(ImportError):
 
 # With the first graph of a process PyG fills in the templates of its class.
 goh.HeadGraphConv(goh.head_graph(2), 2, 2)
+# What was imported is never garbage: no rank looks through it, which would copy it from memory that all share.
+gc.collect()
+gc.freeze()

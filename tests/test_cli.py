@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -48,6 +49,19 @@ def test_bad_flags_are_refused_before_data_is_read(argv, sentence, capsys, monke
     monkeypatch.setattr(language_model, "load_corpus", None)
     assert main(argv) == 2
     assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_what_pyg_says_of_torch_jit_is_not_shown(monkeypatch):
+    texts = ["`torch.jit.script` is deprecated. Please switch to `torch.compile`", "something else"]
+
+    def warn(flags):
+        for text in texts:
+            warnings.warn(text, FutureWarning, stacklevel=1)
+
+    monkeypatch.setattr("gohgraph.cli.draw_model", warn)
+    with pytest.warns(FutureWarning) as shown:
+        assert main(["draw", "x"]) == 0
+    assert [str(one.message) for one in shown] == texts[1:]
 
 
 def test_a_short_demo_says_so_and_goes_on_with_its_own_flags(text, tmp_path, capsys):

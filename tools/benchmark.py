@@ -8,6 +8,7 @@
     python tools/benchmark.py rows --threads 1 2
     python tools/benchmark.py limits --threads 1 2
     python tools/benchmark.py attribution --sizes 12/12/768 --opponent --threads 1
+    python tools/benchmark.py page
     python tools/benchmark.py quality --tasks text two-cues --variants plain element-gate outputs
 
 The first argument names what is measured, `speed` without one; each is a module of `benchmarks`, which says
@@ -35,6 +36,7 @@ from benchmarks import (
     laws,
     limits,
     memory,
+    page,
     quality,
     recipe,
     routing,
@@ -64,6 +66,7 @@ COMMANDS = {
     "rows": rows,
     "counts": counts,
     "attribution": attribution,
+    "page": page,
     "kernels": kernels,
 }
 DEFAULT = "speed"

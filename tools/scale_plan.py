@@ -84,8 +84,8 @@ def count(model: Workload, cluster: Cluster, flags: argparse.Namespace) -> None:
     plain, rows = count_step(None, model, parallel), []
     for name in flags.topologies:
         graphs = _graphs(name, flags)
-        cost, found = graph_cost(graphs, model, cluster), count_step(graphs, model, parallel)
-        added, planned = found - plain, cost.tensor_bytes + cost.data_bytes
+        cost, costs_of = graph_cost(graphs, model, cluster), count_step(graphs, model, parallel)
+        added, planned = costs_of - plain, cost.tensor_bytes + cost.data_bytes
         apart = f"{100 * (planned / added - 1):+.1f} %" if added else "equal" if not planned else "-"
         rows.append([name, f"{added:,}", f"{planned:,.0f}", apart, f"{100 * added / plain:.1f} %"])
     if torch.distributed.get_rank() == 0:

@@ -86,7 +86,7 @@ def recording_attention(
     if not chosen:
         known = sorted({layer for name in modules if (layer := layer_of(name)) is not None})
         raise ValueError(f"Expected layers of {known} (got {list(wanted or ())}). Do choose among them.")
-    found: dict[str, AttentionRecording] = {}
+    recordings: dict[str, AttentionRecording] = {}
     calls: dict[tuple[str, int], AttentionRecording] = {}
     watch = AttentionWatch(choice, len(chosen))
     with ExitStack() as stack:
@@ -99,14 +99,14 @@ def recording_attention(
                 if (name, index) not in calls:
                     heads = range(maps.shape[1]) if choice.heads is None else choice.heads
                     calls[name, index] = AttentionRecording(label, list(heads), choice.every_example)
-                    found[name if index == 0 else f"{name}.call.{index}"] = calls[name, index]
+                    recordings[name if index == 0 else f"{name}.call.{index}"] = calls[name, index]
                 calls[name, index].update(maps)
 
             for hook in watch.hooks(module, title, finish):
                 stack.enter_context(hook)
         stack.enter_context(watching(watch.see))
         stack.enter_context(watch)
-        yield found
+        yield recordings
 
 
 def attention_modules(model: nn.Module) -> dict[str, str]:
@@ -115,17 +115,17 @@ def attention_modules(model: nn.Module) -> dict[str, str]:
     Raises:
         ValueError: it has no attention of ours, and `wiring_of` does not know its layers.
     """
-    own = [name for name, module in working_modules(model) if isinstance(module, (MultiHeadAttention, HeadSlots))]
+    blocks = [name for name, module in working_modules(model) if isinstance(module, (MultiHeadAttention, HeadSlots))]
     try:
         stock = {unit.name: unit.title for unit in wiring_of(model).attentions}
     except ValueError:
-        if not own:
+        if not blocks:
             raise
         stock = {}
     # Where ours stands inside of a stock module, or in its place, it is asked itself.
-    inside = {name: next((one for one in own if f"{one}.".startswith(f"{name}.")), name) for name in stock}
+    inside = {name: next((one for one in blocks if f"{one}.".startswith(f"{name}.")), name) for name in stock}
     titles = {inside[name]: title for name, title in stock.items()}
-    others = [name for name in own if name not in titles]
+    others = [name for name in blocks if name not in titles]
     titles |= dict(zip(others, block_titles(others), strict=True))
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return dict(sorted(titles.items(), key=lambda item: order[item[0]]))

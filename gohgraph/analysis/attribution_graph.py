@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Numbers of one block of parts or slopes, [nodes, tokens, M].
 BLOCK = 1 << 25
+# So many readers' slopes are multiplied at once: to read the parts takes longer than to multiply them with a few.
+READERS = 32
 Metric = Callable[[Any], Tensor]
 
 
@@ -88,20 +90,20 @@ def attribution_graph(
     masks = token_masks(inputs, wiring, clean)
     start = clean.read[wiring.streams[0].name, -1]
     length = max(mask.shape[1] for mask in masks.values()) if every_token else 0
-    found, weights = _Edges(table, length, start), Weights(model, wiring, start.shape[-1])
+    edges, weights = _Edges(table, length, start), Weights(model, wiring, start.shape[-1])
     for example in range(len(start)):
         for stream in wiring.streams:
             for where in _blocks(example, masks[stream.name][example], table, weights.width):
-                _add_stream(found, stream.name, where, (clean, other), slopes, weights)
-        found.end_of_example()
+                _add_stream(edges, stream.name, where, (clean, other), slopes, weights)
+        edges.end_of_example()
     of_graphs = {one.name: _messages(one, (clean, other), slopes, masks[one.stream]) for one in graphs}
     moments = {name: Moments(values.shape[1:2]) for name, values in of_graphs.items()}
     for name, values in of_graphs.items():
         moments[name].update(values.sum(dim=-1))
-    network = network_of(table, found.values(), {name: (m.mean, m.std) for name, m in moments.items()})
+    network = network_of(table, edges.values(), {name: (m.mean, m.std) for name, m in moments.items()})
     if every_token:
         tokens = (values.mean(dim=0).cpu() for values in of_graphs.values())  # [E, T]
-        network.by_token = torch.cat([found.by_token(), *(F.pad(t, (0, length - t.shape[1])) for t in tokens)])
+        network.by_token = torch.cat([edges.by_token(), *(F.pad(t, (0, length - t.shape[1])) for t in tokens)])
     return network
 
 
@@ -153,6 +155,10 @@ def metric_value(metric: Metric, output: Any, examples: int) -> Tensor:
     return value
 
 
+# Readers together, how many parts they read, the first ones, and their slopes `[R, N, M]`.
+Waiting = tuple[list[Reader], int, Tensor]
+
+
 class _Edges:
     """Attributions of all edges in one row, `[E]`: sums over tokens of an example, means over examples.
 
@@ -176,19 +182,25 @@ class _Edges:
         self._tokens = like.new_zeros(start, length, dtype=torch.promote_types(like.dtype, torch.float32))
         self._moments = Moments((start,))
 
-    def add(self, readers: list[Reader], parts: Tensor, slopes: Tensor, where: Where) -> None:
-        """Takes in parts `[W, N, M]` and the slopes of several readers one after another, `[R, N, M]`."""
-        # One product for all: to read the parts takes as long as to multiply them.
+    def add(self, waiting: list[Waiting], parts: Tensor, where: Where) -> None:
+        """Takes in parts `[W, N, M]` and the slopes of several readings, each of which reads the first of the parts."""
+        every = [slopes for _, _, slopes in waiting]
+        slopes = every[0] if len(every) == 1 else torch.cat(every)  # [R, N, M]
         if self.length:
             values = torch.einsum("wnm,rnm->wrn", parts, slopes).to(self._tokens.dtype)  # [W, R, N]
         else:
             values = (parts.flatten(1) @ slopes.flatten(1).t()).double()  # [W, R]
-        for reader, own in zip(readers, values.split([len(r.nodes) for r in readers], dim=1), strict=True):
-            place, senders = self._places[reader.unit, reader.site]
-            if self.length:
-                self._tokens[place].unflatten(0, (senders, -1)).index_add_(2, where.tokens, own)
-                own = own.sum(dim=-1, dtype=torch.double)  # [W, R]
-            self._sums[place] += own.flatten()
+        for (readers, senders, _), read in zip(waiting, values.split([len(one) for one in every], dim=1), strict=True):
+            sizes = [len(reader.nodes) for reader in readers]
+            for reader, own in zip(readers, read[:senders].split(sizes, dim=1), strict=True):
+                self._add_reader(reader, own, where)
+
+    def _add_reader(self, reader: Reader, worths: Tensor, where: Where) -> None:
+        place, senders = self._places[reader.unit, reader.site]
+        if self.length:
+            self._tokens[place].unflatten(0, (senders, -1)).index_add_(2, where.tokens, worths)
+            worths = worths.sum(dim=-1, dtype=torch.double)  # [W, R]
+        self._sums[place] += worths.flatten()
 
     def end_of_example(self) -> None:
         self._moments.update(self._sums[None])
@@ -210,10 +222,10 @@ def _blocks(example: int, mask: Tensor, table: UnitNodes, width: int) -> Iterato
 
 
 def _add_stream(
-    found: _Edges, stream: str, where: Where, runs: tuple[Trace, Trace], slopes: list[Trace], weights: Weights
+    edges: _Edges, stream: str, where: Where, runs: tuple[Trace, Trace], slopes: list[Trace], weights: Weights
 ) -> None:
     """Walks along a stream: parts are added, carried through its norms, and read."""
-    table, wiring = found.table, weights.wiring
+    table, wiring = edges.table, weights.wiring
     norms = [norm for norm in wiring.norms if norm.stream == stream]
     writers = [writer for writer in table.writers if writer.stream == stream]
     events: list[tuple[int, int, Any]] = [(writer.time, 0, writer) for writer in writers]
@@ -222,7 +234,7 @@ def _add_stream(
     # Parts are kept apart where a norm of each run's own scale is still to come.
     like, count = runs[0].read[stream, -1], sum(len(writer.nodes) for writer in writers)
     parts = like.new_empty(1 + bool(norms), count, len(where.tokens), like.shape[-1])  # [2 or 1, W, N, M]
-    done = 0
+    done, waiting = 0, list[Waiting]()
     for _, kind, event in sorted(events, key=lambda event: event[:2]):
         if kind == 0:
             there = parts[:, done : done + len(event.nodes)]
@@ -236,18 +248,23 @@ def _add_stream(
             for one, run in zip(parts, runs, strict=True):
                 one[:done] = weights.carried(event.module, one[:done], where.of(run.normed[event.module]))
         elif done:
-            change = parts[0, :done] - parts[1, :done] if norms else parts[0, :done]  # [W, N, M]
-            found.add(event, change, _slope(event, slopes, weights, where), where)
+            waiting.append((event, done, _slope(event, slopes, weights, where)))
+            # Norms change the parts that are there.
+            if norms or sum(len(rows) for _, _, rows in waiting) >= READERS:
+                edges.add(waiting, parts[0, :done] - parts[1, :done] if norms else parts[0, :done], where)
+                waiting = []
+    if waiting:
+        edges.add(waiting, parts[0, :done], where)
 
 
 def _together(table: UnitNodes, stream: str) -> list[list[Reader]]:
     """The readers of a stream, those that read the same through the same norm together."""
-    found: dict[tuple[int, str | None, bool], list[Reader]] = {}
+    groups: dict[tuple[int, str | None, bool], list[Reader]] = {}
     for reader in table.readers:
         if reader.reading.stream == stream:
             key = reader.reading.time, reader.reading.norm, reader.site == "logits"
-            found.setdefault(key, []).append(reader)
-    return list(found.values())
+            groups.setdefault(key, []).append(reader)
+    return list(groups.values())
 
 
 def _slope(readers: list[Reader], runs: list[Trace], weights: Weights, where: Where) -> Tensor:

@@ -83,11 +83,11 @@ def run_patched(
         readers = drop.any(dim=0).nonzero().flatten().to(x.device)
         change = changes[reading.stream].before(reading.time)
         share = drop.to(x.device)[:, readers].to(x.dtype)
-        own = x - torch.einsum("wr,wnm->rnm", share, change).unflatten(1, x.shape[:2])  # [r, B, T, M]
+        arriving = x - torch.einsum("wr,wnm->rnm", share, change).unflatten(1, x.shape[:2])  # [r, B, T, M]
         if reading.norm is None:
-            return readers, own - x
+            return readers, arriving - x
         norm = model.get_submodule(reading.norm)
-        return readers, norm.forward(own) - norm.forward(x)
+        return readers, norm.forward(arriving) - norm.forward(x)
 
     with Hooks(model) as hooks, on_whole_maps(model, table.learned), torch.no_grad():
         _watch(hooks, wiring, now, changes)

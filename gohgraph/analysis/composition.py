@@ -87,8 +87,8 @@ def composition_graph(
         for name in tqdm(units, desc="composition", unit="layer", disable=None, leave=False):
             readers = [r for r in nodes.readers if r.unit == name and r.site[0] in kinds and nodes.edges_into(r)]
             if readers:
-                found = _scores(readers, units, wiring, modules, nodes, components)
-                values |= {(name, site): (scores, torch.zeros_like(scores)) for site, scores in found.items()}
+                by_site = _scores(readers, units, wiring, modules, nodes, components)
+                values |= {(name, site): (scores, torch.zeros_like(scores)) for site, scores in by_site.items()}
     return network_of(nodes, values, {one.name: (s := strengths[one.name], torch.zeros_like(s)) for one in graphs})
 
 
@@ -108,7 +108,7 @@ def _scores(
     """The scores `[W, R]` of every reader of one unit, by its site."""
     unit = units[readers[0].unit]
     sides = {reader.site: _side(reader.site, unit, modules, components) for reader in readers}
-    found: dict[str, list[Tensor]] = {reader.site: [] for reader in readers}
+    scores_of: dict[str, list[Tensor]] = {reader.site: [] for reader in readers}
     # Readers of one stream and time have the same writers.
     everyone = {writer.unit: writer for reader in readers for writer in nodes.edges_into(reader)}
     for name, writer in everyone.items():
@@ -116,8 +116,8 @@ def _scores(
         for reader in readers:
             if writer in nodes.edges_into(reader):
                 arriving = _arriving(written, writer, reader, wiring, modules)
-                found[reader.site].append(_compare(arriving, sides[reader.site]))
-    return {site: torch.cat(scores) for site, scores in found.items()}
+                scores_of[reader.site].append(_compare(arriving, sides[reader.site]))
+    return {site: torch.cat(scores) for site, scores in scores_of.items()}
 
 
 def _compare(written: Tensor, side: _Side) -> Tensor:

@@ -144,10 +144,10 @@ def faithfulness(
     circuit = Circuit(model, network, inputs, against, metric)
     nothing = circuit.value(torch.zeros(network.num_edges, dtype=torch.bool))
     runs = [(name, share, score) for name, scores in orders.items() for share in shares for score in scores]
-    found: dict[tuple[str, float], list[Tensor]] = {}
+    kept_values: dict[tuple[str, float], list[Tensor]] = {}
     for name, share, score in tqdm(runs, desc="faithfulness", unit="run", disable=None, leave=False):
-        found.setdefault((name, share), []).append(circuit.value(strongest_share(score, share)))
-    means = {key: torch.stack(values).mean(dim=0) for key, values in found.items()}  # [B]
+        kept_values.setdefault((name, share), []).append(circuit.value(strongest_share(score, share)))
+    means = {key: torch.stack(values).mean(dim=0) for key, values in kept_values.items()}  # [B]
     values = {name: torch.stack([means[name, share] for share in shares]) for name in orders}  # [S, B]
     return Faithfulness(shares, values, circuit.everything, nothing)
 

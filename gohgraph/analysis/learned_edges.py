@@ -100,18 +100,24 @@ def _learned(model: nn.Module, name: str, conv: EdgeGraph, units: dict[str, Atte
     if conv.num_senders > conv.num_heads:
         before = layers_read(conv.traits.reach, layer_of(block) or 0)[: conv.num_senders // conv.num_heads - 1]
         names += [family_of(block).replace("*", str(layer)) for layer in before]
+    known = [_unit(one, units) for one in names]
     missing = (
         f"{conv.rounds} rounds" if conv.rounds > 1
         else "keyed edges" if conv.traits.keyed
         else "norm=True" if conv.gain is not None
-        else f"an attention block that is not known, {block}" if any(one not in units for one in names)
+        else f"an attention block that is not known, {block}" if None in known
         else f"messages between {site} in a converted model"
         if site in MAPS and not isinstance(model.get_submodule(holder), MultiHeadAttention)
         else ""
     )  # fmt: skip
     if missing:
         raise _refusal(name, missing)
-    return LearnedGraph(name, site, conv, tuple(units[one] for one in names))
+    return LearnedGraph(name, site, conv, tuple(unit for unit in known if unit is not None))
+
+
+def _unit(block: str, units: dict[str, AttentionUnit]) -> AttentionUnit | None:
+    """The attention unit of a block, which may be inside of it (BERT: `attention.self`)."""
+    return units.get(block, units.get(block.rpartition(".")[0]))
 
 
 def _refusal(name: str, missing: str) -> ValueError:
@@ -180,9 +186,9 @@ def worth(graph: LearnedGraph, runs: tuple[Sent, Sent], slope: Tensor, example: 
     """
     receivers, tokens = graph.conv.edge_index[1], mask.nonzero().flatten()
     size = graph.edges.shape[1] * slope.shape[-1]
-    found = torch.zeros(graph.edges.shape[1], len(mask), dtype=torch.double, device=slope.device)
+    of_edges = torch.zeros(graph.edges.shape[1], len(mask), dtype=torch.double, device=slope.device)
     for part in tokens.split(max(1, BLOCK // max(1, size))):
         change = runs[0].messages(example, part) - runs[1].messages(example, part)  # [n, E, F]
         at = slope[example, part].index_select(1, receivers)  # [n, E, F]
-        found[:, part] = (change * at).sum(dim=-1).T.double()
-    return found
+        of_edges[:, part] = (change * at).sum(dim=-1).T.double()
+    return of_edges

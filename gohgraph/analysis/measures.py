@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gohgraph.analysis.record import Recording
+from gohgraph.analysis.recording import Recording
 
 
 class Measures(NamedTuple):

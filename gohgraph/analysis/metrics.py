@@ -56,8 +56,8 @@ def log_probability(labels: Tensor, *, shift: bool = True) -> Callable[[Any], Te
         if shift:
             logits, tokens = logits[:, :-1], tokens[:, 1:]
         known = tokens != IGNORED  # [B, T]
-        found = logits.log_softmax(dim=-1).gather(2, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1)  # [B, T]
-        return torch.where(known, found, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
+        likelihoods = logits.log_softmax(dim=-1).gather(2, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1)  # [B, T]
+        return torch.where(known, likelihoods, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
 
     return metric
 

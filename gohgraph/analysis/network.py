@@ -12,7 +12,8 @@ from torch_geometric.data import Data
 from torch_geometric.utils import to_networkx
 
 from gohgraph.analysis.module_names import block_of, block_titles, family_of, layer_of, site_of
-from gohgraph.analysis.record import OF_KEYS, Recording, head_graphs, record
+from gohgraph.analysis.record import OF_KEYS, head_graphs, record
+from gohgraph.analysis.recording import Recording
 from gohgraph.analysis.summary import html_of_network
 from gohgraph.graphs.cross_layer import layers_read
 

@@ -48,16 +48,16 @@ def for_layout(network: HeadNetwork) -> Columns:
     Layouts that let edges pull, as Gephi's do, would drive such layers apart. A residual edge leads from a head to the
     one of the same number in the next layer, and pulls as the mean edge does.
     """
-    found = columns_of(network)
+    columns = columns_of(network)
     weight = network.mean.abs().nan_to_num(0.0, posinf=0.0)
-    edges = {**found.edges, "weight": weight.tolist()}
+    edges = {**columns.edges, "weight": weight.tolist()}
     pull = float(weight[weight > 0].mean()) if (weight > 0).any() else 1.0
     added = residual_edges(network)
     fill = {"graph": RESIDUAL, "site": RESIDUAL, "round": 1, "mean": 0.0, "std": 0.0, "share": 1.0, "weight": pull}
     for name, column in edges.items():
         column += [len(column) + number if name == "edge" else fill.get(name, np.nan) for number in range(len(added))]
-    senders, receivers = found.ends
-    return Columns(found.nodes, edges, (senders + [j for j, _ in added], receivers + [i for _, i in added]))
+    senders, receivers = columns.ends
+    return Columns(columns.nodes, edges, (senders + [j for j, _ in added], receivers + [i for _, i in added]))
 
 
 def residual_edges(network: HeadNetwork) -> list[tuple[int, int]]:
@@ -73,15 +73,15 @@ def residual_edges(network: HeadNetwork) -> list[tuple[int, int]]:
     for node, (block, kind, head) in enumerate(zip(of_node, network.kind, network.head.tolist(), strict=True)):
         places.setdefault((int(block), kind == KEY_VALUE, head), node)
     last: dict[str, int] = {}
-    found = []
+    edges = []
     for title, block in blocks.items():
         stack = title.split("layer")[0]
         before, last[stack] = last.get(stack), block
         if before is None or (before, block) in joined or (block, before) in joined:
             continue
-        pairs = [((before, *own[1:]), own) for own in places if own[0] == block]
-        found += [(places[sender], places[receiver]) for sender, receiver in pairs if sender in places]
-    return found
+        pairs = [((before, *place[1:]), place) for place in places if place[0] == block]
+        edges += [(places[sender], places[receiver]) for sender, receiver in pairs if sender in places]
+    return edges
 
 
 def node_places(network: HeadNetwork) -> np.ndarray:

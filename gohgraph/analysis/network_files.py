@@ -103,14 +103,14 @@ def _write(writer: Callable[[HeadNetwork, TextIO], None], network: HeadNetwork, 
 
 def _write_json(network: HeadNetwork, file: TextIO) -> None:
     """Node-link data as networkx has them, a line for every node and edge."""
-    found = columns_of(network)
+    columns = columns_of(network)
     file.write('{"directed": true, "multigraph": true, "graph": {}, "nodes": [\n')
-    _write_lines(({**row, "id": number} for number, row in enumerate(_rows(found.nodes))), file)
+    _write_lines(({**row, "id": number} for number, row in enumerate(_rows(columns.nodes))), file)
     file.write('], "edges": [\n')
     keys: dict[tuple[int, int], int] = {}
 
     def edges() -> Iterator[dict[str, Any]]:
-        for row, j, i in zip(_rows(found.edges), *found.ends, strict=True):
+        for row, j, i in zip(_rows(columns.edges), *columns.ends, strict=True):
             keys[j, i] = keys.get((j, i), -1) + 1
             yield {**row, "source": j, "target": i, "key": keys[j, i]}
 
@@ -140,10 +140,10 @@ def _finite(value: Any) -> Any:
 
 
 def _write_edges(network: HeadNetwork, file: TextIO) -> None:
-    found = columns_of(network)
+    columns = columns_of(network)
     weight = network.mean.abs().tolist()
-    rows = zip(*found.ends, weight, *map(_words_escaped, found.edges.values()), strict=True)
-    _write_rows(file, [*ENDS, WEIGHT, *found.edges], rows)
+    rows = zip(*columns.ends, weight, *map(_words_escaped, columns.edges.values()), strict=True)
+    _write_rows(file, [*ENDS, WEIGHT, *columns.edges], rows)
 
 
 def _write_nodes(network: HeadNetwork, file: TextIO) -> None:

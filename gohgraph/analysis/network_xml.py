@@ -32,9 +32,9 @@ def write_gexf(network: HeadNetwork, file: TextIO, words: Callable[[str], str]) 
         file: opened as UTF-8.
         words: what is done to every word, so that XML can hold it.
     """
-    found = for_layout(network)
-    labels, weights = found.nodes["label"], found.edges["weight"]
-    nodes, edges = ({n: c for n, c in part.items() if n not in SAID} for part in (found.nodes, found.edges))
+    table = for_layout(network)
+    labels, weights = table.nodes["label"], table.edges["weight"]
+    nodes, edges = ({n: c for n, c in part.items() if n not in SAID} for part in (table.nodes, table.edges))
     file.write(
         f"<?xml version='1.0' encoding='utf-8'?>\n<gexf xmlns=\"{GEXF}\" xmlns:viz=\"{GEXF}/viz\" version=\"1.2\">\n"
         '<graph defaultedgetype="directed" mode="static">\n'
@@ -53,8 +53,8 @@ def write_gexf(network: HeadNetwork, file: TextIO, words: Callable[[str], str]) 
             f'<viz:position x="{x:.1f}" y="{y:.1f}" z="0"/></node>\n'
         )
     file.write("</nodes>\n<edges>\n")
-    colours = signed_colours(np.array(found.edges["mean"])).tolist()
-    rows = zip(*found.ends, weights, _gexf_values("e", edges, words), colours, strict=True)
+    colours = signed_colours(np.array(table.edges["mean"])).tolist()
+    rows = zip(*table.ends, weights, _gexf_values("e", edges, words), colours, strict=True)
     for number, (j, i, weight, values, (r, g, b)) in enumerate(rows):
         file.write(
             f'<edge id="{number}" source="{j}" target="{i}" weight="{weight!r}"><attvalues>{values}</attvalues>'
@@ -65,19 +65,19 @@ def write_gexf(network: HeadNetwork, file: TextIO, words: Callable[[str], str]) 
 
 def write_graphml(network: HeadNetwork, file: TextIO, words: Callable[[str], str]) -> None:
     """Writes GraphML, with place, size and colour as the attributes that Gephi knows; arguments as `write_gexf`."""
-    found = for_layout(network)
+    table = for_layout(network)
     x, y, sizes, colours = zip(*_places(network), strict=True)
     channels = dict(zip("rgb", map(list, zip(*colours, strict=True)), strict=True))
-    nodes = {**found.nodes, "x": list(x), "y": list(y), "size": list(sizes), **channels}
+    nodes = {**table.nodes, "x": list(x), "y": list(y), "size": list(sizes), **channels}
     file.write(f"<?xml version='1.0' encoding='utf-8'?>\n<graphml xmlns=\"{GRAPHML}\">\n")
-    for kind, columns in (("node", nodes), ("edge", found.edges)):
+    for kind, columns in (("node", nodes), ("edge", table.edges)):
         for number, (name, column) in enumerate(columns.items()):
             about = f'for="{kind}" attr.name="{name}" attr.type="{_type(column)}"'
             file.write(f'<key id="{kind[0]}{number}" {about}/>\n')
     file.write('<graph edgedefault="directed">\n')
     for number, values in enumerate(_graphml_values("n", nodes, words)):
         file.write(f'<node id="{number}">{values}</node>\n')
-    for j, i, values in zip(*found.ends, _graphml_values("e", found.edges, words), strict=True):
+    for j, i, values in zip(*table.ends, _graphml_values("e", table.edges, words), strict=True):
         file.write(f'<edge source="{j}" target="{i}">{values}</edge>\n')
     file.write("</graph>\n</graphml>\n")
 

@@ -48,7 +48,7 @@ class _Seen(Exception):
 
 def _part(model: nn.Module, unit: AttentionUnit, inputs: Any, start: int) -> Tensor:
     """The pattern over D keys from `start`, `[B, H, T, D]`."""
-    found: list[Tensor] = []
+    patterns: list[Tensor] = []
 
     def put(out: Tensor) -> Tensor:
         size, tokens = unit.values.size, out.shape[1]
@@ -64,7 +64,7 @@ def _part(model: nn.Module, unit: AttentionUnit, inputs: Any, start: int) -> Ten
 
     def take(z: Tensor) -> None:
         heads = z.detach() if z.dim() == 4 else z.detach().unflatten(-1, (unit.queries.heads, -1))  # [B, T, H, D]
-        found.append(heads.transpose(1, 2))  # [B, H, T, D]
+        patterns.append(heads.transpose(1, 2))  # [B, H, T, D]
         raise _Seen
 
     with Hooks(model) as hooks, torch.no_grad():
@@ -74,7 +74,7 @@ def _part(model: nn.Module, unit: AttentionUnit, inputs: Any, start: int) -> Ten
             run(model, inputs)
         except _Seen:
             pass
-    return found[0]
+    return patterns[0]
 
 
 def _graph_of(model: nn.Module, unit: AttentionUnit, slot: str) -> str | None:

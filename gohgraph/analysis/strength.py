@@ -6,7 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from gohgraph.analysis.record import Recording, head_graphs
+from gohgraph.analysis.record import head_graphs
+from gohgraph.analysis.recording import Recording
 from gohgraph.graphs.edge_graph import EdgeGraph
 
 

@@ -12,7 +12,7 @@ from gohgraph.analysis.module_names import graph_titles
 
 if TYPE_CHECKING:
     from gohgraph.analysis.network import HeadNetwork
-    from gohgraph.analysis.record import Recording
+    from gohgraph.analysis.recording import Recording
 
 # What draws the picture: the room of drawings puts its function in, which stands above this one.
 pictures: list[Callable[[Any], str]] = []
@@ -24,8 +24,8 @@ def line_of(recording: Recording) -> str:
     """Returns what a recording holds, in a line."""
     heads, edges, tokens, mean, strongest = cells_of(recording)
     told = f"mean |weight| {mean}, strongest edge {strongest}" if recording.tokens else "nothing seen yet"
-    more = ", every token kept" if recording.every is not None else ""
-    return f"Recording({heads} heads, {edges} edges, {tokens} tokens{more}: {told})"
+    kept = ", every token kept" if recording.every is not None else ""
+    return f"Recording({heads} heads, {edges} edges, {tokens} tokens{kept}: {told})"
 
 
 def cells_of(recording: Recording) -> list[str]:
@@ -75,5 +75,5 @@ def html_of_network(network: HeadNetwork) -> str:
 def _table(head: Sequence[str], rows: list[list[str]]) -> str:
     lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
     lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows[:MOST_ROWS]]
-    more = f"<p>and {len(rows) - MOST_ROWS} more</p>" if len(rows) > MOST_ROWS else ""
-    return f"<table>{''.join(lines)}</table>{more}"
+    rest = f"<p>and {len(rows) - MOST_ROWS} more</p>" if len(rows) > MOST_ROWS else ""
+    return f"<table>{''.join(lines)}</table>{rest}"

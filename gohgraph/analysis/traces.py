@@ -39,8 +39,8 @@ class Trace:
 
     def take_gradients(self, value: Tensor) -> None:
         """Fills `gradients` with those of a sum of numbers; the graph is freed."""
-        found = torch.autograd.grad(value.sum(), list(self.zeros.values()), allow_unused=True)
-        for (name, zero), gradient in zip(self.zeros.items(), found, strict=True):
+        gradients = torch.autograd.grad(value.sum(), list(self.zeros.values()), allow_unused=True)
+        for (name, zero), gradient in zip(self.zeros.items(), gradients, strict=True):
             self.gradients[name] = torch.zeros_like(zero) if gradient is None else gradient
         self.zeros.clear()
 

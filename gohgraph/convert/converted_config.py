@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from gohgraph.common.files import write_text_whole
 
@@ -41,6 +41,9 @@ class ConvertedConfig(PreTrainedConfig):
         Raises:
             ValueError: a damaged file, or a backbone that this transformers does not know.
         """
+        # Its module has `auto_classes` import this one, which may be the first to ask for transformers.
+        from transformers import CONFIG_MAPPING
+
         try:
             stock, description = dict(config_dict["backbone"]), config_dict[HEAD_GRAPHS]
             model_type = stock["model_type"]

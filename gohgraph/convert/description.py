@@ -94,13 +94,13 @@ def read_description(values: Any) -> dict[str, Described]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of the libraries that are there."""
-    found = {}
+    installed = {}
     for name in VERSIONED:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _described(block: Mapping[str, Any], configs: list[HeadGraphConfig]) -> Described:

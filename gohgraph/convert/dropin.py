@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohgraph.attention.call import Mask
 from gohgraph.attention.routing import HeadRouter
 from gohgraph.attention.slots import HeadSlots, Slots
 from gohgraph.common.checks import check_int, check_probability, there
+from gohgraph.convert import torch_masks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -191,12 +191,12 @@ class GraphMultiheadAttention(HeadSlots):
         q, k, v, x = self._project(query, key, value)  # [B, T or S, H, D] and [B, T, M]
         hint = is_causal and key_padding_mask is None and not need_weights
         if hint:
-            mask = _causal(q, k)
+            mask = torch_masks.causal(q, k)
         else:
-            mask = Mask(self._mask(key_padding_mask, attn_mask, q.dtype, k.shape[1]))
+            mask = torch_masks.joined(key_padding_mask, attn_mask, self.num_heads, q.dtype, k.shape[1])
         token_mask = None
         if together and key_padding_mask is not None:
-            token_mask = _attended(key_padding_mask).reshape(x.shape[:2])  # [B, T]
+            token_mask = torch_masks.attended(key_padding_mask).reshape(x.shape[:2])  # [B, T]
         routing = self.route(x, token_mask)
         dropout = self.dropout if self.training else 0.0
         z, weights = self.attend(q, k, v, x, mask, dropout=dropout, routing=routing, need_weights=need_weights)
@@ -231,24 +231,6 @@ class GraphMultiheadAttention(HeadSlots):
 
     def _time_first(self, x: Tensor) -> Tensor:
         return x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1) if self.batch_first else x  # [T, B, M]
-
-    def _mask(
-        self, padding: Tensor | None, attn_mask: Tensor | None, dtype: torch.dtype, keys: int
-    ) -> Tensor | None:
-        """Both masks as one that broadcasts to `[B, H, T, S]`: True = may attend, or numbers where either has such."""
-        masks = []
-        if attn_mask is not None:
-            shape = (1, 1) if attn_mask.dim() == 2 else (len(attn_mask) // self.num_heads, self.num_heads)
-            masks.append(attn_mask.reshape(*shape, *attn_mask.shape[-2:]))  # [1 or B, 1 or H, T, S]
-        if padding is not None:
-            masks.append(padding.reshape(-1 if padding.numel() else 0, 1, 1, padding.shape[-1]))  # [B, 1, 1, S]
-        if not masks:
-            return None
-        if all(mask.dtype == torch.bool for mask in masks):
-            keeps = [_open(~mask, keys, True) for mask in masks]
-            return keeps[0] if len(keeps) == 1 else keeps[0] & keeps[1]
-        numbers = [_open(_added(mask, dtype), keys, 0.0) for mask in masks]
-        return numbers[0] if len(numbers) == 1 else numbers[0] + numbers[1]
 
     def _check_inputs(
         self,
@@ -287,7 +269,7 @@ class GraphMultiheadAttention(HeadSlots):
             "attn_mask": (attn_mask, [(tokens, keys), (batch * self.num_heads, tokens, keys)]),
         }
         for name, (mask, allowed) in shapes.items():
-            if mask is not None and (mask.shape not in allowed or not _is_mask(mask)):
+            if mask is not None and (mask.shape not in allowed or not torch_masks.is_mask(mask)):
                 raise ValueError(
                     f"Expected a bool or float {name} of shape {' or '.join(map(str, allowed))} (got {mask.dtype} "
                     f"{list(mask.shape)}). Do reshape it; True leaves out."
@@ -295,36 +277,6 @@ class GraphMultiheadAttention(HeadSlots):
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
-
-
-def _open(mask: Tensor, keys: int, value: float | bool) -> Tensor:
-    """The mask continued to learned and zero keys, which are open to all."""
-    return F.pad(mask, (0, keys - mask.shape[-1]), value=value) if mask.shape[-1] < keys else mask
-
-
-def _causal(q: Tensor, k: Tensor) -> Mask:
-    """The hint as torch takes it: a query sees as many keys as there are queries up to it, the first ones."""
-    tokens, keys = q.shape[1], k.shape[1]
-    if tokens == keys:
-        return Mask(causal=True)
-    return Mask(torch.ones(tokens, keys, dtype=torch.bool, device=q.device).tril())  # [T, S]
-
-
-def _is_mask(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool or mask.is_floating_point()
-
-
-def _attended(padding: Tensor) -> Tensor:
-    """True where a key may be attended to: torch's encoders turn masks of padding into 0 and -inf."""
-    if padding.is_floating_point():
-        return padding > torch.finfo(padding.dtype).min
-    return ~padding
-
-
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.is_floating_point():
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
 def _options(module: nn.MultiheadAttention | GraphMultiheadAttention) -> dict[str, Any]:

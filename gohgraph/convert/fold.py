@@ -81,11 +81,11 @@ def fold(module: Module) -> Module:
     """
     inside = list(module.modules()) if isinstance(module, nn.Module) else []
     slots = [part for part in inside if isinstance(part, HeadSlots)]
-    own = [] if slots else [part for part in inside if isinstance(part, MultiHeadAttention)]
-    if not slots and not own:
+    blocks = [] if slots else [part for part in inside if isinstance(part, MultiHeadAttention)]
+    if not slots and not blocks:
         raise TypeError(f"Expected a MultiHeadAttention or a model of them (got {type(module).__name__}). Do pass one.")
-    folding = _folding(_converted_places(module, slots) if slots else _own_places(own))
-    if any(block.router is not None for block in (*slots, *own)):
+    folding = _folding(_converted_places(module, slots) if slots else _own_places(blocks))
+    if any(block.router is not None for block in (*slots, *blocks)):
         raise ValueError(
             "Expected attention whose heads are the same for every token (got a router). Do keep the graph."
         )

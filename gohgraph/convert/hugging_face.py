@@ -78,12 +78,12 @@ def find(model: nn.Module, search: Search, example: dict[str, Any] | None) -> No
 def transformers_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields the outermost transformers models inside a model, with their names."""
     library = sys.modules.get("transformers.modeling_utils")
-    found: list[str] = []
+    prefixes: list[str] = []
     if library is None:
         return
     for name, module in model.named_modules():
-        if isinstance(module, library.PreTrainedModel) and not any(f"{name}.".startswith(outer) for outer in found):
-            found.append(f"{name}." if name else "")
+        if isinstance(module, library.PreTrainedModel) and not any(f"{name}.".startswith(outer) for outer in prefixes):
+            prefixes.append(f"{name}." if name else "")
             yield name, module
 
 

@@ -89,7 +89,7 @@ def path_between(attention: str, projection: str) -> str:
 
 def kept_edges(slots: Slots, present: HeadSlots) -> dict[str, list[list[int]]]:
     """Returns the edges of graphs that have others than those built for their configuration, by name in the slots."""
-    found: dict[str, list[list[int]]] = {}
+    changed: dict[str, list[list[int]]] = {}
     for name, conv in _convolutions(slots).items():
         try:
             here = present.get_submodule(name)
@@ -97,8 +97,8 @@ def kept_edges(slots: Slots, present: HeadSlots) -> dict[str, list[list[int]]]:
             continue
         edges = here.edge_index.t().tolist() if isinstance(here, EdgeGraph) else None
         if edges is not None and edges != conv.edge_index.t().tolist():
-            found[name] = edges
-    return found
+            changed[name] = edges
+    return changed
 
 
 def keep_edges(slots: Slots, edges: dict[str, list[list[int]]]) -> None:

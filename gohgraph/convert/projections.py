@@ -96,10 +96,10 @@ def _num_heads(module: nn.Module) -> int | None:
 def _projection(module: nn.Module) -> str | None:
     for path in PROJECTIONS:
         try:
-            found = module.get_submodule(path)
+            projection = module.get_submodule(path)
         except AttributeError:
             continue
-        weight = getattr(found, "weight", None)
+        weight = getattr(projection, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dim() == 2:
             return path
     return None

@@ -98,9 +98,9 @@ def names_in(model: nn.Module, described: Mapping[str, Described]) -> dict[str, 
     return placed
 
 
-def _check_sizes(described: Mapping[str, Described], found: Mapping[str, Block]) -> None:
+def _check_sizes(described: Mapping[str, Described], blocks: Mapping[str, Block]) -> None:
     wanted = {name: block.origin.sizes for name, block in described.items()}
-    there = {name: (b.num_heads, b.head_dim, b.d_model) for name, b in found.items() if name in wanted}
+    there = {name: (b.num_heads, b.head_dim, b.d_model) for name, b in blocks.items() if name in wanted}
     if there != wanted:
         raise ValueError(
             f"Expected attention of sizes (heads, head_dim, d_model) {wanted} (got {there}). Do load the model the "

@@ -49,8 +49,8 @@ def device_of(model: nn.Module) -> torch.device:
     device = next(model.parameters(), torch.empty(0)).device
     if device.type == "meta":
         hooks = [hook for module in model.modules() for hook in _accelerate_hooks(module)]
-        found = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
-        return torch.device(found[0]) if found else device
+        devices = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
+        return torch.device(devices[0]) if devices else device
     return device
 
 

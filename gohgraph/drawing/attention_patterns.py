@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gohgraph.analysis.attention_record import AttentionRecording
 from gohgraph.analysis.module_names import layer_of
-from gohgraph.analysis.record import Recordings
+from gohgraph.analysis.recording import Recordings
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
 from gohgraph.drawing.tokens import readable, text_of

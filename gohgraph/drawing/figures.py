@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 INK = "#333333"
 # Inches of a full-width picture: 900 pixels of a page at 100 per inch.
 WIDTH = 9.0
+# How wide a letter of a title is, to its height.
+LETTER = 0.55
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -29,6 +32,8 @@ def new_figure(width: float, height: float) -> Figure:
 def finish(figure: Figure, title: str | None, path: Path | None, *, fontsize: float = 12) -> Figure:
     """Sets the title, saves the picture where there is a path, and returns the figure; see `save_figure`."""
     if title:
+        room = int(figure.get_figwidth() * 72 / (LETTER * fontsize))
+        title = "\n".join(textwrap.fill(line, max(room, 20)) for line in title.splitlines())
         figure.suptitle(title, fontsize=fontsize, color=INK, parse_math=False)
     save_figure(figure, path)
     return figure

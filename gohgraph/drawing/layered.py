@@ -245,13 +245,19 @@ def _draw_heads(axis: Axes, network: HeadNetwork, layout: Layout, colours: Scala
 
 
 def _label(network: HeadNetwork, shown: int, edges: int) -> str:
-    label = "mean edge weight   (arcs above a row lead right, below it left;  fill: self-loop;  hollow tip: negative)"
+    pairs = network.edge_index.t().tolist()
+    within = any(network.block[j] == network.block[i] for j, i in pairs if j != i)
+    about = ["arcs above a row lead right, below it left"] if within else []
+    about += ["fill: self-loop"] if any(j == i for j, i in pairs) else []
+    label = f"mean edge weight   ({';  '.join([*about, 'hollow tip: negative'])})"
     notes = [f"the {shown} strongest of {edges} edges"] if shown < edges else []
     notes.append("size: importance of the head" if "importance" in network else "")
     if any(kind == "routed" for kind in network.kind):
         notes.append("square: shared head;  circle: routed head" + ("" if "importance" in network else ";  size: load"))
     if "key/value" in network.kind:
         notes.append("right: key/value heads")
+    if "mlp" in network.kind:
+        notes.append("m: feed-forward")
     sites = list(dict.fromkeys(network.site))
     if len(self_loops(network)) > 1:
         notes.append(f"a head's rings from within: self-loops of {', '.join(self_loops(network))}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gohgraph.analysis import summary
-from gohgraph.analysis.record import Recordings
+from gohgraph.analysis.recording import Recordings
 from gohgraph.drawing.given import network_given
 from gohgraph.drawing.layered import draw_network
 from gohgraph.drawing.page import save_page

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from gohgraph.analysis.record import Recordings
+from gohgraph.analysis.recording import Recordings
 from gohgraph.common.checks import check_number
 from gohgraph.common.files import checked_path, write_whole
 from gohgraph.common.packages import needs
@@ -19,13 +19,15 @@ from gohgraph.drawing.circles import check_threshold
 from gohgraph.drawing.colours import DIVERGING, round_limit
 from gohgraph.drawing.layered import Layout, layout_of, self_loops
 from gohgraph.drawing.page_controls import MANY, WIDGETS, controls_of, first_least, hint_of
+from gohgraph.drawing.page_curve import curve_figure
 from gohgraph.drawing.page_data import as_bytes, edge_columns, head_columns, strongest_edges, token_weights
 from gohgraph.drawing.page_figures import Drawn, Themed, network_figure, strip_figure
 from gohgraph.drawing.page_patterns import NAMES, SIDE, pattern_columns, pattern_figures
-from gohgraph.drawing.page_script import KEYS, PREFERENCE, STYLE, THEME, UPDATE, VIEW
+from gohgraph.drawing.page_script import KEYS, PREFERENCE, STRIP_VIEW, STYLE, THEME, UPDATE, VIEW
 from gohgraph.drawing.tokens import check_tokens_recorded, shades_of, token_changes
 
 if TYPE_CHECKING:
+    from gohgraph.analysis.faithfulness import Faithfulness
     from gohgraph.analysis.network import HeadNetwork
 
 MOST_EDGES, MOST_TOKENS = 4000, 400
@@ -34,7 +36,6 @@ DARK_DIVERGING = ("#9ecbff", "#4a94e0", "#25568c", "#33363c", "#8a4a1c", "#e8762
 GREYS, DARK_GREYS = ("#ffffff", "#9a9a9a"), ("#1b1d21", "#6f7580")
 DARK_WEIGHTS = ("#1b1d21", "#233a55", "#2f6fb0", "#7fb0d9", "#d7e8f8", "#ffffff")
 WRAPPED = ":host { flex-wrap: wrap; max-width: 100%; }"
-STICKY = ":host { position: sticky; top: 8px; align-self: flex-start; }"
 
 
 def save_page(
@@ -48,6 +49,7 @@ def save_page(
     limit: float | None = None,
     most_edges: int = MOST_EDGES,
     patterns: Recordings | None = None,
+    faithfulness: Faithfulness | None = None,
 ) -> None:
     """Save the head network of a recording as one HTML file that opens from disk, without any request to a network.
 
@@ -63,6 +65,7 @@ def save_page(
     Args:
         heads: a recording; or a network, by `attribution_graph` or another, which has no tokens to click.
         patterns: of a network, a recording with attention and token strings, whose patterns are shown with it.
+        faithfulness: of a network, how much of the behaviour it carries, whose curve stands under it.
         path: a file that ends in .html.
         title: of the page.
         importance, edge_importance: as in `head_graph_of`.
@@ -97,7 +100,7 @@ def save_page(
     else:
         recordings = heads
         network = head_graph_of(heads, importance=importance, edge_importance=edge_importance)
-    document = page_document(recordings, network, title, threshold, most_edges, limit)
+    document = page_document(recordings, network, title, threshold, most_edges, limit, faithfulness)
     from bokeh.embed import file_html
     from bokeh.resources import INLINE
 
@@ -107,14 +110,18 @@ def save_page(
 
 def page_document(
     heads: Recordings, network: HeadNetwork, title: str = "head graphs", threshold: float | None = None,
-    most_edges: int = MOST_EDGES, limit: float | None = None,
+    most_edges: int = MOST_EDGES, limit: float | None = None, measured: Faithfulness | None = None,
 ) -> Any:  # fmt: skip
-    """Returns the page of `save_page` as a `bokeh.document.Document`."""
+    """Returns the page of `save_page` as a `bokeh.document.Document`.
+
+    Every part is a root of its own, which `STYLE` sets in its place: a text that changes, or a pattern that appears,
+    would else lay out and draw all of the page.
+    """
     with needs("bokeh for an interactive page", "interactive"):
         import bokeh  # noqa: F401
     from bokeh.document import Document
     from bokeh.events import DocumentReady
-    from bokeh.layouts import column, row
+    from bokeh.layouts import row
     from bokeh.models import BooleanFilter, ColumnDataSource, CustomJS, Div, LinearColorMapper
 
     layout, themed = layout_of(network), Themed()
@@ -124,15 +131,18 @@ def page_document(
     end = round_limit(max(float(np.abs(network.mean.numpy()).max(initial=0.0)), values["largest"]))
     limit = end if limit is None else limit
     mapper = LinearColorMapper(palette=_palette(DIVERGING), low=-limit, high=limit)
+    columns, points = edge_columns(network, layout, chosen)
     sources = {
-        "edges": ColumnDataSource(edge_columns(network, layout, chosen), name="edges"),
+        "edges": ColumnDataSource(columns, name="edges"),
         "heads": ColumnDataSource(head_columns(network, layout), name="heads"),
     }
-    shown, tips = BooleanFilter(name="shown"), BooleanFilter(name="tipped")
+    # Nothing is drawn before the first update has said what.
+    shown, tips = (BooleanFilter(name=name, booleans=[False] * len(chosen)) for name in ("shown", "tipped"))
     drawn = network_figure(network, layout, sources["edges"], sources["heads"], (shown, tips), mapper, themed)
     slider, sites, layers, toggle, status = controls_of(network, end, first_least(network, chosen, threshold))
     strip, tokens, letters, greys = _strip(heads, themed)
     patterns, shades = _patterns(heads, network, themed)
+    curve = None if measured is None else curve_figure(measured, themed)
     about = Div(text="", name="about", stylesheets=[WIDGETS], width=SIDE - 16)
     between = int((network.edge_index[0] != network.edge_index[1]).sum())
     shared = {
@@ -140,45 +150,52 @@ def page_document(
         "status": status, "toggle": toggle, "tokens": tokens, "values": values["edges"], "loops": values["loops"],
         "scale": values["scale"], "limit": limit, "rings": len(self_loops(network)), "total": between,
         "rows": drawn.rows, "plot": drawn.plot, "row_ticks": drawn.plot.yaxis[0].ticker, "about": about,
+        "letters": drawn.letters, "paths": ColumnDataSource(points),
         "mean_of": ", mean over tokens" if heads else "",
         "hint": hint_of(tokens is not None, patterns["patterns"] is not None),
     }  # fmt: skip
     update = CustomJS(args={**sources, **shared, **patterns}, code=UPDATE)
-    view = _view(drawn, layout, strip, letters)
+    views = _views(drawn, layout, strip, letters)
     theme = CustomJS(args={**vars(themed), **_theme(mapper, drawn.bar, greys, shades), "toggle": toggle}, code=THEME)
     for model, changes in ((slider, ["value"]), (layers, ["value"]), *(((sites, ["active"]),) if sites else ())):
         for change in changes:
             model.js_on_change(change, update)
     toggle.js_on_change("active", theme, update)
+    drawn.letters.js_on_change("visible", update)
     for source in (*sources.values(), *([tokens] if tokens else [])):
         source.selected.js_on_change("indices", update)
     heading = Div(text=f"<b>{html.escape(title)}</b>", stylesheets=[WIDGETS])
     document = Document(title=title)
     controls = row(*filter(None, (slider, sites, layers, toggle)), stylesheets=[WRAPPED])
-    beside = column(about, *(patterns["figures"] or ()), width=SIDE, stylesheets=[STICKY])
-    below = row(drawn.plot, beside, sizing_mode="stretch_width", stylesheets=[WRAPPED])
-    document.add_root(column(*filter(None, (heading, controls, status, strip, below)), sizing_mode="stretch_width"))
+    for part in filter(None, (heading, controls, status, strip, drawn.plot)):
+        document.add_root(part)
+    for part in (about, *(patterns["figures"] or ())):
+        part.tags = ["beside"]
+        document.add_root(part)
+    if curve is not None:
+        document.add_root(curve)
     # The first drawing is that of the controls as they stand.
-    ready = [update, view, CustomJS(args={"toggle": toggle}, code=PREFERENCE)]
+    ready = [update, *views, CustomJS(args={"toggle": toggle}, code=PREFERENCE)]
     document.js_on_event(DocumentReady, *ready, *([CustomJS(args={"tokens": tokens}, code=KEYS)] if tokens else []))
     return document
 
 
-def _view(drawn: Drawn, layout: Layout, strip: Any, letters: Any) -> Any:
-    """What fits letters and numbers to the zoom and the width of the window."""
+def _views(drawn: Drawn, layout: Layout, strip: Any, texts: Any) -> list[Any]:
+    """What fits letters and numbers to the zoom and the width of the window, for each figure once it is laid out."""
     from bokeh.models import CustomJS
 
     args = {
         "plot": drawn.plot, "letters": drawn.letters, "columns": drawn.columns,
-        "column_ticks": drawn.plot.xaxis[0].ticker, "radius": layout.radius, "strip": strip,
-        "texts": letters,
+        "column_ticks": drawn.plot.xaxis[0].ticker, "radius": layout.radius,
     }  # fmt: skip
-    view = CustomJS(args=args, code=VIEW)
-    drawn.plot.x_range.js_on_change("start", view)
-    drawn.plot.x_range.js_on_change("end", view)
-    for plot in filter(None, (drawn.plot, strip)):
-        plot.js_on_change("inner_width", view)
-    return view
+    views = [CustomJS(args=args, code=VIEW)]
+    drawn.plot.x_range.js_on_change("start", views[0])
+    drawn.plot.x_range.js_on_change("end", views[0])
+    drawn.plot.js_on_change("inner_width", views[0])
+    if strip:
+        views.append(CustomJS(args={"strip": strip, "texts": texts}, code=STRIP_VIEW))
+        strip.js_on_change("inner_width", views[1])
+    return views
 
 
 def _weights_of_tokens(heads: Recordings, network: HeadNetwork) -> np.ndarray | None:

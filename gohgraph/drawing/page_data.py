@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gohgraph.analysis.record import Recording, Recordings
+from gohgraph.analysis.recording import Recording, Recordings
 from gohgraph.common.checks import there
-from gohgraph.drawing.figures import INK
 from gohgraph.drawing.layered import Layout, arcs, head_names, ring_radii, self_loops
 
 if TYPE_CHECKING:
@@ -42,18 +41,23 @@ def strongest_edges(network: HeadNetwork, most: int, weights: np.ndarray | None 
     return between[chosen[np.argsort(strength[chosen], kind="stable")]]
 
 
-def edge_columns(network: HeadNetwork, layout: Layout, edges: np.ndarray) -> dict[str, Any]:
-    """Returns a column for all that an edge shows or tells."""
+def edge_columns(
+    network: HeadNetwork, layout: Layout, edges: np.ndarray
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns a column for all that an edge shows or tells, and the points of all edges one after another, `[E*13]`.
+
+    As lists of lists the points would be half of the file, and of the time to read it: the page cuts them.
+    """
     radii = ring_radii(network, layout, len(self_loops(network)))[-1]
     paths, tips = arcs(network, layout, edges, radii, np.full(len(edges), 0.7 * layout.radius))
     middle = tips.mean(axis=1)  # [E, 2]
     ahead = tips[:, 0] - middle
+    # Every second point: twelve pieces of a curve are smooth on a screen.
+    points = {name: paths[:, ::2, n].astype(np.float32).ravel() for n, name in enumerate("xy")}
     mean = network.mean.numpy()[edges]
     senders, receivers = network.edge_index[:, edges].tolist()
     columns = {
-        # Every second point: twelve pieces of a curve are smooth on a screen.
-        "xs": [np.round(path[::2, 0], 3).tolist() for path in paths],
-        "ys": [np.round(path[::2, 1], 3).tolist() for path in paths],
+        **{name: [[]] * len(edges) for name in ("xs", "ys")},
         "tip_x": middle[:, 0],
         "tip_y": middle[:, 1],
         "angle": np.arctan2(ahead[:, 1], ahead[:, 0]) - np.pi / 2,
@@ -71,7 +75,7 @@ def edge_columns(network: HeadNetwork, layout: Layout, edges: np.ndarray) -> dic
     for name in ("round", "mean", "std", "share", "edge_importance"):
         if name in network:
             columns[name] = network[name].numpy()[edges]
-    return columns
+    return columns, points
 
 
 def head_columns(network: HeadNetwork, layout: Layout) -> dict[str, Any]:
@@ -83,7 +87,6 @@ def head_columns(network: HeadNetwork, layout: Layout) -> dict[str, Any]:
         "x": layout.places[:, 0],
         "y": layout.places[:, 1],
         "row": layout.rows.astype(np.int32),
-        "ink": [INK] * network.num_nodes,
         "number": head_names(network),
         "load": network.load.numpy(),
         **{name: list(network[name]) for name in ("label", "block", "kind")},

@@ -21,7 +21,7 @@ LINE = "#e6e6e6"
 
 @dataclass
 class Themed:
-    """The parts of a page whose colours change with its theme: papers, letters, axes, titles, lines and outlines."""
+    """The parts of a page whose colours change with its theme."""
 
     figures: list[Any] = field(default_factory=list)
     inks: list[Any] = field(default_factory=list)
@@ -29,6 +29,7 @@ class Themed:
     titles: list[Any] = field(default_factory=list)
     rows: list[Any] = field(default_factory=list)
     outlines: list[Any] = field(default_factory=list)
+    legends: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -163,7 +164,7 @@ def _name_axes(plot: Any, network: HeadNetwork, layout: Layout, themed: Themed) 
 
 
 def _draw_heads(plot: Any, network: HeadNetwork, heads: Any, mapper: Any, themed: Themed) -> tuple[list, Any]:
-    from bokeh.models import CDSView, IndexFilter
+    from bokeh.models import CDSView, ColumnDataSource, IndexFilter
     from bokeh.transform import transform
 
     drawn = []
@@ -183,11 +184,12 @@ def _draw_heads(plot: Any, network: HeadNetwork, heads: Any, mapper: Any, themed
             marks.selection_glyph = _chosen(marks.glyph)
             drawn.append(marks)
     themed.outlines += [marks.glyph for marks in drawn]
+    # A source of their own, which is filled where they are large enough to be seen.
+    source = ColumnDataSource({"x": [], "y": [], "number": [], "ink": []})
     letters = plot.text(
-        "x", "y", text="number", source=heads, text_align="center", text_baseline="middle", text_font_size="8px",
-        text_color="ink", name="numbers",
+        "x", "y", text="number", source=source, text_align="center", text_baseline="middle", text_font_size="8px",
+        text_color="ink", name="numbers", visible=False,
     )  # fmt: skip
-    letters.nonselection_glyph = letters.selection_glyph = letters.glyph
     letters.level = "overlay"
     return drawn, letters
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gohgraph.analysis.module_names import block_of
-from gohgraph.analysis.record import Recordings
+from gohgraph.analysis.recording import Recordings
 from gohgraph.drawing.attention_patterns import MOST_LABELS, patterns_of
 from gohgraph.drawing.figures import INK
 from gohgraph.drawing.tokens import CHOSEN, readable

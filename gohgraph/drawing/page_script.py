@@ -15,7 +15,16 @@ SQUARED = "return (tick * tick).toPrecision(2)"
 # One function for all controls: weights of the chosen token or the means, above the threshold, of the chosen layers and
 # sites; what a chosen head or edge has nothing to do with is faint. It does anew only what a change touches.
 UPDATE = """
-const state = edges._page ??= {}
+// Where edges run is one row of numbers, which is cut into as many as there are edges.
+const opened = () => {
+  const cut = (row) => {
+    const points = new Float32Array(row), length = points.length / edges.data.mean.length
+    return Array.from(edges.data.mean, (_, e) => points.subarray(e * length, (e + 1) * length))
+  }
+  edges.setv({data: {...edges.data, xs: cut(paths.data.x), ys: cut(paths.data.y)}}, {silent: true})
+  return {}
+}
+const state = edges._page ??= opened()
 const redraw = () => {
 const data = edges.data, count = data.mean.length, size = heads.data.x.length
 const token = tokens == null || tokens.selected.indices.length == 0 ? -1 : tokens.selected.indices[0]
@@ -63,7 +72,7 @@ if (state.layers !== layers.value.join()) {
     return y >= from[count_rows - 1] ? to[count_rows - 1] + y - from[count_rows - 1]
       : to[r] + (y - from[r]) / gap * (to[r + 1] - to[r])
   }
-  moved.ys = base.ys.map((line) => Array.from(line, move))
+  moved.ys = base.ys.map((line) => line.map(move))
   moved.tip_y = Array.from(base.tip_y, move)
   placed.y = Array.from(base.y, move)
   for (const name of base.names) {
@@ -84,21 +93,27 @@ edges.setv({data: {...data, ...moved, weight, width, tip, alpha}}, {silent: true
 filter.booleans = shown
 tips.booleans = tipped
 if (!is_read) edges.change.emit()
-const seen = [token, toggle.active, state.layers].join()
+const seen = [token, state.layers].join()
 if (state.seen !== seen) {
   state.seen = seen
-  const ink = new Array(size)
   for (let ring = 0; ring < rings; ring++) {
     const loop = new Float64Array(size)
     for (let h = 0; h < size; h++) {
       const at = (token * rings + ring) * size + h
       loop[h] = token < 0 ? heads.data[`mean_${ring}`][h] : loops.data.weight[at] * scale
-      const strong = Math.abs(loop[h]) > 0.5 * limit
-      if (ring == 0) ink[h] = toggle.active ? (strong ? "#1b1d21" : "#dddddd") : (strong ? "#ffffff" : "#333333")
     }
     placed[`loop_${ring}`] = loop
   }
-  heads.data = {...heads.data, ...placed, ink}
+  heads.data = {...heads.data, ...placed}
+}
+// Letters that change are measured anew: those that are too small to be seen do not.
+const spelt = [seen, toggle.active].join()
+if (letters.visible && state.spelt !== spelt) {
+  state.spelt = spelt
+  const [faint, strong] = toggle.active ? ["#dddddd", "#1b1d21"] : ["#333333", "#ffffff"]
+  const {x, y, number, loop_0} = heads.data
+  const ink = Array.from(loop_0, (loop) => Math.abs(loop) > 0.5 * limit ? strong : faint)
+  letters.data_source.data = {x, y, number, ink}
 }
 const where = token < 0 ? mean_of : `, at token ${token}, \\u201c${tokens.data.text[token]}\\u201d`
 const whole = total.toLocaleString("en")
@@ -175,16 +190,17 @@ if (state.waits) {
 VIEW = """
 const scale = plot.inner_width / Math.abs(plot.x_range.end - plot.x_range.start)
 const pixels = Math.min(14, Math.floor(1.1 * radius * scale))
-letters.visible = pixels >= 6
-letters.glyph.text_font_size = `${Math.max(pixels, 6)}px`
+letters.glyph.text_font_size = `${Math.max(pixels, 7)}px`
+letters.visible = pixels >= 7
 const {x} = columns.data
 const between = x.length > 1 ? Math.abs(x[1] - x[0]) * scale : 100
 const step = [1, 2, 4, 8, 16, 32].find((step) => step * between >= 16) || 64
 column_ticks.ticks = Array.from(x).filter((_, n) => n % step == 0)
-if (strip != null && strip.inner_width > 0) {
-  const room = strip.inner_width / (strip.x_range.end - strip.x_range.start)
-  texts.text_font_size = `${Math.max(5, Math.min(12, Math.floor(1.66 * room)))}px`
-}
+"""
+
+STRIP_VIEW = """
+const room = strip.inner_width / (strip.x_range.end - strip.x_range.start)
+texts.text_font_size = `${Math.max(5, Math.min(12, Math.floor(1.66 * room)))}px`
 """
 
 KEYS = """
@@ -210,6 +226,7 @@ for (const figure of figures) {
 }
 for (const letters of inks) letters.text_color = ink
 for (const title of titles) title.text_color = ink
+for (const legend of legends) legend.label_text_color = ink
 for (const axis of axes) {
   axis.major_label_text_color = ink
   axis.axis_label_text_color = ink
@@ -234,6 +251,17 @@ STYLE = """
   :root { --ink: #333333; --paper: #ffffff; }
   :root[data-theme="dark"] { --ink: #dddddd; --paper: #1b1d21; }
   html, body { background: var(--paper); color: var(--ink); font-family: sans-serif; margin: 0.5rem; overflow-x: clip; }
+  #below { display: flex; flex-wrap: wrap; }
+  #plot { flex: 1 1 300px; min-width: 300px; max-width: 1400px; }
+  #beside { width: 300px; position: sticky; top: 8px; align-self: flex-start; }
 </style>
+{% endblock %}
+{% block contents %}
+{% for root in roots if root.name != "network" and not root.tags %}{{ embed(root) }}{% endfor %}
+<div id="below">
+  <div id="plot">{{ embed(roots.network) }}</div>
+  <div id="beside">{% for root in roots if "beside" in root.tags %}{{ embed(root) }}{% endfor %}</div>
+</div>
+{% for root in roots if "under" in root.tags %}{{ embed(root) }}{% endfor %}
 {% endblock %}
 """

@@ -9,7 +9,7 @@ from torch import nn
 
 from gohgraph.analysis.measures import measures
 from gohgraph.analysis.module_names import graph_titles
-from gohgraph.analysis.record import Recording
+from gohgraph.analysis.recording import Recording
 from gohgraph.analysis.strength import edge_strength
 from gohgraph.drawing.circles import draw
 

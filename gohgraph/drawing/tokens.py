@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gohgraph.analysis.record import Recording, Recordings
+from gohgraph.analysis.recording import Recording, Recordings
 from gohgraph.common.checks import there
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.circles import check_threshold, circle_label, draw_circle

@@ -155,14 +155,18 @@ def test_without_learned_edges_messages_are_part_of_what_heads_write(tmp_path):
     torch.testing.assert_close(goh.load_head_graph(tmp_path / "heads.json").mean, whole.mean)
 
 
-def test_a_converted_model_has_both():
-    model = STOCK["llama"]().eval()
+# BERT's attention module is inside of the block.
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_converted_model_has_both(name):
+    model = STOCK[name]().eval()
     goh.convert(model, goh.HeadGraphConfig())
-    for conv in (m for m in model.modules() if isinstance(m, goh.HeadGraphConv)):
+    convs = [m for m in model.modules() if isinstance(m, goh.HeadGraphConv)]
+    for conv in convs:
         torch.nn.init.normal_(conv.edges.bias)
     clean, other = (torch.randint(3, 90, (2, 7)) for _ in range(2))
     network = goh.attribution_graph(model, clean, against=other, metric=metric)
-    assert is_learned(network).sum() == 2 * 36 and network.mean[is_learned(network)].abs().max() > 1e-6
+    assert is_learned(network).sum() == sum(conv.edge_index.shape[1] for conv in convs)
+    assert network.mean[is_learned(network)].abs().max() > 1e-6
     assert goh.faithfulness(model, network, clean, against=other, metric=metric, shares=(1.0,)).at(1.0).value == 1
 
 

@@ -29,9 +29,10 @@ def output(model, inputs=None):
     return found.logits if hasattr(found, "logits") else found[0]
 
 
-# Every code in a process of its own, in which nothing but torch has been imported.
+# Every code in a process of its own, in which of what matters here nothing but torch has been imported.
 FORKS = """
-import os, sys, torch, traceback
+import os, sys, torch._dynamo, traceback
+assert not {"transformers", "gohgraph"} & set(sys.modules)
 for number, code in enumerate(sys.argv[2:]):
     if not os.fork():
         try:
@@ -88,6 +89,12 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({saved!r})
 assert model.model.layers[0].self_attn.head_graphs.score_graph is not None
 """
+# As a checker of types or a builder of documentation does.
+MODULE_FIRST = """
+import gohgraph.convert.converted_config
+from transformers import AutoConfig
+assert AutoConfig.from_pretrained({saved!r}).stock_class.__name__ == "LlamaConfig"
+"""
 PICKLED = """
 import torch
 model = torch.load({pickled!r}, weights_only=False)
@@ -104,7 +111,7 @@ def test_without_gohgraph_a_folder_is_refused_and_read_whichever_is_imported_fir
     model.save_pretrained(names["saved"])
     torch.save(model, names["pickled"])
     torch.save((inputs, output(model, inputs)), names["expected"])
-    codes = (WITHOUT_GOHGRAPH, GOHGRAPH_FIRST, PICKLED)
+    codes = (WITHOUT_GOHGRAPH, GOHGRAPH_FIRST, MODULE_FIRST, PICKLED)
     in_processes(tmp_path / "errors", *(code.format(**names) for code in codes))
     assert torch.equal(output(load_converted(names["again"])), output(model))
 

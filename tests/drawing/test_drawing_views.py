@@ -15,7 +15,7 @@ from matplotlib.patches import Circle, Rectangle
 from PIL import Image
 
 import gohgraph as goh
-from gohgraph.analysis.record import Recording, Recordings
+from gohgraph.analysis.recording import Recording, Recordings
 from gohgraph.drawing import draw, draw_difference, draw_matrices, draw_network, draw_pruning, draw_tokens, save_film
 from gohgraph.drawing.difference import difference
 from gohgraph.drawing.layered import head_sizes, layout_of

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -24,7 +23,8 @@ from helpers import small_config, trained_like
 from stock_models import stock
 
 import gohgraph as goh
-from gohgraph.analysis.record import Recording, Recordings
+from gohgraph.analysis.faithfulness import Faithfulness
+from gohgraph.analysis.recording import Recording, Recordings
 from gohgraph.drawing import page_controls, page_patterns
 from gohgraph.drawing.layered import self_loops
 from gohgraph.drawing.page import page_document
@@ -188,6 +188,20 @@ def test_patterns_of_a_stock_model_stand_beside_its_network():
     page_document(heads, network).validate()
 
 
+def test_the_curve_of_a_circuit_stands_under_its_network():
+    network = goh.composition_graph(stock("llama"))
+    values = {"network": torch.tensor([[0.5, 0.6], [1.0, 1.0]]), "random": torch.tensor([[0.1, 0.0], [1.0, 1.0]])}
+    whole, none = torch.ones(2).double(), torch.zeros(2).double()
+    measured = Faithfulness((0.1, 1.0), {name: f.double() for name, f in values.items()}, whole, none)
+    document = page_document(Recordings({}), network, measured=measured)
+    document.validate()
+    (curve,) = [root for root in document.roots if root.tags == ["under"]]
+    assert [item.label.value for item in curve.legend[0].items] == ["this network", "random edges"]
+    shown = [glyph.data_source.data["f"].tolist() for glyph in curve.renderers if "Line" in repr(glyph.glyph)]
+    assert shown == [pytest.approx([0.55, 1.0]), pytest.approx([0.05, 1.0])]
+    assert not [root for root in page_document(Recordings({}), network).roots if root.tags == ["under"]]
+
+
 def test_long_patterns_are_cut_to_a_bounded_size(monkeypatch):
     monkeypatch.setattr(page_patterns, "MOST_BYTES", 15 * 25)
     heads = with_tokens(attention=True)
@@ -203,10 +217,8 @@ def test_64_heads_by_32_layers_are_less_than_8_megabytes(tmp_path):
         name = f"decoder.layers.{layer}.attention.object.output_graph"
         heads[name] = Recording(conv, every_token=True)
         heads[name].update((torch.randn(256, 1, 4096) * 0.4 + torch.randn(4096) * 0.4).tanh())
-    began = time.process_time()
     goh.save_page(heads, tmp_path / "heads.html")
     assert (tmp_path / "heads.html").stat().st_size < 8_000_000
-    assert time.process_time() - began < 20
 
 
 def test_bokeh_is_asked_for_when_it_is_missing(tmp_path, monkeypatch):
@@ -335,6 +347,7 @@ COUNTING = """() => {
   const view = Bokeh.index.find_one(Bokeh.documents[0].get_model_by_name("curves"))
   counted(view, "set_data")
   counted(view, "paint")
+  counted(Bokeh.index.find_one(Bokeh.documents[0].get_model_by_name("network")), "after_layout")
   counted(Bokeh.documents[0].get_model_by_name("heads"), "setv")
 }"""
 
@@ -357,6 +370,8 @@ def test_what_is_changed_within_a_frame_is_drawn_once_and_nothing_else_with_it(p
     # A chosen head takes no edge away, and yet the others are painted faint.
     chosen = painted(f"{model_of('heads')}.selected.indices = [7]")
     assert 1 <= chosen["set_data"] <= 2 and chosen["paint"] <= 3 and "setv" not in chosen
+    # Its pattern and what is told of it are laid out by themselves.
+    assert page.evaluate(f"{model_of('sender pattern')}.visible") and "after_layout" not in chosen
     assert painted(f"{model_of('tokens')}.selected.indices = [2]")["setv"] == 1
 
 
@@ -466,7 +481,7 @@ def test_a_narrow_window_fits_and_names_stay_on_zoom(page):
     boxes = [one.bounding_box() for one in page.locator(".bk-input-group, .bk-btn, canvas").all()]
     assert all(box["x"] + box["width"] <= 421 for box in boxes if box is not None)
     page.evaluate(f"{{const range = {model_of('network')}.x_range; range.start = 1; range.end = 3}}")
-    page.wait_for_function(f"{model_of('numbers')}.visible && {model_of('numbers')}.glyph.text_font_size != '6px'")
+    page.wait_for_function(f"{model_of('numbers')}.visible && {model_of('numbers')}.glyph.text_font_size != '7px'")
 
 
 @pytest.mark.slow

@@ -35,12 +35,12 @@ def test_a_stock_model_is_shown_by_attribution_on_a_text(folders, tmp_path, caps
     assert main(["draw", str(folders / "llama"), *text, "--out", str(out)]) == 0
     assert out.stat().st_size > 1000
     printed = capsys.readouterr().out
-    assert "llama: attribution to log p of every next token, 9 tokens against zero" in printed
+    assert "llama: attribution to log p of every next token, 9 tokens of \u201c" in printed
     assert "0.0 -> 1.0kv" in printed
     files = tmp_path / "heads.json"
     other = ["--against", "birds sing to birds and some of them listen", "--target", "sing|talk"]
     assert main(["draw", str(folders / "llama"), *text, *other, "--out", str(files)]) == 0
-    said = "logit('sing') - logit('talk') after the last token, 'listen', 9 tokens against another text"
+    said = "logit('sing') - logit('talk') after the last token, 'listen', 9 tokens of "
     assert said in capsys.readouterr().out
     model = hf.LlamaForCausalLM.from_pretrained(folders / "llama").eval()
     tokens = torch.tensor([[2, 3, 4, 2, 5, 6, 7, 8, 9]])

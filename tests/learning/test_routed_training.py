@@ -12,6 +12,7 @@ from helpers import (
     T,
     assert_equal_to,
     assert_same,
+    compiled,
     gradients_of,
     inputs_for,
     language_model,
@@ -133,7 +134,7 @@ def test_a_routed_attention_compiles_to_one_graph():
         loss = y.square().sum() + routing.balance_loss + routing.z_loss
         return [y, *routing, *torch.autograd.grad(loss, list(attention.parameters()))]
 
-    for own, expected in zip(run(torch.compile(attention, fullgraph=True)), run(attention), strict=True):
+    for own, expected in zip(run(compiled(attention)), run(attention), strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 

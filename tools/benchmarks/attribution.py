@@ -96,14 +96,14 @@ def run(flags: argparse.Namespace) -> None:
 
 def _cases(flags: argparse.Namespace) -> list[list[Case]]:
     sizes = flags.sizes or (SMOKE_SIZES if flags.smoke else SIZES)
-    found = []
+    cases = []
     for text in sizes:
         layers, heads, d_model = _numbers(text)
         for kind in flags.kinds:
             who = [OURS, *([PASSES] if kind == "attribution" else []), *(rival.FORMS[kind] if flags.opponent else ())]
             shape = (layers, heads, d_model, flags.tokens, flags.threads)
-            found.append([Case(kind, one, *shape, values=flags.opponent and one != PASSES) for one in who])
-    return found
+            cases.append([Case(kind, one, *shape, values=flags.opponent and one != PASSES) for one in who])
+    return cases
 
 
 def _numbers(text: str) -> list[int]:
@@ -121,11 +121,11 @@ def _measured(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
         for _ in range(repeats):
             for case, row in rows.items():
                 progress.set_description(f"{case.kind} {case.layers} x {case.heads} {case.who}")
-                found = in_own_process(case)
-                row["values"] = found.pop("values")
-                took = f"{found['cpu_seconds']:.2f} s of CPU, {found['peak_bytes'] / 2**20:,.0f} MiB"
+                measured = in_own_process(case)
+                row["values"] = measured.pop("values")
+                took = f"{measured['cpu_seconds']:.2f} s of CPU, {measured['peak_bytes'] / 2**20:,.0f} MiB"
                 progress.write(f"{case.kind}, {case.layers} x {case.heads}, {case.who}: {took}")
-                for name, value in found.items():
+                for name, value in measured.items():
                     row.setdefault(name, []).append(value)
                 progress.update()
     for case, row in rows.items():

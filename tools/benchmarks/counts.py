@@ -124,11 +124,11 @@ def decoded_by_model(backbone: str, variant: str) -> Counts:
 
 def all_counts() -> dict[str, Counts]:
     """Returns what every form costs, by what is done and its name."""
-    found = {f"block, {name}": trained(name) for name in TRAINED}
-    found |= {f"block of {place}, {name}": trained(name, size=size) for place, size, name in TRAINED_ELSEWHERE}
-    found |= {f"decode, {name}": decoded(name) for name in DECODED}
+    counts = {f"block, {name}": trained(name) for name in TRAINED}
+    counts |= {f"block of {place}, {name}": trained(name, size=size) for place, size, name in TRAINED_ELSEWHERE}
+    counts |= {f"decode, {name}": decoded(name) for name in DECODED}
     models = [(backbone, variant) for backbone in BACKBONES for variant in CONVERTED]
-    return found | {f"decode, {', '.join(names)}": decoded_by_model(*names) for names in models}
+    return counts | {f"decode, {', '.join(names)}": decoded_by_model(*names) for names in models}
 
 
 def budgets() -> dict[str, Counts]:

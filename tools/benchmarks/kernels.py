@@ -79,15 +79,15 @@ def usages(heads: int, head_dim: int, dtype: str, capability: int, *, masked: bo
 
     q = torch.empty(heads, head_dim, dtype=DTYPES[dtype], device="meta")
     constants = launch.constants(q, heads, masked=masked, is_causal=not masked)
-    found = []
+    used = []
     for kernel in (launch.forward_kernel, launch.backward_queries_kernel, launch.backward_keys_kernel):
         signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.OPTIONS)
         products = len(re.findall(r"\bw?g?mma\.", compiled.asm["ptx"]))
-        found.append(Usage(kernel.__name__, compiled.metadata.shared, *_registers(compiled.asm["cubin"]), products))
-    return found
+        used.append(Usage(kernel.__name__, compiled.metadata.shared, *_registers(compiled.asm["cubin"]), products))
+    return used
 
 
 def _type(name: str, dtype: str) -> str:

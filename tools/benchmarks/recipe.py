@@ -134,14 +134,14 @@ def recipe_table(results: dict[tuple[str, int], dict[str, Any] | None]) -> str:
     rows = [["change", "loss", "to base, nats", "step, ms"]]
     seeds = [seed for arm, seed in results if arm == BASE]
     for arm in dict.fromkeys(arm for arm, _ in results):
-        found = [results[arm, seed] for seed in seeds]
-        if None in found:
+        of_seeds = [results[arm, seed] for seed in seeds]
+        if None in of_seeds:
             rows.append([arm, "inf", "", ""])
             continue
-        gains = [one["loss"] - results[BASE, seed]["loss"] for one, seed in zip(found, seeds, strict=True)]
+        gains = [one["loss"] - results[BASE, seed]["loss"] for one, seed in zip(of_seeds, seeds, strict=True)]
         told = "" if arm == BASE else f"{fmean(gains):+.4f}"
         if told and len(seeds) > 1:
             told += f" ± {interval(gains)[1]:.4f}"
-        time = 1000 * fmean(one["seconds"] for one in found)
-        rows.append([arm, f"{fmean(one['loss'] for one in found):.4f}", told, f"{time:.0f}"])
+        time = 1000 * fmean(one["seconds"] for one in of_seeds)
+        rows.append([arm, f"{fmean(one['loss'] for one in of_seeds):.4f}", told, f"{time:.0f}"])
     return markdown_table(rows)

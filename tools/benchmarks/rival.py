@@ -23,7 +23,7 @@ Edge = tuple[str, str, str]
 def check_installed() -> None:
     """Raises `ImportError` where TransformerLens is not installed."""
     if importlib.util.find_spec("transformer_lens") is None:
-        raise ImportError("Expected transformer_lens for --opponent (got none). Do pip install transformer-lens.")
+        raise ImportError("Expected TransformerLens for --opponent (got none). Do pip install transformer-lens==4.3.0.")
 
 
 def gpt2(case: Any, vocabulary: int) -> Any:
@@ -94,24 +94,24 @@ def _scores(bridge: Any) -> dict[str, Tensor]:
 
 
 def _of_scores(scores: dict[str, Tensor]) -> dict[Edge, float]:
-    found = {}
+    of_edge = {}
     for mode, site in MODES.items():
         layers, heads, _, _ = scores[mode].shape
         numbers = scores[mode].tolist()
-        found |= {
+        of_edge |= {
             (f"{a}.{u}", f"{b}.{r}", site): numbers[a][u][b][r]
             for b in range(layers) for a in range(b) for u in range(heads) for r in range(heads)
         }  # fmt: skip
-    return found
+    return of_edge
 
 
 def _of_edges(result: Any) -> dict[Edge, float]:
     """Its edges are those of every token: summed."""
-    found: dict[Edge, float] = {}
+    of_edge: dict[Edge, float] = {}
     for (writer, reader), value in result.edge_scores.items():
         edge = (_name(writer), _name(reader), READERS[reader.kind])
-        found[edge] = found.get(edge, 0.0) + value
-    return found
+        of_edge[edge] = of_edge.get(edge, 0.0) + value
+    return of_edge
 
 
 def _name(node: Any) -> str:

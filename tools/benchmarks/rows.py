@@ -138,11 +138,11 @@ def measure(case: Case, flags: argparse.Namespace, progress: tqdm) -> list[dict[
     """Returns one measurement for every form at every size of a row."""
     progress.set_description(case.name)
     torch.set_num_threads(case.threads)
-    row, found = ROWS[case.name], []
+    row, rows = ROWS[case.name], []
     for size in row.sizes(flags.smoke):
-        found += _measured(row, case, size, flags)
+        rows += _measured(row, case, size, flags)
         progress.update(flags.rounds[case.name] + WARM_UP)
-    return found
+    return rows
 
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
@@ -168,7 +168,7 @@ def _measured(row: Row, case: Case, size: tuple[int, ...], flags: argparse.Names
     seconds = interleaved(steps, flags.rounds[case.name], tqdm(disable=True))
     memory = {name: form.call.peak_bytes() for name, form in forms.items()} if row.memory else {}
     base = next(iter(forms))
-    found = []
+    rows = []
     for name, form in forms.items():
         added = zip(*(seconds[limit] for limit in LIMITS), seconds[base], strict=True)
         bounds = [
@@ -178,8 +178,8 @@ def _measured(row: Row, case: Case, size: tuple[int, ...], flags: argparse.Names
         measured = {"seconds": seconds[name], "ratio": ratios(seconds[name], seconds[base]), "first": first[name]}
         measured |= {"limit": statistics.median(bounds), "memory": memory and memory[name] / memory[base] or None}
         told = {"row": case.name, "threads": case.threads, "size": row.title(size), "form": name}
-        found.append({**told, **measured, "compiles": row.compiles})
-    return found
+        rows.append({**told, **measured, "compiles": row.compiles})
+    return rows
 
 
 def _wall_seconds(call: Call) -> float:

@@ -80,7 +80,7 @@ def write_folder(folder: Path, shape: Shape) -> int:
 
 def _random(size: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Random numbers of standard deviation 1/sqrt(columns)."""
-    found = torch.empty(size, dtype=torch.bfloat16)
-    for part in found.split(max(1, BLOCK // size[1])):
+    weight = torch.empty(size, dtype=torch.bfloat16)
+    for part in weight.split(max(1, BLOCK // size[1])):
         part.copy_(torch.empty(part.shape).normal_(std=size[1] ** -0.5, generator=generator))
-    return found
+    return weight

@@ -74,9 +74,9 @@ class TaskRuns:
     def entries(self) -> dict[str, Entry]:
         """Returns what was found of every variant, plain attention first."""
         times, equal_time = self._times(), self._equal_time_logs() if self.flags.equal_time else {}
-        found = {}
+        entries = {}
         for variant, config in self.configs.items():
-            found[variant] = Entry(
+            entries[variant] = Entry(
                 parameters=count_parameters(self.task.model(config)),
                 d_ff=config.d_ff,
                 point=self.points[variant].to_dict(),
@@ -87,7 +87,7 @@ class TaskRuns:
                 tokens=self.task.steps * self._tokens_per_step,
                 equal_time_logs=equal_time.get(variant),
             )
-        return found
+        return entries
 
     def plain_curve(self) -> dict[float, float]:
         """Returns plain attention's mean measure by budget, from runs of their own, over the first three seeds."""
@@ -95,8 +95,9 @@ class TaskRuns:
             budget: [Trial(self.name, PLAIN, self.points[PLAIN], seed, budget) for seed in self.flags.seeds[:3]]
             for budget in sorted({1.0, *self.flags.budgets})
         }
-        logs = self._sweep([trial for own in trials.values() for trial in own])
-        return {budget: fmean(logs[trial][-1][self.task.measure] for trial in own) for budget, own in trials.items()}
+        logs = self._sweep([trial for of_budget in trials.values() for trial in of_budget])
+        ends = {trial: log[-1][self.task.measure] for trial, log in logs.items()}
+        return {budget: fmean(ends[trial] for trial in of_budget) for budget, of_budget in trials.items()}
 
     def _equal_time_logs(self) -> dict[str, list[list[dict[str, Any]]]]:
         """Every variant's runs of as many steps as fit into the time of plain attention's, at its best point."""
@@ -106,8 +107,8 @@ class TaskRuns:
             variant: [Trial(self.name, variant, self.points[variant], seed, share) for seed in self.flags.seeds]
             for variant, share in shares.items()
         }
-        logs = self._sweep([trial for own in trials.values() for trial in own])
-        return {variant: [logs[trial] for trial in own] for variant, own in trials.items()}
+        logs = self._sweep([trial for of_variant in trials.values() for trial in of_variant])
+        return {variant: [logs[trial] for trial in of_variant] for variant, of_variant in trials.items()}
 
     def _sweep(self, trials: list[Trial]) -> dict[Trial, list[dict[str, Any]]]:
         runs = {trial.name: self._arguments(trial) for trial in trials}

@@ -79,15 +79,15 @@ def run_trial(
         threads: of the CPU.
     """
     torch.set_num_threads(threads)
-    own, path = TASKS[task](**options), Path(folder) / name
-    model = first_model(own, TransformerConfig.from_dict(config), TransformerConfig.from_dict(plain), seed)
+    learned, path = TASKS[task](**options), Path(folder) / name
+    model = first_model(learned, TransformerConfig.from_dict(config), TransformerConfig.from_dict(plain), seed)
     steps = training["steps"]
     every = max(1, math.ceil(steps / EVALUATIONS))
     learns_topology = any(isinstance(module, LearnedTopologyConv) for module in model.modules())
     log = train(
         model,
-        partial(own.batch, seed=seed),
-        own.output,
+        partial(learned.batch, seed=seed),
+        learned.output,
         TrainConfig(
             **training,
             anneal_in_degree=steps // 2 if learns_topology else 0,
@@ -99,13 +99,13 @@ def run_trial(
             device="cpu",
         ),
         path,
-        evaluate=own.evaluate,
+        evaluate=learned.evaluate,
         resume=(path / "config.json").exists(),
         settings={"model": config},
         description=name,
     )
     with torch.no_grad():
-        log[-1] |= own.final(model.eval())
+        log[-1] |= learned.final(model.eval())
     # The log is what is wanted of hundreds of runs; each checkpoint is three times its model.
     shutil.rmtree(path / "checkpoints", ignore_errors=True)
     return log

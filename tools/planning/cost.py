@@ -195,9 +195,9 @@ def _router_cost(model: Workload, cluster: Cluster) -> Cost:
 
 
 def _data_bytes(parameters: float, model: Workload, cluster: Cluster) -> float:
-    own = parameters * model.number_bytes / (cluster.tensor * cluster.pipeline)
+    held = parameters * model.number_bytes / (cluster.tensor * cluster.pipeline)
     # Sharded, parameters are gathered forward and backward, and gradients scattered: half as much again.
-    return _all_reduce(own, cluster.data) * (1.5 if cluster.is_sharded else 1)
+    return _all_reduce(held, cluster.data) * (1.5 if cluster.is_sharded else 1)
 
 
 def _all_reduce(size: float, ranks: int) -> float:

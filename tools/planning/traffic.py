@@ -62,8 +62,8 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _gathered(own: Tensor, ranks: int, *_: Any) -> tuple[int, int]:
-    return _size(own) * ranks, ranks
+def _gathered(part: Tensor, ranks: int, *_: Any) -> tuple[int, int]:
+    return _size(part) * ranks, ranks
 
 
 def _scattered(whole: Tensor, operation: str, ranks: int, *_: Any) -> tuple[int, int]:
@@ -71,16 +71,16 @@ def _scattered(whole: Tensor, operation: str, ranks: int, *_: Any) -> tuple[int,
 
 
 def _reduced(value: Tensor, operation: str, group: Any) -> tuple[int, int]:
-    found = distributed_c10d._resolve_process_group(group) if isinstance(group, str) else group
-    return _size(value), found.size()
+    ranks = distributed_c10d._resolve_process_group(group) if isinstance(group, str) else group
+    return _size(value), ranks.size()
 
 
-def _base_gathered(whole: Tensor, own: Tensor, *_: Any) -> tuple[int, int]:
-    return _size(whole), whole.numel() // max(1, own.numel())
+def _base_gathered(whole: Tensor, part: Tensor, *_: Any) -> tuple[int, int]:
+    return _size(whole), whole.numel() // max(1, part.numel())
 
 
-def _base_scattered(own: Tensor, whole: Tensor, *_: Any) -> tuple[int, int]:
-    return _size(whole), whole.numel() // max(1, own.numel())
+def _base_scattered(part: Tensor, whole: Tensor, *_: Any) -> tuple[int, int]:
+    return _size(whole), whole.numel() // max(1, part.numel())
 
 
 def _all_reduced(values: list[Tensor], group: Any, *_: Any) -> tuple[int, int]:

@@ -117,12 +117,12 @@ def logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The logits of a pass, the first floating tensor of its output; padding left out."""
     torch.manual_seed(0)
     output = model(**inputs)
-    found = output.logits if hasattr(output, "logits") else output[0]
-    found = found[0] if isinstance(found, (tuple, list)) else found
+    values = output.logits if hasattr(output, "logits") else output[0]
+    values = values[0] if isinstance(values, (tuple, list)) else values
     mask = inputs.get("attention_mask")
-    if mask is not None and found.shape[:2] == mask.shape and "decoder_input_ids" not in inputs:
-        return found[mask.bool()]
-    return found
+    if mask is not None and values.shape[:2] == mask.shape and "decoder_input_ids" not in inputs:
+        return values[mask.bool()]
+    return values
 
 
 def _compared(

@@ -55,13 +55,13 @@ def classes() -> list[tuple[str, str, str]]:
     """Returns (kind, model type, class name) of every class to sweep, each once."""
     from transformers.models.auto import modeling_auto
 
-    found: dict[str, tuple[str, str, str]] = {}
+    by_name: dict[str, tuple[str, str, str]] = {}
     for kind, mappings in KINDS.items():
         for mapping in mappings:
             for model_type, names in getattr(modeling_auto, mapping).items():
                 for name in (names,) if isinstance(names, str) else names:
-                    found.setdefault(name, (kind, model_type, name))
-    return list(found.values())
+                    by_name.setdefault(name, (kind, model_type, name))
+    return list(by_name.values())
 
 
 def build(name: str, layers: int = 2) -> nn.Module:

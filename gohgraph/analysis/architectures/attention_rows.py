@@ -69,8 +69,8 @@ def _separate(name: str, attention: nn.Module, size: int) -> list[Rows] | None:
 def _fused(name: str, attention: nn.Module, size: int) -> list[Rows] | None:
     # GPT-2's map is [queries | keys | values], GPT-NeoX's the same within every head.
     for path, by_head in (("c_attn", False), ("query_key_value", True)):
-        found = features(attention.get_submodule(path)) if has(attention, path) else None
-        if found is None or found[1] % (3 * size):
+        size_of = features(attention.get_submodule(path)) if has(attention, path) else None
+        if size_of is None or size_of[1] % (3 * size):
             continue
-        return [Rows(f"{name}.{path}", found[1] // (3 * size), size, part, by_head) for part in range(3)]
+        return [Rows(f"{name}.{path}", size_of[1] // (3 * size), size, part, by_head) for part in range(3)]
     return None

@@ -76,9 +76,9 @@ def _bart(*, cross: bool, pre_norm: bool) -> Layout:
 
 def _t5(*, cross: bool) -> Layout:
     ff = f"layer.{1 + cross}"
-    own = {"entry": f"{ff}.DenseReluDense", "exit": f"{ff}.DenseReluDense", "ff_before": f"{ff}.layer_norm"}
+    paths = {"entry": f"{ff}.DenseReluDense", "exit": f"{ff}.DenseReluDense", "ff_before": f"{ff}.layer_norm"}
     return Layout(
-        **_T5, **own, **({"cross": "layer.1.EncDecAttention", "cross_before": "layer.1.layer_norm"} if cross else {})
+        **_T5, **paths, **({"cross": "layer.1.EncDecAttention", "cross_before": "layer.1.layer_norm"} if cross else {})
     )
 
 
@@ -145,10 +145,10 @@ def layout_of(layer: nn.Module, stack: nn.Module) -> tuple[str, Layout] | None:
 def has(module: nn.Module, path: str) -> bool:
     """Whether a module has a submodule of that name that is no `nn.Identity`."""
     try:
-        found = module.get_submodule(path)
+        submodule = module.get_submodule(path)
     except AttributeError:
         return False
-    return isinstance(found, nn.Module) and not isinstance(found, nn.Identity)
+    return isinstance(submodule, nn.Module) and not isinstance(submodule, nn.Identity)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -24,12 +24,12 @@ def modules_of(model: nn.Module) -> Modules:
     """Returns the modules of a model in memory; `ValueError` for one whose weights are elsewhere."""
 
     def module(name: str) -> nn.Module:
-        found = model.get_submodule(name)
-        if any(parameter.is_meta for parameter in found.parameters()):
+        submodule = model.get_submodule(name)
+        if any(parameter.is_meta for parameter in submodule.parameters()):
             raise ValueError(
                 f"Expected a model with its weights (got {name} on meta). Do pass the folder of its safetensors."
             )
-        return found
+        return submodule
 
     return module
 
@@ -82,8 +82,8 @@ class Folder:
     def __call__(self, name: str) -> nn.Module:
         """Returns a copy of a module with its weights; nothing keeps it."""
         module = copy.deepcopy(self.model.get_submodule(name)).to_empty(device="cpu")
-        for own, parameter in module.named_parameters():
-            parameter.data = self._read(f"{name}.{own}", parameter.shape)
+        for parameter_name, parameter in module.named_parameters():
+            parameter.data = self._read(f"{name}.{parameter_name}", parameter.shape)
         return module
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
@@ -91,10 +91,10 @@ class Folder:
 
         prefix = f"{self.model.base_model_prefix}."
         names = (name, name.removeprefix(prefix), prefix + name)
-        found = next((self._places[own] for own in names if own in self._places), None)
-        if found is None:
+        place_in_file = next((self._places[known] for known in names if known in self._places), None)
+        if place_in_file is None:
             raise ValueError(f"Expected the weight {name} in {self.path} (got none). Do load the model and pass it.")
-        key, place = found
+        key, place = place_in_file
         with safe_open(self.path / place, framework="pt") as file:
             tensor = file.get_tensor(key)
         if tensor.shape != shape:
@@ -127,8 +127,8 @@ def _index(path: Path) -> dict[str, str]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"Expected *.safetensors in {path} (got none). Do save with safe_serialization=True.")
-    found: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for file in files:
         with safe_open(file, framework="pt") as weights:
-            found |= dict.fromkeys(weights.keys(), file.name)
-    return found
+            file_of |= dict.fromkeys(weights.keys(), file.name)
+    return file_of

@@ -142,5 +142,5 @@ class Wiring:
 
     def norms_between(self, stream: str, after: int, before: int) -> list[StreamNorm]:
         """Returns the norms of a stream that stand between two times, in order."""
-        found = [norm for norm in self.norms if norm.stream == stream and after < norm.time < before]
-        return sorted(found, key=lambda norm: norm.time)
+        between = [norm for norm in self.norms if norm.stream == stream and after < norm.time < before]
+        return sorted(between, key=lambda norm: norm.time)

@@ -64,15 +64,15 @@ def wiring_of(model: nn.Module) -> Wiring:
 
 
 def _stacks(model: nn.Module) -> list[_Stack]:
-    found = []
+    stacks = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
         fitting = [layout for layer in module if (layout := layout_of(layer, owner))]
         if len(fitting) == len(module) and len({kind for kind, _ in fitting}) == 1:
-            found.append(_Stack(name.rpartition(".")[0], owner, name, len(module), *fitting[0]))
-    return found
+            stacks.append(_Stack(name.rpartition(".")[0], owner, name, len(module), *fitting[0]))
+    return stacks
 
 
 def _stream_names(stacks: list[_Stack]) -> list[str]:

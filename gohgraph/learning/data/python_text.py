@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,10 +30,11 @@ _LARGEST_BYTES = 300_000
 def documentation() -> dict[str, str]:
     """Returns name and text of every topic of Python's help and of every source file's docstrings, in a fixed order."""
     root = _library()
-    documents = _topics(root)
+    sources = _sources(root)
+    documents = _topics(root, sources)
     # One set for all files: a docstring repeated elsewhere must not leak into what is held out.
     seen: set[str] = set()
-    for path in _sources(root):
+    for path in sources:
         fresh = [text for text in dict.fromkeys(_docstrings(path)) if text not in seen]
         seen.update(fresh)
         if fresh:
@@ -46,7 +49,8 @@ def library() -> dict[str, str]:
     tables of encodings, and files above 300 kB, which are tables as well; of equal files the first is taken.
     """
     root = _library()
-    return _topics(root) | _contents(root, "")
+    sources = _sources(root)
+    return _topics(root, sources) | _contents(root, sources, "")
 
 
 def packages() -> dict[str, str]:
@@ -54,7 +58,8 @@ def packages() -> dict[str, str]:
     documents = library()
     for name in PACKAGES:
         spec = there(importlib.util.find_spec(name))
-        documents |= _contents(Path(there(spec.submodule_search_locations)[0]), f"{name}/")
+        folder = Path(there(spec.submodule_search_locations)[0])
+        documents |= _contents(folder, _sources(folder), f"{name}/")
     return documents
 
 
@@ -62,7 +67,7 @@ def _library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def _topics(root: Path) -> dict[str, str]:
+def _topics(root: Path, paths: list[Path]) -> dict[str, str]:
     topics: dict[str, str] = {}
     try:
         from pydoc_data.topics import topics as documented
@@ -70,7 +75,6 @@ def _topics(root: Path) -> dict[str, str]:
         pass
     else:
         topics = documented
-    paths = _sources(root)
     if not topics or not paths:
         raise ValueError(
             "Expected a Python with its documentation and the sources of its standard library "
@@ -81,12 +85,17 @@ def _topics(root: Path) -> dict[str, str]:
 
 
 def _sources(root: Path) -> list[Path]:
-    return sorted(p for p in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts))
+    paths = []
+    for folder, folders, files in os.walk(root):
+        # Packages that are installed are most of the tree: they are not entered.
+        folders[:] = set(folders) - _SKIPPED_FOLDERS
+        paths += [Path(folder, file) for file in files if file.endswith(".py")]
+    return sorted(paths)
 
 
-def _contents(root: Path, prefix: str) -> dict[str, str]:
+def _contents(root: Path, paths: list[Path], prefix: str) -> dict[str, str]:
     found: dict[str, str] = {}
-    for path in _sources(root):
+    for path in paths:
         name = path.relative_to(root)
         if not _TABLES & set(name.parts) and 0 < path.stat().st_size <= _LARGEST_BYTES:
             found.setdefault(path.read_text(encoding="utf-8", errors="replace"), prefix + name.as_posix())
@@ -98,6 +107,16 @@ def _docstrings(path: Path) -> Iterator[str]:
         # Some modules still hold invalid escapes, which is no concern of ours.
         warnings.simplefilter("ignore")
         tree = ast.parse(path.read_bytes(), filename=str(path))
-    for node in ast.walk(tree):
+    for node in _blocks(tree):
         if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
             yield text
+
+
+def _blocks(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yields what `ast.walk` does, in its order, but expressions: most of a tree, and without docstrings."""
+    queue = deque([tree])
+    while queue:
+        node = queue.popleft()
+        yield node
+        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+            queue.extend(getattr(node, field, ()))

@@ -78,7 +78,7 @@ class Classes(Reader):
 
     def _own(self, limit: int) -> list[Batch]:
         if self.examples is None:
-            raise ValueError(f"Expected a text for a {self.what} (got none). Do pass --text or --text-file.")
+            raise ValueError(f"Expected a text for a {self.what} (got neither --text nor --text-file). Do pass one.")
         inputs, labels = self.examples
         # Classes come one after the other in some data.
         rows = torch.arange(min(limit, len(labels))) * len(labels) // min(limit, len(labels))
@@ -115,7 +115,9 @@ class Images(Classes):
 
     def _refuse(self, text: bytes | None) -> None:
         if text is not None:
-            raise ValueError(f"Expected no text for a {self.what} (got one). Do drop --text and --text-file.")
+            raise ValueError(
+                f"Expected no text for a {self.what} (got one of {len(text)} bytes). Do drop --text and --text-file."
+            )
 
 
 class Translation(Reader):
@@ -148,7 +150,8 @@ class Translation(Reader):
             lines = [line for line in (text or b"").decode("utf-8", "replace").splitlines() if line.strip()]
             pairs = [(line, None) for line in lines[:limit]]
         if not pairs:
-            raise ValueError(f"Expected a text for an {self.what} (got none). Do pass --text or --text-file.")
+            got = "neither --text nor --text-file" if text is None else "a text without a line"
+            raise ValueError(f"Expected a text for an {self.what} (got {got}). Do pass one.")
         # One sentence a batch: no padding, whose weights would be counted.
         return [self._pair(source.encode(), target, length)[0] for source, target in pairs]
 
@@ -161,7 +164,8 @@ class Translation(Reader):
     def task(self, text: bytes | None, length: int, target: str | None) -> Task:
         if text is None:
             if self.pairs is None or target is not None:
-                raise ValueError(f"Expected a text for an {self.what} (got none). Do pass --text or --text-file.")
+                got = "neither --text nor --text-file" if target is None else "its translation alone"
+                raise ValueError(f"Expected a text for an {self.what} (got {got}). Do pass one.")
             source, target = self.pairs[0]
             text = source.encode()
         (inputs, labels), words, notes = self._pair(text, target, length)

@@ -24,6 +24,7 @@ from gohgraph.learning.cli.draw.sources import (
     attributed,
     chosen,
     length_of,
+    named,
     of_weights,
     recorded,
     task_of,
@@ -76,7 +77,7 @@ def _draw_attention(flags: argparse.Namespace, reader: Reader, out: Path, name: 
     task = task_of(flags, reader)
     heads = attended(reader, task.inputs)
     where = "".join(f", {of} {getattr(flags, of)}" for of in ("layer", "head") if getattr(flags, of) is not None)
-    said = f"{name}: attention over {_amount([task.inputs])}{where}"
+    said = f"{name}: attention over {_amount([task.inputs])} of {named(flags, reader)}{where}"
     notes: list[str] = []
     _check_known(reader, text_of(flags, reader), notes)
     draw_attention(heads, flags.layer, flags.head, out, title=said if flags.title is None else flags.title)
@@ -104,12 +105,13 @@ def _draw_graph(flags: argparse.Namespace, reader: Reader, out: Path, name: str,
     batches = batches_of(text)
     _check_token(flags, reader, batches)
     _check_known(reader, text, notes)
-    said = f"{name}: mean edge weights over {_amount([inputs for inputs, _ in batches])}"
+    text_said = named(flags, reader)
+    said = f"{name}: mean edge weights over {_amount([inputs for inputs, _ in batches])} of {text_said}"
     heads = recorded(reader, reader.model, batches, every_token=shows_tokens, attention=flags.attention)
     importance = head_importance(reader.model, reader.loss, batches)
     edge_importance = edge_attribution(reader.model, reader.loss, batches)
     title = said if flags.title is None else flags.title
-    seen = Seen(reader, batches, batches_of, heads, importance, edge_importance, name, title)
+    seen = Seen(reader, batches, batches_of, heads, importance, edge_importance, name, title, text_said)
     write_graph(seen, flags, out)
     lines = [f"{out}: {said}{_said([*notes, *reader.notes(batches)])}"]
     lines += [f"\n{TABLE} strongest edges (by the mean of their weight)", _table(seen.network.strongest(TABLE))]

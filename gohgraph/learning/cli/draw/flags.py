@@ -83,9 +83,9 @@ def checked(flags: argparse.Namespace) -> Path:
         if getattr(flags, name) is not None and flags.view not in views:
             raise ValueError(f"Expected --{name} with --view {' or '.join(views)} (got {flags.view}). Do drop it.")
     if flags.head is not None and flags.layer is None:
-        raise ValueError(f"Expected --layer with --head {flags.head} (got none). Do name the head's layer.")
+        raise ValueError(f"Expected --layer with --head {flags.head} (got --layer None). Do name the head's layer.")
     if flags.view == "difference" and flags.compare is None:
-        raise ValueError("Expected --compare for --view difference (got none). Do name a model or a text.")
+        raise ValueError("Expected --compare for --view difference (got --compare None). Do name a model or a text.")
     if (flags.model is None) != flags.demo:
         raise ValueError(f"Expected a model or --demo (got {'both' if flags.demo else 'neither'}). Do pass one.")
     if flags.text is not None and flags.text_file is not None:
@@ -127,7 +127,8 @@ def check_source(flags: argparse.Namespace, source: str) -> None:
         for name in ("text", "text_file", "tokenizer"):
             if getattr(flags, name) is not None:
                 flag = "--" + name.replace("_", "-")
-                raise ValueError(f"Expected no {flag} for --from weights (got one). Do drop it, or use attribution.")
+                got = getattr(flags, name)
+                raise ValueError(f"Expected no {flag} for --from weights (got {got}). Do drop it, or use attribution.")
     if source != "graph" and flags.view_given not in (None, "network", "attention"):
         raise ValueError(
             f"Expected --view network or attention for --from {source} (got {flags.view}). Do change it."
@@ -146,9 +147,10 @@ def _check_numbers(flags: argparse.Namespace) -> None:
         check_number("--limit", flags.limit, above=0)
     has_no_edges = flags.view in ("pruning", "attention")
     for name in ("threshold", "limit"):
-        if getattr(flags, name) is not None and (has_no_edges or flags.suffix in GRAPH_SUFFIXES):
+        value = getattr(flags, name)
+        if value is not None and (has_no_edges or flags.suffix in GRAPH_SUFFIXES):
             what = f"--view {flags.view}" if has_no_edges else flags.suffix
-            raise ValueError(f"Expected no --{name} for {what}, which it would not change (got one). Do drop it.")
+            raise ValueError(f"Expected no --{name} for {what}, which it would not change (got {value}). Do drop it.")
     # A page begins with as many edges as can be read.
     if flags.threshold is None and flags.suffix != ".html":
         flags.threshold = THRESHOLD

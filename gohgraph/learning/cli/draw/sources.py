@@ -10,7 +10,8 @@ import torch
 
 from gohgraph.analysis.attribution_graph import attribution_graph
 from gohgraph.analysis.composition import composition_graph
-from gohgraph.analysis.record import Recordings, record, recordable
+from gohgraph.analysis.record import record, recordable
+from gohgraph.analysis.recording import Recordings
 from gohgraph.common.hub import local_folder
 from gohgraph.convert import load_converted
 from gohgraph.convert.saving import is_converted
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from gohgraph.analysis.network import HeadNetwork
 
 WORDS = ("mean", "zero")
+# Letters of a text in a title.
+SHOWN = 40
 # Bytes that hold a token, of the built-in text, with room to spare.
 BYTES_A_TOKEN = 40
 
@@ -89,6 +92,25 @@ def text_of(flags: argparse.Namespace, reader: Reader) -> bytes | None:
     return None if reader.has_data else bytes(load_corpus(PYTHON_DOCS).validation.tolist())
 
 
+def named(flags: argparse.Namespace, reader: Reader) -> str:
+    """Returns what a title calls the text that is run."""
+    if flags.text is not None:
+        return quoted(flags.text)
+    if flags.text_file is not None:
+        return Path(flags.text_file).name
+    return "its run's examples" if reader.has_data else "Python's documentation"
+
+
+def quoted(text: str) -> str:
+    """Returns a text between quotation marks, its beginning where it is long.
+
+    Example:
+        >>> quoted("heads talk"), len(quoted("heads" * 99))
+        ('“heads talk”', 42)
+    """
+    return f"“{text if len(text) <= SHOWN else text[: SHOWN - 1] + '…'}”"
+
+
 def length_of(flags: argparse.Namespace, reader: Reader) -> int:
     """Returns the tokens of a window; `ValueError` where the model does not read so many."""
     if flags.length is None:
@@ -137,6 +159,7 @@ def attributed(flags: argparse.Namespace, reader: Reader, name: str) -> Network:
     """Returns the network of a model by attribution."""
     task = task_of(flags, reader)
     against = flags.against or "zero"
+    said_against = against
     if against in WORDS:
         other = against
     elif not task.words:
@@ -144,12 +167,12 @@ def attributed(flags: argparse.Namespace, reader: Reader, name: str) -> Network:
     else:
         file = Path(against)
         other = reader.other(file.read_bytes() if file.is_file() else against.encode(), task)
+        said_against = file.name if file.is_file() else quoted(against)
     learned = not flags.no_learned
     network = attribution_graph(reader.model, task.inputs, against=other, metric=task.metric, learned=learned)
     tokens = next(iter(task.inputs.values()))
     count = f"{tokens.shape[1]} tokens" if tokens.dim() == 2 and len(tokens) == 1 else f"{len(tokens)} examples"
-    named = other if isinstance(other, str) else "another text"
-    said = f"{name}: attribution to {task.said}, {count} against {named}"
+    said = f"{name}: attribution to {task.said}, {count} of {named(flags, reader)} against {said_against}"
     return Network(network, said, task.notes, task.inputs)
 
 
@@ -171,10 +194,16 @@ def _of_stock(flags: argparse.Namespace, folder: Path) -> Chosen:
     if flags.no_learned:
         raise ValueError(f"Expected --no-learned with head graphs (got {flags.model}, which has none). Do drop it.")
     kind, no_graph = stock_class(folder), "it has no head graph"
-    if flags.source == "weights" or flags.source is None and kind_of(kind) is None:
+    if flags.source == "weights":
         check_source(flags, "weights")
-        why = "" if flags.source else f"{no_graph}, and {kind} predicts nothing of a text"
-        return Chosen("weights", None, folder, why)
+        return Chosen("weights", None, folder)
+    if flags.source is None and kind_of(kind) is None:
+        try:
+            check_source(flags, "weights")
+        except ValueError as error:
+            why = f"{kind} predicts nothing of a text, so that its weights alone are shown"
+            raise ValueError(f"{error} {flags.model}: {why}.") from error
+        return Chosen("weights", None, folder, f"{no_graph}, and {kind} predicts nothing of a text")
     check_source(flags, "attribution")
     try:
         reader = load_reader(folder, flags.tokenizer)

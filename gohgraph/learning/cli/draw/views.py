@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from gohgraph.analysis import edge_strength, pruning_curve, random_scores
 from gohgraph.analysis.network_files import GRAPH_SUFFIXES, save_head_graph
-from gohgraph.analysis.record import Recordings
+from gohgraph.analysis.recording import Recordings
+from gohgraph.common.checks import there
 from gohgraph.common.hub import local_folder
 from gohgraph.drawing.circles import draw
 from gohgraph.drawing.difference import draw_difference
@@ -45,6 +46,7 @@ class Seen:
     edge_importance: dict[str, Tensor]
     name: str
     title: str
+    text: str
 
     @property
     def network(self) -> HeadNetwork:
@@ -108,8 +110,9 @@ def _network(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
 
 
 def _tokens(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
-    heads = _of_layer(seen.heads, flags.layer)
-    draw_tokens(heads, flags.token or 0, out, title=_titled(flags, seen.name), **_scale(flags))
+    heads, token = _of_layer(seen.heads, flags.layer), flags.token or 0
+    title = _titled(flags, f"{seen.name}: token {token}, {there(heads.token_strings)[token]!r}, of {seen.text}")
+    draw_tokens(heads, token, out, title=title, **_scale(flags))
 
 
 def _difference(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
