@@ -72,8 +72,16 @@ def test_pruning_and_differences_of_converted_models(llama, tmp_path):
     assert main(["draw", *flags, *difference]) == 0
 
 
-def test_a_converted_model_without_tokenizer_is_refused(llama, tmp_path, capsys):
-    model = load_reader(llama).model
-    goh.save_converted(model, tmp_path / "bare")
-    assert main(["draw", str(tmp_path / "bare"), "--out", str(tmp_path / "x.png")]) == 2
+def test_a_converted_model_without_tokenizer_is_refused(llama, tmp_path, capsys, monkeypatch):
+    model, bare, asked = load_reader(llama).model, tmp_path / "bare", []
+
+    def nothing(place):
+        asked.append(place)
+        raise OSError("no tokenizer")
+
+    goh.save_converted(model, bare)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", nothing)
+    assert main(["draw", str(bare), "--out", str(tmp_path / "x.png")]) == 2
     assert "Expected the model's tokenizer" in capsys.readouterr().err
+    # A folder that is not there would be looked for on the hub, for a minute where there is no network.
+    assert str(bare) in asked and str(bare / "backbone") not in asked

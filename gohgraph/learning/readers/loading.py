@@ -129,7 +129,9 @@ def _of_transformers(model: Any, folder: Path, tokenizer: str | os.PathLike[str]
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise ValueError(f"Expected a model of text (got {name}, of {model.main_input_name}). Do use --from weights.")
     places: list[str | os.PathLike[str]]
-    places = [folder, folder / BACKBONE, getattr(config, "_name_or_path", "")] if tokenizer is None else [tokenizer]
+    # What is no folder would be looked for on the hub.
+    folders = [folder, *(part for part in [folder / BACKBONE] if part.is_dir())]
+    places = [*folders, getattr(config, "_name_or_path", "")] if tokenizer is None else [tokenizer]
     tokens = load_tokenizer(places, getattr(config, "vocab_size", 1 << 62))
     longest = getattr(config, "max_position_embeddings", None)
     if kind is Masked and tokens.mask is None:
