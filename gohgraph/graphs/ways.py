@@ -56,10 +56,10 @@ def edges_in_chunks(conv: HeadGraphConv, z: Tensor, context: Tensor | None, acti
     `memory` with `--heads 32 64 128`.
     """
     edges = conv.edges
-    # First, since it is told by the graph alone: most have fewer, and a token less to wait for.
-    if edges.num_edges <= KEPT_NUMBERS * edges.context_dim:
+    # First, since it is told by the graph alone: most have fewer, and a token less to wait for. PEFT wraps edges.
+    if type(edges) is not EdgeWeights or edges.num_edges <= KEPT_NUMBERS * edges.context_dim:
         return None
-    if conv.backend != "dense" or not conv.num_runs or type(edges) is not EdgeWeights or edges.weight is None:
+    if conv.backend != "dense" or not conv.num_runs or edges.weight is None:
         return None
     parameters = (edges.weight, edges.bias)
     if context is None or not is_ordinary(z, context, *parameters):
