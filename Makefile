@@ -26,9 +26,10 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 demo: $(DEMO)  ## train a language model with head graphs beside a plain one (3 minutes on two cores)
 	$(TRAIN)
 
-# Three workers on two cores: some tests wait for processes that they start.
+# Three workers on two cores: some tests wait for processes that they start, which read what was compiled before.
 test: $(ALL)  ## run the tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m compileall -q gohgraph
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: $(ALL)  ## check the style and the types
 	$(BIN)/python -m ruff check .
