@@ -28,7 +28,6 @@ demo: $(DEMO)  ## train a language model with head graphs beside a plain one (3 
 
 # Three workers on two cores: some tests wait for processes that they start, which read what was compiled before.
 test: $(ALL)  ## run the tests
-	$(BIN)/python -m compileall -q gohgraph
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: $(ALL)  ## check the style and the types

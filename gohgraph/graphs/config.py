@@ -51,8 +51,10 @@ class RoutingConfig(Config):
         if isinstance(self.top_k, list):
             object.__setattr__(self, "top_k", tuple(self.top_k))
         budgets = self.top_k if isinstance(self.top_k, tuple) else (self.top_k,)
-        if not budgets or any(isinstance(k, bool) or not isinstance(k, int) or k < 0 for k in budgets):
-            raise ValueError(f"Expected top_k >= 0, for all layers or each (got {self.top_k!r}). Do pass e.g. 4.")
+        if not budgets:
+            raise ValueError("Expected one top_k for all layers or each (got none). Do pass e.g. 4.")
+        for number in budgets:
+            check_int("top_k", number, low=0)
 
     def check_heads(self, num_heads: int, num_layers: int) -> None:
         """Raises `ValueError` where a stack of so many heads and layers cannot be routed like this."""

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from gohgraph.graphs.edge_graph import EdgeGraph
+from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.models.stacks import DecoderLayer, EncoderLayer, Stack
 from gohgraph.parallel.layout import Layout
 from gohgraph.parallel.tensor import tensor_parallel
@@ -34,7 +34,7 @@ def recompute(model: Module) -> Module:
 
     A learned topology, which counts what it sees, is a `ValueError`.
     """
-    if any(isinstance(part, EdgeGraph) and part.traits.learned for part in model.modules()):
+    if any(isinstance(part, SiteGraph) and part.traits.learned for part in model.modules()):
         raise ValueError(
             "Expected no learned topology where layers are recomputed (got a LearnedTopologyConv). Do keep activations."
         )
