@@ -26,7 +26,8 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 demo: $(DEMO)  ## train a language model with head graphs beside a plain one (3 minutes on two cores)
 	$(TRAIN)
 
-# Three workers on two cores: some tests wait for processes that they start, which read what was compiled before.
+# Three workers on two cores: some tests wait for processes that they start. Without bytecode on disk, which some
+# environments forbid, each of these would compile the package anew.
 test: $(ALL)  ## run the tests
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile
 
