@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,15 +44,16 @@ class Layout:
         rows: row of every head, `[N]`, from 0 at the bottom.
         radius: of a head of full load or importance.
         gap: between rows.
-        width, height: of the whole.
+        right, bottom, top: ends of the whole; it begins at 0.
     """
 
     places: np.ndarray
     rows: np.ndarray
     radius: float
     gap: float
-    width: float
-    height: float
+    right: float
+    bottom: float
+    top: float
 
 
 def draw_network(
@@ -96,18 +97,19 @@ def draw_network(
     layout = layout_of(network)
     strongest = float(np.abs(weights).max(initial=0.0))
     colours = colour_scale(strongest, limit)
-    figure = new_figure(layout.width, layout.height + 1.0)
-    axes = figure.subplots(1, 1, squeeze=False)
-    axis = axes[0, 0]
-    axis.set(xlim=(0, layout.width), ylim=(-0.5 * layout.gap - 0.15, layout.height - 0.5 * layout.gap), aspect="equal")
-    axis.set_axis_off()
     senders, receivers = network.edge_index.numpy()
     between = senders != receivers
     shown = np.flatnonzero(between & (np.abs(weights) >= threshold * strongest) & (weights != 0))
     shown = shown[np.argsort(np.abs(weights[shown]), kind="stable")][-most_edges:]
+    figure = new_figure(layout.right, layout.top - layout.bottom + 0.85)
+    axes = figure.subplots(1, 1, squeeze=False)
+    axis = axes[0, 0]
+    axis.set_axis_off()
     _draw_rows(axis, network, layout)
-    _draw_edges(axis, network, layout, shown, colours)
+    layout = with_room(layout, _draw_edges(axis, network, layout, shown, colours))
     _draw_heads(axis, network, layout, colours)
+    axis.set(xlim=(0, layout.right), ylim=(layout.bottom, layout.top), aspect="equal")
+    figure.set_size_inches(layout.right, layout.top - layout.bottom + 0.85)
     colour_bar(figure, axes, colours, _label(network, len(shown), int(between.sum())))
     return finish(figure, title, path)
 
@@ -124,7 +126,16 @@ def layout_of(network: HeadNetwork) -> Layout:
     step = min((WIDTH - LEFT - 0.2) / across, 1.2)
     radius = min(0.15, 0.40 * step, 0.26 * gap)
     places = np.stack([LEFT + (heads + 0.5) * step, rows * gap], axis=1)  # [N, 2]
-    return Layout(places, rows, radius, gap, LEFT + across * step + 0.2, len(blocks) * gap + 0.2)
+    right, top = LEFT + across * step + 0.2, (len(blocks) - 0.5) * gap + 0.2
+    return Layout(places, rows, radius, gap, right, -0.5 * gap - 0.15, top)
+
+
+def with_room(layout: Layout, paths: np.ndarray) -> Layout:
+    """Returns a layout whose ends hold all curves `[E, P, 2]`, too: those past many rows bow far to the right."""
+    room = 0.08
+    right = max(layout.right, paths[..., 0].max(initial=0.0) + room)
+    bottom = min(layout.bottom, paths[..., 1].min(initial=0.0) - room)
+    return replace(layout, right=right, bottom=bottom, top=max(layout.top, paths[..., 1].max(initial=0.0) + room))
 
 
 def head_names(network: HeadNetwork) -> list[str]:
@@ -191,7 +202,7 @@ def arcs(
 def _draw_rows(axis: Axes, network: HeadNetwork, layout: Layout) -> None:
     for row, block in enumerate(network.blocks):
         height = row * layout.gap
-        axis.plot([LEFT, layout.width - 0.2], [height, height], color="#e6e6e6", linewidth=0.8, zorder=0)
+        axis.plot([LEFT, layout.right - 0.2], [height, height], color="#e6e6e6", linewidth=0.8, zorder=0)
         axis.text(LEFT - 0.12, height, block, fontsize=8, ha="right", va="center", color=INK)
     if 72 * layout.radius < 4.4:
         heads = np.unique(network.head.numpy())
@@ -201,7 +212,10 @@ def _draw_rows(axis: Axes, network: HeadNetwork, layout: Layout) -> None:
             axis.text(place, -0.5 * layout.gap, str(head), fontsize=7, ha="center", va="top", color=INK)
 
 
-def _draw_edges(axis: Axes, network: HeadNetwork, layout: Layout, edges: np.ndarray, colours: ScalarMappable) -> None:
+def _draw_edges(
+    axis: Axes, network: HeadNetwork, layout: Layout, edges: np.ndarray, colours: ScalarMappable
+) -> np.ndarray:
+    """Draws edges and returns their curves, `[E, 25, 2]`."""
     from matplotlib.collections import LineCollection, PolyCollection
 
     weights = network.mean.numpy()[edges]
@@ -216,6 +230,7 @@ def _draw_edges(axis: Axes, network: HeadNetwork, layout: Layout, edges: np.ndar
         style = {"colors": colour[chosen], "linewidths": widths[chosen], "linestyles": [STYLES.get(site, (0, (2, 2)))]}
         axis.add_collection(LineCollection(paths[chosen], **style))
     axis.add_collection(PolyCollection(list(points), **tip_style(colour, weights), zorder=2.1))
+    return paths
 
 
 def _draw_heads(axis: Axes, network: HeadNetwork, layout: Layout, colours: ScalarMappable) -> None:

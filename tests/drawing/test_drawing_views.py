@@ -19,6 +19,7 @@ from gohgraph.analysis.recording import Recording, Recordings
 from gohgraph.drawing import draw, draw_difference, draw_matrices, draw_network, draw_pruning, draw_tokens, save_film
 from gohgraph.drawing.difference import difference
 from gohgraph.drawing.layered import head_sizes, layout_of
+from gohgraph.drawing.page import page_document
 from gohgraph.drawing.panels import of_layer
 from gohgraph.drawing.tokens import AtToken, token_changes
 
@@ -118,6 +119,51 @@ def test_the_network_shows_the_strongest_edges_above_the_threshold():
     network.mean[3] = torch.nan
     with pytest.raises(ValueError, match="Expected finite edge weights"):
         draw_network(network)
+
+
+def lopsided(sites, rows, pairs):
+    """A network of four heads a row whose edges, of every site, are `pairs` of (row, head)."""
+    from gohgraph.analysis.network import HeadNetwork
+
+    ends = torch.tensor([[4 * row + head for row, head in side] for side in zip(*pairs, strict=True)])
+    edges = ends.repeat(1, len(sites))
+    return HeadNetwork(
+        edge_index=edges, num_nodes=4 * rows, mean=torch.ones(edges.shape[1]), std=torch.zeros(edges.shape[1]),
+        share=torch.ones(edges.shape[1]), round=torch.ones(edges.shape[1], dtype=torch.long),
+        site=[site for site in sites for _ in pairs], block=[f"layer {n // 4}" for n in range(4 * rows)],
+        blocks=[f"layer {n}" for n in range(rows)], head=torch.arange(4 * rows) % 4, kind=["head"] * 4 * rows,
+        label=[f"{n // 4}.{n % 4}" for n in range(4 * rows)], load=torch.ones(4 * rows),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "sites, rows, pairs",
+    [
+        (("queries", "keys", "values", "mlp"), 8, [((0, 3), (7, 3))]),
+        (("outputs",), 8, [((0, 3), (7, 3)), ((1, 3), (4, 3))]),
+        (("outputs", "scores", "weights", "queries"), 2, [((1, 0), (1, 3))]),
+        (("outputs", "scores", "weights", "queries"), 2, [((0, 3), (0, 0))]),
+        (("outputs", "scores"), 1, []),
+    ],
+    ids=["past rows of several sites", "past rows", "above the last row", "below the first", "no edges"],
+)
+def test_no_curve_leaves_the_picture_or_the_page(sites, rows, pairs):
+    network = lopsided(sites, rows, pairs) if pairs else goh.head_graph_of(synthetic(1, 1))
+    axis = draw_network(network).axes[0]
+    curves = np.concatenate([
+        np.zeros((0, 2)), *(line for item in axis.collections if isinstance(item, LineCollection)
+                            for line in item.get_segments())
+    ])  # fmt: skip
+    x, y = axis.get_xlim(), axis.get_ylim()
+    assert len(curves) == 25 * len(pairs) * len(sites)
+    assert (x[0] < curves[:, 0]).all() and (curves[:, 0] < x[1]).all()
+    assert (y[0] < curves[:, 1]).all() and (curves[:, 1] < y[1]).all()
+    width, height = axis.figure.get_size_inches()
+    assert width == pytest.approx(x[1]) and height > y[1] - y[0]
+    pytest.importorskip("bokeh")
+    plot = page_document(Recordings({}), network).get_model_by_name("network")
+    assert plot.x_range.end == pytest.approx(x[1], abs=0.02)
+    assert (plot.y_range.start, plot.y_range.end) == pytest.approx(y, abs=0.02)
 
 
 def test_important_heads_are_larger():
