@@ -87,6 +87,9 @@ def test_masked_models_have_masked_tokens(folders, tmp_path, capsys):
         (["--text", "heads"], "at least two"),
         (["--text", "heads talk", "--target", "sing|sing"], "Expected --target WORD"),
         (["--text", "heads talk", "--against", "heads"], "Expected --against of 2 tokens"),
+        (["--text", "heads talk", "--against", "mean"], "Expected several examples for against='mean' (got 1"),
+        (["--text", "heads talk", "--layer", "1", "--out", "x.png"], "Expected --layer with --attention for --from at"),
+        (["--from", "weights", "--layer", "1", "--out", "x.png"], "Expected --layer with --attention for --from wei"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(folders, capsys, monkeypatch, tmp_path, flags, message):

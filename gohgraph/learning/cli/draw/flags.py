@@ -133,6 +133,11 @@ def check_source(flags: argparse.Namespace, source: str) -> None:
         raise ValueError(
             f"Expected --view network or attention for --from {source} (got {flags.view}). Do change it."
         )
+    if source != "graph" and flags.layer is not None and flags.view != "attention":
+        raise ValueError(
+            f"Expected --layer with --attention for --from {source}, whose edges cross layers (got --layer "
+            f"{flags.layer}). Do drop it; a page (--out heads.html) chooses layers."
+        )
     if source != "graph" and flags.view == "film":
         raise ValueError(f"Expected a picture, a page or a file for --from {source} (got a film). Do change --out.")
 
