@@ -132,7 +132,7 @@ def page_document(
     limit = end if limit is None else limit
     mapper = LinearColorMapper(palette=_palette(DIVERGING), low=-limit, high=limit)
     columns, paths = edge_columns(network, layout, chosen)
-    layout = with_room(layout, paths)
+    layout, points = with_room(layout, paths), {name: paths[..., n].ravel() for n, name in enumerate("xy")}
     sources = {
         "edges": ColumnDataSource(columns, name="edges"),
         "heads": ColumnDataSource(head_columns(network, layout), name="heads"),
@@ -151,7 +151,7 @@ def page_document(
         "status": status, "toggle": toggle, "tokens": tokens, "values": values["edges"], "loops": values["loops"],
         "scale": values["scale"], "limit": limit, "rings": len(self_loops(network)), "total": between,
         "rows": drawn.rows, "plot": drawn.plot, "row_ticks": drawn.plot.yaxis[0].ticker, "about": about,
-        "letters": drawn.letters, "paths": ColumnDataSource({name: paths[..., n].ravel() for n, name in enumerate("xy")}),
+        "letters": drawn.letters, "paths": ColumnDataSource(points),
         "mean_of": ", mean over tokens" if heads else "",
         "hint": hint_of(tokens is not None, patterns["patterns"] is not None),
     }  # fmt: skip

@@ -20,7 +20,7 @@ from gohgraph.drawing import draw, draw_difference, draw_matrices, draw_network,
 from gohgraph.drawing.difference import difference
 from gohgraph.drawing.layered import head_sizes, layout_of
 from gohgraph.drawing.page import page_document
-from gohgraph.drawing.panels import of_layer
+from gohgraph.drawing.panels import of_one_layer
 from gohgraph.drawing.tokens import AtToken, token_changes
 
 NAME = "decoder.layers.{}.attention.object.output_graph"
@@ -177,15 +177,15 @@ def test_important_heads_are_larger():
 
 def test_loads_and_kinds_are_seen_in_circles():
     heads = recorded("moh-outputs")
-    axis = draw(of_layer(heads, 1)).axes[0]
+    axis = draw(of_one_layer(heads, 1)).axes[0]
     squares = [patch for patch in axis.patches if isinstance(patch, Rectangle)]
     circles = [patch for patch in axis.patches if isinstance(patch, Circle)]
     load = heads[NAME.format(1)].load
     assert len(squares) == 2 and len(circles) == 3
     radii = [circle.radius for circle in circles]
     assert np.allclose(np.array(radii) / radii[0], ((0.6 + 0.4 * load[2:]) / (0.6 + 0.4 * load[2])).numpy())
-    with pytest.raises(ValueError, match=r"Expected a layer of \[0, 1, 2\] \(got 7\)"):
-        of_layer(heads, 7)
+    with pytest.raises(ValueError, match=r"Expected a layer of \['layer 0', 'layer 1', 'layer 2'\] \(got 7\)"):
+        of_one_layer(heads, 7)
 
 
 def test_a_limit_fixes_the_scale_of_all_figures():

@@ -102,3 +102,14 @@ def test_models_without_text_have_weights_alone(folders, capsys, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert main(["draw", str(folders / "vit"), "--text", "heads talk"]) != 0
     assert "--from weights" in capsys.readouterr().err
+
+
+def test_an_untrained_graph_says_why_its_views_are_refused(folders, tmp_path, capsys):
+    model = hf.AutoModelForCausalLM.from_pretrained(folders / "llama")
+    goh.convert(model, goh.HeadGraphConfig())
+    goh.save_converted(model, tmp_path / "converted")
+    for view in ("circle", "matrix", "tokens"):
+        call = ["draw", str(tmp_path / "converted"), "--tokenizer", str(folders / "llama"), "--text", "heads talk"]
+        assert main([*call, "--view", view, "--out", str(tmp_path / "x.png")]) == 2
+        refused = capsys.readouterr().err
+        assert "Expected --view network" in refused and "untrained, every weight is 0" in refused

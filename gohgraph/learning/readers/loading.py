@@ -54,7 +54,7 @@ def kind_of(name: str) -> type[Reader] | None:
 
     Example:
         >>> kind_of("LlamaForCausalLM").what, kind_of("BertModel")
-        ('causal language model', None)
+        ('a causal language model', None)
     """
     return next((kind for end, kind in KINDS.items() if name.endswith(end)), None)
 

@@ -49,11 +49,13 @@ class Reader(ABC):
 
     Attributes:
         what: the kind of model, in words.
+        least: fewest tokens of a text, special ones counted.
         strings_known: whether every token of a sequence is one row of a recording.
     """
 
     what: ClassVar[str]
     strings_known: ClassVar[bool] = True
+    least: ClassVar[int] = 1
 
     def __init__(self, model: nn.Module, tokens: Tokens, longest: int | None = None) -> None:
         self.model, self.tokens, self.longest = model, tokens, longest
@@ -104,13 +106,17 @@ class Reader(ABC):
         if length is not None:
             words = words[: max(1, length - len(self.tokens.before) - len(self.tokens.after))]
         ids = self.tokens.framed(words)
-        if len(ids) < 2:
-            raise ValueError(f"Expected a text of at least two tokens (got {len(ids)}). Do pass a longer one.")
+        if not len(words) or len(ids) < self.least:
+            raise self._too_short(len(words))
         if self.longest is not None and len(ids) > self.longest:
             raise ValueError(
                 f"Expected a text of up to {self.longest} tokens (got {len(ids)}). Do shorten it, or choose --length."
             )
         return ids, len(words), ((unknown,) if unknown else ())
+
+    def _too_short(self, count: int) -> ValueError:
+        least = "one token" if self.least == 1 else "two tokens"
+        return ValueError(f"Expected a text of at least {least} (got {count or 'none'}). Do pass a longer one.")
 
     def ends(self, target: str) -> tuple[list[str], list[int], tuple[str, ...]]:
         """Returns the one or two words of `WORD` or `RIGHT|WRONG`, their first tokens, and what is to be said of it."""
@@ -139,13 +145,13 @@ class Reader(ABC):
 class Causal(Reader):
     """A model that predicts the next token."""
 
-    what = "causal language model"
+    what, least = "a causal language model", 2
 
     def batches(self, text: bytes | None, length: int, limit: int) -> list[Batch]:
         words, _ = self.tokens.known(needed("text", text))
         length = min(length, len(words) - 1)
         if length < 1:
-            raise ValueError(f"Expected a text of at least two tokens (got {len(words)}). Do pass a longer one.")
+            raise self._too_short(len(words))
         windows = evaluation_batches(words, batch_size=BATCH, length=length, limit=limit)
         return [(self.given(inputs), targets) for inputs, targets in windows]
 
@@ -170,7 +176,7 @@ class Causal(Reader):
 class Masked(Reader):
     """A model that predicts hidden tokens from both sides."""
 
-    what = "masked language model"
+    what = "a masked language model"
 
     @property
     def _mask(self) -> int:
@@ -181,7 +187,7 @@ class Masked(Reader):
         words, _ = self.tokens.known(needed("text", text))
         room = min(max(1, length - len(self.tokens.before) - len(self.tokens.after)), len(words))
         if not room:
-            raise ValueError("Expected a text of at least one token (got none). Do pass a longer one.")
+            raise self._too_short(0)
         available = len(words) // room
         count = min(available, limit)
         starts = [number * available // count * room for number in range(count)]

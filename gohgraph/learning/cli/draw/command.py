@@ -12,7 +12,7 @@ import torch
 
 from gohgraph.analysis import edge_attribution, head_importance
 from gohgraph.analysis.attention_record import attention_modules
-from gohgraph.analysis.module_names import block_of, layer_of
+from gohgraph.analysis.module_names import block_of, named_blocks, of_layer
 from gohgraph.analysis.record import recordable
 from gohgraph.common.checks import there
 from gohgraph.common.command_line import ArgumentParser
@@ -73,7 +73,7 @@ def draw_model(flags: argparse.Namespace) -> None:
 
 def _draw_attention(flags: argparse.Namespace, reader: Reader, out: Path, name: str) -> str:
     """Draws what heads attend to in one window of the text, and returns what is to be printed."""
-    _check_layer(flags, attention_modules(reader.model))
+    of_layer(attention_modules(reader.model), flags.layer)
     task = task_of(flags, reader)
     heads = attended(reader, task.inputs)
     where = "".join(f", {of} {getattr(flags, of)}" for of in ("layer", "head") if getattr(flags, of) is not None)
@@ -86,17 +86,17 @@ def _draw_attention(flags: argparse.Namespace, reader: Reader, out: Path, name: 
 
 def _draw_graph(flags: argparse.Namespace, reader: Reader, out: Path, name: str, notes: list[str]) -> str:
     """Draws the model's own graph and returns what is to be printed."""
-    _check_layer(flags, (block_of(name) for name in recordable(reader.model)[0]))
+    of_layer(named_blocks(map(block_of, recordable(reader.model)[0])), flags.layer)
     if flags.view == "film":
         training_steps(flags.model)
     length, shows_tokens = length_of(flags, reader), flags.view == "tokens" or flags.suffix == ".html"
     if shows_tokens and not reader.strings_known:
         if flags.view == "tokens":
             raise ValueError(
-                f"Expected a model that reads one text for --view tokens (got an {reader.what}). Do change the view."
+                f"Expected a model that reads one text for --view tokens (got {reader.what}). Do change the view."
             )
         shows_tokens = False
-        notes = [*notes, f"an {reader.what} has no single text to click on"]
+        notes = [*notes, f"{reader.what} has no single text to click on"]
 
     def batches_of(text: bytes | None) -> list[Batch]:
         return reader.batches(text, length, 1 if shows_tokens else max(1, flags.tokens // length))
@@ -125,13 +125,6 @@ def _amount(given: list[Inputs]) -> str:
     return f"{sum(shape.numel() for shape in shapes):,} {'images' if is_images else 'tokens'}"
 
 
-def _check_layer(flags: argparse.Namespace, blocks: Iterable[str]) -> None:
-    known = (layer_of(block) for block in blocks)
-    layers = sorted({layer for layer in known if layer is not None})
-    if flags.layer is not None and flags.layer not in layers:
-        raise ValueError(f"Expected a layer of {layers} (got {flags.layer}). Do choose one of them.")
-
-
 def _check_token(flags: argparse.Namespace, reader: Reader, batches: list[Batch]) -> None:
     if flags.token is None:
         return
@@ -149,18 +142,25 @@ def _said(notes: Iterable[str]) -> str:
     return "".join(f"\n  {note}" for note in notes)
 
 
+def _named_edges(edges: list[dict[str, Any]]) -> list[str]:
+    """The first column of a table: layer.head of sender and receiver, all of one width."""
+    names = [f"{edge['sender']} -> {edge['receiver']}" for edge in edges]
+    return [f"  {name:<{max(18, *map(len, names), 0)}}" for name in names]
+
+
 def _network_table(edges: list[dict[str, Any]]) -> str:
-    lines = (f"  {e['sender'] + ' -> ' + e['receiver']:<18} {e['site']:<10} {e['mean']:>+10.4g}" for e in edges)
-    return "\n".join(lines)
+    named = zip(_named_edges(edges), edges, strict=True)
+    return "\n".join(f"{name} {edge['site']:<10} {edge['mean']:>+10.4g}" for name, edge in named)
 
 
 def _table(edges: list[dict[str, Any]]) -> str:
     """One line for each edge: layer.head of sender and receiver, where, and its numbers."""
-    lines = [f"  {'edge':<18} {'site':<10} {'mean':>8} {'sd':>8} {'share':>6} {'importance':>11}"]
-    for edge in edges:
+    width = len(max(_named_edges(edges), default="")) - 2
+    lines = [f"  {'edge':<{width}} {'site':<10} {'mean':>8} {'sd':>8} {'share':>6} {'importance':>11}"]
+    for name, edge in zip(_named_edges(edges), edges, strict=True):
         site = edge["site"] if max(other["round"] for other in edges) == 1 else f"{edge['site']} {edge['round']}"
         lines.append(
-            f"  {edge['sender'] + ' -> ' + edge['receiver']:<18} {site:<10} {edge['mean']:>+8.4f} {edge['std']:>8.4f} "
+            f"{name} {site:<10} {edge['mean']:>+8.4f} {edge['std']:>8.4f} "
             f"{edge['share']:>6.2f} {edge['edge_importance']:>+11.5f}"
         )
     return "\n".join(lines)

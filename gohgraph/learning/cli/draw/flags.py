@@ -49,7 +49,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--demo", action="store_true", help="needs no model: trains a small one for half a minute")
     add("--out", help="the file to write (default: heads.html, without bokeh heads.png)")
     add("--view", choices=VIEWS, help="what a picture shows (default: circle)")
-    add("--layer", type=int, help=f"this layer alone ({', '.join(OF_A_LAYER)})")
+    add("--layer", type=_layer, help=f"this layer, by its number or title, alone ({', '.join(OF_A_LAYER)})")
     add("--attention", action="store_true", help="what heads attend to: a picture of that, or a page that has it too")
     add("--head", type=int, help="this head alone, of --layer (attention)")
     add("--no-learned", action="store_true", help="weights, attribution: edges of head graphs count as parts of heads")
@@ -64,6 +64,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, help=f"tokens of a window, and of the text shown (default: up to {LENGTH})")
     add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     add("--open", action="store_true", help="open the file when it is written")
+
+
+def _layer(text: str) -> int | str:
+    """A layer's number or, where several layers have it, the title of an attention block."""
+    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def checked(flags: argparse.Namespace) -> Path:

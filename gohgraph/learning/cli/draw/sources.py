@@ -79,8 +79,14 @@ def chosen(flags: argparse.Namespace) -> Chosen:
     why = _no_graph(reader, flags) if flags.source in (None, "graph") else ""
     if flags.source is not None:
         return Chosen(flags.source, reader, folder, why)
-    check_source(flags, "attribution" if why else "graph")
-    return Chosen("attribution" if why else "graph", reader, folder, why)
+    if not why:
+        check_source(flags, "graph")
+        return Chosen("graph", reader, folder)
+    try:
+        check_source(flags, "attribution")
+    except ValueError as error:
+        raise ValueError(f"{error} {flags.model}: {why}, so that it is shown --from attribution.") from error
+    return Chosen("attribution", reader, folder, why)
 
 
 def text_of(flags: argparse.Namespace, reader: Reader) -> bytes | None:
