@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gohgraph.common.files import checked_path
-from gohgraph.drawing.circles import arrows, check_threshold, tip_style
+from gohgraph.drawing.circles import DASHED, SIGN, arrows, check_threshold, tip_style
 from gohgraph.drawing.colours import colour_bar, colour_scale, end_of, is_dark
-from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
+from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure, wrapped
 from gohgraph.drawing.given import network_given
 
 if TYPE_CHECKING:
@@ -109,8 +109,9 @@ def draw_network(
     layout = with_room(layout, _draw_edges(axis, network, layout, shown, colours))
     _draw_heads(axis, network, layout, colours)
     axis.set(xlim=(0, layout.right), ylim=(layout.bottom, layout.top), aspect="equal")
-    figure.set_size_inches(layout.right, layout.top - layout.bottom + 0.85)
-    colour_bar(figure, axes, colours, _label(network, len(shown), int(between.sum())))
+    label = wrapped(_label(network, len(shown), int(between.sum())), layout.right, 9)
+    figure.set_size_inches(layout.right, layout.top - layout.bottom + 0.55 + 0.15 * (1 + label.count("\n")))
+    colour_bar(figure, axes, colours, label)
     return finish(figure, title, path)
 
 
@@ -242,15 +243,17 @@ def _draw_heads(axis: Axes, network: HeadNetwork, layout: Layout, colours: Scala
     width = 0.8 if layout.radius > 0.08 else 0.4
     # The rings of further sites lie below the disc of the first.
     for of_site, sizes in reversed(list(zip(loops.values(), radii, strict=True))):
-        fills = np.ones((network.num_nodes, 4))
-        fills[of_site >= 0] = colours.to_rgba(network.mean.numpy()[of_site[of_site >= 0]])
+        fills, loop = np.ones((network.num_nodes, 4)), np.zeros(network.num_nodes)
+        loop[of_site >= 0] = network.mean.numpy()[of_site[of_site >= 0]]
+        fills[of_site >= 0] = colours.to_rgba(loop[of_site >= 0])
+        rims = {"edgecolors": INK, "linewidths": width, "linestyles": [DASHED if w < 0 else "solid" for w in loop]}
         patches: list[Patch] = []
         for place, size, kind in zip(layout.places, sizes, network.kind, strict=True):
             if kind == "shared":
                 patches.append(Rectangle(place - 0.885 * size, 1.77 * size, 1.77 * size))
             else:
                 patches.append(Circle(place, size))
-        axis.add_collection(PatchCollection(patches, facecolors=fills, edgecolors=INK, linewidths=width, zorder=3))
+        axis.add_collection(PatchCollection(patches, facecolors=fills, **rims, zorder=3))
     if 72 * layout.radius >= 4.4:
         for name, place, fill in zip(head_names(network), layout.places, fills, strict=True):
             axis.text(
@@ -263,8 +266,9 @@ def _label(network: HeadNetwork, shown: int, edges: int) -> str:
     pairs = network.edge_index.t().tolist()
     within = any(network.block[j] == network.block[i] for j, i in pairs if j != i)
     about = ["arcs above a row lead right, below it left"] if within else []
-    about += ["fill: self-loop"] if any(j == i for j, i in pairs) else []
-    label = f"mean edge weight   ({';  '.join([*about, 'hollow tip: negative'])})"
+    has_loops = any(j == i for j, i in pairs)
+    about += ["fill: self-loop"] if has_loops else []
+    label = f"mean edge weight   ({';  '.join([*about, SIGN if has_loops else 'hollow tip: negative'])})"
     notes = [f"the {shown} strongest of {edges} edges"] if shown < edges else []
     notes.append("size: importance of the head" if "importance" in network else "")
     if any(kind == "routed" for kind in network.kind):

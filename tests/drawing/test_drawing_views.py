@@ -166,6 +166,39 @@ def test_no_curve_leaves_the_picture_or_the_page(sites, rows, pairs):
     assert (plot.y_range.start, plot.y_range.end) == pytest.approx(y, abs=0.02)
 
 
+def rims_of(axis):
+    """Whether the rims of heads are dashed, by the sign of their self-loops."""
+    patches = [patch for patch in axis.patches if isinstance(patch, (Circle, Rectangle)) and patch.get_fill()]
+    if patches:
+        return [patch.get_linestyle() not in ("-", "solid") for patch in patches]
+    *_, heads = [item for item in axis.collections if isinstance(item, PatchCollection)]
+    return [dashes is not None for _, dashes in heads.get_linestyles()]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("view", [draw, network_of])
+def test_a_negative_self_loop_has_a_dashed_rim(view, seed):
+    """Its sign is seen without colours."""
+    heads = of_one_layer(recorded("outputs", seed), 1)
+    ((_, one),) = heads.items()
+    senders, receivers = one.edge_index
+    loops = one.mean[0][senders == receivers][receivers[senders == receivers].argsort()]
+    figure = view(heads)
+    assert rims_of(figure.axes[0]) == (loops < 0).tolist() and len(set(loops.sign().tolist())) == 2
+    assert "dashed rim: negative" in figure.axes[-1].get_xlabel().replace("\n", " ")
+
+
+def test_a_legend_is_no_wider_than_a_narrow_picture():
+    wide = lopsided(("queries", "keys", "values", "mlp"), 3, [((0, 1), (2, 3))])
+    narrow = goh.head_graph_of(synthetic(2, 1))
+    narrow.site = ["outputs", "scores", "queries", "values"]
+    for network in (wide, narrow):
+        figure = draw_network(network)
+        figure.canvas.draw()
+        label = figure.axes[-1].xaxis.label.get_window_extent()
+        assert label.width <= figure.bbox.width and label.y0 >= 0
+
+
 def test_important_heads_are_larger():
     heads = recorded("outputs")
     importance = {name.rpartition(".")[0]: torch.arange(5.0) for name in heads}
