@@ -113,3 +113,16 @@ def test_an_untrained_graph_says_why_its_views_are_refused(folders, tmp_path, ca
         assert main([*call, "--view", view, "--out", str(tmp_path / "x.png")]) == 2
         refused = capsys.readouterr().err
         assert "Expected --view network" in refused and "untrained, every weight is 0" in refused
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("view", [["--out", "x.json"], ["--attention", "--out", "x.png"]])
+def test_a_text_that_is_cut_says_so(folders, tmp_path, monkeypatch, capsys, name, view):
+    monkeypatch.chdir(tmp_path)
+    words = "heads talk to heads and some of them listen"
+    (tmp_path / "text.txt").write_text(words)
+    for text in (["--text", words], ["--text-file", "text.txt"]):
+        assert main(["draw", str(folders / name), *text, "--length", "5", *view]) == 0
+        assert "the first 5 of the text's 9 tokens are read" in capsys.readouterr().out
+        assert main(["draw", str(folders / name), *text, *view]) == 0
+        assert "are read" not in capsys.readouterr().out

@@ -110,7 +110,7 @@ class Reader(ABC):
             raise self._too_short(len(words))
         if self.longest is not None and len(ids) > self.longest:
             raise ValueError(
-                f"Expected a text of up to {self.longest} tokens (got {len(ids)}). Do shorten it, or choose --length."
+                f"Expected a text of up to {self.longest} tokens (got {len(ids)}). Do shorten it."
             )
         return ids, len(words), ((unknown,) if unknown else ())
 

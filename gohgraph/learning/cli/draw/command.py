@@ -27,6 +27,7 @@ from gohgraph.learning.cli.draw.sources import (
     named,
     of_weights,
     recorded,
+    said_of_cut,
     task_of,
     text_of,
 )
@@ -78,7 +79,7 @@ def _draw_attention(flags: argparse.Namespace, reader: Reader, out: Path, name: 
     heads = attended(reader, task.inputs)
     where = "".join(f", {of} {getattr(flags, of)}" for of in ("layer", "head") if getattr(flags, of) is not None)
     said = f"{name}: attention over {_amount([task.inputs])} of {named(flags, reader)}{where}"
-    notes: list[str] = []
+    notes = said_of_cut(flags, reader, task)
     _check_known(reader, text_of(flags, reader), notes)
     draw_attention(heads, flags.layer, flags.head, out, title=said if flags.title is None else flags.title)
     return f"{out}: {said}{_said(notes)}"

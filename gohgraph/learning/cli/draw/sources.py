@@ -161,6 +161,13 @@ def task_of(flags: argparse.Namespace, reader: Reader) -> Task:
     return reader.task(text, length, flags.target)
 
 
+def said_of_cut(flags: argparse.Namespace, reader: Reader, task: Task) -> list[str]:
+    """Returns what is to be said where the model reads less than the text that it is given."""
+    text = None if flags.text is None and flags.text_file is None else text_of(flags, reader)
+    whole = 0 if text is None else len(reader.tokens.known(text)[0])
+    return [f"the first {task.words} of the text's {whole} tokens are read"] if task.words < whole else []
+
+
 def attributed(flags: argparse.Namespace, reader: Reader, name: str) -> Network:
     """Returns the network of a model by attribution."""
     task = task_of(flags, reader)
@@ -179,7 +186,7 @@ def attributed(flags: argparse.Namespace, reader: Reader, name: str) -> Network:
     tokens = next(iter(task.inputs.values()))
     count = f"{tokens.shape[1]} tokens" if tokens.dim() == 2 and len(tokens) == 1 else f"{len(tokens)} examples"
     said = f"{name}: attribution to {task.said}, {count} of {named(flags, reader)} against {said_against}"
-    return Network(network, said, task.notes, task.inputs)
+    return Network(network, said, (*said_of_cut(flags, reader, task), *task.notes), task.inputs)
 
 
 def of_weights(folder: Path, name: str, learned: bool = True) -> Network:
