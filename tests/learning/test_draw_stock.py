@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
+from helpers import moved
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers_models import IDS, SHAPE, build
 
@@ -23,7 +24,8 @@ def folders(tmp_path_factory):
     torch.manual_seed(0)
     shape = {**SHAPE, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}
     llama = hf.LlamaForCausalLM(hf.LlamaConfig(**shape, **IDS))
-    for name, model in {"llama": llama, "bert": build("bert"), "vit": build("vit")}.items():
+    plain = hf.BertModel(hf.BertConfig(**SHAPE))
+    for name, model in {"llama": llama, "bert": build("bert"), "vit": build("vit"), "plain": plain}.items():
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return root
@@ -126,3 +128,53 @@ def test_a_text_that_is_cut_says_so(folders, tmp_path, monkeypatch, capsys, name
         assert "the first 5 of the text's 9 tokens are read" in capsys.readouterr().out
         assert main(["draw", str(folders / name), *text, *view]) == 0
         assert "are read" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("against", [None, "birds sing to birds"])
+def test_an_encoder_without_a_task_is_shown_by_its_embedding(folders, tmp_path, capsys, against):
+    """The mean over tokens, from nothing or another text's to this one's."""
+    from gohgraph.analysis.metrics import embedding_share
+
+    other = [] if against is None else ["--against", against]
+    out = tmp_path / "heads.json"
+    assert main(["draw", str(folders / "plain"), "--text", "heads talk to heads", *other, "--out", str(out)]) == 0
+    assert "attribution to the embedding, mean over tokens, 4 tokens of" in capsys.readouterr().out
+    model = hf.BertModel.from_pretrained(folders / "plain").eval()
+    tokens, others = torch.tensor([[2, 3, 4, 2]]), torch.tensor([[10, 11, 4, 10]])
+    pool = lambda output: output.last_hidden_state.mean(dim=1)  # noqa: E731
+    with torch.no_grad():
+        own, its = pool(model(tokens)), pool(model(others))
+    metric = embedding_share(own, torch.zeros_like(own) if against is None else its, pool)
+    expected = goh.attribution_graph(model, tokens, against="zero" if against is None else others, metric=metric)
+    torch.testing.assert_close(goh.load_head_graph(out).mean, expected.mean)
+    assert main(["draw", str(folders / "plain"), "--text", "heads talk", "--target", "sing", "--out", str(out)]) == 2
+    assert "Expected no --target" in capsys.readouterr().err
+
+
+def test_a_converted_encoder_has_the_importance_of_its_embedding(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = hf.BertModel.from_pretrained(folders / "plain")
+    goh.convert(model, goh.HeadGraphConfig(goh.SiteConfig(edges="static")))
+    call = ["draw", "converted", "--tokenizer", str(folders / "plain"), "--text", "heads talk to heads and some"]
+    goh.save_converted(model, "converted")
+    assert main([*call, "--out", "heads.json"]) == 0
+    assert "untrained, every weight is 0, so it is shown --from attribution" in capsys.readouterr().out
+    moved(model)
+    goh.save_converted(model, "converted")
+    assert main([*call, "--length", "3", "--out", "heads.json"]) == 0
+    said = capsys.readouterr().out
+    assert "mean edge weights over 6 tokens" in said and "as a share of the embedding" in said
+    assert goh.load_head_graph("heads.json").edge_importance.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["T5Model", "BartModel", "ViTModel", "WhisperModel", "CLIPModel", "NoSuchModel"])
+def test_models_of_more_than_one_text_have_weights_alone(tmp_path, kind):
+    """Two texts, pictures, sounds: which is told by the folder."""
+    from gohgraph.learning.readers.loading import kind_in
+
+    config = getattr(hf, kind.replace("Model", "Config"), hf.BertConfig)()
+    config.architectures = [kind]
+    config.save_pretrained(tmp_path)
+    assert kind_in(tmp_path) is None
+    hf.BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path)
+    assert kind_in(tmp_path).what == "an encoder without a task"

@@ -42,10 +42,7 @@ class Classes(Reader):
     def batches(self, text: bytes | None, length: int, limit: int) -> list[Batch]:
         if text is None:
             return self._own(limit)
-        words, _ = self.tokens.known(text)
-        room = min(max(1, length - len(self.tokens.before) - len(self.tokens.after)), max(1, len(words)))
-        pieces = [self.tokens.framed(part) for part in words.split(room) if len(part) == room][:limit]
-        ids = torch.stack(pieces)  # [N, T]
+        ids = torch.stack(self.pieces(text, length)[:limit])  # [N, T]
         return [(self.given(part), self._predicted(self.given(part))) for part in ids.split(BATCH)]
 
     def given(self, ids: Tensor) -> Inputs:

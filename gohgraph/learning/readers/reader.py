@@ -51,11 +51,13 @@ class Reader(ABC):
         what: the kind of model, in words.
         least: fewest tokens of a text, special ones counted.
         strings_known: whether every token of a sequence is one row of a recording.
+        unit: what the loss is in.
     """
 
     what: ClassVar[str]
     strings_known: ClassVar[bool] = True
     least: ClassVar[int] = 1
+    unit: ClassVar[str] = "in nats"
 
     def __init__(self, model: nn.Module, tokens: Tokens, longest: int | None = None) -> None:
         self.model, self.tokens, self.longest = model, tokens, longest
@@ -100,6 +102,10 @@ class Reader(ABC):
             )
         return {**task.inputs, **self.given(self.tokens.framed(words[: task.words]))}
 
+    def metric_beside(self, task: Task, other: Inputs) -> Callable[[Any], Tensor]:
+        """Returns the metric of a task whose heads are given what they write of another input."""
+        return task.metric
+
     def sequence(self, text: bytes | None, length: int | None) -> tuple[Tensor, int, tuple[str, ...]]:
         """Returns the tokens of a text between special ones, how many it has itself, and what is to be said of it."""
         words, unknown = self.tokens.known(needed("text", text))
@@ -113,6 +119,14 @@ class Reader(ABC):
                 f"Expected a text of up to {self.longest} tokens (got {len(ids)}). Do shorten it."
             )
         return ids, len(words), ((unknown,) if unknown else ())
+
+    def pieces(self, text: bytes | None, length: int) -> list[Tensor]:
+        """Returns the sequences of up to `length` tokens that a text is cut into, all as long, what is left dropped."""
+        words, _ = self.tokens.known(needed("text", text))
+        room = min(max(1, length - len(self.tokens.before) - len(self.tokens.after)), len(words))
+        if not room:
+            raise self._too_short(0)
+        return [self.tokens.framed(part) for part in words.split(room) if len(part) == room]
 
     def _too_short(self, count: int) -> ValueError:
         least = "one token" if self.least == 1 else "two tokens"

@@ -116,7 +116,7 @@ def _draw_graph(flags: argparse.Namespace, reader: Reader, out: Path, name: str,
     write_graph(seen, flags, out)
     lines = [f"{out}: {said}{_said([*notes, *reader.notes(batches)])}"]
     lines += [f"\n{TABLE} strongest edges (by the mean of their weight)", _table(seen.network.strongest(TABLE))]
-    lines += [f"\n{TABLE} most important edges (by the estimated rise of the loss without them, in nats)"]
+    lines += [f"\n{TABLE} most important edges (by the estimated rise of the loss without them, {reader.unit})"]
     return "\n".join([*lines, _table(seen.network.strongest(TABLE, by="edge_importance"))])
 
 

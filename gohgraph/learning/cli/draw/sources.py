@@ -18,7 +18,7 @@ from gohgraph.convert.saving import is_converted
 from gohgraph.learning.checkpoints import load_own_model
 from gohgraph.learning.cli.draw.flags import LENGTH, check_source
 from gohgraph.learning.data.corpus import PYTHON_DOCS, load_corpus
-from gohgraph.learning.readers.loading import is_stock, kind_of, load_reader, of_bytes, stock_class
+from gohgraph.learning.readers.loading import is_stock, kind_in, load_reader, of_bytes, stock_class
 from gohgraph.learning.readers.reader import Batch, Inputs, Reader, Task
 from gohgraph.learning.readers.tokens import NoTokenizerError
 from gohgraph.learning.regimes.demo import demo_model
@@ -172,7 +172,7 @@ def attributed(flags: argparse.Namespace, reader: Reader, name: str) -> Network:
     """Returns the network of a model by attribution."""
     task = task_of(flags, reader)
     against = flags.against or "zero"
-    said_against = against
+    said_against, metric = against, task.metric
     if against in WORDS:
         other = against
     elif not task.words:
@@ -181,8 +181,9 @@ def attributed(flags: argparse.Namespace, reader: Reader, name: str) -> Network:
         file = Path(against)
         other = reader.other(file.read_bytes() if file.is_file() else against.encode(), task)
         said_against = file.name if file.is_file() else quoted(against)
+        metric = reader.metric_beside(task, other)
     learned = not flags.no_learned
-    network = attribution_graph(reader.model, task.inputs, against=other, metric=task.metric, learned=learned)
+    network = attribution_graph(reader.model, task.inputs, against=other, metric=metric, learned=learned)
     tokens = next(iter(task.inputs.values()))
     count = f"{tokens.shape[1]} tokens" if tokens.dim() == 2 and len(tokens) == 1 else f"{len(tokens)} examples"
     said = f"{name}: attribution to {task.said}, {count} of {named(flags, reader)} against {said_against}"
@@ -210,13 +211,13 @@ def _of_stock(flags: argparse.Namespace, folder: Path) -> Chosen:
     if flags.source == "weights":
         check_source(flags, "weights")
         return Chosen("weights", None, folder)
-    if flags.source is None and kind_of(kind) is None:
+    if flags.source is None and kind_in(folder) is None:
         try:
             check_source(flags, "weights")
         except ValueError as error:
-            why = f"{kind} predicts nothing of a text, so that its weights alone are shown"
+            why = f"{kind} is not given one text, so that its weights alone are shown"
             raise ValueError(f"{error} {flags.model}: {why}.") from error
-        return Chosen("weights", None, folder, f"{no_graph}, and {kind} predicts nothing of a text")
+        return Chosen("weights", None, folder, f"{no_graph}, and {kind} is not given one text")
     check_source(flags, "attribution")
     try:
         reader = load_reader(folder, flags.tokenizer)
