@@ -25,6 +25,7 @@ from gohgraph.learning.cli.draw.sources import (
     chosen,
     length_of,
     named,
+    newest_of,
     of_weights,
     recorded,
     said_of_cut,
@@ -52,7 +53,7 @@ def draw_model(flags: argparse.Namespace) -> None:
     found = chosen(flags)
     name = "demo" if flags.demo else Path(flags.model).resolve().name
     chose = f", so it is shown --from {found.source}" if flags.source is None else ""
-    notes = [f"{found.why}{chose}"] if found.why else []
+    notes = [*newest_of(found.folder), *([f"{found.why}{chose}"] if found.why else [])]
     if flags.view == "attention":
         printed = _draw_attention(flags, there(found.reader), out, name)
     elif found.source == "graph":

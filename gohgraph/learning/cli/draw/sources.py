@@ -15,7 +15,7 @@ from gohgraph.analysis.recording import Recordings
 from gohgraph.common.hub import local_folder
 from gohgraph.convert import load_converted
 from gohgraph.convert.saving import is_converted
-from gohgraph.learning.checkpoints import load_own_model
+from gohgraph.learning.checkpoints import find_model, load_own_model
 from gohgraph.learning.cli.draw.flags import LENGTH, check_source
 from gohgraph.learning.data.corpus import PYTHON_DOCS, load_corpus
 from gohgraph.learning.readers.loading import is_stock, kind_in, load_reader, of_bytes, stock_class
@@ -87,6 +87,14 @@ def chosen(flags: argparse.Namespace) -> Chosen:
     except ValueError as error:
         raise ValueError(f"{error} {flags.model}: {why}, so that it is shown --from attribution.") from error
     return Chosen("attribution", reader, folder, why)
+
+
+def newest_of(folder: Path | None) -> list[str]:
+    """Returns what is to be said where a folder holds several runs or checkpoints, of which one is shown."""
+    if folder is None or is_stock(folder) or is_converted(folder):
+        return []
+    inside = find_model(folder).relative_to(folder)
+    return [] if str(inside) in (".", "model") else [f"it is the newest model in the folder, {inside}"]
 
 
 def text_of(flags: argparse.Namespace, reader: Reader) -> bytes | None:
