@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -246,14 +246,15 @@ def _draw_heads(axis: Axes, network: HeadNetwork, layout: Layout, colours: Scala
         fills, loop = np.ones((network.num_nodes, 4)), np.zeros(network.num_nodes)
         loop[of_site >= 0] = network.mean.numpy()[of_site[of_site >= 0]]
         fills[of_site >= 0] = colours.to_rgba(loop[of_site >= 0])
-        rims = {"edgecolors": INK, "linewidths": width, "linestyles": [DASHED if w < 0 else "solid" for w in loop]}
+        rims: dict[str, Any] = {"edgecolors": INK, "linewidths": width}
+        rims["linestyles"] = [DASHED if weight < 0 else "solid" for weight in loop]
         patches: list[Patch] = []
         for place, size, kind in zip(layout.places, sizes, network.kind, strict=True):
             if kind == "shared":
                 patches.append(Rectangle(place - 0.885 * size, 1.77 * size, 1.77 * size))
             else:
                 patches.append(Circle(place, size))
-        axis.add_collection(PatchCollection(patches, facecolors=fills, **rims, zorder=3))
+        axis.add_collection(PatchCollection(patches, facecolors=fills, zorder=3, **rims))
     if 72 * layout.radius >= 4.4:
         for name, place, fill in zip(head_names(network), layout.places, fills, strict=True):
             axis.text(

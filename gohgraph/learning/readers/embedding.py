@@ -41,7 +41,8 @@ class Embedding(Reader):
 
     def metric_beside(self, task: Task, other: Inputs) -> Callable[[Any], Tensor]:
         """Returns how far the embedding has come from the other text's to this one's."""
-        return embedding_share(*(self._embedded(inputs["input_ids"]) for inputs in (task.inputs, other)), self._mean)
+        own, its = (self._embedded(inputs["input_ids"]) for inputs in (task.inputs, other))  # [1, M]
+        return embedding_share(own, its, self._mean)
 
     @torch.no_grad()
     def _embedded(self, ids: Tensor) -> Tensor:
