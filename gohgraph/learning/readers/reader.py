@@ -98,7 +98,7 @@ class Reader(ABC):
         if len(words) < task.words:
             raise ValueError(
                 f"Expected --against of {task.words} tokens, as the text (got {len(words)}). Do make both as long, or "
-                "choose mean or zero."
+                "choose zero."
             )
         return {**task.inputs, **self.given(self.tokens.framed(words[: task.words]))}
 
