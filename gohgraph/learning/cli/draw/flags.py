@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", help="a run folder or checkpoint, a converted model, a folder or hub name of transformers")
     add("--from", dest="source", choices=SOURCES, help="head graphs, weights, or attribution (default: what it has)")
-    add("--against", help="attribution: a text of as many tokens or its file, zero (default), or mean of a run's examples")
+    add("--against", help="attribution: a text as long or its file, zero (default), or mean (of a run's examples)")
     add("--target", help="attribution: a word, 'RIGHT|WRONG', a class or a translation (default: what it predicts)")
     add("--tokenizer", metavar="FOLDER", help="the tokenizer, where the model's folder has none (or a hub name)")
     add("--demo", action="store_true", help="needs no model: trains a small one for half a minute")
