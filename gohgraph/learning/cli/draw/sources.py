@@ -166,7 +166,14 @@ def task_of(flags: argparse.Namespace, reader: Reader) -> Task:
     text, length = text_of(flags, reader), length_of(flags, reader)
     if flags.text is None and text is not None and flags.text_file is None:
         text = text[: BYTES_A_TOKEN * length]
-    return reader.task(text, length, flags.target)
+    task = reader.task(text, length, flags.target)
+    # What stands behind the text is predicted from all of it.
+    if flags.target is not None and flags.length is not None and task.words > length:
+        raise ValueError(
+            f"Expected a text of up to --length {length} tokens before --target (got {task.words}). Do shorten the "
+            "text, or drop --length."
+        )
+    return task
 
 
 def said_of_cut(flags: argparse.Namespace, reader: Reader, task: Task) -> list[str]:
