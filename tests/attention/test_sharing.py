@@ -15,7 +15,7 @@ B, T, H, D = 2, 13, 3, 5
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    for name, number in {"ROWS": 4, "FEWEST_KEYS": 3, "BLOCK_NUMBERS": 1}.items():
+    for name, number in {"ROWS": 8, "FEWEST_KEYS": 3, "NUMBERS": 1}.items():
         monkeypatch.setattr(blocked, name, number)
 
 
