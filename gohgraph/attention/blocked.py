@@ -51,9 +51,8 @@ class _Inputs(NamedTuple):
 
     @classmethod
     def of(cls, *arguments: Any) -> _Inputs:
-        """Takes scaled queries, which are scaled by log2 e too, and a mask `[B, 1 or R, 1 or T, 1 or S]`."""
+        """Takes a mask `[B, 1 or R, 1 or T, 1 or S]`."""
         made = cls(*arguments)
-        made = made._replace(q=made.q * LOG2_E)
         if made.keep_mask is None:
             return made
         shape = (-1, made.receivers, made.q.shape[1], made.k.shape[1])
@@ -120,11 +119,12 @@ class _Maps:
         return self.memory[index][:size].view(shape)
 
     def of(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Scores `[H, t, n]` before messages, and `[t, R, n]` after them, -inf where a query may not attend."""
+        """Scores `[H, t, n]` before messages, `[t, R, n]` after, -inf where unseen; both times log2 e."""
         b, rows, some = block
         inputs, (count, n) = self.inputs, (rows.stop - rows.start, some.stop - some.start)
         scores = self.place(0, inputs.q.shape[2], count, n)
-        torch.bmm(inputs.q[b, rows].transpose(0, 1), self.keys[b, :, :, some], out=scores)  # [H, t, n]
+        q, keys = inputs.q[b, rows].transpose(0, 1), self.keys[b, :, :, some]  # [H, t, D], [H, D, n]
+        scores.baddbmm_(q, keys, beta=0, alpha=LOG2_E)  # [H, t, n]
         mixed = self.place(1, count, inputs.receivers, n)
         torch.bmm(inputs.mix[b, rows], scores.transpose(0, 1), out=mixed)  # [t, R, n]
         if inputs.is_causal and some.stop > rows.start + 1:
@@ -163,8 +163,7 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         inputs = _Inputs.of(*arguments)
-        keys = inputs.k.permute(0, 2, 3, 1).contiguous()  # [B, H, D, S]
-        values = inputs.v.transpose(1, 2).contiguous()  # [B, R, S, D]
+        keys, values = inputs.k.permute(0, 2, 3, 1), inputs.v.transpose(1, 2)  # [B, H, D, S], [B, R, S, D]
         shape = (*inputs.q.shape[:2], inputs.receivers)
         # Of queries without any key the outputs are 0, and the weights in backward.
         z, sums = inputs.q.new_zeros(*shape, inputs.v.shape[-1]), inputs.q.new_full((*shape, 1), float("inf"))
@@ -247,7 +246,7 @@ class _Gradients:
 
     def __init__(self, inputs: _Inputs, z: Tensor, sums: Tensor, grad: Tensor) -> None:
         self.inputs, self.sums, self.grad = inputs, sums, grad
-        self.keys, self.values = (x.permute(0, 2, 3, 1).contiguous() for x in (inputs.k, inputs.v))  # [B, H, D, S]
+        self.keys, self.values = (x.permute(0, 2, 3, 1) for x in (inputs.k, inputs.v))  # [B, H, D, S], [B, R, D, S]
         # sum_s P dP for every row, without another pass over the maps.
         self.products = (grad * z).sum(dim=-1, keepdim=True).neg_()  # [B, T, R, 1]
         self.dk, self.dv = (x.new_zeros(x.shape) for x in (inputs.k, inputs.v))  # [B, S, H, D], [B, S, R, D]
@@ -265,7 +264,7 @@ class _Gradients:
             for block in blocks:
                 tile = dq[item, block.rows.start // rows]
                 self._add(maps, block, tile, dk, dv, dmix[item, block.rows])
-            self.dk[item, keys], self.dv[item, keys] = dk.mul_(LN_2).permute(2, 0, 1), dv.permute(2, 0, 1)
+            self.dk[item, keys], self.dv[item, keys] = dk.permute(2, 0, 1), dv.permute(2, 0, 1)
         return dq, dmix
 
     def _add(self, maps: _Maps, block: Block, dq: Tensor, dk: Tensor, dv: Tensor, dmix: Tensor) -> None:
