@@ -63,6 +63,11 @@ class _Inputs(NamedTuple):
         return self.mix.shape[-2]
 
     @property
+    def scale(self) -> float:
+        """Of scores; here it is part of products, so that backward needs no scaled queries beside those there are."""
+        return self.q.shape[-1] ** -0.5
+
+    @property
     def rows(self) -> int:
         """How many queries a block has."""
         return ROWS if self.k.shape[1] >= ROWS_FROM_KEYS else ROWS // 2
@@ -124,7 +129,7 @@ class _Maps:
         inputs, (count, n) = self.inputs, (rows.stop - rows.start, some.stop - some.start)
         scores = self.place(0, inputs.q.shape[2], count, n)
         q, keys = inputs.q[b, rows].transpose(0, 1), self.keys[b, :, :, some]  # [H, t, D], [H, D, n]
-        scores.baddbmm_(q, keys, beta=0, alpha=LOG2_E)  # [H, t, n]
+        scores.baddbmm_(q, keys, beta=0, alpha=inputs.scale * LOG2_E)  # [H, t, n]
         mixed = self.place(1, count, inputs.receivers, n)
         torch.bmm(inputs.mix[b, rows], scores.transpose(0, 1), out=mixed)  # [t, R, n]
         if inputs.is_causal and some.stop > rows.start + 1:
@@ -145,7 +150,7 @@ def blocked_attention(
     """Returns what `tiled_attention` does under messages between scores alone, going over blocks of keys.
 
     Args:
-        q: queries `[B, T, H, D]`, scaled.
+        q: queries `[B, T, H, D]`.
         k, v: `[B, S, H, D]` and `[B, S, R, D]`.
         mix: `[B, T, R, H]`, rows receive.
         keep_mask: bool `[B, 1 or R, 1 or T, 1 or S]`, or `None`.
@@ -224,7 +229,7 @@ class _BlockedGradients(torch.autograd.Function):
         for of_queries, of_messages in others:
             dq += of_queries
             dmix += of_messages
-        dq = dq.transpose(2, 3).flatten(1, 2)[:, : inputs.q.shape[1]]  # [B, T, H, D]
+        dq = dq.mul_(inputs.scale).transpose(2, 3).flatten(1, 2)[:, : inputs.q.shape[1]]  # [B, T, H, D]
         return dq, gradients.dk, gradients.dv, dmix.mul_(LN_2)
 
     @staticmethod
@@ -264,7 +269,8 @@ class _Gradients:
             for block in blocks:
                 tile = dq[item, block.rows.start // rows]
                 self._add(maps, block, tile, dk, dv, dmix[item, block.rows])
-            self.dk[item, keys], self.dv[item, keys] = dk.permute(2, 0, 1), dv.permute(2, 0, 1)
+            self.dk[item, keys] = dk.mul_(self.inputs.scale).permute(2, 0, 1)  # [n, H, D]
+            self.dv[item, keys] = dv.permute(2, 0, 1)  # [n, R, D]
         return dq, dmix
 
     def _add(self, maps: _Maps, block: Block, dq: Tensor, dk: Tensor, dv: Tensor, dmix: Tensor) -> None:

@@ -106,12 +106,12 @@ def tiled_attention(
         is_precise = q.dtype in (torch.float32, torch.float64)
         scores, weights = mixes
         is_long = weights is None and k.shape[1] >= BLOCKS_FROM_KEYS and is_precise
-        inputs = q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype)
+        k, v = k.to(q.dtype), v.to(q.dtype)
         if isinstance(scores, Tensor) and is_long:
             blocks = blocked_attention if blocks is None else blocks
-            return blocks(*inputs, scores, keep_mask, is_causal)
+            return blocks(q, k, v, scores, keep_mask, is_causal)
         tiles = _TiledAttention.apply if tiles is None else tiles
-        return tiles(*inputs, *mixes, keep_mask, is_causal)
+        return tiles(q * head_dim**-0.5, k, v, *mixes, keep_mask, is_causal)
 
 
 def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) -> Iterator[Tile]:
