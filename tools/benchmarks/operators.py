@@ -1,9 +1,9 @@
 """Where the time of a row of `rows` goes: every form by torch's operators, beside the row's first form.
 
 A round runs every form once under torch's profiler, in an order of its own. An operator's time is its own, without that
-of operators it calls, the median over rounds; `extra` is its share of what a form takes beyond the row's first, over
-all operators. Python between operators is in the operator that called it, or in none. The profiler tells the time of
-the wall: of a busy machine only large shares mean something.
+of operators it calls, the median over rounds; `extra` is what it takes beyond that, in percent of all of the first
+form. Python between operators is in the operator that called it, or in none. The profiler tells the time of the wall:
+on a busy machine only large numbers mean something.
 """
 
 from __future__ import annotations
@@ -108,6 +108,6 @@ def _table(row: dict[str, Any]) -> str:
     for name in sorted(extra, key=lambda name: -abs(extra[name]))[:SHOWN]:
         (time, count), (other, others) = (times.get(name, (0.0, 0)) for times in (own, first))
         cells = [f"{time:.2f}", f"{count:.0f}", f"{other:.2f}", f"{others:.0f}"]
-        lines.append([name, *cells, f"{extra[name] / total:.0%}" if total else "-"])
-    lines.append(["all", f"{before + total:.2f}", "", f"{before:.2f}", "", f"{total / before:+.0%} of the first"])
+        lines.append([name, *cells, f"{extra[name] / before:+.1%}"])
+    lines.append(["all", f"{before + total:.2f}", "", f"{before:.2f}", "", f"{total / before:+.1%} of the first"])
     return markdown_table(lines, f"**{row['row']}**, {row['form']}, {row['size']}, threads: {row['threads']}")
