@@ -109,3 +109,48 @@ def test_own_models_of_every_kind_are_drawn(tmp_path, monkeypatch, capsys):
     assert main(["draw", "run", "--text", "a house", *asked]) == 0
     assert "log p of the translation 'ein haus'" in capsys.readouterr().out
     assert goh.load_head_graph("r.json").num_nodes == 12
+
+
+def test_blocks_of_one_number_are_chosen_by_their_title(tmp_path, monkeypatch, capsys):
+    """An encoder-decoder has three blocks of number 0."""
+    from gohgraph.learning.data.parallel_text import Subwords
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    graph = goh.HeadGraphConfig(outputs=goh.SiteConfig(edges="frozen"))
+    subwords = Subwords.train(["ein haus", "a house"], 270)
+    config = goh.TransformerConfig(len(subwords), d_model=8, num_heads=2, num_layers=2, d_ff=8, head_graph=graph)
+    goh.Transformer(config).save_pretrained("run/model")
+    (tmp_path / "run" / "tokenizer.json").write_text(subwords.to_json())
+    draw = ["draw", "run", "--text", "a house", "--out", "run.svg"]
+    one, several = ["--layer", "decoder layer 0 cross"], ["--layer", "0"]
+    sizes = []
+    for view in (["--view", "circle"], ["--view", "matrix"], ["--attention"]):
+        for layer in (one, several):
+            assert main([*draw, *view, *layer]) == 0
+            sizes.append((tmp_path / "run.svg").stat().st_size)
+    assert sizes[0] < sizes[1] and sizes[2] < sizes[3] and sizes[4] < sizes[5]
+    printed = capsys.readouterr().out
+    # Long names push no column out of its place.
+    rows = [line for line in printed.splitlines() if " outputs " in line and "->" in line]
+    assert any("cross." in row for row in rows) and len({row.index(" outputs ") for row in rows}) == 1
+    assert main([*draw, "--attention", *one, "--head", "1"]) == 0
+    assert main([*draw, "--attention", *several, "--head", "1"]) == 2
+    assert "Expected one layer of the head" in capsys.readouterr().err
+    for view in (["--view", "circle"], ["--attention"]):
+        assert main([*draw, *view, "--layer", "decoder layer 7"]) == 2
+        assert "'decoder layer 0 cross'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, code", [("house", 0), ("", 2)])
+def test_one_token_is_a_text_for_what_predicts_no_next_one(text, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shape = dict(d_model=8, num_heads=2, num_layers=2, d_ff=8)
+    graph = goh.HeadGraphConfig(outputs=goh.SiteConfig(edges="frozen"))
+    goh.Classifier(goh.ClassifierConfig(goh.TransformerConfig(256, **shape, head_graph=graph), 3)).save_pretrained("c")
+    goh.LanguageModel(goh.TransformerConfig(256, **shape, head_graph=graph)).save_pretrained("lm")
+    from_text = ["--text", text[:1], "--from", "attribution", "--out", "heads.json"]
+    assert main(["draw", "c", *from_text]) == code
+    assert ("at least one token (got none)" in capsys.readouterr().err) == (code == 2)
+    assert main(["draw", "lm", *from_text]) == 2
+    assert "at least two tokens" in capsys.readouterr().err

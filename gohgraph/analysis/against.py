@@ -31,6 +31,12 @@ def other_trace(
     """Returns what takes the place of a clean run's parts; of words, with the clean run's norms."""
     if isinstance(against, str):
         check_choice("against", against, WORDS)
+        count = len(next(iter(clean.heads.values())))
+        if against == "mean" and count < 2:
+            raise ValueError(
+                f"Expected several examples for against='mean' (got {count}, which is its own mean). Do pass more of "
+                "them, or choose 'zero'."
+            )
         masks = token_masks(inputs, wiring, clean)
         stream_of = {unit.name: unit.reads.stream for unit in wiring.units}
         take = _mean if against == "mean" else lambda values, mask: torch.zeros_like(values)

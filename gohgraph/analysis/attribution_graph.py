@@ -65,8 +65,8 @@ def attribution_graph(
 
     Raises:
         ValueError: a model whose layers are not known or whose residual stream is no sum of what they write; with
-            `learned`, a head graph of several rounds, keyed or with norms; inputs of another shape; a metric that is
-            not one number an example.
+            `learned`, a head graph of several rounds, keyed or with norms; inputs of another shape; one example
+            against the mean; a metric that is not one number an example.
 
     Example:
         >>> import gohgraph as goh

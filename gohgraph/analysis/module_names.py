@@ -1,7 +1,7 @@
 """Where a head graph stands in a model, by its module name: in which attention block, and at which of its sites."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 # What the slots of `MultiHeadAttention` are called in titles, in the order of drawing.
 SITES = {
@@ -14,7 +14,9 @@ SITES = {
 }
 # In a chain of modules at one site a last number tells which of them.
 _SITE = re.compile(rf"(^|\.)({'|'.join(map(re.escape, SITES))})(\.\d+)?$")
-_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+# T5 numbers the parts of a block, too: "block.3.layer.1.EncDecAttention" is cross attention of layer 3.
+_NUMBER = re.compile(r"\.block\.(\d+)\.layer\.\d+(?=\.|$)|\.(\d+)(?=\.|$)")
+_CROSS = re.compile("cross|EncDec")
 
 
 def site_of(name: str) -> str:
@@ -42,11 +44,11 @@ def layer_of(block: str) -> int | None:
     """Returns the number of a block's layer, the last one in its name; `None` where there is none.
 
     Example:
-        >>> layer_of("decoder.layers.3.attention.object")
-        3
+        >>> layer_of("decoder.layers.3.attention.object"), layer_of("decoder.block.3.layer.1.EncDecAttention")
+        (3, 3)
     """
-    numbers = _NUMBER.findall(f".{block}")
-    return int(numbers[-1]) if numbers else None
+    found = _last_number(block)
+    return None if found is None else int(found[found.lastindex or 0])
 
 
 def family_of(block: str) -> str:
@@ -56,11 +58,15 @@ def family_of(block: str) -> str:
         >>> family_of("decoder.layers.3.attention.object")
         'decoder.layers.*.attention.object'
     """
-    numbers = list(_NUMBER.finditer(f".{block}"))
-    if not numbers:
+    found = _last_number(block)
+    if found is None:
         return block
-    start, end = numbers[-1].span(1)
+    start, end = found.span(found.lastindex or 0)
     return f"{block[: start - 1]}*{block[end - 1 :]}"
+
+
+def _last_number(block: str) -> re.Match[str] | None:
+    return next(reversed(list(_NUMBER.finditer(f".{block}"))), None)
 
 
 def block_titles(blocks: Sequence[str]) -> list[str]:
@@ -71,6 +77,33 @@ def block_titles(blocks: Sequence[str]) -> list[str]:
         ['encoder layer 0', 'decoder layer 0']
     """
     return _short(blocks, blocks, [""] * len(blocks))
+
+
+def named_blocks(blocks: Iterable[str]) -> dict[str, str]:
+    """Returns the titles of attention blocks by their names, each once."""
+    names = list(dict.fromkeys(blocks))
+    return dict(zip(names, block_titles(names), strict=True))
+
+
+def of_layer(titles: Mapping[str, str], layer: int | str | None) -> list[str]:
+    """Returns the names of the attention blocks of a layer, all of them for `None`.
+
+    Args:
+        titles: of all blocks, by their names.
+        layer: its number, or the title of a block where several have that.
+
+    Raises:
+        ValueError: there is none of that layer.
+
+    Example:
+        >>> of_layer({"decoder.layers.0.attention": "decoder layer 0"}, 0)
+        ['decoder.layers.0.attention']
+    """
+    names = [name for name, title in titles.items() if layer is None or layer in (title, layer_of(name))]
+    if not names and layer is not None:
+        known = list(titles.values())
+        raise ValueError(f"Expected a layer of {known} (got {layer}). Do choose one of them, or its number.")
+    return names
 
 
 def graph_titles(names: Sequence[str]) -> list[str]:
@@ -88,9 +121,10 @@ def graph_titles(names: Sequence[str]) -> list[str]:
 
 def _short(names: Sequence[str], blocks: Sequence[str], sites: Sequence[str]) -> list[str]:
     layers = [layer_of(block) for block in blocks]
+    crosses = ["cross" if _CROSS.search(name) else "" for name in names]
     short = [
-        name if layer is None else " ".join(filter(None, [f"layer {layer}", "cross" if "cross" in name else "", site]))
-        for name, layer, site in zip(names, layers, sites, strict=True)
+        name if layer is None else " ".join(filter(None, [f"layer {layer}", cross, site]))
+        for name, layer, cross, site in zip(names, layers, crosses, sites, strict=True)
     ]
     long = [f"{name.split('.')[0]} {title}" for name, title in zip(names, short, strict=True)]
     for titles in (short, long):

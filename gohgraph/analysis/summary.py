@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +12,14 @@ from gohgraph.analysis.module_names import graph_titles
 
 if TYPE_CHECKING:
     from gohgraph.analysis.network import HeadNetwork
-    from gohgraph.analysis.recording import Recording
+    from gohgraph.analysis.recording import Recording, Recordings
 
 # What draws the picture: the room of drawings puts its function in, which stands above this one.
 pictures: list[Callable[[Any], str]] = []
 MOST_ROWS = 12
+NOTHING = "Recordings of no head graph"
 HEAD = ("head graph", "heads", "edges", "tokens", "mean |weight|", "strongest edge")
+ATTENTION = ("attention of", "heads", "examples", "queries x keys")
 
 
 def line_of(recording: Recording) -> str:
@@ -42,23 +44,33 @@ def cells_of(recording: Recording) -> list[str]:
     return [*numbers, f"{mean.abs().mean().item():.4f}", f"{head}{earlier} \u2192 {receiver}: {value:+.4f}"]
 
 
-def text_of(heads: Mapping[str, Recording]) -> str:
-    """Returns a line for every recording, aligned."""
-    if not heads:
-        return "Recordings of no head graph"
-    rows = [[title, *cells_of(one)] for title, one in zip(graph_titles(list(heads)), heads.values(), strict=True)]
-    widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in (HEAD, *rows)]
-    return "\n".join(line.rstrip() for line in lines)
+def text_of(heads: Recordings) -> str:
+    """Returns a line for every recording, of head graphs and of attention, aligned."""
+    tables = []
+    for head, rows in _tables_of(heads):
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        cells = (zip(row, widths, strict=True) for row in (head, *rows))
+        tables.append("\n".join("  ".join(f"{cell:<{width}}" for cell, width in row).rstrip() for row in cells))
+    return "\n\n".join(tables) or NOTHING
 
 
-def html_of(heads: Mapping[str, Recording]) -> str:
-    """Returns the table of recordings, and the picture of their network once tokens were seen."""
-    if not heads:
-        return "<p>Recordings of no head graph</p>"
-    rows = [[title, *cells_of(one)] for title, one in zip(graph_titles(list(heads)), heads.values(), strict=True)]
-    seen = any(one.tokens for one in heads.values())
-    return _table(HEAD, rows) + ("".join(draw(heads) for draw in pictures) if seen else "<p>nothing seen yet</p>")
+def html_of(heads: Recordings) -> str:
+    """Returns the tables of recordings, and the picture of them once tokens were seen."""
+    tables = [_table(head, rows) for head, rows in _tables_of(heads)]
+    if not tables:
+        return f"<p>{NOTHING}</p>"
+    seen = any(one.tokens for one in heads.values()) or any(one.examples for one in heads.attention.values())
+    return "".join(tables) + ("".join(draw(heads) for draw in pictures) if seen else "<p>nothing seen yet</p>")
+
+
+def _tables_of(heads: Recordings) -> list[tuple[Sequence[str], list[list[str]]]]:
+    """The heads and rows of the tables that are not empty: one of head graphs, one of attention."""
+    graphs = [[title, *cells_of(one)] for title, one in zip(graph_titles(list(heads)), heads.values(), strict=True)]
+    maps = []
+    for one in heads.attention.values():
+        shape = " x ".join(map(str, one.maps.shape[-2:])) if one.examples else "-"
+        maps.append([one.title, str(len(one.heads)), str(one.examples), shape])
+    return [(head, rows) for head, rows in ((HEAD, graphs), (ATTENTION, maps)) if rows]
 
 
 def html_of_network(network: HeadNetwork) -> str:

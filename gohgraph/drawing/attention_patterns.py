@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gohgraph.analysis.attention_record import AttentionRecording
-from gohgraph.analysis.module_names import layer_of
+from gohgraph.analysis.module_names import of_layer
 from gohgraph.analysis.recording import Recordings
 from gohgraph.common.files import checked_path
 from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
@@ -94,11 +94,7 @@ def blocks_of(heads: Recordings, layer: int | str | None = None) -> list[Attenti
         raise ValueError(
             "Expected a recording of attention (got none). Do record with attention=True and run the model."
         )
-    fitting = [one for name, one in recorded.items() if layer is None or layer in (one.title, layer_of(name))]
-    if not fitting:
-        titles = [recording.title for recording in recorded.values()]
-        raise ValueError(f"Expected a layer that was recorded, of {titles} (got {layer!r}). Do choose one of them.")
-    return fitting
+    return [recorded[name] for name in of_layer({name: one.title for name, one in recorded.items()}, layer)]
 
 
 def pattern_of(recording: AttentionRecording, head: int, example: int | None = None) -> Tensor:

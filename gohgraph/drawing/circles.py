@@ -27,6 +27,9 @@ MOST_EDGES = {3.0: 400, 0.0: 150}
 # From so many heads on strengths are shown by rank, and of fewer edges: all widths would be hairlines.
 DENSE, MOST_OF_DENSE = 32, {3.0: 160, 0.0: 60}
 LABEL = "mean edge weight   (arrow: from sender to receiver,  fill: a head's self-loop)"
+# What tells the sign without colours.
+SIGN = "hollow tip, dashed rim: negative"
+DASHED = (0, (2.5, 1.5))
 
 
 def draw(
@@ -115,7 +118,7 @@ def circle_label(label: str, panels: list[Panel], most_edges: int) -> str:
     if any(is_dense(panel) for panel in panels):
         notes[-1:] = [";  ".join([*notes[-1:], "width and opacity: rank among them"])]
     if any((panel.weights < 0).any() for panel in panels):
-        notes.append("hollow tip: negative")
+        notes.append(SIGN)
     return "\n".join([label, *notes])
 
 
@@ -254,6 +257,8 @@ def _draw_heads(
         style: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.8}
         if ring:
             style = {"edgecolor": "#999999", "linewidth": 0.7}
+        if gates.get(index, 0.0) < 0:
+            style["linestyle"] = DASHED
         if panel.is_shared(head):
             side = 1.77 * radius
             axis.add_patch(Rectangle(place - side / 2, side, side, facecolor=fill, zorder=3, **style))

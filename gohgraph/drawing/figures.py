@@ -32,11 +32,21 @@ def new_figure(width: float, height: float) -> Figure:
 def finish(figure: Figure, title: str | None, path: Path | None, *, fontsize: float = 12) -> Figure:
     """Sets the title, saves the picture where there is a path, and returns the figure; see `save_figure`."""
     if title:
-        room = int(figure.get_figwidth() * 72 / (LETTER * fontsize))
-        title = "\n".join(textwrap.fill(line, max(room, 20)) for line in title.splitlines())
+        title = wrapped(title, figure.get_figwidth(), fontsize)
         figure.suptitle(title, fontsize=fontsize, color=INK, parse_math=False)
     save_figure(figure, path)
     return figure
+
+
+def wrapped(text: str, width: float, fontsize: float) -> str:
+    """Returns a text whose lines fit into a width in inches.
+
+    Example:
+        >>> wrapped("every line is as long as fits", width=2.0, fontsize=12)
+        'every line is as long\\nas fits'
+    """
+    room = int(width * 72 / (LETTER * fontsize))
+    return "\n".join(textwrap.fill(line, max(room, 20)) for line in text.splitlines())
 
 
 def save_figure(figure: Figure, path: Path | None) -> None:

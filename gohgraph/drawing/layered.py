@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gohgraph.common.files import checked_path
-from gohgraph.drawing.circles import arrows, check_threshold, tip_style
+from gohgraph.drawing.circles import DASHED, SIGN, arrows, check_threshold, tip_style
 from gohgraph.drawing.colours import colour_bar, colour_scale, end_of, is_dark
-from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure
+from gohgraph.drawing.figures import INK, WIDTH, finish, new_figure, wrapped
 from gohgraph.drawing.given import network_given
 
 if TYPE_CHECKING:
@@ -44,15 +44,16 @@ class Layout:
         rows: row of every head, `[N]`, from 0 at the bottom.
         radius: of a head of full load or importance.
         gap: between rows.
-        width, height: of the whole.
+        right, bottom, top: ends of the whole; it begins at 0.
     """
 
     places: np.ndarray
     rows: np.ndarray
     radius: float
     gap: float
-    width: float
-    height: float
+    right: float
+    bottom: float
+    top: float
 
 
 def draw_network(
@@ -96,19 +97,21 @@ def draw_network(
     layout = layout_of(network)
     strongest = float(np.abs(weights).max(initial=0.0))
     colours = colour_scale(strongest, limit)
-    figure = new_figure(layout.width, layout.height + 1.0)
-    axes = figure.subplots(1, 1, squeeze=False)
-    axis = axes[0, 0]
-    axis.set(xlim=(0, layout.width), ylim=(-0.5 * layout.gap - 0.15, layout.height - 0.5 * layout.gap), aspect="equal")
-    axis.set_axis_off()
     senders, receivers = network.edge_index.numpy()
     between = senders != receivers
     shown = np.flatnonzero(between & (np.abs(weights) >= threshold * strongest) & (weights != 0))
     shown = shown[np.argsort(np.abs(weights[shown]), kind="stable")][-most_edges:]
+    figure = new_figure(layout.right, layout.top - layout.bottom + 0.85)
+    axes = figure.subplots(1, 1, squeeze=False)
+    axis = axes[0, 0]
+    axis.set_axis_off()
     _draw_rows(axis, network, layout)
-    _draw_edges(axis, network, layout, shown, colours)
+    layout = with_room(layout, _draw_edges(axis, network, layout, shown, colours))
     _draw_heads(axis, network, layout, colours)
-    colour_bar(figure, axes, colours, _label(network, len(shown), int(between.sum())))
+    axis.set(xlim=(0, layout.right), ylim=(layout.bottom, layout.top), aspect="equal")
+    label = wrapped(_label(network, len(shown), int(between.sum())), layout.right, 9)
+    figure.set_size_inches(layout.right, layout.top - layout.bottom + 0.55 + 0.15 * (1 + label.count("\n")))
+    colour_bar(figure, axes, colours, label)
     return finish(figure, title, path)
 
 
@@ -124,7 +127,16 @@ def layout_of(network: HeadNetwork) -> Layout:
     step = min((WIDTH - LEFT - 0.2) / across, 1.2)
     radius = min(0.15, 0.40 * step, 0.26 * gap)
     places = np.stack([LEFT + (heads + 0.5) * step, rows * gap], axis=1)  # [N, 2]
-    return Layout(places, rows, radius, gap, LEFT + across * step + 0.2, len(blocks) * gap + 0.2)
+    right, top = LEFT + across * step + 0.2, (len(blocks) - 0.5) * gap + 0.2
+    return Layout(places, rows, radius, gap, right, -0.5 * gap - 0.15, top)
+
+
+def with_room(layout: Layout, paths: np.ndarray) -> Layout:
+    """Returns a layout whose ends hold all curves `[E, P, 2]`, too: those past many rows bow far to the right."""
+    room = 0.08
+    right = max(layout.right, paths[..., 0].max(initial=0.0) + room)
+    bottom = min(layout.bottom, paths[..., 1].min(initial=0.0) - room)
+    return replace(layout, right=right, bottom=bottom, top=max(layout.top, paths[..., 1].max(initial=0.0) + room))
 
 
 def head_names(network: HeadNetwork) -> list[str]:
@@ -191,7 +203,7 @@ def arcs(
 def _draw_rows(axis: Axes, network: HeadNetwork, layout: Layout) -> None:
     for row, block in enumerate(network.blocks):
         height = row * layout.gap
-        axis.plot([LEFT, layout.width - 0.2], [height, height], color="#e6e6e6", linewidth=0.8, zorder=0)
+        axis.plot([LEFT, layout.right - 0.2], [height, height], color="#e6e6e6", linewidth=0.8, zorder=0)
         axis.text(LEFT - 0.12, height, block, fontsize=8, ha="right", va="center", color=INK)
     if 72 * layout.radius < 4.4:
         heads = np.unique(network.head.numpy())
@@ -201,7 +213,10 @@ def _draw_rows(axis: Axes, network: HeadNetwork, layout: Layout) -> None:
             axis.text(place, -0.5 * layout.gap, str(head), fontsize=7, ha="center", va="top", color=INK)
 
 
-def _draw_edges(axis: Axes, network: HeadNetwork, layout: Layout, edges: np.ndarray, colours: ScalarMappable) -> None:
+def _draw_edges(
+    axis: Axes, network: HeadNetwork, layout: Layout, edges: np.ndarray, colours: ScalarMappable
+) -> np.ndarray:
+    """Draws edges and returns their curves, `[E, 25, 2]`."""
     from matplotlib.collections import LineCollection, PolyCollection
 
     weights = network.mean.numpy()[edges]
@@ -216,6 +231,7 @@ def _draw_edges(axis: Axes, network: HeadNetwork, layout: Layout, edges: np.ndar
         style = {"colors": colour[chosen], "linewidths": widths[chosen], "linestyles": [STYLES.get(site, (0, (2, 2)))]}
         axis.add_collection(LineCollection(paths[chosen], **style))
     axis.add_collection(PolyCollection(list(points), **tip_style(colour, weights), zorder=2.1))
+    return paths
 
 
 def _draw_heads(axis: Axes, network: HeadNetwork, layout: Layout, colours: ScalarMappable) -> None:
@@ -227,15 +243,18 @@ def _draw_heads(axis: Axes, network: HeadNetwork, layout: Layout, colours: Scala
     width = 0.8 if layout.radius > 0.08 else 0.4
     # The rings of further sites lie below the disc of the first.
     for of_site, sizes in reversed(list(zip(loops.values(), radii, strict=True))):
-        fills = np.ones((network.num_nodes, 4))
-        fills[of_site >= 0] = colours.to_rgba(network.mean.numpy()[of_site[of_site >= 0]])
+        fills, loop = np.ones((network.num_nodes, 4)), np.zeros(network.num_nodes)
+        loop[of_site >= 0] = network.mean.numpy()[of_site[of_site >= 0]]
+        fills[of_site >= 0] = colours.to_rgba(loop[of_site >= 0])
+        rims: dict[str, Any] = {"edgecolors": INK, "linewidths": width}
+        rims["linestyles"] = [DASHED if weight < 0 else "solid" for weight in loop]
         patches: list[Patch] = []
         for place, size, kind in zip(layout.places, sizes, network.kind, strict=True):
             if kind == "shared":
                 patches.append(Rectangle(place - 0.885 * size, 1.77 * size, 1.77 * size))
             else:
                 patches.append(Circle(place, size))
-        axis.add_collection(PatchCollection(patches, facecolors=fills, edgecolors=INK, linewidths=width, zorder=3))
+        axis.add_collection(PatchCollection(patches, facecolors=fills, zorder=3, **rims))
     if 72 * layout.radius >= 4.4:
         for name, place, fill in zip(head_names(network), layout.places, fills, strict=True):
             axis.text(
@@ -248,8 +267,9 @@ def _label(network: HeadNetwork, shown: int, edges: int) -> str:
     pairs = network.edge_index.t().tolist()
     within = any(network.block[j] == network.block[i] for j, i in pairs if j != i)
     about = ["arcs above a row lead right, below it left"] if within else []
-    about += ["fill: self-loop"] if any(j == i for j, i in pairs) else []
-    label = f"mean edge weight   ({';  '.join([*about, 'hollow tip: negative'])})"
+    has_loops = any(j == i for j, i in pairs)
+    about += ["fill: self-loop"] if has_loops else []
+    label = f"mean edge weight   ({';  '.join([*about, SIGN if has_loops else 'hollow tip: negative'])})"
     notes = [f"the {shown} strongest of {edges} edges"] if shown < edges else []
     notes.append("size: importance of the head" if "importance" in network else "")
     if any(kind == "routed" for kind in network.kind):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gohgraph.analysis import summary
 from gohgraph.analysis.recording import Recordings
+from gohgraph.drawing.attention_patterns import draw_attention
 from gohgraph.drawing.given import network_given
 from gohgraph.drawing.layered import draw_network
 from gohgraph.drawing.page import save_page
@@ -56,15 +57,19 @@ def show(heads: Recordings | HeadNetwork | nn.Module, *, height: int = 640, **op
 
 
 def picture(source: Any) -> str:
-    """Returns the layered picture of a recording or a network as an image inside HTML; what is wrong as a sentence."""
+    """Returns the picture of a recording or a network as an image inside HTML; what is wrong as a sentence.
+
+    It is the layered one, and of a recording of attention alone all heads' patterns.
+    """
     try:
-        figure = draw_network(network_given(source), most_edges=MOST_EDGES)
+        has_no_graph = isinstance(source, Recordings) and not source
+        figure = draw_attention(source) if has_no_graph else draw_network(network_given(source), most_edges=MOST_EDGES)
     except ValueError as error:
         return f"<p>{html.escape(str(error))}</p>"
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.06)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="head graph, a row of heads for each layer">'
+    return f'<img src="data:image/png;base64,{data}" alt="a row of heads for each layer">'
 
 
 summary.pictures.append(picture)

@@ -17,7 +17,7 @@ from gohgraph.common.packages import needs
 from gohgraph.drawing.attention_patterns import WEIGHTS
 from gohgraph.drawing.circles import check_threshold
 from gohgraph.drawing.colours import DIVERGING, round_limit
-from gohgraph.drawing.layered import Layout, layout_of, self_loops
+from gohgraph.drawing.layered import Layout, layout_of, self_loops, with_room
 from gohgraph.drawing.page_controls import MANY, WIDGETS, controls_of, first_least, hint_of
 from gohgraph.drawing.page_curve import curve_figure
 from gohgraph.drawing.page_data import as_bytes, edge_columns, head_columns, strongest_edges, token_weights
@@ -131,7 +131,8 @@ def page_document(
     end = round_limit(max(float(np.abs(network.mean.numpy()).max(initial=0.0)), values["largest"]))
     limit = end if limit is None else limit
     mapper = LinearColorMapper(palette=_palette(DIVERGING), low=-limit, high=limit)
-    columns, points = edge_columns(network, layout, chosen)
+    columns, paths = edge_columns(network, layout, chosen)
+    layout, points = with_room(layout, paths), {name: paths[..., n].ravel() for n, name in enumerate("xy")}
     sources = {
         "edges": ColumnDataSource(columns, name="edges"),
         "heads": ColumnDataSource(head_columns(network, layout), name="heads"),

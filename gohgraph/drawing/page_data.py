@@ -41,10 +41,8 @@ def strongest_edges(network: HeadNetwork, most: int, weights: np.ndarray | None 
     return between[chosen[np.argsort(strength[chosen], kind="stable")]]
 
 
-def edge_columns(
-    network: HeadNetwork, layout: Layout, edges: np.ndarray
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns a column for all that an edge shows or tells, and the points of all edges one after another, `[E*13]`.
+def edge_columns(network: HeadNetwork, layout: Layout, edges: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns a column for all that an edge shows or tells, and the points of the curves, `[E, 13, 2]`.
 
     As lists of lists the points would be half of the file, and of the time to read it: the page cuts them.
     """
@@ -52,8 +50,6 @@ def edge_columns(
     paths, tips = arcs(network, layout, edges, radii, np.full(len(edges), 0.7 * layout.radius))
     middle = tips.mean(axis=1)  # [E, 2]
     ahead = tips[:, 0] - middle
-    # Every second point: twelve pieces of a curve are smooth on a screen.
-    points = {name: paths[:, ::2, n].astype(np.float32).ravel() for n, name in enumerate("xy")}
     mean = network.mean.numpy()[edges]
     senders, receivers = network.edge_index[:, edges].tolist()
     columns = {
@@ -75,7 +71,8 @@ def edge_columns(
     for name in ("round", "mean", "std", "share", "edge_importance"):
         if name in network:
             columns[name] = network[name].numpy()[edges]
-    return columns, points
+    # Every second point: twelve pieces of a curve are smooth on a screen.
+    return columns, paths[:, ::2].astype(np.float32)
 
 
 def head_columns(network: HeadNetwork, layout: Layout) -> dict[str, Any]:

@@ -56,12 +56,11 @@ def network_figure(
     from bokeh.plotting import figure
     from bokeh.transform import transform
 
-    bottom, top = -0.5 * layout.gap - 0.1, layout.height - 0.5 * layout.gap
     left = layout.places[:, 0].min() - 0.4
     plot = figure(
-        width=round(PIXELS * layout.width), height=round(PIXELS * layout.height) + 80, min_width=300,
-        x_range=Range1d(left, layout.width), y_range=Range1d(bottom, top), sizing_mode="stretch_width", max_width=1400,
-        tools="pan,wheel_zoom,box_zoom,reset,save", active_scroll="wheel_zoom", name="network",
+        width=round(PIXELS * layout.right), height=round(PIXELS * (layout.top - layout.bottom)) + 70, min_width=300,
+        x_range=Range1d(left, layout.right), y_range=Range1d(layout.bottom, layout.top), sizing_mode="stretch_width",
+        max_width=1400, tools="pan,wheel_zoom,box_zoom,reset,save", active_scroll="wheel_zoom", name="network",
     )  # fmt: skip
     plot.grid.visible, plot.outline_line_color = False, None
     plot.toolbar.logo = None

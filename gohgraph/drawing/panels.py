@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gohgraph.analysis.module_names import SITES, block_of, graph_titles, layer_of, site_of
+from gohgraph.analysis.module_names import SITES, block_of, graph_titles, named_blocks, of_layer, site_of
 from gohgraph.drawing.figures import WIDTH
 from gohgraph.graphs.cross_layer import FIRST, Reach
 
@@ -109,11 +109,7 @@ def draw_panels(axes: np.ndarray, rows: list[list[Panel]], draw_panel: Callable[
             draw_panel(axis, panel)
 
 
-def of_layer(heads: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """Returns the part of a recording that belongs to the layers of one number; `ValueError` where there is none."""
-    chosen = {name: recording for name, recording in heads.items() if layer_of(block_of(name)) == layer}
-    if not chosen:
-        layers = (layer_of(block_of(name)) for name in heads)
-        known = sorted({number for number in layers if number is not None})
-        raise ValueError(f"Expected a layer of {known} (got {layer}). Do choose one of them.")
-    return chosen
+def of_one_layer(heads: Mapping[str, Any], layer: int | str) -> dict[str, Any]:
+    """Returns the part of a recording of a layer's number or a block's title; `ValueError` where there is none."""
+    blocks = of_layer(named_blocks(map(block_of, heads)), layer)
+    return {name: heads[name] for name in heads if block_of(name) in blocks}

@@ -181,6 +181,11 @@ def test_zero_and_mean_take_the_place_of_another_input():
     twice = {"input_ids": clean["input_ids"][:1].expand(2, -1)}
     same = goh.attribution_graph(model, twice, against="mean", metric=metric_of("llama"))
     assert same.mean.abs().max() < 1e-12 and same.std.abs().max() < 1e-12
+    # One example is its own mean: every edge would be 0.
+    one = {"input_ids": clean["input_ids"][:1]}
+    for measure in (goh.attribution_graph, lambda model, *args, **on: goh.faithfulness(model, zero, *args, **on)):
+        with pytest.raises(ValueError, match="Expected several examples for against='mean' .got 1"):
+            measure(model, one, against="mean", metric=metric_of("llama"))
 
 
 def test_steps_integrate_the_slope_along_the_way():

@@ -8,6 +8,7 @@ import torch
 from helpers import language_model, translator
 
 import gohgraph as goh
+from gohgraph.drawing.attention_patterns import blocks_of
 
 STRINGS = ["heads", " talk", " to", " <b>", "\n", "$$x$$", "listen"]
 
@@ -74,7 +75,7 @@ def test_cross_attention_has_tokens_of_its_own_and_examples_are_chosen():
 def test_what_was_not_recorded_is_refused():
     heads = recorded(attention={"layers": [0, 1], "heads": [2]})
     for arguments, error in (
-        ((2, 2), r"Expected a layer that was recorded, of \['layer 0', 'layer 1'\]"),
+        ((2, 2), r"Expected a layer of \['layer 0', 'layer 1'\]"),
         ((0, 1), r"Expected a head that was recorded, of \[2\] of layer 0"),
     ):
         with pytest.raises(ValueError, match=error):
@@ -90,3 +91,30 @@ def test_circles_of_a_recording_that_saw_nothing_are_refused():
         pass
     with pytest.raises(ValueError, match="Expected a recording of at least one token"):
         goh.draw(heads)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_the_layers_of_encoder_decoders_have_their_numbers(name):
+    """T5 numbers the parts of a block, too."""
+    transformers_models = pytest.importorskip("transformers_models")
+    model = transformers_models.build(name).eval()
+    for wanted in (0, 1):
+        with goh.record(model, attention={"layers": [wanted]}) as heads, torch.no_grad():
+            model(**transformers_models.inputs_of(model))
+        titles = [one.title for one in heads.attention.values()]
+        number = {"t5": 3, "bart": 3 - wanted, "whisper": 3 - wanted}[name]
+        assert len(titles) == number and all(f"layer {wanted}" in title for title in titles)
+        assert [one.title for one in blocks_of(heads, wanted)] == titles
+        assert [one.title for one in blocks_of(heads, f"decoder layer {wanted} cross")] == titles[-1:]
+
+
+def test_the_graphs_of_a_converted_t5_have_the_titles_of_its_blocks():
+    transformers_models = pytest.importorskip("transformers_models")
+    model = transformers_models.build("t5").eval()
+    goh.convert(model, goh.HeadGraphConfig())
+    network = goh.head_graph_of(model)
+    assert network.blocks == [
+        *(f"encoder layer {n}" for n in range(2)),
+        *(f"decoder layer {n}{cross}" for n in range(2) for cross in ("", " cross")),
+    ]
+    assert sorted(set(network.layer.tolist())) == [0, 1]

@@ -19,7 +19,8 @@ from gohgraph.analysis.recording import Recording, Recordings
 from gohgraph.drawing import draw, draw_difference, draw_matrices, draw_network, draw_pruning, draw_tokens, save_film
 from gohgraph.drawing.difference import difference
 from gohgraph.drawing.layered import head_sizes, layout_of
-from gohgraph.drawing.panels import of_layer
+from gohgraph.drawing.page import page_document
+from gohgraph.drawing.panels import of_one_layer
 from gohgraph.drawing.tokens import AtToken, token_changes
 
 NAME = "decoder.layers.{}.attention.object.output_graph"
@@ -120,6 +121,84 @@ def test_the_network_shows_the_strongest_edges_above_the_threshold():
         draw_network(network)
 
 
+def lopsided(sites, rows, pairs):
+    """A network of four heads a row whose edges, of every site, are `pairs` of (row, head)."""
+    from gohgraph.analysis.network import HeadNetwork
+
+    ends = torch.tensor([[4 * row + head for row, head in side] for side in zip(*pairs, strict=True)])
+    edges = ends.repeat(1, len(sites))
+    return HeadNetwork(
+        edge_index=edges, num_nodes=4 * rows, mean=torch.ones(edges.shape[1]), std=torch.zeros(edges.shape[1]),
+        share=torch.ones(edges.shape[1]), round=torch.ones(edges.shape[1], dtype=torch.long),
+        site=[site for site in sites for _ in pairs], block=[f"layer {n // 4}" for n in range(4 * rows)],
+        blocks=[f"layer {n}" for n in range(rows)], head=torch.arange(4 * rows) % 4, kind=["head"] * 4 * rows,
+        label=[f"{n // 4}.{n % 4}" for n in range(4 * rows)], load=torch.ones(4 * rows),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "sites, rows, pairs",
+    [
+        (("queries", "keys", "values", "mlp"), 8, [((0, 3), (7, 3))]),
+        (("outputs",), 8, [((0, 3), (7, 3)), ((1, 3), (4, 3))]),
+        (("outputs", "scores", "weights", "queries"), 2, [((1, 0), (1, 3))]),
+        (("outputs", "scores", "weights", "queries"), 2, [((0, 3), (0, 0))]),
+        (("outputs", "scores"), 1, []),
+    ],
+    ids=["past rows of several sites", "past rows", "above the last row", "below the first", "no edges"],
+)
+def test_no_curve_leaves_the_picture_or_the_page(sites, rows, pairs):
+    network = lopsided(sites, rows, pairs) if pairs else goh.head_graph_of(synthetic(1, 1))
+    axis = draw_network(network).axes[0]
+    curves = np.concatenate([
+        np.zeros((0, 2)), *(line for item in axis.collections if isinstance(item, LineCollection)
+                            for line in item.get_segments())
+    ])  # fmt: skip
+    x, y = axis.get_xlim(), axis.get_ylim()
+    assert len(curves) == 25 * len(pairs) * len(sites)
+    assert (x[0] < curves[:, 0]).all() and (curves[:, 0] < x[1]).all()
+    assert (y[0] < curves[:, 1]).all() and (curves[:, 1] < y[1]).all()
+    width, height = axis.figure.get_size_inches()
+    assert width == pytest.approx(x[1]) and height > y[1] - y[0]
+    pytest.importorskip("bokeh")
+    plot = page_document(Recordings({}), network).get_model_by_name("network")
+    assert plot.x_range.end == pytest.approx(x[1], abs=0.02)
+    assert (plot.y_range.start, plot.y_range.end) == pytest.approx(y, abs=0.02)
+
+
+def rims_of(axis):
+    """Whether the rims of heads are dashed, by the sign of their self-loops."""
+    patches = [patch for patch in axis.patches if isinstance(patch, (Circle, Rectangle)) and patch.get_fill()]
+    if patches:
+        return [patch.get_linestyle() not in ("-", "solid") for patch in patches]
+    *_, heads = [item for item in axis.collections if isinstance(item, PatchCollection)]
+    return [dashes is not None for _, dashes in heads.get_linestyles()]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("view", [draw, network_of])
+def test_a_negative_self_loop_has_a_dashed_rim(view, seed):
+    """Its sign is seen without colours."""
+    heads = of_one_layer(recorded("outputs", seed), 1)
+    ((_, one),) = heads.items()
+    senders, receivers = one.edge_index
+    loops = one.mean[0][senders == receivers][receivers[senders == receivers].argsort()]
+    figure = view(heads)
+    assert rims_of(figure.axes[0]) == (loops < 0).tolist() and len(set(loops.sign().tolist())) == 2
+    assert "dashed rim: negative" in figure.axes[-1].get_xlabel().replace("\n", " ")
+
+
+def test_a_legend_is_no_wider_than_a_narrow_picture():
+    wide = lopsided(("queries", "keys", "values", "mlp"), 3, [((0, 1), (2, 3))])
+    narrow = goh.head_graph_of(synthetic(2, 1))
+    narrow.site = ["outputs", "scores", "queries", "values"]
+    for network in (wide, narrow):
+        figure = draw_network(network)
+        figure.canvas.draw()
+        label = figure.axes[-1].xaxis.label.get_window_extent()
+        assert label.width <= figure.bbox.width and label.y0 >= 0
+
+
 def test_important_heads_are_larger():
     heads = recorded("outputs")
     importance = {name.rpartition(".")[0]: torch.arange(5.0) for name in heads}
@@ -131,15 +210,15 @@ def test_important_heads_are_larger():
 
 def test_loads_and_kinds_are_seen_in_circles():
     heads = recorded("moh-outputs")
-    axis = draw(of_layer(heads, 1)).axes[0]
+    axis = draw(of_one_layer(heads, 1)).axes[0]
     squares = [patch for patch in axis.patches if isinstance(patch, Rectangle)]
     circles = [patch for patch in axis.patches if isinstance(patch, Circle)]
     load = heads[NAME.format(1)].load
     assert len(squares) == 2 and len(circles) == 3
     radii = [circle.radius for circle in circles]
     assert np.allclose(np.array(radii) / radii[0], ((0.6 + 0.4 * load[2:]) / (0.6 + 0.4 * load[2])).numpy())
-    with pytest.raises(ValueError, match=r"Expected a layer of \[0, 1, 2\] \(got 7\)"):
-        of_layer(heads, 7)
+    with pytest.raises(ValueError, match=r"Expected a layer of \['layer 0', 'layer 1', 'layer 2'\] \(got 7\)"):
+        of_one_layer(heads, 7)
 
 
 def test_a_limit_fixes_the_scale_of_all_figures():

@@ -40,6 +40,34 @@ def test_recordings_are_read_at_a_glance(model, heads):
         model(torch.tensor([[3]]))
 
 
+@pytest.mark.parametrize("of", ["stock", "own", "encoder-decoder", "chosen heads of each example"])
+def test_recorded_attention_is_read_at_a_glance(of, model):
+    """Of models without head graphs it is all there is."""
+    if of == "own":
+        inputs, options, tables = (torch.tensor([[3, 4, 5, 6]] * 3),), True, 2
+    else:
+        transformers_models = pytest.importorskip("transformers_models")
+        model, tables = transformers_models.build("t5" if of == "encoder-decoder" else "bert").eval(), 1
+        inputs = transformers_models.inputs_of(model)
+        options = {"layers": [1], "heads": [2], "every_example": True} if of.startswith("chosen") else True
+    with goh.record(model, attention=options) as heads, torch.no_grad():
+        model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    *_, table = repr(heads).split("\n\n")
+    first, *lines = table.splitlines()
+    assert first.split("  ")[0] == "attention of" and len(lines) == len(heads.attention)
+    for line, one in zip(lines, heads.attention.values(), strict=True):
+        rows, columns = one.maps.shape[-2:]
+        assert line.startswith(one.title) and line.endswith(f"{rows} x {columns}")
+    shown = heads._repr_html_()
+    assert shown.count("<table>") == tables and "data:image/png;base64," in shown
+
+
+def test_a_recording_of_nothing_says_so():
+    from gohgraph.analysis.recording import Recordings
+
+    assert "no head graph" in repr(Recordings({})) and "no head graph" in Recordings({})._repr_html_()
+
+
 def test_a_cell_shows_a_table_and_a_picture(heads):
     for thing in (heads, goh.head_graph_of(heads)):
         shown = thing._repr_html_()

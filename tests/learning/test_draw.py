@@ -202,7 +202,7 @@ def test_text_from_a_file(tmp_path, capsys):
     assert "over 256 tokens" in capsys.readouterr().out
 
 
-def test_a_run_folder_gives_its_newest_checkpoint(tmp_path):
+def test_a_run_folder_gives_its_newest_checkpoint(tmp_path, capsys):
     run = tmp_path / "run"
     for number, name in enumerate(("checkpoints/step-2", "checkpoints/step-10")):
         saved(run / name)
@@ -210,6 +210,15 @@ def test_a_run_folder_gives_its_newest_checkpoint(tmp_path):
     assert find_model(run) == run / "checkpoints" / "step-10"
     saved(run / "plain" / "model", head_graph=None)
     assert find_model(run) == run / "checkpoints" / "step-10"
+    # Which of several is shown is said, for pictures of any source.
+    for source in ("graph", "weights", "attribution"):
+        text = [] if source == "weights" else ["--text", WORDS]
+        assert main(["draw", str(run), "--from", source, *text, "--out", str(tmp_path / "heads.json")]) == 0
+        assert f"the newest model in the folder, {Path('checkpoints', 'step-10')}" in capsys.readouterr().out
+    saved(run / "model")
+    for folder in (run / "model", run / "checkpoints" / "step-2"):
+        assert main(["draw", str(folder), "--text", WORDS, "--out", str(tmp_path / "heads.json")]) == 0
+        assert "newest" not in capsys.readouterr().out
 
 
 def test_both_sites_rounds_and_earlier_layers(tmp_path, capsys):
@@ -256,8 +265,8 @@ BAD = {
     "nothing to compare": (["model", "--view", "difference"], "Expected --compare for --view difference"),
     "another shape": (["model", "--view", "difference", "--compare", "wide"], "Expected two recordings of the same"),
     "an idle flag": (["model", "--view", "network", "--layer", "1"], "Expected --layer with --view circle or matrix"),
-    "no such layer": (["model", "--layer", "9"], r"Expected a layer of \[0, 1\] \(got 9\)"),
-    "no such layer of attention": (["model", "--attention", "--layer", "9"], r"Expected a layer of \[0, 1\] \(got 9\)"),
+    "no such layer": (["model", "--layer", "9"], r"Expected a layer of \['layer 0', 'layer 1'\] \(got 9\)"),
+    "no such layer of attention": (["model", "--attention", "--layer", "9"], r"Expected a layer of \['layer 0'.* 9\)"),
     "a head without its layer": (["model", "--attention", "--head", "1"], "Expected --layer with --head 1"),
     "a head of no pattern": (["model", "--layer", "1", "--head", "1"], "Expected --head with --view attention"),
     "two views": (["model", "--attention", "--view", "matrix"], "Expected no --view matrix with --attention"),

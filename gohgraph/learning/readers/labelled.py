@@ -25,7 +25,7 @@ class Classes(Reader):
         examples: inputs `[N, T]` and classes `[N]` of the run, `None` where it has none.
     """
 
-    what = "classifier of texts"
+    what = "a classifier of texts"
     key: ClassVar[str] = "input_ids"
 
     def __init__(
@@ -42,10 +42,7 @@ class Classes(Reader):
     def batches(self, text: bytes | None, length: int, limit: int) -> list[Batch]:
         if text is None:
             return self._own(limit)
-        words, _ = self.tokens.known(text)
-        room = min(max(1, length - len(self.tokens.before) - len(self.tokens.after)), max(1, len(words)))
-        pieces = [self.tokens.framed(part) for part in words.split(room) if len(part) == room][:limit]
-        ids = torch.stack(pieces)  # [N, T]
+        ids = torch.stack(self.pieces(text, length)[:limit])  # [N, T]
         return [(self.given(part), self._predicted(self.given(part))) for part in ids.split(BATCH)]
 
     def given(self, ids: Tensor) -> Inputs:
@@ -73,12 +70,11 @@ class Classes(Reader):
         if target is not None:
             raise ValueError(f"Expected --text beside --target (got {target!r} alone). Do pass the text it is of.")
         (inputs, labels), *_ = self._own(EXAMPLES)
-        said = f"log p of the right class, mean over {len(labels)} examples of its run"
-        return Task(inputs, log_probability(labels), said)
+        return Task(inputs, log_probability(labels), "log p of the right class")
 
     def _own(self, limit: int) -> list[Batch]:
         if self.examples is None:
-            raise ValueError(f"Expected a text for a {self.what} (got neither --text nor --text-file). Do pass one.")
+            raise ValueError(f"Expected a text for {self.what} (got neither --text nor --text-file). Do pass one.")
         inputs, labels = self.examples
         # Classes come one after the other in some data.
         rows = torch.arange(min(limit, len(labels))) * len(labels) // min(limit, len(labels))
@@ -100,7 +96,7 @@ class Classes(Reader):
 class Images(Classes):
     """A classifier of images, which has no text: it is shown on the images of its run."""
 
-    what, key, strings_known = "classifier of images", "pixel_values", False
+    what, key, strings_known = "a classifier of images", "pixel_values", False
 
     def __init__(self, model: nn.Module, names: Sequence[str], examples: tuple[Tensor, Tensor]) -> None:
         super().__init__(model, BYTES, None, names, examples)
@@ -116,7 +112,7 @@ class Images(Classes):
     def _refuse(self, text: bytes | None) -> None:
         if text is not None:
             raise ValueError(
-                f"Expected no text for a {self.what} (got one of {len(text)} bytes). Do drop --text and --text-file."
+                f"Expected no text for {self.what} (got one of {len(text)} bytes). Do drop --text and --text-file."
             )
 
 
@@ -129,7 +125,7 @@ class Translation(Reader):
         pairs: sentences of the run with their translations, `None` where it has none.
     """
 
-    what, strings_known = "encoder-decoder", False
+    what, strings_known = "an encoder-decoder", False
     most: ClassVar[int] = 60
 
     def __init__(
@@ -151,7 +147,7 @@ class Translation(Reader):
             pairs = [(line, None) for line in lines[:limit]]
         if not pairs:
             got = "neither --text nor --text-file" if text is None else "a text without a line"
-            raise ValueError(f"Expected a text for an {self.what} (got {got}). Do pass one.")
+            raise ValueError(f"Expected a text for {self.what} (got {got}). Do pass one.")
         # One sentence a batch: no padding, whose weights would be counted.
         return [self._pair(source.encode(), target, length)[0] for source, target in pairs]
 
@@ -165,7 +161,7 @@ class Translation(Reader):
         if text is None:
             if self.pairs is None or target is not None:
                 got = "neither --text nor --text-file" if target is None else "its translation alone"
-                raise ValueError(f"Expected a text for an {self.what} (got {got}). Do pass one.")
+                raise ValueError(f"Expected a text for {self.what} (got {got}). Do pass one.")
             source, target = self.pairs[0]
             text = source.encode()
         (inputs, labels), words, notes = self._pair(text, target, length)

@@ -17,6 +17,7 @@ from gohgraph.convert.saving import BACKBONE, is_converted
 from gohgraph.learning.checkpoints import find_model, load_own_model
 from gohgraph.learning.data.classification import load_digits, load_text_classes
 from gohgraph.learning.data.parallel_text import BOS, EOS, Subwords, load_parallel_text
+from gohgraph.learning.readers.embedding import Embedding
 from gohgraph.learning.readers.labelled import Classes, Images, Translation
 from gohgraph.learning.readers.reader import Causal, Masked, Reader
 from gohgraph.learning.readers.tokens import BYTES, load_tokenizer, of_subwords
@@ -33,6 +34,8 @@ KINDS: dict[str, type[Reader]] = {
     "ForConditionalGeneration": Translation,
     "Seq2SeqLM": Translation,
     "MTModel": Translation,
+    # Of all that end so, the last.
+    "Model": Embedding,
 }
 
 
@@ -50,11 +53,11 @@ def is_stock(folder: str | os.PathLike[str]) -> bool:
 
 
 def kind_of(name: str) -> type[Reader] | None:
-    """Returns how a class of transformers reads text, by its name; `None` where it predicts nothing of one.
+    """Returns how a class of transformers reads text, by its name; `None` where it is given none.
 
     Example:
-        >>> kind_of("LlamaForCausalLM").what, kind_of("BertModel")
-        ('causal language model', None)
+        >>> kind_of("LlamaForCausalLM").what, kind_of("BertModel").what, kind_of("ViTForImageClassification")
+        ('a causal language model', 'an encoder without a task', None)
     """
     return next((kind for end, kind in KINDS.items() if name.endswith(end)), None)
 
@@ -63,6 +66,18 @@ def stock_class(folder: str | os.PathLike[str]) -> str:
     """Returns the name of the class that wrote a folder of transformers, "" where it is not said."""
     values = read_json(Path(folder) / CONFIG, remedy="copy the folder again")
     return next(iter(values.get("architectures") or [""]))
+
+
+def kind_in(folder: str | os.PathLike[str]) -> type[Reader] | None:
+    """Returns how the model in a folder of transformers reads text, `None` where it is given none, or more than one."""
+    kind = kind_of(name := stock_class(folder))
+    if kind is not Embedding:
+        return kind
+    with needs("transformers", "hf"):
+        import transformers
+    values = read_json(Path(folder) / CONFIG, remedy="copy the folder again")
+    is_of_one_text = getattr(getattr(transformers, name, None), "main_input_name", None) == "input_ids"
+    return kind if is_of_one_text and not {"is_encoder_decoder", "vision_config"} & _true(values) else None
 
 
 def load_stock(folder: str | os.PathLike[str]) -> nn.Module:
@@ -82,25 +97,24 @@ def load_reader(folder: str | os.PathLike[str], tokenizer: str | os.PathLike[str
             backbone came from.
 
     Raises:
-        ValueError: a model that predicts nothing of a text, no tokenizer, or another model's; a damaged file.
+        ValueError: a model that is given no text, no tokenizer, or another model's; a damaged file.
         FileNotFoundError: no such folder or file.
     """
     folder = Path(folder)
     if is_converted(folder):
         return _of_transformers(load_converted(folder).eval(), folder, tokenizer)
     if is_stock(folder):
-        check_readable(stock_class(folder))
+        check_readable(kind_in(folder), stock_class(folder))
         return _of_transformers(load_stock(folder), folder, tokenizer)
     model, place = load_own_model(folder), find_model(folder)
     return OWN_MODELS[type(model)](model, place)
 
 
-def check_readable(name: str) -> type[Reader]:
-    """Returns `kind_of` a class; `ValueError` where it predicts nothing of a text."""
-    if (kind := kind_of(name)) is None:
+def check_readable(kind: type[Reader] | None, name: str) -> type[Reader]:
+    """Returns `kind_of` a class; `ValueError` where it is given no text."""
+    if kind is None:
         raise ValueError(
-            f"Expected a model that predicts something of a text (got {name or 'one without a name'}). Do use "
-            "--from weights."
+            f"Expected a model that is given one text (got {name or 'one without a name'}). Do use --from weights."
         )
     return kind
 
@@ -125,7 +139,7 @@ def of_bytes(model: LanguageModel) -> Causal:
 
 def _of_transformers(model: Any, folder: Path, tokenizer: str | os.PathLike[str] | None) -> Reader:
     config, name = model.config, type(model).__name__
-    kind = check_readable(name)
+    kind = check_readable(kind_of(name), name)
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise ValueError(f"Expected a model of text (got {name}, of {model.main_input_name}). Do use --from weights.")
     places: list[str | os.PathLike[str]]
@@ -143,6 +157,10 @@ def _of_transformers(model: Any, folder: Path, tokenizer: str | os.PathLike[str]
         end = config.eos_token_id
         return Translation(model, tokens, longest, config.decoder_start_token_id, end[0] if _is_list(end) else end)
     return kind(model, tokens, longest)
+
+
+def _true(values: dict[str, Any]) -> set[str]:
+    return {name for name, value in values.items() if value}
 
 
 def _is_list(value: Any) -> bool:

@@ -49,11 +49,15 @@ class Reader(ABC):
 
     Attributes:
         what: the kind of model, in words.
+        least: fewest tokens of a text, special ones counted.
         strings_known: whether every token of a sequence is one row of a recording.
+        unit: what the loss is in.
     """
 
     what: ClassVar[str]
     strings_known: ClassVar[bool] = True
+    least: ClassVar[int] = 1
+    unit: ClassVar[str] = "in nats"
 
     def __init__(self, model: nn.Module, tokens: Tokens, longest: int | None = None) -> None:
         self.model, self.tokens, self.longest = model, tokens, longest
@@ -94,9 +98,13 @@ class Reader(ABC):
         if len(words) < task.words:
             raise ValueError(
                 f"Expected --against of {task.words} tokens, as the text (got {len(words)}). Do make both as long, or "
-                "choose mean or zero."
+                "choose zero."
             )
         return {**task.inputs, **self.given(self.tokens.framed(words[: task.words]))}
+
+    def metric_beside(self, task: Task, other: Inputs) -> Callable[[Any], Tensor]:
+        """Returns the metric of a task whose heads are given what they write of another input."""
+        return task.metric
 
     def sequence(self, text: bytes | None, length: int | None) -> tuple[Tensor, int, tuple[str, ...]]:
         """Returns the tokens of a text between special ones, how many it has itself, and what is to be said of it."""
@@ -104,13 +112,25 @@ class Reader(ABC):
         if length is not None:
             words = words[: max(1, length - len(self.tokens.before) - len(self.tokens.after))]
         ids = self.tokens.framed(words)
-        if len(ids) < 2:
-            raise ValueError(f"Expected a text of at least two tokens (got {len(ids)}). Do pass a longer one.")
+        if not len(words) or len(ids) < self.least:
+            raise self._too_short(len(words))
         if self.longest is not None and len(ids) > self.longest:
             raise ValueError(
-                f"Expected a text of up to {self.longest} tokens (got {len(ids)}). Do shorten it, or choose --length."
+                f"Expected a text of up to {self.longest} tokens (got {len(ids)}). Do shorten it."
             )
         return ids, len(words), ((unknown,) if unknown else ())
+
+    def pieces(self, text: bytes | None, length: int) -> list[Tensor]:
+        """Returns the sequences of up to `length` tokens that a text is cut into, all as long, what is left dropped."""
+        words, _ = self.tokens.known(needed("text", text))
+        room = min(max(1, length - len(self.tokens.before) - len(self.tokens.after)), len(words))
+        if not room:
+            raise self._too_short(0)
+        return [self.tokens.framed(part) for part in words.split(room) if len(part) == room]
+
+    def _too_short(self, count: int) -> ValueError:
+        least = "one token" if self.least == 1 else "two tokens"
+        return ValueError(f"Expected a text of at least {least} (got {count or 'none'}). Do pass a longer one.")
 
     def ends(self, target: str) -> tuple[list[str], list[int], tuple[str, ...]]:
         """Returns the one or two words of `WORD` or `RIGHT|WRONG`, their first tokens, and what is to be said of it."""
@@ -139,13 +159,13 @@ class Reader(ABC):
 class Causal(Reader):
     """A model that predicts the next token."""
 
-    what = "causal language model"
+    what, least = "a causal language model", 2
 
     def batches(self, text: bytes | None, length: int, limit: int) -> list[Batch]:
         words, _ = self.tokens.known(needed("text", text))
         length = min(length, len(words) - 1)
         if length < 1:
-            raise ValueError(f"Expected a text of at least two tokens (got {len(words)}). Do pass a longer one.")
+            raise self._too_short(len(words))
         windows = evaluation_batches(words, batch_size=BATCH, length=length, limit=limit)
         return [(self.given(inputs), targets) for inputs, targets in windows]
 
@@ -170,7 +190,7 @@ class Causal(Reader):
 class Masked(Reader):
     """A model that predicts hidden tokens from both sides."""
 
-    what = "masked language model"
+    what = "a masked language model"
 
     @property
     def _mask(self) -> int:
@@ -181,7 +201,7 @@ class Masked(Reader):
         words, _ = self.tokens.known(needed("text", text))
         room = min(max(1, length - len(self.tokens.before) - len(self.tokens.after)), len(words))
         if not room:
-            raise ValueError("Expected a text of at least one token (got none). Do pass a longer one.")
+            raise self._too_short(0)
         available = len(words) // room
         count = min(available, limit)
         starts = [number * available // count * room for number in range(count)]

@@ -12,7 +12,7 @@ import torch
 
 from gohgraph.analysis import edge_attribution, head_importance
 from gohgraph.analysis.attention_record import attention_modules
-from gohgraph.analysis.module_names import block_of, layer_of
+from gohgraph.analysis.module_names import block_of, named_blocks, of_layer
 from gohgraph.analysis.record import recordable
 from gohgraph.common.checks import there
 from gohgraph.common.command_line import ArgumentParser
@@ -25,8 +25,10 @@ from gohgraph.learning.cli.draw.sources import (
     chosen,
     length_of,
     named,
+    newest_of,
     of_weights,
     recorded,
+    said_of_cut,
     task_of,
     text_of,
 )
@@ -51,7 +53,7 @@ def draw_model(flags: argparse.Namespace) -> None:
     found = chosen(flags)
     name = "demo" if flags.demo else Path(flags.model).resolve().name
     chose = f", so it is shown --from {found.source}" if flags.source is None else ""
-    notes = [f"{found.why}{chose}"] if found.why else []
+    notes = [*newest_of(found.folder), *([f"{found.why}{chose}"] if found.why else [])]
     if flags.view == "attention":
         printed = _draw_attention(flags, there(found.reader), out, name)
     elif found.source == "graph":
@@ -73,12 +75,12 @@ def draw_model(flags: argparse.Namespace) -> None:
 
 def _draw_attention(flags: argparse.Namespace, reader: Reader, out: Path, name: str) -> str:
     """Draws what heads attend to in one window of the text, and returns what is to be printed."""
-    _check_layer(flags, attention_modules(reader.model))
+    of_layer(attention_modules(reader.model), flags.layer)
     task = task_of(flags, reader)
     heads = attended(reader, task.inputs)
     where = "".join(f", {of} {getattr(flags, of)}" for of in ("layer", "head") if getattr(flags, of) is not None)
     said = f"{name}: attention over {_amount([task.inputs])} of {named(flags, reader)}{where}"
-    notes: list[str] = []
+    notes = said_of_cut(flags, reader, task)
     _check_known(reader, text_of(flags, reader), notes)
     draw_attention(heads, flags.layer, flags.head, out, title=said if flags.title is None else flags.title)
     return f"{out}: {said}{_said(notes)}"
@@ -86,17 +88,17 @@ def _draw_attention(flags: argparse.Namespace, reader: Reader, out: Path, name: 
 
 def _draw_graph(flags: argparse.Namespace, reader: Reader, out: Path, name: str, notes: list[str]) -> str:
     """Draws the model's own graph and returns what is to be printed."""
-    _check_layer(flags, (block_of(name) for name in recordable(reader.model)[0]))
+    of_layer(named_blocks(map(block_of, recordable(reader.model)[0])), flags.layer)
     if flags.view == "film":
         training_steps(flags.model)
     length, shows_tokens = length_of(flags, reader), flags.view == "tokens" or flags.suffix == ".html"
     if shows_tokens and not reader.strings_known:
         if flags.view == "tokens":
             raise ValueError(
-                f"Expected a model that reads one text for --view tokens (got an {reader.what}). Do change the view."
+                f"Expected a model that reads one text for --view tokens (got {reader.what}). Do change the view."
             )
         shows_tokens = False
-        notes = [*notes, f"an {reader.what} has no single text to click on"]
+        notes = [*notes, f"{reader.what} has no single text to click on"]
 
     def batches_of(text: bytes | None) -> list[Batch]:
         return reader.batches(text, length, 1 if shows_tokens else max(1, flags.tokens // length))
@@ -115,7 +117,7 @@ def _draw_graph(flags: argparse.Namespace, reader: Reader, out: Path, name: str,
     write_graph(seen, flags, out)
     lines = [f"{out}: {said}{_said([*notes, *reader.notes(batches)])}"]
     lines += [f"\n{TABLE} strongest edges (by the mean of their weight)", _table(seen.network.strongest(TABLE))]
-    lines += [f"\n{TABLE} most important edges (by the estimated rise of the loss without them, in nats)"]
+    lines += [f"\n{TABLE} most important edges (by the estimated rise of the loss without them, {reader.unit})"]
     return "\n".join([*lines, _table(seen.network.strongest(TABLE, by="edge_importance"))])
 
 
@@ -123,13 +125,6 @@ def _amount(given: list[Inputs]) -> str:
     is_images = "pixel_values" in given[0]
     shapes = (inputs["pixel_values"].shape[:1] if is_images else inputs["input_ids"].shape for inputs in given)
     return f"{sum(shape.numel() for shape in shapes):,} {'images' if is_images else 'tokens'}"
-
-
-def _check_layer(flags: argparse.Namespace, blocks: Iterable[str]) -> None:
-    known = (layer_of(block) for block in blocks)
-    layers = sorted({layer for layer in known if layer is not None})
-    if flags.layer is not None and flags.layer not in layers:
-        raise ValueError(f"Expected a layer of {layers} (got {flags.layer}). Do choose one of them.")
 
 
 def _check_token(flags: argparse.Namespace, reader: Reader, batches: list[Batch]) -> None:
@@ -149,18 +144,25 @@ def _said(notes: Iterable[str]) -> str:
     return "".join(f"\n  {note}" for note in notes)
 
 
+def _named_edges(edges: list[dict[str, Any]]) -> list[str]:
+    """The first column of a table: layer.head of sender and receiver, all of one width."""
+    names = [f"{edge['sender']} -> {edge['receiver']}" for edge in edges]
+    return [f"  {name:<{max(18, *map(len, names), 0)}}" for name in names]
+
+
 def _network_table(edges: list[dict[str, Any]]) -> str:
-    lines = (f"  {e['sender'] + ' -> ' + e['receiver']:<18} {e['site']:<10} {e['mean']:>+10.4g}" for e in edges)
-    return "\n".join(lines)
+    named = zip(_named_edges(edges), edges, strict=True)
+    return "\n".join(f"{name} {edge['site']:<10} {edge['mean']:>+10.4g}" for name, edge in named)
 
 
 def _table(edges: list[dict[str, Any]]) -> str:
     """One line for each edge: layer.head of sender and receiver, where, and its numbers."""
-    lines = [f"  {'edge':<18} {'site':<10} {'mean':>8} {'sd':>8} {'share':>6} {'importance':>11}"]
-    for edge in edges:
+    width = len(max(_named_edges(edges), default="")) - 2
+    lines = [f"  {'edge':<{width}} {'site':<10} {'mean':>8} {'sd':>8} {'share':>6} {'importance':>11}"]
+    for name, edge in zip(_named_edges(edges), edges, strict=True):
         site = edge["site"] if max(other["round"] for other in edges) == 1 else f"{edge['site']} {edge['round']}"
         lines.append(
-            f"  {edge['sender'] + ' -> ' + edge['receiver']:<18} {site:<10} {edge['mean']:>+8.4f} {edge['std']:>8.4f} "
+            f"{name} {site:<10} {edge['mean']:>+8.4f} {edge['std']:>8.4f} "
             f"{edge['share']:>6.2f} {edge['edge_importance']:>+11.5f}"
         )
     return "\n".join(lines)

@@ -43,13 +43,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", help="a run folder or checkpoint, a converted model, a folder or hub name of transformers")
     add("--from", dest="source", choices=SOURCES, help="head graphs, weights, or attribution (default: what it has)")
-    add("--against", help="attribution: another text of as many tokens or its file, or mean or zero (default: zero)")
+    add("--against", help="attribution: a text as long or its file, zero (default), or mean (of a run's examples)")
     add("--target", help="attribution: a word, 'RIGHT|WRONG', a class or a translation (default: what it predicts)")
     add("--tokenizer", metavar="FOLDER", help="the tokenizer, where the model's folder has none (or a hub name)")
     add("--demo", action="store_true", help="needs no model: trains a small one for half a minute")
     add("--out", help="the file to write (default: heads.html, without bokeh heads.png)")
     add("--view", choices=VIEWS, help="what a picture shows (default: circle)")
-    add("--layer", type=int, help=f"this layer alone ({', '.join(OF_A_LAYER)})")
+    add("--layer", type=_layer, help=f"this layer, by its number or title, alone ({', '.join(OF_A_LAYER)})")
     add("--attention", action="store_true", help="what heads attend to: a picture of that, or a page that has it too")
     add("--head", type=int, help="this head alone, of --layer (attention)")
     add("--no-learned", action="store_true", help="weights, attribution: edges of head graphs count as parts of heads")
@@ -64,6 +64,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, help=f"tokens of a window, and of the text shown (default: up to {LENGTH})")
     add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     add("--open", action="store_true", help="open the file when it is written")
+
+
+def _layer(text: str) -> int | str:
+    """A layer's number or, where several layers have it, the title of an attention block."""
+    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def checked(flags: argparse.Namespace) -> Path:
@@ -132,6 +137,11 @@ def check_source(flags: argparse.Namespace, source: str) -> None:
     if source != "graph" and flags.view_given not in (None, "network", "attention"):
         raise ValueError(
             f"Expected --view network or attention for --from {source} (got {flags.view}). Do change it."
+        )
+    if source != "graph" and flags.layer is not None and flags.view != "attention":
+        raise ValueError(
+            f"Expected --layer with --attention for --from {source}, whose edges cross layers (got --layer "
+            f"{flags.layer}). Do drop it; a page (--out heads.html) chooses layers."
         )
     if source != "graph" and flags.view == "film":
         raise ValueError(f"Expected a picture, a page or a file for --from {source} (got a film). Do change --out.")

@@ -15,10 +15,10 @@ from gohgraph.analysis.recording import Recordings
 from gohgraph.common.hub import local_folder
 from gohgraph.convert import load_converted
 from gohgraph.convert.saving import is_converted
-from gohgraph.learning.checkpoints import load_own_model
+from gohgraph.learning.checkpoints import find_model, load_own_model
 from gohgraph.learning.cli.draw.flags import LENGTH, check_source
 from gohgraph.learning.data.corpus import PYTHON_DOCS, load_corpus
-from gohgraph.learning.readers.loading import is_stock, kind_of, load_reader, of_bytes, stock_class
+from gohgraph.learning.readers.loading import is_stock, kind_in, load_reader, of_bytes, stock_class
 from gohgraph.learning.readers.reader import Batch, Inputs, Reader, Task
 from gohgraph.learning.readers.tokens import NoTokenizerError
 from gohgraph.learning.regimes.demo import demo_model
@@ -79,8 +79,22 @@ def chosen(flags: argparse.Namespace) -> Chosen:
     why = _no_graph(reader, flags) if flags.source in (None, "graph") else ""
     if flags.source is not None:
         return Chosen(flags.source, reader, folder, why)
-    check_source(flags, "attribution" if why else "graph")
-    return Chosen("attribution" if why else "graph", reader, folder, why)
+    if not why:
+        check_source(flags, "graph")
+        return Chosen("graph", reader, folder)
+    try:
+        check_source(flags, "attribution")
+    except ValueError as error:
+        raise ValueError(f"{error} {flags.model}: {why}, so that it is shown --from attribution.") from error
+    return Chosen("attribution", reader, folder, why)
+
+
+def newest_of(folder: Path | None) -> list[str]:
+    """Returns what is to be said where a folder holds several runs or checkpoints, of which one is shown."""
+    if folder is None or is_stock(folder) or is_converted(folder):
+        return []
+    inside = find_model(folder).relative_to(folder)
+    return [] if str(inside) in (".", "model") else [f"it is the newest model in the folder, {inside}"]
 
 
 def text_of(flags: argparse.Namespace, reader: Reader) -> bytes | None:
@@ -155,11 +169,18 @@ def task_of(flags: argparse.Namespace, reader: Reader) -> Task:
     return reader.task(text, length, flags.target)
 
 
+def said_of_cut(flags: argparse.Namespace, reader: Reader, task: Task) -> list[str]:
+    """Returns what is to be said where the model reads less than the text that it is given."""
+    text = None if flags.text is None and flags.text_file is None else text_of(flags, reader)
+    whole = 0 if text is None else len(reader.tokens.known(text)[0])
+    return [f"the first {task.words} of the text's {whole} tokens are read"] if task.words < whole else []
+
+
 def attributed(flags: argparse.Namespace, reader: Reader, name: str) -> Network:
     """Returns the network of a model by attribution."""
     task = task_of(flags, reader)
     against = flags.against or "zero"
-    said_against = against
+    said_against, metric = against, task.metric
     if against in WORDS:
         other = against
     elif not task.words:
@@ -168,12 +189,13 @@ def attributed(flags: argparse.Namespace, reader: Reader, name: str) -> Network:
         file = Path(against)
         other = reader.other(file.read_bytes() if file.is_file() else against.encode(), task)
         said_against = file.name if file.is_file() else quoted(against)
+        metric = reader.metric_beside(task, other)
     learned = not flags.no_learned
-    network = attribution_graph(reader.model, task.inputs, against=other, metric=task.metric, learned=learned)
+    network = attribution_graph(reader.model, task.inputs, against=other, metric=metric, learned=learned)
     tokens = next(iter(task.inputs.values()))
     count = f"{tokens.shape[1]} tokens" if tokens.dim() == 2 and len(tokens) == 1 else f"{len(tokens)} examples"
     said = f"{name}: attribution to {task.said}, {count} of {named(flags, reader)} against {said_against}"
-    return Network(network, said, task.notes, task.inputs)
+    return Network(network, said, (*said_of_cut(flags, reader, task), *task.notes), task.inputs)
 
 
 def of_weights(folder: Path, name: str, learned: bool = True) -> Network:
@@ -197,13 +219,13 @@ def _of_stock(flags: argparse.Namespace, folder: Path) -> Chosen:
     if flags.source == "weights":
         check_source(flags, "weights")
         return Chosen("weights", None, folder)
-    if flags.source is None and kind_of(kind) is None:
+    if flags.source is None and kind_in(folder) is None:
         try:
             check_source(flags, "weights")
         except ValueError as error:
-            why = f"{kind} predicts nothing of a text, so that its weights alone are shown"
+            why = f"{kind} is not given one text, so that its weights alone are shown"
             raise ValueError(f"{error} {flags.model}: {why}.") from error
-        return Chosen("weights", None, folder, f"{no_graph}, and {kind} predicts nothing of a text")
+        return Chosen("weights", None, folder, f"{no_graph}, and {kind} is not given one text")
     check_source(flags, "attribution")
     try:
         reader = load_reader(folder, flags.tokenizer)

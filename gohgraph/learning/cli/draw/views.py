@@ -22,7 +22,7 @@ from gohgraph.drawing.film import save_film
 from gohgraph.drawing.layered import draw_network
 from gohgraph.drawing.matrices import draw_matrices
 from gohgraph.drawing.page import save_page
-from gohgraph.drawing.panels import of_layer
+from gohgraph.drawing.panels import of_one_layer
 from gohgraph.drawing.pruning import draw_pruning
 from gohgraph.drawing.tokens import draw_tokens
 from gohgraph.learning.checkpoints import load_own_model, training_steps
@@ -93,8 +93,8 @@ def _titled(flags: argparse.Namespace, title: str) -> str:
     return title if flags.title is None else flags.title
 
 
-def _of_layer(heads: Recordings, layer: int | None) -> Recordings:
-    return heads if layer is None else Recordings(of_layer(heads, layer), heads.token_strings)
+def _of_layer(heads: Recordings, layer: int | str | None) -> Recordings:
+    return heads if layer is None else Recordings(of_one_layer(heads, layer), heads.token_strings)
 
 
 def _circle(seen: Seen, flags: argparse.Namespace, out: Path) -> None:
