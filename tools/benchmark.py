@@ -6,6 +6,7 @@
     python tools/benchmark.py convert --kinds "forward and backward" decode --threads 1
     python tools/benchmark.py generate --threads 1
     python tools/benchmark.py rows --threads 1 2
+    python tools/benchmark.py operators --only length --sizes 0
     python tools/benchmark.py limits --threads 1 2
     python tools/benchmark.py attribution --sizes 12/12/768 --opponent --threads 1
     python tools/benchmark.py page
@@ -36,6 +37,7 @@ from benchmarks import (
     laws,
     limits,
     memory,
+    operators,
     page,
     quality,
     recipe,
@@ -64,6 +66,7 @@ COMMANDS = {
     "generate": generate,
     "limits": limits,
     "rows": rows,
+    "operators": operators,
     "counts": counts,
     "attribution": attribution,
     "page": page,

@@ -143,7 +143,8 @@ class Call(NamedTuple):
     @property
     def scaled_q(self) -> Tensor:
         """The queries as forms of scale 1/sqrt(D) take them."""
-        return self.q if self.scale is None else self.q * (self.scale * self.q.shape[-1] ** 0.5)
+        factor = 1.0 if self.scale is None else self.scale * self.q.shape[-1] ** 0.5
+        return self.q if factor == 1 else self.q * factor
 
     @property
     def is_compiling(self) -> bool:

@@ -27,9 +27,9 @@ FEWEST_ROWS, MOST_ROWS = 64, 128
 FEWEST_ROWS_OF_MAPS = 1024
 
 # From so many keys on, whole rows of a tile leave the cache, and messages between scores alone go over blocks of keys
-# (attention of 8 heads of 64 alone, forward and backward, processor time on one thread of a busy machine, as ratio to
-# torch's: 2,048 keys 1.99 -> 1.82, 4,096 1.66 -> 1.37 and in another run 2.02 -> 1.91, 8,192 2.71 -> 1.56).
-BLOCKS_FROM_KEYS = 2048
+# (attention alone, forward and backward, processor time on one thread of an AMD EPYC, to that of tiles: 8 heads of 64
+# over 512 keys 1.03, 1,024 0.90 and in another run 1.04; 16 of 32 over 1,024 0.88, 32 of 16 0.82, over 2,048 0.65).
+BLOCKS_FROM_KEYS = 1024
 
 
 class Tile(NamedTuple):
@@ -106,12 +106,12 @@ def tiled_attention(
         is_precise = q.dtype in (torch.float32, torch.float64)
         scores, weights = mixes
         is_long = weights is None and k.shape[1] >= BLOCKS_FROM_KEYS and is_precise
-        inputs = q * head_dim**-0.5, k.to(q.dtype), v.to(q.dtype)
+        k, v = k.to(q.dtype), v.to(q.dtype)
         if isinstance(scores, Tensor) and is_long:
             blocks = blocked_attention if blocks is None else blocks
-            return blocks(*inputs, scores, keep_mask, is_causal)
+            return blocks(q, k, v, scores, keep_mask, is_causal)
         tiles = _TiledAttention.apply if tiles is None else tiles
-        return tiles(*inputs, *mixes, keep_mask, is_causal)
+        return tiles(q * head_dim**-0.5, k, v, *mixes, keep_mask, is_causal)
 
 
 def tiles_of(batch: int, tokens: int, heads: int, keys: int, is_causal: bool) -> Iterator[Tile]:

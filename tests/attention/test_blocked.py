@@ -17,7 +17,7 @@ B, T, H, D = 2, 13, 6, 5
 @pytest.fixture(autouse=True)
 def blocks(monkeypatch):
     """Tiles of four queries and three keys from one key on; counts how often they run."""
-    for name, number in {"ROWS": 4, "FEWEST_KEYS": 3, "BLOCK_NUMBERS": 1}.items():
+    for name, number in {"ROWS": 8, "FEWEST_KEYS": 3, "NUMBERS": 1}.items():
         monkeypatch.setattr(blocked, name, number)
     monkeypatch.setattr(tiled, "BLOCKS_FROM_KEYS", 1)
     calls = []

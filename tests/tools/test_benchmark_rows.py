@@ -34,6 +34,18 @@ def test_threads_and_rounds_are_asked_for(tmp_path):
     assert {len(row["seconds"]) for row in found} == {3}
 
 
+def test_operators_of_a_row_beside_those_of_its_first_form(tmp_path, capsys):
+    tool, file = load_script("tools", "benchmark"), tmp_path / "operators.json"
+    arguments = ["operators", "--smoke", "--only", "output-heads", "drop-in", "--repeats", "1", "--json", str(file)]
+    assert tool.main(arguments) == 0
+    printed, found = capsys.readouterr().out, json.loads(file.read_text())["rows"]
+    assert [row["form"] for row in found] == ["plain", "output", "output-ring4", "torch", "score graph"]
+    assert printed.count("of the first") == 3 and "**drop-in**, torch" not in printed
+    plain, output = (row["operators"] for row in found[:2])
+    (_, products), (_, more) = plain["aten::addmm"], output["aten::addmm"]
+    assert found[1]["first"] == plain and more == products + 1 and "aten::tanh" not in plain
+
+
 def test_a_row_that_there_is_not(capsys):
     tool = load_script("tools", "benchmark")
     assert tool.main(["rows", "--only", "nothing"]) != 0
