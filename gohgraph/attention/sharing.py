@@ -51,17 +51,25 @@ def shared_out(work: Callable[[Task], Result], parts: Sequence[Task]) -> list[Re
     if len(parts) < 2:
         return [work(part) for part in parts]
     threads, begun = torch.get_num_threads(), threading.Barrier(len(parts) + 1)
+    is_inference = torch.is_inference_mode_enabled()
 
     def run(part: Task) -> Result:
         # A thread's first question makes it begin with the number that was set last anywhere, which is set back below.
         torch.get_num_threads()
         torch.set_num_threads(max(1, threads // len(parts)))
         begun.wait()
-        with torch.no_grad():
+        # Modes are of one thread, and what was made in inference mode can be written to within it alone.
+        with torch.inference_mode(is_inference), torch.no_grad():
             return work(part)
 
     with ThreadPoolExecutor(len(parts)) as pool:
-        futures = [pool.submit(run, part) for part in parts]
-        begun.wait()
-        torch.set_num_threads(threads)
+        try:
+            futures = [pool.submit(run, part) for part in parts]
+            begun.wait()
+        except BaseException:
+            # Where a thread could not start, or Ctrl-C came, the others would wait for ever.
+            begun.abort()
+            raise
+        finally:
+            torch.set_num_threads(threads)
         return [future.result() for future in futures]

@@ -83,3 +83,32 @@ def test_what_a_part_raises_is_raised():
     with pytest.raises(ValueError, match="part 0"):
         sharing.shared_out(work, [0, 1])
     assert torch.get_num_threads() == 2
+
+
+def test_inference_mode_holds_in_every_part():
+    torch.testing.assert_close(inferred(threads=2), inferred(threads=1), atol=1e-12, rtol=1e-12)
+
+
+@torch.inference_mode()
+def inferred(threads):
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, B, T, H, D, dtype=torch.float64)
+    return blocked_attention(q, k, v, torch.randn(B, T, H, H, dtype=torch.float64), None, True)
+
+
+def test_a_thread_that_cannot_start_leaves_none_waiting(monkeypatch):
+    torch.set_num_threads(3)
+    started, real = [], sharing.ThreadPoolExecutor.submit
+
+    def submit(pool, *arguments):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(real(pool, *arguments))
+        return started[0]
+
+    monkeypatch.setattr(sharing.ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        sharing.shared_out(lambda part: part, [0, 1, 2])
+    assert isinstance(started[0].exception(timeout=30), threading.BrokenBarrierError)
+    assert torch.get_num_threads() == 3

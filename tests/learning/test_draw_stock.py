@@ -88,7 +88,7 @@ def test_masked_models_have_masked_tokens(folders, tmp_path, capsys):
         (["--view", "circle", "--out", "x.png"], "Expected --view network"),
         (["--text", "heads"], "at least two"),
         (["--text", "heads talk", "--target", "sing|sing"], "Expected --target WORD"),
-        (["--text", "heads talk to heads", "--target", "sing", "--length", "2"], "Expected a text of up to --length 2 tokens"),
+        (["--text", "heads talk to heads", "--target", "sing", "--length", "2"], "a text of up to --length 2"),
         (["--text", "heads talk", "--against", "heads"], "Expected --against of 2 tokens"),
         (["--text", "heads talk", "--against", "mean"], "Expected several examples for against='mean' (got 1"),
         (["--text", "heads talk", "--layer", "1", "--out", "x.png"], "Expected --layer with --attention for --from at"),
