@@ -20,7 +20,7 @@ import torch
 
 import gohgraph as goh
 from gohgraph.analysis.faithfulness import Circuit, Faithfulness
-from gohgraph.analysis.prompts import repeated_tokens
+from gohgraph.analysis.prompts import Task, repeated_tokens
 from gohgraph.common.checks import check_int
 from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.common.files import write_whole
@@ -103,7 +103,7 @@ def _numbers(measured: Faithfulness) -> dict:
     } | {"shares": list(measured.shares)}
 
 
-def _without(model: torch.nn.Module, network: goh.HeadNetwork, task) -> dict:
+def _without(model: torch.nn.Module, network: goh.HeadNetwork, task: Task) -> dict:
     """The fall of the metric without the edges of a head: the first previous-token head, and others."""
     circuit = Circuit(model, network, task.inputs, task.against, task.metric)
     sends = network.edge_index[0].unique().tolist()
