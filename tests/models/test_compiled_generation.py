@@ -31,6 +31,7 @@ def prompts():
     return torch.randint(V, (B, T))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("graph", FITS)
 def test_compiled_steps_give_the_logits_and_tokens_of_eager_ones(graph, prompts):
     model = own_model(graph, positions="learned" if graph == "plain" else "rotary")
@@ -49,6 +50,7 @@ def test_compiled_steps_give_the_logits_and_tokens_of_eager_ones(graph, prompts)
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.compiles
 def test_every_length_has_one_of_two_programs(prompts, monkeypatch):
     monkeypatch.setattr(steps, "KEYS_AT_ONCE", 5)
     model = own_model("outputs")
@@ -60,6 +62,7 @@ def test_every_length_has_one_of_two_programs(prompts, monkeypatch):
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.compiles
 def test_sampling_draws_the_same_tokens(prompts):
     model = own_model("outputs")
     texts = []
@@ -69,6 +72,7 @@ def test_sampling_draws_the_same_tokens(prompts):
     assert torch.equal(*texts)
 
 
+@pytest.mark.compiles
 def test_values_of_the_tokens_themselves_are_read_where_they_stand(prompts):
     graphs = HeadGraphConfig(BaselineConfig("exclusive"))
     model = trained_like(LanguageModel(with_graphs(graphs, num_layers=1))).eval()
