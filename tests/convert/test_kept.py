@@ -323,7 +323,6 @@ def test_graphs_that_peft_has_copied_are_taken_out_and_counted_once(name, config
     torch.testing.assert_close(logits(adapted, input_ids=ids), before, rtol=0, atol=1e-6)
 
 
-@pytest.mark.compiles
 @pytest.mark.parametrize("name", ["llama", "bloom", "encoder"])
 def test_a_compiled_model_is_converted_and_compiled_anew(name):
     model = encoder().eval() if name == "encoder" else build(name)
@@ -340,7 +339,7 @@ def test_a_compiled_model_is_converted_and_compiled_anew(name):
     assert report.model is model and len(report.replaced) == 2
     moved(model)
     after = run(compiled)
-    assert torch.equal(after, run(model)) and (after - before).abs().max() > 1e-4
+    assert (after - run(model)).abs().max() < 1e-5 and (after - before).abs().max() > 1e-4
     assert goh.unconvert(compiled) is compiled and torch.equal(run(compiled), before)
 
 

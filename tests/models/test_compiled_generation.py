@@ -80,6 +80,7 @@ def test_values_of_the_tokens_themselves_are_read_where_they_stand(prompts):
     assert torch.equal(*texts)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("case", ["hook", "joined keys", "sharded"])
 def test_what_does_not_fit_is_refused(case, prompts):
     graphs = HeadGraphConfig(None, BaselineConfig("paired")) if case == "joined keys" else None
@@ -92,3 +93,9 @@ def test_what_does_not_fit_is_refused(case, prompts):
     said = {"hook": "forward hooks in 'decoder.layers.1'", "joined keys": "the keys of several heads"}
     with pytest.raises(ValueError, match=rf"can be compiled \(got .*{said.get(case, 'sharded or quantised')}.*Do gen"):
         model.generate(prompts, 2, compile="aot_eager")
+
+
+def test_an_old_torch_is_refused(prompts, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.0")
+    with pytest.raises(ValueError, match=r"Expected torch 2\.11 or newer to compile steps \(got 2\.9\.0\)"):
+        own_model("outputs").generate(prompts, 2, compile=True)

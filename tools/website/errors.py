@@ -13,7 +13,7 @@ BEGINS = "Expected "
 
 
 class Message(NamedTuple):
-    """A message as the source has it, with ... for every value, and the function, class or module it stands in."""
+    """A message as the source has it, with ... for every value, and the function, class or module of gohgraph it is in."""
 
     text: str
     place: str
@@ -21,7 +21,7 @@ class Message(NamedTuple):
 
 def messages(path: Path) -> Iterator[Message]:
     """Yields the messages of a file of the package in the order of the source."""
-    module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
     yield from _messages(ast.parse(path.read_text(encoding="utf-8")), module)
 
 
