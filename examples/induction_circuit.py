@@ -24,6 +24,7 @@ from gohgraph.analysis.prompts import Task, repeated_tokens
 from gohgraph.common.checks import check_int
 from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.common.files import write_whole
+from gohgraph.common.hub import local_folder
 
 SHOWN = 12
 
@@ -41,7 +42,8 @@ def study(flags: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     options = {} if flags.gguf is None else {"gguf_file": flags.gguf}
-    model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=torch.float32, **options)
+    folder = local_folder(flags.model, {})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     model.eval().requires_grad_(False)
     vocabulary = model.config.vocab_size
     shape = {"length": flags.length, "examples": flags.examples, "first": min(1000, vocabulary // 2)}

@@ -13,7 +13,7 @@ BEGINS = "Expected "
 
 
 class Message(NamedTuple):
-    """A message as the source has it, with ... for every value, and the function, class or module of gohgraph it is in."""
+    """A message as the source has it, with ... for every value, and where in gohgraph it stands."""
 
     text: str
     place: str
