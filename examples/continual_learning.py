@@ -103,7 +103,8 @@ class ContinualLearning(Script):
             )
 
     def train(self) -> None:
-        contests, results = self.contests(), {}
+        contests = self.contests()
+        results: dict[Run, dict[str, Any]] = {}
         limit = 20_000 if self.flags.smoke else 500_000
         text, *self.tasks = (load_domain(name, limit=limit) for name in (BASE, *TASKS))
         self.bases = {seed: self.train_base(text, seed) for seed in self.flags.seeds}
@@ -162,12 +163,12 @@ class ContinualLearning(Script):
         result = {
             "losses": losses.tolist(),
             "before": before,
-            "parameters": learner.model.size() if adapts else count_parameters(learner.model),
+            "parameters": learner.model.size() if isinstance(learner, PerTask) else count_parameters(learner.model),
             "average_loss": average_loss(losses),
             "backward_transfer": backward_transfer(losses),
             "forgetting": forgetting(losses),
         }
-        if adapts:
+        if isinstance(learner, PerTask):
             inferred = [learner.measure_inferred(task, prefix=max(2, flags.length // 4)) for task in tasks]
             result["inferred_loss"] = mean(values.mean().item() for values, _ in inferred)
             result["inferred"] = mean(share for _, share in inferred)
@@ -188,7 +189,7 @@ class ContinualLearning(Script):
     def report(self, results: dict[Run, dict[str, Any]]) -> None:
         """Prints and writes the table: means over seeds, with their standard deviations."""
         flags, points = self.flags, {run.name: run.point for run in results}
-        by_method = {name: [results[name, points[name], seed] for seed in flags.seeds] for name in flags.methods}
+        by_method = {name: [results[Run(name, points[name], seed)] for seed in flags.seeds] for name in flags.methods}
         untrained = mean_and_deviation([mean(result["before"]) for result in by_method[flags.methods[0]]])
         rows = [["base, untouched", "", "0", untrained, *[""] * (len(COLUMNS) - 1)]]
         for name, seeds in by_method.items():

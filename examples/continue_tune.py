@@ -37,7 +37,8 @@ from gohgraph.learning.contests.contest import Contest, Run
 from gohgraph.learning.contests.grid import Grid, Point
 from gohgraph.learning.contests.in_processes import InProcesses
 from gohgraph.learning.contests.matching import count_parameters
-from gohgraph.learning.data.corpus import load_corpus, sample_batch
+from gohgraph.learning.contests.results import too_short
+from gohgraph.learning.data.corpus import Corpus, load_corpus, sample_batch
 from gohgraph.learning.data.domains import DOMAINS, load_domain
 from gohgraph.learning.loop import TrainConfig, train
 from gohgraph.learning.readers.tokens import encoder_of
@@ -72,6 +73,8 @@ def tune(flags: argparse.Namespace) -> None:
     fill_in(flags, SMOKE if flags.smoke else FULL)
     if flags.steps < 2:
         raise ValueError(f"Expected --steps of at least 2 (got {flags.steps}). Do raise them.")
+    # What cannot be read is told before anything is trained.
+    _text(flags.data)
     folder = Path(flags.run)
     model = flags.model or _base(folder / "base", flags)
     common = {"model": str(model), "data": flags.data, "length": flags.length, "batch_size": flags.batch_size}
@@ -88,7 +91,13 @@ def tune(flags: argparse.Namespace) -> None:
     table = _table(by_variant, rates)
     write_text(folder / "table.md", table)
     draw_curves({name: seeds[0]["rows"] for name, seeds in by_variant.items()}, folder / "curves.png")
+    if short := too_short(flags.steps):
+        table += f"\n{short}\n"
     print(f"{table}\ncurves of seed {flags.seeds[0]}: {folder / 'curves.png'}")
+
+
+def _text(data: str) -> Corpus:
+    return load_domain(data) if data in DOMAINS else load_corpus(data)
 
 
 def _base(folder: Path, flags: argparse.Namespace) -> Path:
@@ -111,7 +120,7 @@ def _train(
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     start, encode = load_base(model)
-    corpus = load_domain(data) if data in DOMAINS else load_corpus(data)
+    corpus = _text(data)
     validation = encode(corpus.validation)
     batch = partial(sample_batch, encode(corpus.train), batch_size=batch_size, length=length, seed=seed)
 

@@ -30,6 +30,7 @@ from gohgraph.analysis.unit_network import OTHERS
 from gohgraph.common.checks import check_int
 from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.common.files import write_whole
+from gohgraph.common.hub import local_folder
 
 # The first half finds the circuit, the other measures it.
 SENTENCES = (
@@ -57,6 +58,7 @@ def study(flags: argparse.Namespace) -> None:
     torch.set_num_threads(flags.threads)
     from transformers import AutoModel
 
+    flags.model = local_folder(flags.model, {})
     model = AutoModel.from_pretrained(flags.model, dtype=torch.float32).eval().requires_grad_(False)
     found, held_out = (
         _pictures(model, flags, seed) if flags.pictures else _sentences(model, flags, seed) for seed in (0, 1)

@@ -20,10 +20,11 @@ import torch
 
 import gohgraph as goh
 from gohgraph.analysis.faithfulness import Circuit, Faithfulness
-from gohgraph.analysis.prompts import repeated_tokens
+from gohgraph.analysis.prompts import Task, repeated_tokens
 from gohgraph.common.checks import check_int
 from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.common.files import write_whole
+from gohgraph.common.hub import local_folder
 
 SHOWN = 12
 
@@ -41,7 +42,8 @@ def study(flags: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     options = {} if flags.gguf is None else {"gguf_file": flags.gguf}
-    model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=torch.float32, **options)
+    folder = local_folder(flags.model, {})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     model.eval().requires_grad_(False)
     vocabulary = model.config.vocab_size
     shape = {"length": flags.length, "examples": flags.examples, "first": min(1000, vocabulary // 2)}
@@ -103,7 +105,7 @@ def _numbers(measured: Faithfulness) -> dict:
     } | {"shares": list(measured.shares)}
 
 
-def _without(model: torch.nn.Module, network: goh.HeadNetwork, task) -> dict:
+def _without(model: torch.nn.Module, network: goh.HeadNetwork, task: Task) -> dict:
     """The fall of the metric without the edges of a head: the first previous-token head, and others."""
     circuit = Circuit(model, network, task.inputs, task.against, task.metric)
     sends = network.edge_index[0].unique().tolist()

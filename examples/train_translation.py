@@ -91,8 +91,8 @@ class TranslationTraining(Comparison):
         return self._batches(self.text.train, seed)
 
     def _batches(self, pairs: list[tuple[str, str]], seed: int = 0) -> PairBatches:
-        sides = [self.subwords.encode(side) for side in zip(*pairs, strict=True)]
-        return PairBatches(*sides, batch_size=self.flags.batch_size, seed=seed)
+        source, target = (self.subwords.encode(side) for side in zip(*pairs, strict=True))
+        return PairBatches(source, target, batch_size=self.flags.batch_size, seed=seed)
 
     def build(self, config: TransformerConfig) -> Transformer:
         return Transformer(config)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import json
 import os
 import sys
@@ -50,6 +51,7 @@ from benchmarks import (
 from benchmarks.timing import machine
 from tqdm import tqdm
 
+from gohgraph.common.checks import there
 from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.common.files import write_text_whole
 
@@ -118,7 +120,7 @@ def benchmark(command: ModuleType, flags: argparse.Namespace) -> None:
 def _parser(name: str) -> ArgumentParser:
     command, own = COMMANDS[name], "benchmark.py" if name == DEFAULT else f"benchmark.py {name}"
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = ArgumentParser(prog=own, description=command.__doc__.splitlines()[0], formatter_class=formatter)
+    parser = ArgumentParser(prog=own, description=_about(command), formatter_class=formatter)
     command.add_flags(parser)
     if name == DEFAULT:
         others = [other for other in COMMANDS if other != DEFAULT]
@@ -127,7 +129,11 @@ def _parser(name: str) -> ArgumentParser:
 
 
 def _summary(name: str) -> str:
-    return f"{COMMANDS[name].__doc__.splitlines()[0]}\n{_parser(name).format_usage()}"
+    return f"{_about(COMMANDS[name])}\n{_parser(name).format_usage()}"
+
+
+def _about(command: ModuleType) -> str:
+    return there(inspect.getdoc(command)).splitlines()[0]
 
 
 if __name__ == "__main__":

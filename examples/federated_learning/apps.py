@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from federation import Settings, make_client, make_shared
 
@@ -15,7 +16,7 @@ from gohgraph.learning.federated.server import federate
 
 def settings_of(context: Context) -> Settings:
     """Reads the run's configuration: the fields of `Settings` with dashes, defaults in pyproject.toml."""
-    given = {name.replace("-", "_"): value for name, value in context.run_config.items()}
+    given: dict[str, Any] = {name.replace("-", "_"): value for name, value in context.run_config.items()}
     return Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings) if field.name in given})
 
 

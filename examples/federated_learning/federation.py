@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gohgraph import HeadGraphConfig, LanguageModel, SiteConfig, TransformerConfig
+from gohgraph.common.checks import there
 from gohgraph.learning.contests.matching import count_parameters
 from gohgraph.learning.data.corpus import Corpus, evaluation_batches, sample_batch
 from gohgraph.learning.data.domains import DOMAINS, load_domain
@@ -113,7 +114,7 @@ def make_client(settings: Settings, number: int) -> Client:
         client_training(settings),
         rounds=settings.rounds,
         num_examples=len(text.train),
-        evaluate=lambda model: measure(model, text.validation, settings),
+        evaluate=partial(measure, text=text.validation, length=settings.length, windows=settings.windows),
         folder=Path(settings.folder) / "clients" / str(number),
     )
 
@@ -131,14 +132,13 @@ def client_training(settings: Settings) -> TrainConfig:
     )
 
 
-def measure(model: LanguageModel, text: Tensor, settings: Settings) -> dict[str, float]:
+def measure(model: nn.Module, text: Tensor, *, length: int, windows: int) -> dict[str, float]:
     """Returns the loss in nats per byte, and the share of bytes that are the likeliest of all."""
     loss, right, total = 0.0, 0, 0
-    windows = {"batch_size": 16, "length": settings.length, "limit": settings.windows}
-    for inputs, targets in evaluation_batches(text, **windows):
+    for inputs, targets in evaluation_batches(text, batch_size=16, length=length, limit=windows):
         output = model(inputs, targets=targets)
-        loss += output.cross_entropy.item() * targets.numel()
-        right += (output.logits.argmax(dim=-1) == targets).sum().item()
+        loss += there(output.cross_entropy).item() * targets.numel()
+        right += int((output.logits.argmax(dim=-1) == targets).sum())
         total += targets.numel()
     return {"validation_loss": loss / total, "accuracy": right / total}
 

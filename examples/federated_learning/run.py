@@ -119,7 +119,8 @@ class FederatedLearning(Script):
 
     def settings(self, seed: int, place: Path, method: str) -> Settings:
         """What server and clients agree on."""
-        given = {field.name: getattr(self.flags, field.name, None) for field in dataclasses.fields(Settings)}
+        names = [field.name for field in dataclasses.fields(Settings)]
+        given: dict[str, Any] = {name: getattr(self.flags, name, None) for name in names}
         given |= {"folder": str(place / method), "base": str(place / "base" / "model"), "method": method, "seed": seed}
         return Settings(**given | {"learning_rate": self.flags.client_learning_rate})
 
@@ -134,7 +135,7 @@ class FederatedLearning(Script):
             next_token_output,
             self.config(seed, self.flags.base_learning_rate, steps=self.flags.base_steps, device="cpu"),
             folder,
-            evaluate=lambda model: measure(model, text.validation, self.flags),
+            evaluate=partial(measure, text=text.validation, **self.values("length", "windows")),
             settings={"model": model.config.to_dict()},
             description=f"base: {BASE}",
         )

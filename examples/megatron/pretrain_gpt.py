@@ -36,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gohgraph import HeadGraphConfig
+from gohgraph.common.checks import there
 from gohgraph.common.command_line import ArgumentParser, run
 from gohgraph.common.files import read_json
 from gohgraph.drawing import draw_curves
@@ -215,7 +216,7 @@ class Pretraining:
             total += loss.detach()
         average_gradients(self.model.parameters(), self.data_ranks)
         tensor_ranks = parallel_state.get_tensor_model_parallel_group()
-        clip_gradients(self.model.parameters(), self.config.grad_clip, tensor_ranks)
+        clip_gradients(self.model.parameters(), there(self.config.grad_clip), tensor_ranks)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -232,7 +233,8 @@ class Pretraining:
         # With more ranks than batches some have none.
         losses = [torch.zeros(0, device=self.device)]
         for batch in self.validation[self.rank :: self.ranks]:
-            losses.append(self._loss(tuple(part.to(self.device) for part in batch)).mean(dim=1))
+            inputs, targets = (part.to(self.device) for part in batch)
+            losses.append(self._loss((inputs, targets)).mean(dim=1))
         self.model.train()
         return self._mean(torch.cat(losses))
 
@@ -248,7 +250,7 @@ class Pretraining:
 
     def _save(self) -> None:
         pending = self.folder.path / "checkpoints" / ".new" / WEIGHTS
-        on_first_rank(lambda: (self.folder.pending_checkpoint(), pending.mkdir()))
+        on_first_rank(lambda: (self.folder.pending_checkpoint() / WEIGHTS).mkdir())
         save_checkpoint(pending, self.model, self.optimizer)
         state, keep = {"seconds": self.seconds}, self.config.keep_checkpoints
         on_first_rank(lambda: self.folder.commit_checkpoint(self.step, state, keep=keep))
@@ -306,7 +308,8 @@ def load_data(flags: argparse.Namespace, folder: Path) -> tuple[Callable[[int], 
 
     def batch(dataset: GPTDataset, number: int) -> Batch:
         samples = [dataset[number * flags.batch_size + place] for place in range(flags.batch_size)]
-        return tuple(torch.stack([sample[part] for sample in samples]) for part in ("tokens", "labels"))
+        tokens, labels = (torch.stack([sample[part] for sample in samples]) for part in ("tokens", "labels"))
+        return tokens, labels
 
     return partial(batch, train), [batch(validation, number) for number in range(WINDOWS // flags.batch_size)]
 

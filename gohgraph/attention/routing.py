@@ -159,7 +159,8 @@ class HeadRouter(nn.Module):
         self._check(x, keep_mask)
         # A choice between close scores must not depend on the eight bits of bfloat16.
         kind = x.device.type
-        is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        # Meta tensors have no autocast. To ask torch whether a device has one is what older compilers cannot follow.
+        is_autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if is_autocast else nullcontext():
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             # One product for all three: in decoding, calls cost more than numbers.

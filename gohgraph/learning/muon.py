@@ -96,8 +96,10 @@ class Muon(Optimizer):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         gradients = [there(parameter.grad) for parameter in parameters]
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - mu)
-        ahead = [whole(tensor) for tensor in torch._foreach_lerp(gradients, momenta, mu)]
+        # One by one: not every torch knows the form for lists of sharded tensors.
+        for momentum, gradient in zip(momenta, gradients, strict=True):
+            momentum.lerp_(gradient, 1 - mu)
+        ahead = [whole(gradient.lerp(momentum, mu)) for gradient, momentum in zip(gradients, momenta, strict=True)]
         directions = orthogonalized(torch.stack(ahead)).unbind()  # P of [n, m]
         updates = [spread_as(parameter, update) for parameter, update in zip(parameters, directions, strict=True)]
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])

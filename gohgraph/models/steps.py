@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.cache import KeyValueCache, padded
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # Compiled steps read a whole number of so many keys, so that texts of about a length have one program.
 KEYS_AT_ONCE = 64
+# The oldest torch of those tried whose compiler follows attention in one graph.
+OLDEST = "2.11"
 
 
 class Steps:
@@ -49,8 +52,8 @@ class CompiledSteps(Steps):
         backend: of `torch.compile`.
 
     Raises:
-        ValueError: forward hooks in the model, which compiled programs pass by; weights that are sharded or quantised;
-            or scores over the keys of several heads, whose order is that of caches that grow.
+        ValueError: a torch before 2.11; forward hooks in the model, which compiled programs pass by; weights that are
+            sharded or quantised; or scores over the keys of several heads, whose order is that of caches that grow.
     """
 
     def __init__(
@@ -98,6 +101,11 @@ def _step(
 
 
 def _check_compiles(model: nn.Module) -> None:
+    if TorchVersion(torch.__version__) < OLDEST:
+        raise ValueError(
+            f"Expected torch {OLDEST} or newer to compile steps (got {torch.__version__}). Do upgrade it, or generate "
+            "without compile."
+        )
     for name, module in model.named_modules():
         reason = _why_eager(module)
         if reason:

@@ -159,6 +159,7 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(attention(x)[0], attention(x)[0])
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("site", ["output_graph", "score_graph"])
 def test_compiles_to_one_graph(site):

@@ -333,6 +333,7 @@ def test_wrong_values_are_refused(case):
         REFUSED[case]()
 
 
+@pytest.mark.compiles
 def test_an_exported_router_chooses_the_same_heads_of_any_number_of_tokens():
     router, x = make(dtype=torch.float32), torch.randn(2, 5, M)
     batch, tokens = torch.export.Dim("batch", max=8), torch.export.Dim("tokens", max=64)

@@ -65,6 +65,7 @@ def assert_sound(operators, given):
     torch.library.opcheck(operators.backward, (*outputs, torch.randn_like(outputs[0]), *known), test_utils=checks)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("site", ["scores", "both"])
 def test_compiled_tiles_are_those_of_eager_mode_at_every_length(site):
     torch.compiler.reset()
@@ -80,6 +81,7 @@ def test_compiled_tiles_are_those_of_eager_mode_at_every_length(site):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("from_keys", [1, 2048])
 def test_compiled_tiles_under_a_mask(monkeypatch, from_keys):
     torch.compiler.reset()
@@ -92,6 +94,7 @@ def test_compiled_tiles_under_a_mask(monkeypatch, from_keys):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.compiles
 def test_compiled_attention_over_many_keys_goes_over_blocks(monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr(tiled, "BLOCKS_FROM_KEYS", 15)
@@ -105,6 +108,7 @@ def test_compiled_attention_over_many_keys_goes_over_blocks(monkeypatch):
         assert any(name in str(node.target) for node in counter.graphs[-1].graph.nodes)
 
 
+@pytest.mark.compiles
 def test_torch_compile_chooses_tiles_where_eager_mode_does():
     torch.compiler.reset()
     module, counter = block(form=None, head_dim=16), CompileCounterWithBackend("aot_eager")
@@ -137,6 +141,7 @@ def test_second_gradients_are_refused():
         first.sum().backward()
 
 
+@pytest.mark.compiles
 def test_exported_programs_have_whole_maps(monkeypatch):
     module, x = block(form=None, head_dim=16).float().eval(), torch.randn(1, 300, H * 16)
     program = torch.export.export(module, (x,))

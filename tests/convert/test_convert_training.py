@@ -91,7 +91,7 @@ def test_low_rank_adapters_beside_head_graphs(order, tmp_path):
         assert len(report.replaced) == 2
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora" in name or "head_graphs" in name)
-    torch.testing.assert_close(logits(model.eval(), input_ids=ids), before, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(model.eval(), input_ids=ids), before, rtol=1e-6, atol=1e-6)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-2)
     losses = []
@@ -174,6 +174,7 @@ def test_a_folded_model_is_saved_as_any_other(tmp_path):
     torch.testing.assert_close(logits(loaded, input_ids=ids), before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 def test_compiling_in_one_graph():
     model, ids = far("llama"), tokens()

@@ -12,6 +12,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.torch_version import TorchVersion
 from transformers_models import BOTH, INTERFACE, OUTPUTS, OUTPUTS_ONLY, build, inputs_of
 
 import gohgraph as goh
@@ -154,6 +155,8 @@ def sharded(name):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_fsdp_shards_a_model_that_was_converted_on_meta(world):
+    if world > 1 and TorchVersion(torch.__version__) < "2.8":
+        pytest.skip("on CPUs fully_shard of torch 2.7 adds up gradients instead of averaging them, of any model")
     names = [*LAYERS] if world == 1 else ["llama", "t5"]
     for found in run_ranks(world, sharded_from_meta, names):
         assert len(found) == len(names) and all(off < 1e-5 for pair in found for off in pair)

@@ -373,6 +373,7 @@ def test_bfloat16_autocast():
     torch.testing.assert_close(y.float(), attention(x, x, x)[0], rtol=0, atol=3e-2)
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 def test_it_compiles_in_one_graph():
     attention = moved(GraphMultiheadAttention(20, 5, batch_first=True, output_graph=graph(5, 4, 20)))

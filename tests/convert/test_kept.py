@@ -339,7 +339,7 @@ def test_a_compiled_model_is_converted_and_compiled_anew(name):
     assert report.model is model and len(report.replaced) == 2
     moved(model)
     after = run(compiled)
-    assert torch.equal(after, run(model)) and (after - before).abs().max() > 1e-4
+    assert (after - run(model)).abs().max() < 1e-5 and (after - before).abs().max() > 1e-4
     assert goh.unconvert(compiled) is compiled and torch.equal(run(compiled), before)
 
 

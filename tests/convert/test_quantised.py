@@ -85,7 +85,7 @@ def test_a_quantised_model_takes_head_graphs_and_gives_them_back(way, tmp_path):
     model = WAYS[way](plain(), tmp_path / "plain")
     before = logits(model)
     report = goh.convert(model, BOTH, freeze_backbone=True)
-    assert len(report.replaced) == 2 and not report.unchecked and torch.equal(logits(model), before)
+    assert len(report.replaced) == 2 and not report.unchecked and (logits(model) - before).abs().max() < 1e-6
     graphs = {name: p for name, p in model.named_parameters() if "head_graphs" in name}
     assert {p.dtype for p in graphs.values()} == {torch.float32}
     assert (logits(moved(model)) - before).abs().max() > 1e-3

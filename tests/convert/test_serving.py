@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
+from torch.torch_version import TorchVersion
 from transformers_models import BOTH, DENSE, far
 
 import gohgraph as goh
@@ -16,6 +17,8 @@ ROUTED = goh.HeadGraphConfig(goh.SiteConfig(), goh.SiteConfig.ring(2), routing=M
 @pytest.mark.parametrize("config", [BOTH, DENSE, MOH], ids=["both", "scores", "routed"])
 @pytest.mark.parametrize("implementation", ["sdpa", "paged|eager"])
 def test_continuous_batching_writes_what_generate_writes(implementation, config):
+    if config is not MOH and TorchVersion(hf.__version__) < "5.24":
+        pytest.skip("before 5.24 attention itself fills the paged cache, with the keys of joined heads")
     model = far("llama", config)
     prompts = [[5, 6, 7, 8, 9], [11, 12], [21, 22, 23, 24, 25, 26, 27, 28]]
     # No token of the vocabulary ends a text: requests of unequal lengths run side by side to the end.

@@ -311,7 +311,8 @@ def changed(page, name, change):
 
 
 def column(page, source, name):
-    return page.evaluate(f"[...{model_of(source)}.data.{name}]")
+    # Points of a curve are arrays of their own, which older browsers' drivers hand over as dictionaries.
+    return page.evaluate(f"[...{model_of(source)}.data.{name}].map((one) => ArrayBuffer.isView(one) ? [...one] : one)")
 
 
 def pointed_at(page, figure, x, y, click=False):

@@ -121,6 +121,7 @@ def train(model, router, steps):
     return loads
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 def test_a_routed_attention_compiles_to_one_graph():
     graphs = HeadGraphConfig(SiteConfig.ring(3, top_edges=2), SiteConfig.ring(2), RoutingConfig(2, 2))

@@ -31,6 +31,7 @@ def prompts():
     return torch.randint(V, (B, T))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("graph", FITS)
 def test_compiled_steps_give_the_logits_and_tokens_of_eager_ones(graph, prompts):
     model = own_model(graph, positions="learned" if graph == "plain" else "rotary")
@@ -49,6 +50,7 @@ def test_compiled_steps_give_the_logits_and_tokens_of_eager_ones(graph, prompts)
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.compiles
 def test_every_length_has_one_of_two_programs(prompts, monkeypatch):
     monkeypatch.setattr(steps, "KEYS_AT_ONCE", 5)
     model = own_model("outputs")
@@ -60,6 +62,7 @@ def test_every_length_has_one_of_two_programs(prompts, monkeypatch):
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.compiles
 def test_sampling_draws_the_same_tokens(prompts):
     model = own_model("outputs")
     texts = []
@@ -69,6 +72,7 @@ def test_sampling_draws_the_same_tokens(prompts):
     assert torch.equal(*texts)
 
 
+@pytest.mark.compiles
 def test_values_of_the_tokens_themselves_are_read_where_they_stand(prompts):
     graphs = HeadGraphConfig(BaselineConfig("exclusive"))
     model = trained_like(LanguageModel(with_graphs(graphs, num_layers=1))).eval()
@@ -76,6 +80,7 @@ def test_values_of_the_tokens_themselves_are_read_where_they_stand(prompts):
     assert torch.equal(*texts)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("case", ["hook", "joined keys", "sharded"])
 def test_what_does_not_fit_is_refused(case, prompts):
     graphs = HeadGraphConfig(None, BaselineConfig("paired")) if case == "joined keys" else None
@@ -88,3 +93,9 @@ def test_what_does_not_fit_is_refused(case, prompts):
     said = {"hook": "forward hooks in 'decoder.layers.1'", "joined keys": "the keys of several heads"}
     with pytest.raises(ValueError, match=rf"can be compiled \(got .*{said.get(case, 'sharded or quantised')}.*Do gen"):
         model.generate(prompts, 2, compile="aot_eager")
+
+
+def test_an_old_torch_is_refused(prompts, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.0")
+    with pytest.raises(ValueError, match=r"Expected torch 2\.11 or newer to compile steps \(got 2\.9\.0\)"):
+        own_model("outputs").generate(prompts, 2, compile=True)

@@ -305,6 +305,7 @@ def test_a_translator_decodes_as_it_prefills():
     assert_equal_to(torch.cat(pieces, dim=1), model.decode(target, memory).x)
 
 
+@pytest.mark.compiles
 def test_a_stack_runs_under_the_compiler():
     stack = moved(Stack(config_of(CASES["mixed"], num_layers=2), "causal")).eval()
     x = torch.randn(B, 7, 30)

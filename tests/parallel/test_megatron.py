@@ -52,7 +52,8 @@ def scale():
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     yield
     MoEAuxLossAutoScaler.main_loss_backward_scale = kept
-    get_moe_layer_wise_logging_tracker().clear()
+    for logged in get_moe_layer_wise_logging_tracker().values():
+        logged["values"].zero_()
 
 
 def losses_of(model, mask=CAUSAL):

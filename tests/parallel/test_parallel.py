@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 from example_runs import logs
 from pairs import EXHAUSTIVE
 from parallel_checks import (
@@ -26,6 +27,7 @@ from parallel_checks import (
 )
 from planning.cost import Cluster, Workload, graph_cost, plain_cost
 from ranks import run_ranks
+from torch.torch_version import TorchVersion
 
 from gohgraph.parallel import ParallelConfig, plan_exchange
 from gohgraph.parallel.ranks import lost_ranks
@@ -87,9 +89,15 @@ CALLS = {
 }
 
 
+def _needs_new_torch():
+    if TorchVersion(torch.__version__) < "2.13":
+        pytest.skip("sharded tensors of older torch lack operators, or add other gradients up (docs/limits.md)")
+
+
 @pytest.fixture(scope="module")
 def found(request):
     """The number of ranks, and of each of their calls what every rank gave, from one group: to start it takes long."""
+    _needs_new_torch()
     calls = CALLS[request.param]
     return request.param, list(zip(calls, zip(*run_ranks(request.param, all_of, calls), strict=True), strict=True))
 
@@ -130,6 +138,7 @@ def losses(folder):
 
 
 def test_a_run_goes_on_at_another_number_of_ranks_and_after_one_is_lost(tmp_path):
+    _needs_new_torch()
     whole = tmp_path / "whole"
     assert [code for code, _ in train(2, whole)] == [0, 0]
     expected = losses(whole)

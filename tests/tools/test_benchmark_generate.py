@@ -37,6 +37,7 @@ def test_all_are_of_one_size_and_generate_as_many_tokens(prompts):
         assert call.work().shape == (CASE.batch, CASE.prompt + 5), name
 
 
+@pytest.mark.compiles
 def test_tokens_a_second_are_told_for_every_model(tmp_path, capsys):
     tool, file = load_script("tools", "benchmark"), tmp_path / "out.json"
     asked = ["plain", "output graph", "minimal"]

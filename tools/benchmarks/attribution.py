@@ -109,9 +109,9 @@ def _cases(flags: argparse.Namespace) -> list[list[Case]]:
 def _numbers(text: str) -> list[int]:
     layers, _, rest = text.partition("/")
     heads, _, d_model = rest.partition("/")
-    width, heads = numbers_of(f"{d_model}/{heads}", "d_model/heads", "768/12 (12/12/768)")
+    width, number = numbers_of(f"{d_model}/{heads}", "d_model/heads", "768/12 (12/12/768)")
     check_int("layers of --sizes", int(layers) if layers.isdecimal() else 0, low=2)
-    return [int(layers), heads, width]
+    return [int(layers), number, width]
 
 
 def _measured(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
@@ -220,8 +220,8 @@ def _streamed(flags: argparse.Namespace) -> list[dict[str, Any]]:
     try:
         total = write_folder(folder, shape)
         print(f"{total / 2**30:.1f} GiB of weights in {folder}")
-        size = {"layers": shape.layers, "heads": shape.heads, "d_model": shape.d_model}
-        case = Case("streamed composition", OURS, **size, threads=flags.threads, folder=str(folder))
+        size = (shape.layers, shape.heads, shape.d_model)
+        case = Case("streamed composition", OURS, *size, threads=flags.threads, folder=str(folder))
         return _measured([case], flags.repeats)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -231,7 +231,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Returns the Markdown table: mean and 95 % interval over rounds, and ratios to gohgraph's."""
     head = ["layers x heads", "what", "edges", "by", "CPU time in s", "peak in MiB", "process in MiB", "time", "memory",
             "difference"]  # fmt: skip
-    lines, ours = [], {}
+    lines: list[list[str]] = []
+    ours: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         place = (row["layers"], row["heads"], row["d_model"], row["kind"])
         ours.setdefault(place, row)

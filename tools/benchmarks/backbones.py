@@ -61,9 +61,9 @@ class Llama:
         config = LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=case.d_model, intermediate_size=4 * case.d_model,
             num_hidden_layers=case.num_layers, num_attention_heads=case.num_heads, num_key_value_heads=case.num_heads,
-            max_position_embeddings=max(64, case.tokens, case.past + 1), attn_implementation="sdpa",
+            max_position_embeddings=max(64, case.tokens, case.past + 1),
         )  # fmt: skip
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
 
     def forward(self, model: nn.Module, tokens: Tensor) -> object:
         """Runs the model."""
@@ -96,7 +96,7 @@ class Own:
 
     def build(self, case: Case) -> nn.Module:
         """Returns a model with random weights."""
-        parts = {"activation": "swiglu", "norm": "rms", "bias": False, "tie_embeddings": False}
+        parts: dict[str, Any] = {"activation": "swiglu", "norm": "rms", "bias": False, "tie_embeddings": False}
         config = TransformerConfig(
             VOCABULARY, case.d_model, case.num_heads, num_layers=case.num_layers, d_ff=4 * case.d_model, qk_norm=False,
             **parts,
@@ -113,6 +113,7 @@ class Own:
 
     def prefill(self, model: nn.Module, tokens: Tensor) -> Any:
         """Returns filled caches, of every layer."""
+        assert isinstance(model, LanguageModel)
         caches = model.decoder.new_caches()
         model(tokens, caches=caches)
         return caches

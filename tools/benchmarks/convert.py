@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks.backbones import BACKBONES, VOCABULARY, Backbone, Case
 from benchmarks.flags import add_shared_flags, check_shared_flags, numbers_of, place
 from benchmarks.timing import WARM_UP, Call, interleaved, ratios
-from gohgraph.common.checks import check_int
+from gohgraph.common.checks import check_int, there
 from gohgraph.common.tables import markdown_table
 from gohgraph.convert import convert
 from gohgraph.graphs.config import HeadGraphConfig
@@ -125,7 +125,7 @@ def cases(flags: argparse.Namespace) -> list[Case]:
     check_int("--past", flags.past, low=1)
     flags.only = [name for name in VARIANTS if name == "plain" or name in flags.only]
     sizes = flags.sizes or (SMOKE_SIZES if flags.smoke else DEFAULT_SIZES)
-    found = [Case(*numbers_of(text, FORM, DEFAULT_SIZES[0]), flags.past) for text in sizes]
+    found = [Case(*numbers_of(text, FORM, DEFAULT_SIZES[0]))._replace(past=flags.past) for text in sizes]
     if min(case.tokens for case in found) < 2:
         raise ValueError(f"Expected at least 2 tokens, to tell the next one (got sizes {sizes}). Do pass more.")
     return found
@@ -139,7 +139,7 @@ def calls(case: Case, flags: argparse.Namespace) -> int:
 def measure(case: Case, flags: argparse.Namespace, progress: tqdm) -> list[dict[str, Any]]:
     """Returns one row of measurements for every plain model and each converted one, for each kind of call."""
     progress.set_description(f"{case.d_model}/{case.num_heads}/{case.num_layers} tokens {case.tokens}")
-    models = {}
+    models: dict[tuple[str, str], nn.Module] = {}
     for backbone in flags.models:
         torch.manual_seed(0)
         plain = BACKBONES[backbone].build(case).to(**place(flags))
@@ -184,5 +184,5 @@ def converted(plain: nn.Module, config: HeadGraphConfig | None) -> nn.Module:
     for module in model.modules():
         if isinstance(module, HeadGraphConv):
             nn.init.normal_(module.edges.bias, std=0.1)
-            nn.init.normal_(module.edges.weight, std=0.1 * module.edges.context_dim**-0.5)
+            nn.init.normal_(there(module.edges.weight), std=0.1 * module.edges.context_dim**-0.5)
     return model

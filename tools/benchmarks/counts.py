@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -28,6 +28,7 @@ from benchmarks.backbones import BACKBONES, Case
 from benchmarks.convert import VARIANTS as CONVERTED
 from benchmarks.convert import Decode as DecodeModel
 from benchmarks.convert import converted
+from benchmarks.decoding import attention_of
 from benchmarks.forms import Size, build
 from benchmarks.speed import Decode, Step
 from gohgraph.common.files import write_text_whole
@@ -102,17 +103,22 @@ def counted(call: Callable[[], object]) -> Counts:
 
 def trained(name: str, form: str | None = None, size: Size = SIZE) -> Counts:
     """Counts a training step of a block; `form` asks for one of attention, by its name."""
-    layer = build(name, size)
-    layer.attention.object.form = form or layer.attention.object.form
+    layer = _built(name, form, size)
     x, grad = torch.randn(2, size.batch, size.length, size.d_model)  # [B, T, M] each
     return _counted_step(Step(layer, "block", "forward+backward", x.requires_grad_(), grad))
 
 
 def decoded(name: str, form: str | None = None) -> Counts:
     """Counts the step of a block that adds one token to its cache."""
-    layer = build(name, SIZE)
-    layer.attention.object.form = form or layer.attention.object.form
+    layer = _built(name, form, SIZE)
     return _counted_step(Decode(layer, "block", torch.randn(SIZE.batch, SIZE.length, SIZE.d_model)))
+
+
+def _built(name: str, form: str | None, size: Size) -> nn.Module:
+    layer = build(name, size)
+    if form is not None:
+        attention_of(layer).form = form
+    return layer
 
 
 def decoded_by_model(backbone: str, variant: str) -> Counts:

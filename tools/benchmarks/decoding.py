@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Call
+from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.cache import KeyValueCache
 from gohgraph.graphs.config import HeadGraphConfig, RoutingConfig
 from gohgraph.graphs.site_config import SiteConfig
@@ -64,7 +65,7 @@ def build(variant: Variant | None, case: Case, seed: int = 0) -> EncoderLayer:
         2
     """
     # No rotary positions: the same cost in every row. The feed-forward is not run.
-    shape = {"num_layers": 1, "d_ff": 1, "positions": "learned", "qk_norm": False}
+    shape: dict[str, Any] = {"num_layers": 1, "d_ff": 1, "positions": "learned", "qk_norm": False}
     config = TransformerConfig(1, case.d_model, case.num_heads, **shape)
     torch.manual_seed(seed)
     layer = plain = EncoderLayer(config, causal=True)
@@ -73,13 +74,20 @@ def build(variant: Variant | None, case: Case, seed: int = 0) -> EncoderLayer:
         graphs = HeadGraphConfig(outputs, routing=budget(case.num_heads, variant.percent))
         layer = EncoderLayer(replace(config, head_graph=graphs), causal=True)
         layer.load_state_dict(plain.state_dict(), strict=False)
-        layer.attention.object.form = SKIPPING[variant.skipping]
+        attention_of(layer).form = SKIPPING[variant.skipping]
     for key, parameter in layer.named_parameters():
         if ".edges." in key:
             nn.init.normal_(parameter, std=0.02)
         elif ".router." in key:
             nn.init.normal_(parameter, std=case.d_model**-0.5)
     return layer.eval()
+
+
+def attention_of(layer: nn.Module) -> MultiHeadAttention:
+    """Returns the self attention of a layer of ours."""
+    attention = layer.get_submodule("attention.object")
+    assert isinstance(attention, MultiHeadAttention)
+    return attention
 
 
 def filled_cache(keys: Tensor, values: Tensor) -> KeyValueCache:

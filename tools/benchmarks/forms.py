@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.decoding import budget
+from benchmarks.decoding import attention_of, budget
+from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.kernels.mixed_attention import kernel_refuses
 from gohgraph.convert.fold import fold
 from gohgraph.graphs.baselines.presets import MIXING
@@ -64,14 +65,15 @@ class TorchLayer(nn.Module):
             size.d_model, size.num_heads, 4 * size.d_model, 0.0, "gelu", batch_first=True, norm_first=True
         )
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(size.length))
-        attention, feed_forward = plain.attention.object, plain.feed_forward.object
+        attention = attention_of(plain)
         projections = (attention.query, attention.key, attention.value)
         with torch.no_grad():
             own.self_attn.in_proj_weight.copy_(torch.cat([linear.weight for linear in projections]))  # [3*M, M]
             own.self_attn.in_proj_bias.copy_(torch.cat([linear.bias for linear in projections]))  # [3*M]
         theirs = (own.self_attn.out_proj, own.norm1, own.norm2, own.linear1, own.linear2)
-        ours = (attention.output, plain.attention.norm, plain.feed_forward.norm, feed_forward.inner, feed_forward.outer)
-        for target, source in zip(theirs, ours, strict=True):
+        ours = ("attention.object.output", "attention.norm", "feed_forward.norm", "feed_forward.object.inner",
+                "feed_forward.object.outer")  # fmt: skip
+        for target, source in zip(theirs, map(plain.get_submodule, ours), strict=True):
             target.load_state_dict(source.state_dict())
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
@@ -92,7 +94,7 @@ class XAttention(nn.Module):
         talking: talking heads before and after the softmax, on materialised maps.
     """
 
-    def __init__(self, ours: nn.Module, *, talking: bool = False) -> None:
+    def __init__(self, ours: MultiHeadAttention, *, talking: bool = False) -> None:
         super().__init__()
         try:
             from x_transformers.x_transformers import Attention
@@ -119,7 +121,7 @@ class XLayer(nn.Module):
     def __init__(self, plain: EncoderLayer, *, talking: bool = False) -> None:
         super().__init__()
         self.residual, self.feed_forward = plain.attention, plain.feed_forward
-        self.residual.object = XAttention(self.residual.object, talking=talking)
+        self.residual.object = XAttention(attention_of(plain), talking=talking)
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """The whole block, `[B, T, M]`."""
@@ -174,7 +176,7 @@ def build(name: str, size: Size) -> nn.Module:
     """
     variant = VARIANTS[name]
     # No rotary positions, as in torch's layer: the same cost in every form, they would flatter the ratios.
-    shape = {"d_ff": 4 * size.d_model, "positions": "learned", "qk_norm": False}
+    shape: dict[str, Any] = {"d_ff": 4 * size.d_model, "positions": "learned", "qk_norm": False}
     config = TransformerConfig(1, size.d_model, size.num_heads, **shape)
     torch.manual_seed(0)
     plain = EncoderLayer(config, causal=True)
@@ -188,6 +190,6 @@ def build(name: str, size: Size) -> nn.Module:
     for key, parameter in layer.named_parameters():
         if ".edges." in key or ".router." in key:
             nn.init.normal_(parameter, std=0.02)
-    layer.attention.object.form = variant.form
-    variant.change(layer.attention.object)
+    attention_of(layer).form = variant.form
+    variant.change(attention_of(layer))
     return layer

@@ -13,8 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,9 @@ from gohgraph.graphs.site_config import SiteConfig
 from gohgraph.models.config import TransformerConfig
 from gohgraph.models.models import LanguageModel
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
 VOCABULARY = 1000
 DEFAULT_SIZES, SMOKE_SIZES = ("128/8/4/512/128/1", "512/8/6/1408/512/1"), ("24/4/2/16/7/1",)
 FORM = "d_model/heads/layers/d_ff/prompt/batch"
@@ -42,6 +44,7 @@ OURS = {
 }
 OTHERS = ("minimal", "Llama")
 Generate = Callable[[Tensor, int], Tensor]
+Model = Union[LanguageModel, MinimalModel, "LlamaForCausalLM"]
 
 
 class Case(NamedTuple):
@@ -108,7 +111,7 @@ def measure(case: Case, flags: argparse.Namespace, progress: tqdm) -> list[dict[
     steps = {name: Generation(generating(model), prompts, flags.new) for name, model in models.items()}
     for name in OURS if flags.compile else ():
         if name in models:
-            function = partial(models[name].generate, temperature=0, compile=flags.compile)
+            function = generating(models[name], compile=flags.compile)
             steps[f"{name}, compiled"] = Generation(function, prompts, flags.new)
     seconds = interleaved(steps, flags.repeats, progress)
     rows = []
@@ -131,7 +134,7 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
     return [markdown_table(lines, f"**{rows[0]['new']} tokens after the prompt**, {size}")]
 
 
-def build(name: str, case: Case, new: int) -> nn.Module:
+def build(name: str, case: Case, new: int) -> Model:
     """Returns a model by its name, with random weights, edges moved from zero; ours share those of the plain one.
 
     Raises:
@@ -139,8 +142,8 @@ def build(name: str, case: Case, new: int) -> nn.Module:
     """
     if name == "Llama":
         return _llama(case, new)
-    sizes = {"d_model": case.d_model, "num_heads": case.num_heads, "num_layers": case.num_layers, "d_ff": case.d_ff}
-    parts = {"activation": "swiglu", "norm": "rms", "bias": False, "qk_norm": False}
+    sizes: dict[str, Any] = dict(zip(("d_model", "num_heads", "num_layers", "d_ff"), case[:4], strict=True))
+    parts: dict[str, Any] = {"activation": "swiglu", "norm": "rms", "bias": False, "qk_norm": False}
     torch.manual_seed(0)
     plain = LanguageModel(TransformerConfig(VOCABULARY, **sizes, **parts))
     if name == "minimal":
@@ -153,17 +156,17 @@ def build(name: str, case: Case, new: int) -> nn.Module:
     return model
 
 
-def generating(model: nn.Module) -> Generate:
-    """Returns a function that continues prompts greedily by so many tokens."""
+def generating(model: Model, *, compile: bool | str = False) -> Generate:
+    """Returns a function that continues prompts greedily by so many tokens; our models may `compile` their steps."""
     if isinstance(model, LanguageModel):
-        return lambda prompts, new: model.generate(prompts, new, temperature=0)
+        return lambda prompts, new: model.generate(prompts, new, temperature=0, compile=compile)
     if isinstance(model, MinimalModel):
         return model.generate
     # No token ends a text: all generate as many.
     return lambda prompts, new: model.generate(prompts, max_new_tokens=new, do_sample=False, eos_token_id=None)
 
 
-def _llama(case: Case, new: int) -> nn.Module:
+def _llama(case: Case, new: int) -> LlamaForCausalLM:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:

@@ -56,9 +56,10 @@ def run(flags: argparse.Namespace) -> None:
         numbers = [int(part) if part.isdecimal() else 0 for part in text.split("/")]
         if len(numbers) != 2 or min(numbers) < 1:
             raise ValueError(f"Expected heads/head_dim (got {text!r}). Do pass e.g. 8/64.")
-        for usage in usages(*numbers, flags.dtype, flags.capability):
-            cells = (f"{usage.shared / 2**10:.0f} KiB", usage.registers, f"{usage.spilled} B", usage.products)
-            lines.append([text, usage.kernel, *cells])
+        heads, head_dim = numbers
+        for usage in usages(heads, head_dim, flags.dtype, flags.capability):
+            sizes = (f"{usage.shared / 2**10:.0f} KiB", str(usage.registers), f"{usage.spilled} B")
+            lines.append([text, usage.kernel, *sizes, str(usage.products)])
     print(markdown_table(lines, f"**{flags.dtype}, causal**, compute capability {flags.capability / 10}"))
 
 
@@ -106,4 +107,5 @@ def _registers(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command: list[Any] = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return tuple(int(re.search(rf"{name}:(\d+)", shown).group(1)) for name in ("REG", "STACK"))
+    registers, stack = (int(number) for name in ("REG", "STACK") for number in re.findall(rf"{name}:(\d+)", shown)[:1])
+    return registers, stack

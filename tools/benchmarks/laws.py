@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.power_laws import Curve, compute_ratios, geometric, trend
 from benchmarks.quality_report import COLOURS
@@ -20,6 +20,9 @@ from benchmarks.statistics import interval
 from gohgraph.common.files import read_json, write_text_whole
 from gohgraph.common.tables import markdown_table
 from gohgraph.drawing.figures import INK, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PLAIN = "plain"
 # By variant, its entry in the results of each size, the smallest first.
@@ -96,7 +99,7 @@ def laws_table(sizes: Sizes, curves: dict[str, Curve], task: str) -> str:
     return markdown_table(rows, f"**{task}**: loss against compute, {computes} operations, {seeds} seeds")
 
 
-def draw_laws(curves: dict[str, Curve], path: Path, measure: str):
+def draw_laws(curves: dict[str, Curve], path: Path, measure: str) -> Figure:
     """Draws every variant's mean loss against compute, both in logarithms.
 
     Returns:

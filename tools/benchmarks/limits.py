@@ -108,7 +108,7 @@ def measure(threads: int, flags: argparse.Namespace, progress: tqdm) -> list[dic
     """Returns a row for each of the two limits and for each form."""
     progress.set_description(f"{threads} threads")
     torch.set_num_threads(threads)
-    limits = {
+    limits: dict[str, Product | Read] = {
         "sgemm": Product(SMOKE_SIDE if flags.smoke else SIDE), "read": Read(SMOKE_NUMBERS if flags.smoke else NUMBERS)
     }  # fmt: skip
     works = _works(flags.smoke)
@@ -161,9 +161,9 @@ def _works(smoke: bool) -> dict[str, tuple[Call, Work]]:
     works: dict[str, tuple[Call, Work]] = {}
     for name, (form, size) in (SMOKE_TRAINED if smoke else TRAINED).items():
         x, grad = torch.randn(2, size.batch, size.length, size.d_model)  # [B, T, M] each
-        step = Step(build(form, size), "block", "forward+backward", x.requires_grad_(), grad)
+        training = Step(build(form, size), "block", "forward+backward", x.requires_grad_(), grad)
         title = f"{name}, {'/'.join(map(str, size))}"
-        works[title] = step, trained_work(size, mixes=form != "plain")
+        works[title] = training, trained_work(size, mixes=form != "plain")
     for case in SMOKE_DECODED if smoke else DECODED:
         model = generate.build("plain", case, 1)
         step = Decode(BACKBONES["own"], model, torch.zeros(case.batch, 1, dtype=torch.long), case.prompt)

@@ -46,9 +46,9 @@ def measure(grid: Grid, flags: argparse.Namespace, progress: tqdm) -> list[dict[
         progress.set_description(f"{grid.axis} {size._asdict()[grid.axis]}")
         x, grad = torch.randn(2, size.batch, size.length, size.d_model, **place(flags))  # [B, T, M] each
         x.requires_grad_()
-        found = []
+        found: list[dict[str, Any]] = []
         for name in forms_at(size, flags.only):
-            row = {"axis": grid.axis, "size": size._asdict(), "variant": name}
+            row: dict[str, Any] = {"axis": grid.axis, "size": size._asdict(), "variant": name}
             for mode, passes in MODES.items():
                 step = Step(build(name, size).to(**place(flags)), "block", passes, x, grad)
                 # The first call may allocate what stays.

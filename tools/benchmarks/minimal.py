@@ -47,11 +47,12 @@ class MinimalModel(nn.Module):
         config = model.config
         self.config, self.embedding = config, model.embedding.tokens
         sizes = (config.d_model, config.num_heads, config.d_ff)
-        self.layers = nn.ModuleList(MinimalLayer(*sizes) for _ in range(config.num_layers))
+        layers = [MinimalLayer(*sizes) for _ in range(config.num_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm, self.length = model.decoder.norm, length
         angles = torch.arange(length).unsqueeze(1) * 10000.0 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
         self.cos, self.sin = angles.cos(), angles.sin()  # [S, D/2]
-        for own, layer in zip(self.layers, model.decoder.layers, strict=True):
+        for own, layer in zip(layers, model.decoder.layers, strict=True):
             _copy_weights(own, layer)
 
     def new_caches(self, batch: int) -> Tensor:
@@ -85,10 +86,10 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _copy_weights(own: MinimalLayer, layer: nn.Module) -> None:
-    attention, feed_forward = layer.attention.object, layer.feed_forward.object
-    own.qkv.weight.copy_(torch.cat([linear.weight for linear in (attention.query, attention.key, attention.value)]))
-    own.inner.weight.copy_(torch.cat((feed_forward.inner.weight, feed_forward.gate.weight)))
-    own.output.weight.copy_(attention.output.weight)
-    own.outer.weight.copy_(feed_forward.outer.weight)
-    own.before_attention.weight.copy_(layer.attention.norm.weight)
-    own.before_feed_forward.weight.copy_(layer.feed_forward.norm.weight)
+    weight = {name.removesuffix(".weight"): parameter for name, parameter in layer.named_parameters()}
+    own.qkv.weight.copy_(torch.cat([weight[f"attention.object.{name}"] for name in ("query", "key", "value")]))
+    own.inner.weight.copy_(torch.cat([weight[f"feed_forward.object.{name}"] for name in ("inner", "gate")]))
+    own.output.weight.copy_(weight["attention.object.output"])
+    own.outer.weight.copy_(weight["feed_forward.object.outer"])
+    own.before_attention.weight.copy_(weight["attention.norm"])
+    own.before_feed_forward.weight.copy_(weight["feed_forward.norm"])

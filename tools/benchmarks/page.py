@@ -27,7 +27,7 @@ from tqdm import tqdm
 import gohgraph as goh
 from benchmarks.flags import add_round_flags, check_round_flags
 from benchmarks.timing import machine
-from gohgraph.common.checks import check_int
+from gohgraph.common.checks import check_int, there
 from gohgraph.common.files import write_text_whole
 from gohgraph.common.packages import needs
 from gohgraph.common.tables import markdown_table
@@ -105,12 +105,12 @@ def write_page(file: Path, size: str, tokens: int) -> None:
         raise ValueError(f"Expected LAYERS/HEADS, 2 or more of each (got {size!r}). Do pass e.g. 12/32.")
     layers, heads = parts
     torch.manual_seed(0)
-    shape = {"d_model": HEAD_DIM * heads, "num_heads": heads, "num_layers": layers, "d_ff": heads}
+    shape: dict[str, Any] = {"d_model": HEAD_DIM * heads, "num_heads": heads, "num_layers": layers, "d_ff": heads}
     model = goh.LanguageModel(goh.TransformerConfig(256, **shape, head_graph=goh.HeadGraphConfig())).eval()
     for module in model.modules():
         if isinstance(module, goh.HeadGraphConv):
             nn.init.normal_(module.edges.bias, std=0.4)
-            nn.init.normal_(module.edges.weight, std=0.4 * module.edges.context_dim**-0.5)
+            nn.init.normal_(there(module.edges.weight), std=0.4 * module.edges.context_dim**-0.5)
     strings = [f"{number} " for number in range(tokens)]
     with torch.no_grad(), goh.record(model, every_token=True, token_strings=strings, attention=True) as recorded:
         model(torch.randint(256, (1, tokens)))
@@ -148,9 +148,9 @@ def measure(browser: Any, file: Path, repeats: int) -> list[dict[str, Any]]:
     rows = [_row("ready", seconds, cpu)]
     for name, changes in CHANGES.items():
         seconds, cpu = [], []
-        before, code = (TIMED.format(change=change, settled=SETTLED) for change in changes)
+        prepare, code = (TIMED.format(change=change, settled=SETTLED) for change in changes)
         for number in range(repeats):
-            page.evaluate(before, number)
+            page.evaluate(prepare, number)
             start = _settled_cpu(page)
             seconds.append(page.evaluate(code, number) / 1000)
             cpu.append(_settled_cpu(page) - start)

@@ -125,9 +125,9 @@ def _write(flags: argparse.Namespace, texts: list[str], entries: dict[str, dict[
         for name, found in entries.items():
             for variant, entry in found.items():
                 for seed, value in zip(flags.seeds, entry.ends(measures[name]), strict=True):
-                    about = [entry.parameters, entry.d_ff, entry.rates, round(entry.time_ratio, 4)]
-                    about.append(round(entry.tokens_per_second, 1))
-                    writer.writerow([name, variant, *about, seed, measures[name], value])
+                    sizes = (entry.parameters, entry.d_ff, entry.rates)
+                    times = (round(entry.time_ratio, 4), round(entry.tokens_per_second, 1))
+                    writer.writerow([name, variant, *sizes, *times, seed, measures[name], value])
     saved = {name: {v: dataclasses.asdict(entry) for v, entry in found.items()} for name, found in entries.items()}
     write_text_whole(flags.run / "results.json", json.dumps(saved, indent=1))
     draw_quality(entries, measures, flags.run / "quality.png")

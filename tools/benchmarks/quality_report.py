@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.statistics import at_budget, holm, interval, needed_budget, paired_p
 from benchmarks.tasks import Task
 from gohgraph.common.tables import markdown_table
 from gohgraph.drawing.figures import INK, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = {"better": "#0072B2", "worse": "#D55E00", "unclear": "#999999"}
 
@@ -128,8 +131,8 @@ def load_lines(entries: dict[str, Entry]) -> list[str]:
 
 
 def draw_quality(
-    entries: dict[str, dict[str, Entry]], measures: dict[str, str], path: str | os.PathLike[str] | None = None
-):
+    entries: dict[str, dict[str, Entry]], measures: dict[str, str], path: Path | None = None
+) -> Figure:
     """Draws the difference of every variant to plain attention with its 95 % interval, a panel for each task.
 
     Returns:

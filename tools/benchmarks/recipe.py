@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.statistics import interval
-from benchmarks.tasks import TASKS
+from benchmarks.tasks.text import Text
 from gohgraph.common.checks import check_int
 from gohgraph.common.command_line import fill_in
 from gohgraph.common.files import write_text_whole
@@ -101,13 +101,13 @@ def run_arm(folder: str, name: str, changes: dict[str, Any], seed: int, steps: i
     Returns its last `validation_loss`, `parameters`, and seconds of a step.
     """
     torch.set_num_threads(1)
-    task, path = TASKS["text"](num_layers=4, batch_size=16), Path(folder) / name
+    task, path = Text(num_layers=4, batch_size=16), Path(folder) / name
     model = {field: changes.get(field, value) for field, value in MODEL.items()}
     training = {field: changes.get(field, value) for field, value in TRAINING.items()}
     config = match_parameters(task.model, dataclasses.replace(task.config(), d_ff=64, **model), parameters)
     torch.manual_seed(seed)
     built, every = task.model(config), max(1, steps // 4)
-    often = {"eval_every": every, "checkpoint_every": every, "log_every": every, "keep_checkpoints": 1}
+    often: dict[str, Any] = {"eval_every": every, "checkpoint_every": every, "log_every": every, "keep_checkpoints": 1}
     rows = train(
         built, partial(task.batch, seed=seed), task.output,
         TrainConfig(steps=steps, warmup=steps // 20, seed=seed, device="cpu", **often, **training), path,
@@ -133,12 +133,13 @@ def recipe_table(results: dict[tuple[str, int], dict[str, Any] | None]) -> str:
     """
     rows = [["change", "loss", "to base, nats", "step, ms"]]
     seeds = [seed for arm, seed in results if arm == BASE]
+    bases = [found for (arm, _), found in results.items() if arm == BASE and found is not None]
     for arm in dict.fromkeys(arm for arm, _ in results):
-        of_seeds = [results[arm, seed] for seed in seeds]
-        if None in of_seeds:
+        of_seeds = [found for seed in seeds if (found := results[arm, seed]) is not None]
+        if len(of_seeds) < len(seeds):
             rows.append([arm, "inf", "", ""])
             continue
-        gains = [one["loss"] - results[BASE, seed]["loss"] for one, seed in zip(of_seeds, seeds, strict=True)]
+        gains = [one["loss"] - base["loss"] for one, base in zip(of_seeds, bases, strict=True)]
         told = "" if arm == BASE else f"{fmean(gains):+.4f}"
         if told and len(seeds) > 1:
             told += f" ± {interval(gains)[1]:.4f}"

@@ -31,7 +31,7 @@ def gpt2(case: Any, vocabulary: int) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    ids = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0}
+    ids: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0}
     config = GPT2Config(n_layer=case.layers, n_head=case.heads, n_embd=case.d_model, **ids)
     return GPT2LMHeadModel(config).eval()
 
@@ -94,7 +94,7 @@ def _scores(bridge: Any) -> dict[str, Tensor]:
 
 
 def _of_scores(scores: dict[str, Tensor]) -> dict[Edge, float]:
-    of_edge = {}
+    of_edge: dict[Edge, float] = {}
     for mode, site in MODES.items():
         layers, heads, _, _ = scores[mode].shape
         numbers = scores[mode].tolist()

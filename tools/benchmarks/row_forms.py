@@ -130,7 +130,7 @@ def dropin(d_model: int, heads: int, tokens: int, batch: int) -> Forms:
     layer = nn.TransformerEncoderLayer(d_model, heads, 4 * d_model, 0.0, "gelu", batch_first=True, norm_first=True)
     ours = copy.deepcopy(layer)
     graph = HeadGraphConv.from_config(SiteConfig(), heads, d_model // heads, d_model)
-    ours.self_attn = GraphMultiheadAttention.from_torch(ours.self_attn, score_graph=_moved(graph))
+    ours.register_module("self_attn", GraphMultiheadAttention.from_torch(layer.self_attn, score_graph=_moved(graph)))
     x, grad = torch.randn(2, batch, tokens, d_model)  # [B, T, M] each
     x.requires_grad_()
     added = added_work.trained(ours, batch * tokens, tokens)
@@ -157,7 +157,9 @@ def routed(d_model: int, heads: int, context: int) -> Forms:
 def loop(d_model: int, heads: int, layers: int, d_ff: int, prompt: int) -> Forms:
     """One token of a minimal loop, and of our models and transformers' of the same size."""
     case = generate.Case(d_model, heads, layers, d_ff, prompt, 1)
-    forms = {"minimal": Form(LoopStep(generate.build("minimal", case, 1), prompt))}
+    minimal = generate.build("minimal", case, 1)
+    assert isinstance(minimal, MinimalModel)
+    forms = {"minimal": Form(LoopStep(minimal, prompt))}
     for name in (*generate.OURS, "Llama"):
         model = generate.build(name, case, 1)
         backbone = BACKBONES["Llama" if name == "Llama" else "own"]

@@ -23,17 +23,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.decoding import filled_cache
+from benchmarks.decoding import attention_of, filled_cache
 from benchmarks.flags import add_shared_flags, check_shared_flags, numbers_of, place
 from benchmarks.forms import VARIANTS, Size, build
 from benchmarks.timing import WARM_UP, Call, interleaved, ratios
 from gohgraph.common.tables import markdown_table
-from gohgraph.models.stacks import EncoderLayer
 
 DEFAULT_SIZES = ("512/8/512/2", "1024/16/256/2", "256/8/1024/2")
 SMOKE_SIZES = ("32/4/24/2",)
@@ -47,7 +49,7 @@ class Step(Call):
     def __init__(self, layer: nn.Module, part: str, passes: str, x: Tensor, grad: Tensor) -> None:
         super().__init__(x.device)
         self.layer, self.x, self.grad, self.backward = layer, x, grad, passes != "forward"
-        self.function = layer.attention if part == "attention" else layer
+        self.function: Callable[..., Any] = layer if part == "block" else getattr(layer, part)
 
     def prepare(self) -> None:
         """Forgets the gradients of the call before."""
@@ -66,12 +68,14 @@ class Step(Call):
 class Decode(Call):
     """One token through a part of our layer, the keys and values of those before it in a cache."""
 
-    def __init__(self, layer: EncoderLayer, part: str, x: Tensor) -> None:
+    def __init__(self, layer: nn.Module, part: str, x: Tensor) -> None:
         super().__init__(x.device)
-        self.layer, self.part, self.x = layer, part, x[:, -1:].detach()  # [B, 1, M]
-        attention = layer.attention.object
+        self.layer, self.x = layer, x[:, -1:].detach()  # [B, 1, M]
+        attention = attention_of(layer)
         shape = (2, x.shape[0], x.shape[1] - 1, attention.num_kv_heads, attention.head_dim)
         self.cache, self.past = filled_cache(*torch.randn(shape, device=x.device, dtype=x.dtype)), x.shape[1] - 1
+        whole, own = partial(layer, caches=(self.cache,)), layer.get_submodule("attention")
+        self.function: Callable[..., Any] = whole if part == "block" else partial(own, cache=self.cache)
 
     def prepare(self) -> None:
         """Lets the cache forget the token of the call before."""
@@ -81,10 +85,7 @@ class Decode(Call):
     @torch.no_grad()
     def work(self) -> None:
         """Decodes the token."""
-        if self.part == "attention":
-            self.layer.attention(self.x, cache=self.cache)
-        else:
-            self.layer(self.x, caches=(self.cache,))
+        self.function(self.x)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +131,7 @@ def measure(size: Size, flags: argparse.Namespace, progress: tqdm) -> list[dict]
     torch.manual_seed(1)
     x, grad = torch.randn(2, size.batch, size.length, size.d_model, **place(flags))  # [B, T, M] each
     x.requires_grad_()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for part in PARTS:
         found = {name: {"size": size._asdict(), "part": part, "variant": name} for name in layers}
         for passes in PASSES:
@@ -155,7 +156,7 @@ def _steps(
     if compiled:
         for step in steps.values():
             step.function = torch.compile(step.function)
-    return steps
+    return dict(steps)
 
 
 def _decodes(name: str) -> bool:

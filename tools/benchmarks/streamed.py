@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,11 +48,12 @@ def write_folder(folder: Path, shape: Shape) -> int:
     from transformers import LlamaConfig
 
     layers, heads, kv_heads, d_model, d_ff, vocabulary = shape
-    sizes = {"num_hidden_layers": layers, "hidden_size": d_model, "intermediate_size": d_ff, "vocab_size": vocabulary}
-    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": False}
-    config = LlamaConfig(**sizes, torch_dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    sizes: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": d_model, "intermediate_size": d_ff}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary}
+    config = LlamaConfig(**sizes, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
-    generator, files, total = torch.Generator().manual_seed(0), {}, 0
+    generator, total = torch.Generator().manual_seed(0), 0
+    files: dict[str, str] = {}
     key_size = kv_heads * (d_model // heads)
     matrices = {
         "self_attn.q_proj": (d_model, d_model), "self_attn.k_proj": (key_size, d_model),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.decoding import attention_of
 from benchmarks.flags import add_shared_flags, check_shared_flags, numbers_of, place
 from benchmarks.forms import Size, build
 from benchmarks.speed import Step
@@ -64,7 +65,7 @@ def measure(size: Size, flags: argparse.Namespace, progress: tqdm) -> list[dict[
     steps = {}
     for graph, form in names:
         layer = build(graph, size).to(**place(flags))
-        layer.attention.object.form = form
+        attention_of(layer).form = form
         steps[graph, form] = Step(layer, "block", "forward+backward", x, grad)
         if flags.device == "cpu":
             steps[graph, form].clock = time.process_time
@@ -110,9 +111,8 @@ def chosen(graph: str, size: Size) -> str:
 
 
 def _call(graph: str, size: Size) -> Call:
-    attention = build(graph, size).attention.object
+    attention = attention_of(build(graph, size))
     q = torch.empty(size.batch, size.length, size.num_heads, attention.head_dim)
     x = torch.empty(size.batch, size.length, size.d_model)
-    weights = attention.inner_graphs["weight"] if "weight" in attention.inner_graphs else None
-    messages = [None if each is None else Messages(each, x) for each in (attention.score_graph, weights)]
-    return Call(q, q, q, Mask(causal=True), 0.0, *messages)
+    messages = {site: Messages(graph, x) for site, graph in attention.graphs.items()}
+    return Call(q, q, q, Mask(causal=True), 0.0, messages.get("scores"), messages.get("weights"))

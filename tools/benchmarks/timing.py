@@ -9,7 +9,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
@@ -40,7 +40,8 @@ class Call:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.clock = device, time.perf_counter
+        self.device = device
+        self.clock: Callable[[], float] = time.perf_counter
 
     def prepare(self) -> None:
         """Does what has to be done before each call and is not part of it."""
@@ -99,7 +100,7 @@ def ratios(seconds: list[float], others: list[float]) -> list[float]:
     return statistics.quantiles(per_round, n=4, method="inclusive")
 
 
-def interleaved(calls: dict[Name, Call], repeats: int, progress: tqdm) -> dict[Name, list[float]]:
+def interleaved(calls: Mapping[Name, Call], repeats: int, progress: tqdm) -> dict[Name, list[float]]:
     """Returns the seconds of each call in each round; a round runs all once in an order of its own."""
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for index in range(-WARM_UP, repeats):

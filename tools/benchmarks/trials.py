@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.tasks import TASKS, Task
 from benchmarks.timing import Call
+from gohgraph.common.checks import there
 from gohgraph.graphs.learned_topology import LearnedTopologyConv
 from gohgraph.learning.contests.grid import Point
 from gohgraph.learning.loop import TrainConfig, train
@@ -150,7 +151,7 @@ class TrainingStep(Call):
         """Trains on it."""
         output = self.task.output(self.model, self.tensors)
         loss = output if isinstance(output, torch.Tensor) else output.loss
-        loss.backward()
+        there(loss).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -9,7 +9,7 @@ from gohgraph.attention.forms import WIDEST_IN_DEGREE
 from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.graphs.cross_layer import CrossLayer
 from gohgraph.graphs.graph import head_graph
-from gohgraph.graphs.site_config import SiteConfig, parts_of
+from gohgraph.graphs.site_config import Site, SiteConfig, parts_of
 from gohgraph.parallel.exchange import SCATTER, plan_exchange
 from gohgraph.parallel.sharded_graph import are_equal_runs
 
@@ -129,20 +129,27 @@ def graph_cost(graphs: HeadGraphConfig, model: Workload, cluster: Cluster) -> Co
             f"Expected pipeline ranks to divide {model.num_layers} layers (got {cluster.pipeline}). Do change either."
         )
     total = Cost()
-    for site, over_maps in ((graphs.outputs, False), (graphs.scores, True)):
-        for part in parts_of(site):
-            if not isinstance(part, SiteConfig):
-                raise ValueError(f"Expected head graphs to plan (got {part!r}). Do leave baselines out.")
+    outputs, scores = _graphs(graphs.outputs), _graphs(graphs.scores)
+    for parts, over_maps in ((outputs, False), (scores, True)):
+        for part in parts:
             total += _site_cost(part, model, cluster, over_maps)
     if graphs.routing is not None:
         total += _router_cost(model, cluster)
     layers = model.num_layers
     here = layers / cluster.pipeline
     parameters = total.parameters * layers
-    waits = sum(_layers_before(part, model) for part in parts_of(graphs.outputs)) if cluster.pipeline > 1 else 0
+    waits = sum(_layers_before(part, model) for part in outputs) if cluster.pipeline > 1 else 0
     later = 2 * waits * model.tokens * model.d_model * model.number_bytes / cluster.tensor
     data = _data_bytes(parameters, model, cluster)
     return Cost(parameters, total.flops * here, total.tensor_bytes * here, later, data)
+
+
+def _graphs(site: Site | None) -> list[SiteConfig]:
+    """The modules of a site; raises `ValueError` where one is no head graph."""
+    parts = [part for part in parts_of(site) if isinstance(part, SiteConfig)]
+    if others := [part for part in parts_of(site) if not isinstance(part, SiteConfig)]:
+        raise ValueError(f"Expected head graphs to plan (got {others[0]!r}). Do leave baselines out.")
+    return parts
 
 
 def _site_cost(site: SiteConfig, model: Workload, cluster: Cluster, over_maps: bool) -> Cost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gohgraph.common.checks import there
 from gohgraph.graphs.config import HeadGraphConfig
 from gohgraph.models.config import TransformerConfig
 from gohgraph.models.models import LanguageModel
@@ -39,5 +40,5 @@ def count_step(graphs: HeadGraphConfig | None, model: Workload, parallel: Parall
     built = parallelize(built, Layout(parallel))
     tokens = torch.randint(model.vocab_size, (model.batch_size, model.length + 1))
     with Traffic() as traffic:
-        built(tokens[:, :-1], targets=tokens[:, 1:]).loss.backward()
+        there(built(tokens[:, :-1], targets=tokens[:, 1:]).loss).backward()
     return traffic.total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +34,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes: Counter[str] = Counter()
+        self.bytes: defaultdict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
 
     @property
@@ -71,7 +71,7 @@ def _scattered(whole: Tensor, operation: str, ranks: int, *_: Any) -> tuple[int,
 
 
 def _reduced(value: Tensor, operation: str, group: Any) -> tuple[int, int]:
-    ranks = distributed_c10d._resolve_process_group(group) if isinstance(group, str) else group
+    ranks = group if hasattr(group, "size") else distributed_c10d._resolve_process_group(group)
     return _size(value), ranks.size()
 
 

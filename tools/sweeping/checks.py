@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gohgraph as goh
+from gohgraph.common.checks import there
 from sweeping.small_models import build
 
 LENGTH, KEPT, LAYERS = 15, 10, (2, 4, 8)
@@ -34,7 +35,7 @@ def check(kind: str, name: str) -> dict[str, str]:
         return row | {"status": "not built"}
     row.pop("reason", None)
     stock = copy.deepcopy(model)
-    row["family"] = model.config.model_type
+    row["family"] = config_of(model).model_type
     for sites, config in CONFIGS.items():
         try:
             report = _converted(model, config, inputs)
@@ -80,7 +81,7 @@ def inputs_of(model: nn.Module, kind: str) -> dict[str, Tensor]:
     mask[1, LENGTH - 4 :] = 0
     if kind != "encoder-decoder":
         return {"input_ids": ids, "attention_mask": mask}
-    config, name = model.config, model.main_input_name
+    config, name = config_of(model), str(model.main_input_name)
     if name == "input_ids":
         return _of_codes(config, ids) or {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids.flip(1)}
     if name == "input_features":
@@ -88,6 +89,11 @@ def inputs_of(model: nn.Module, kind: str) -> dict[str, Tensor]:
         shape = (2, bins, length) if config.model_type == "whisper" else (2, length, bins)
         return {name: torch.randn(shape, generator=generator), "decoder_input_ids": ids}
     return {name: torch.randn(2, 4000, generator=generator), "decoder_input_ids": ids}
+
+
+def config_of(model: nn.Module) -> Any:
+    """The configuration of a model of transformers, of any class."""
+    return model.config
 
 
 def _of_codes(config: Any, ids: Tensor) -> dict[str, Tensor] | None:
@@ -139,7 +145,7 @@ def _compared(
         found = one(model, inputs, kind)
     except Exception as error:
         return f"ERROR {_said(error)}"
-    return "yes" if found <= 1e-4 else f"NO {found:.1e}"
+    return "yes" if there(found) <= 1e-4 else f"NO {found:.1e}"
 
 
 def _causal(model: nn.Module, inputs: dict[str, Tensor], kind: str) -> float | None:
@@ -182,8 +188,9 @@ def _loaded(model: nn.Module, inputs: dict[str, Tensor], kind: str) -> float | N
             goh.save_converted(model, folder)
             loaded = goh.load_converted(folder)
         else:
-            model.save_pretrained(folder)
-            loaded = type(model).from_pretrained(folder)
+            plain: Any = model
+            plain.save_pretrained(folder)
+            loaded = type(plain).from_pretrained(folder)
         return _off(model_logits(loaded.eval(), inputs), model_logits(model, inputs))
 
 

@@ -19,7 +19,9 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
 
 def on_files(files: Files, config: Any) -> Files:
     for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
-        content, pictures = page(Path(notebook.abs_src_path))
+        if (source := notebook.abs_src_path) is None:
+            continue
+        content, pictures = page(Path(source))
         folder = Path(notebook.src_uri).parent
         files.append(File.generated(config, notebook.src_uri.replace(".ipynb", ".md"), content=content))
         for name, picture in pictures.items():

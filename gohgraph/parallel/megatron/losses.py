@@ -1,7 +1,7 @@
 """Losses of head routers under Megatron-Core, which scales and logs those of experts the same way."""
 
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -58,6 +58,18 @@ def attach_losses(
                 "Expected a scale of router losses (got None). Do call set_router_loss_scale(config, num_microbatches) "
                 "in every training step."
             )
-        save_to_aux_losses_tracker(name, loss, layer_number, layers)
+        _log(name, loss, layer_number, layers)
         z = MoEAuxLossAutoScaler.apply(z, weight * loss * tokens / config.num_layers)
     return z
+
+
+def _log(name: str, loss: Tensor, layer_number: int, layers: int) -> None:
+    """Leaves a loss where Megatron-Core logs those of experts: new ones in a tracker, before that in a table."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    except ImportError:
+        from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
+
+        save_to_aux_losses_tracker(name, loss, layer_number, layers)
+    else:
+        get_moe_metrics_tracker().record(name, loss, layer_number, layers)

@@ -93,7 +93,7 @@ class Task(ABC):
         """Returns how often so many steps see each training example; `None` where all of them are fresh."""
         return None
 
-    def shape(self) -> dict[str, int]:
+    def shape(self) -> dict[str, Any]:
         """Returns the sizes of the transformer, its feed-forward four times as wide as the model."""
         sizes = {"d_model": self.d_model, "num_heads": self.num_heads, "num_layers": self.num_layers}
         return {**sizes, "d_ff": 4 * self.d_model}

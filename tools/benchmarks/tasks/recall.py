@@ -149,6 +149,7 @@ class RecallModel(nn.Module):
             initialize(self, config)
         # Cues b come after cues a in the vocabulary, values after both.
         offsets = torch.tensor([0, task.num_cues, 2 * task.num_cues])
+        self.offsets: Tensor
         self.register_buffer("offsets", offsets, persistent=False)
 
     def forward(self, cues: Tensor, values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.tasks.base import CHOOSING, REPORTED, Task, named_by_part
 from gohgraph.attention.head_load import load_cv
+from gohgraph.common.checks import there
 from gohgraph.learning.data.corpus import PYTHON_DOCS, Corpus, evaluation_batches, load_corpus, sample_batch
 from gohgraph.learning.regimes.language import VOCAB_SIZE, next_token_output, window_losses
 from gohgraph.models.config import TransformerConfig
@@ -85,7 +86,8 @@ class Text(Task):
         found = super().evaluate(model)
         inputs, _ = next(evaluation_batches(text, batch_size=LOAD_WINDOWS, length=length, limit=LOAD_WINDOWS))
         if loads := [layer.load for layer in model(inputs).routing]:
-            num_shared = model.config.head_graph.routing.num_shared
+            assert isinstance(model, LanguageModel)
+            num_shared = there(there(model.config.head_graph).routing).num_shared
             # Not the mean over layers: one that routes all tokens alike should not hide behind the others.
             found["worst_load_cv"] = load_cv(torch.stack(loads), num_shared).max().item()
         return found

@@ -74,10 +74,9 @@ class Translation(Task):
     @cached_property
     def encoded(self) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
         """Token ids of all sources and of all targets, by part."""
-        return {
-            part: tuple(self.subwords.encode(side) for side in zip(*pairs, strict=True))
-            for part, pairs in self.parts.items()
-        }
+        encode = self.subwords.encode
+        sides = {part: zip(*pairs, strict=True) for part, pairs in self.parts.items()}
+        return {part: (encode(source), encode(target)) for part, (source, target) in sides.items()}
 
     def batches(self, part: str, seed: int = 0) -> PairBatches:
         """Returns batches of a part of the data."""

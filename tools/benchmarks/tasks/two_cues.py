@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.tasks.base import HELD_OUT_EPISODES, HELD_OUT_SEEDS, Task
 from benchmarks.tasks.recall import RecallModel, RecallTask, recall_batch
@@ -62,11 +62,11 @@ class TwoCues(Task):
         """Returns cues, values and answers."""
         return recall_batch(self.recall, index, seed)
 
-    def output(self, model: RecallModel, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def output(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Returns the cross entropy of the answers."""
         return F.cross_entropy(model(*batch[:2]), batch[2])
 
-    def measures(self, model: RecallModel, part: str) -> dict[str, float]:
+    def measures(self, model: nn.Module, part: str) -> dict[str, float]:
         """Returns loss and error on held-out episodes."""
         episodes = dataclasses.replace(self.recall, batch_size=HELD_OUT_EPISODES)
         cues, values, answers = recall_batch(episodes, 0, HELD_OUT_SEEDS[part])
