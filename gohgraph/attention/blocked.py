@@ -89,10 +89,12 @@ class _Inputs(NamedTuple):
     def columns(self) -> list[list[Block]]:
         """Returns of some keys after the others the blocks of queries that may see them."""
         rows = _slices(self.q.shape[1], self.rows)
+        # Two for each part: under a causal mask a part takes one that many queries see and one that few do.
+        fair = math.ceil(self.k.shape[1] * len(self.q) / (2 * self.parts)) if self.parts > 1 else self.width
         return [
             self._seen([Block(item, some, keys) for some in rows])
             for item in range(len(self.q))
-            for keys in _slices(self.k.shape[1], self.width)
+            for keys in _slices(self.k.shape[1], min(self.width, max(FEWEST_KEYS, fair)))
         ]
 
     def _seen(self, blocks: list[Block]) -> list[Block]:
@@ -101,9 +103,14 @@ class _Inputs(NamedTuple):
         seen = [block._replace(keys=slice(block.keys.start, min(block[1].stop, block.keys.stop))) for block in blocks]
         return [block for block in seen if block.keys.start < block.keys.stop]
 
+    @property
+    def parts(self) -> int:
+        """Into how many parts work falls, each in a thread of its own."""
+        return most_parts() if self.q.is_cpu else 1
+
     def dealt(self, tasks: list[list[Block]]) -> list[list[list[Block]]]:
         """Deals tasks out to threads."""
-        return dealt(tasks, min(most_parts(), len(tasks)) if self.q.is_cpu else 1)
+        return dealt(tasks, min(self.parts, len(tasks)))
 
 
 def _slices(count: int, size: int) -> list[slice]:

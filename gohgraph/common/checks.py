@@ -4,6 +4,9 @@ import math
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+import torch
+from torch.torch_version import TorchVersion
+
 Value = TypeVar("Value")
 
 
@@ -116,3 +119,25 @@ def _bounds(low: int | None, high: int | None) -> str:
     if low is not None and high is not None:
         return f" in {low}..{high}"
     return f" >= {low}" if low is not None else f" <= {high}" if high is not None else ""
+
+
+def check_torch(oldest: str, purpose: str, otherwise: str) -> None:
+    """Refuses a torch that is older than what a part of the library needs.
+
+    Args:
+        oldest: the version that it needs.
+        purpose: of the part, as "to compile steps".
+        otherwise: what can be done without it.
+
+    Raises:
+        ValueError: torch is older.
+
+    Example:
+        >>> check_torch("99.0", "to predict", "guess")
+        Traceback (most recent call last):
+        ValueError: Expected torch 99.0 or newer to predict (got ...). Do upgrade it, or guess.
+    """
+    if TorchVersion(torch.__version__) < oldest:
+        raise ValueError(
+            f"Expected torch {oldest} or newer {purpose} (got {torch.__version__}). Do upgrade it, or {otherwise}."
+        )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from gohgraph.common.checks import check_torch
 from gohgraph.learning.accelerator import make_accelerator
 from gohgraph.learning.optim import make_optimizer, regroup_as_saved
 from gohgraph.learning.train_config import TrainConfig
@@ -21,6 +22,8 @@ from gohgraph.parallel.states import is_sharded_state, load_state, save_state, w
 
 # What accelerate calls the file of the optimizer.
 OPTIMIZER = "optimizer.bin"
+# Before, sharded tensors lack operators, and gradients or losses are wrong (docs/limits.md).
+OLDEST_SHARDED = "2.13"
 
 
 class Engine:
@@ -99,6 +102,7 @@ class ShardedEngine(Engine):
     is_sharded = True
 
     def __init__(self, config: TrainConfig, parallel: ParallelConfig) -> None:
+        check_torch(OLDEST_SHARDED, "for fsdp and tp", "train with ddp")
         super().__init__(config)
         for name, refused in (("precision", "fp16"), ("compile", True)):
             if getattr(config, name) == refused:

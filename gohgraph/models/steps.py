@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 from gohgraph.attention.block import MultiHeadAttention
 from gohgraph.attention.cache import KeyValueCache, padded
+from gohgraph.common.checks import check_torch
 from gohgraph.models.model_output import logits_of
 
 if TYPE_CHECKING:
@@ -101,11 +101,7 @@ def _step(
 
 
 def _check_compiles(model: nn.Module) -> None:
-    if TorchVersion(torch.__version__) < OLDEST:
-        raise ValueError(
-            f"Expected torch {OLDEST} or newer to compile steps (got {torch.__version__}). Do upgrade it, or generate "
-            "without compile."
-        )
+    check_torch(OLDEST, "to compile steps", "generate without compile")
     for name, module in model.named_modules():
         reason = _why_eager(module)
         if reason:

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from gohgraph.common.checks import check_bool, check_choice, check_int, check_number, check_probability, check_weight
+from gohgraph.common.checks import check_bool, check_choice, check_int, check_number, check_probability, check_torch, check_weight
 
 NAN, INF = math.nan, math.inf
 
@@ -108,3 +108,14 @@ def test_a_choice_is_one_of_those_named():
         message = f"Expected activation of ['tanh', None] (got {value!r}). Do choose one of them."
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             check_choice("activation", value, choices)
+
+
+def test_a_torch_at_its_bound_is_new_enough(monkeypatch):
+    for version in ("2.13.0", "2.13.0+cpu", "2.13.1", "3.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert check_torch("2.13", "to run", "walk") is None
+    for version in ("2.9.1", "2.12.1+cpu", "2.13.0a0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        message = f"Expected torch 2.13 or newer to run (got {version}). Do upgrade it, or walk."
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            check_torch("2.13", "to run", "walk")

@@ -15,10 +15,12 @@ from torch import nn
 
 from gohgraph import HeadGraphConfig, LanguageModel, SiteConfig, TransformerConfig
 from gohgraph.learning.data.corpus import sample_batch
+from gohgraph.learning.engine import make_engine
 from gohgraph.learning.loop import TrainConfig, Training, TrainingInterrupted, train, train_together
 from gohgraph.learning.optim import parameter_groups
 from gohgraph.learning.regimes.language import next_token_output, window_losses
 from gohgraph.learning.run_folder import last_folder, new_folder
+from gohgraph.parallel.layout import ParallelConfig
 
 # The module's one uninterrupted run, which is held against others, is drawn.
 TEXT = torch.randint(97, 123, (5003,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
@@ -356,3 +358,10 @@ def test_new_and_last_folders(tmp_path):
     assert last_folder(path) == path and new_folder(path) == tmp_path / "demo-2"
     new_folder(path).mkdir()
     assert last_folder(path) == tmp_path / "demo-2" and new_folder(path) == tmp_path / "demo-3"
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "tp"])
+def test_sharded_training_is_refused_under_an_old_torch(mode, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    with pytest.raises(ValueError, match=r"Expected torch 2\.13 or newer for fsdp and tp \(got 2\.11\.0\)"):
+        make_engine(CONFIG, model(), ParallelConfig((mode,)))
