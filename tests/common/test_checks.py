@@ -7,7 +7,15 @@ import numpy
 import pytest
 import torch
 
-from gohgraph.common.checks import check_bool, check_choice, check_int, check_number, check_probability, check_torch, check_weight
+from gohgraph.common.checks import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+    check_probability,
+    check_torch,
+    check_weight,
+)
 
 NAN, INF = math.nan, math.inf
 
