@@ -270,7 +270,8 @@ def forgetting(losses: Tensor) -> float:
 
     .. math:: F = \frac{1}{K - 1} \sum_{j<K} \big(L_{K,j} - \min_{i<K} L_{i,j}\big)
 
-    For losses, so that 0 is the best where nothing improves later, and negative where it does.
+    For losses, so that 0 is the best where nothing improves later, and negative where it does. The best may be that
+    before task j was learned: a task that learning made worse counts as well.
 
     Example:
         >>> forgetting(torch.tensor([[1.0, 9.0], [2.0, 3.0]]))
