@@ -117,7 +117,23 @@ def test_the_table_says_what_was_measured():
     assert cells[8] == f"{0.45 - beside:+.4f}"
     assert [cell.strip() for cell in plain.strip("|").split("|")][3:] == ["", "", "1.00", "1,234", "1", ""]
     assert "1 comparisons; rates: learning_rate, * at the border" in text
-    assert text.endswith("Plain attention by steps, as multiples of 150: 1: 0.6000, 2: 0.4000.")
+    assert text.endswith("as multiples of 150, on the first three seeds: 1: 0.6000, 2: 0.4000.")
+
+
+@pytest.mark.parametrize("shift", [0.0, -0.3, 0.3])
+def test_more_steps_are_held_against_what_a_variant_changes_on_the_same_seeds(shift):
+    # The curve is of fewer seeds, whose mean may be another.
+    entries = {"plain": entry(0.5, 0.7), "outputs": entry(0.4, 0.5, ratio=1.5), "scores": entry(0.6, 0.7, ratio=1.5)}
+    text = quality_table("two-cues", TASKS["two-cues"](), [0, 1], entries, {1.0: 0.6 + shift, 2.0: 0.4 + shift})
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    needed = {row[0]: row[7] for row in rows if row[0] in entries}
+    assert needed == {"plain": "1", "outputs": "1.68", "scores": "< 1"}
+
+
+def test_a_curve_of_one_point_has_no_columns():
+    entries = {"plain": entry(0.5, 0.7), "outputs": entry(0.4, 0.5)}
+    text = quality_table("two-cues", TASKS["two-cues"](), [0, 1], entries, {1.0: 0.9})
+    assert "steps plain needs" not in text and "equal time" not in text and "by steps" not in text
 
 
 def test_the_table_shows_borders_runs_of_equal_time_and_bleu():
@@ -129,7 +145,7 @@ def test_the_table_shows_borders_runs_of_equal_time_and_bleu():
     text = quality_table("two-cues", TASKS["two-cues"](), [0, 1], entries, {1.0: 0.6})
     (own,) = [line for line in text.splitlines() if line.startswith("| outputs")]
     cells = [cell.strip() for cell in own.strip("|").split("|")]
-    assert cells[1] == "0.002* / 0.25" and cells[8] == "+0.0000 ± 0.6353" and cells[9] == "31.00 ± 12.71"
+    assert cells[1] == "0.002* / 0.25" and cells[7] == "+0.0000 ± 0.6353" and cells[8] == "31.00 ± 12.71"
     assert "rates: learning_rate / graph_lr_factor" in text
 
 

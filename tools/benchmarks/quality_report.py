@@ -71,29 +71,27 @@ def quality_table(
     p_values = [paired_p(entry.minus(plain, measure)) for _, entry in others]
     p_of = {variant: pair for (variant, _), *pair in zip(others, p_values, holm(p_values), strict=True)}
     head = ["attention", "rate", measure.replace("_", " "), "minus plain", "p (corrected)", "step time", "tokens/s"]
+    # Of the same seeds: what more or fewer steps change, beside what a variant changes.
+    gains = {budget: value - plain_curve[1.0] for budget, value in plain_curve.items()}
+    has_curve, has_time = len(gains) > 1, any(entry.equal_time_logs is not None for _, entry in others)
+    head += ["steps plain needs"] * has_curve + ["minus plain at equal time"] * (has_curve or has_time)
     extra = [name for name in ("bleu",) if name in plain.logs[0][-1]]
-    lines = [[*head, "steps plain needs", "minus plain at equal time", *extra]]
+    lines = [[*head, *extra]]
     for variant, entry in entries.items():
-        ends, own = entry.ends(measure), variant == plain_name
-        lines.append(
-            [
-                variant,
-                entry.rates,
-                _spread(*interval(ends)),
-                "" if own else _spread(*interval(entry.minus(plain, measure)), signed=True),
-                "" if own or len(ends) < 2 else "{:.3g} ({:.3g})".format(*p_of[variant]),
-                f"{entry.time_ratio:.2f}",
-                f"{entry.tokens_per_second:,.0f}",
-                "1" if own else needed_budget(plain_curve, interval(ends)[0]),
-                "" if own else _at_equal_time(entry, plain, measure, plain_curve),
-                *(_spread(*interval(entry.ends(name)), digits=2) for name in extra),
-            ]
-        )
+        ends, own, difference = entry.ends(measure), variant == plain_name, interval(entry.minus(plain, measure))
+        line = [variant, entry.rates, _spread(*interval(ends)), "" if own else _spread(*difference, signed=True)]
+        line.append("" if own or len(ends) < 2 else "{:.3g} ({:.3g})".format(*p_of[variant]))
+        line += [f"{entry.time_ratio:.2f}", f"{entry.tokens_per_second:,.0f}"]
+        if has_curve:
+            line.append("1" if own else needed_budget(gains, difference[0]))
+        if has_curve or has_time:
+            line.append("" if own else _at_equal_time(entry, plain, measure, gains))
+        lines.append([*line, *(_spread(*interval(entry.ends(name)), digits=2) for name in extra)])
     compared = f"{len(others)} comparisons; rates: {' / '.join(settings)}, * at the border of their grid."
     curve = ", ".join(f"{budget:g}: {value:.4f}" for budget, value in plain_curve.items())
-    by_steps = f"Plain attention by steps, as multiples of {task.steps:,}: {curve}."
+    by_steps = f"Plain attention by steps, as multiples of {task.steps:,}, on the first three seeds: {curve}."
     table = markdown_table(lines, _title(name, task, seeds, plain))
-    return "\n\n".join([table, compared, by_steps, *load_lines(entries)])
+    return "\n\n".join([table, compared, *[by_steps] * has_curve, *load_lines(entries)])
 
 
 def _title(name: str, task: Task, seeds: list[int], plain: Entry) -> str:
@@ -103,14 +101,14 @@ def _title(name: str, task: Task, seeds: list[int], plain: Entry) -> str:
     return f"**{name}**: {task.summary}; {shape}, {plain.parameters:,} parameters, {steps}, {len(seeds)} seeds"
 
 
-def _at_equal_time(entry: Entry, plain: Entry, measure: str, plain_curve: dict[float, float]) -> str:
-    """The difference to plain attention after its time: of runs that took it, or read off plain attention's curve."""
+def _at_equal_time(entry: Entry, plain: Entry, measure: str, gains: dict[float, float]) -> str:
+    """The difference to plain attention after its time: of runs that took it, or with what more steps gain plain."""
     if entry.equal_time_logs is not None:
         ends = _ends(entry.equal_time_logs, measure)
         differences = [own - its for own, its in zip(ends, plain.ends(measure), strict=True)]
         return _spread(*interval(differences), signed=True)
-    beside = at_budget(plain_curve, entry.time_ratio)
-    return "-" if beside is None else f"{interval(entry.ends(measure))[0] - beside:+.4f}"
+    beside = at_budget(gains, entry.time_ratio)
+    return "-" if beside is None else f"{interval(entry.minus(plain, measure))[0] - beside:+.4f}"
 
 
 def _ends(logs: list[list[dict[str, Any]]], measure: str) -> list[float]:
