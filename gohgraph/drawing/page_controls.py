@@ -43,6 +43,12 @@ def controls_of(network: HeadNetwork, end: float, least: float) -> tuple[Any, An
 
 
 def hint_of(has_tokens: bool, has_patterns: bool) -> str:
+    """Returns what to click in a page whose tokens, and whose heads' attention patterns, are known or not.
+
+    Example:
+        >>> hint_of(False, False)
+        'Click a head for its senders and receivers; an edge for its two ends; beside them to undo.'
+    """
     head = "its pattern, senders and receivers" if has_patterns else "its senders and receivers"
     token = "; a token for the weights there, \u2190 \u2192 for the next" if has_tokens else ""
     return f"Click a head for {head}; an edge for its two ends{token}; beside them to undo."
