@@ -18,6 +18,7 @@ from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, ke
 from gohgraph.attention.maps import Mix, mixed_attention, plain_attention
 from gohgraph.attention.routed_forms import grouped, pays_grouped, refuses_grouped, refuses_skipped, skipped
 from gohgraph.attention.runs import parted
+from gohgraph.attention.sharing import most_parts
 from gohgraph.attention.tiled import FEWEST_ROWS, tiled_attention
 from gohgraph.attention.tiled_operator import blocks, tiles
 from gohgraph.attention.watching import show
@@ -25,20 +26,22 @@ from gohgraph.common.checks import there
 from gohgraph.graphs.protocol import Messages
 from gohgraph.graphs.token_edges import TokenEdges
 
-# Wide heads cost about in-degree times the plain attention core and hold no map of scores: on a CPU less than mixing
-# whole maps from length 1024 on, as much at 512. On denser graphs their widened keys outgrow the maps.
-# `tools/benchmark.py --only score-ring4-wide score-ring4-eager`.
-WIDEST_IN_DEGREE = 4
+# Wide heads cost about in-degree times the plain attention core and hold no map of scores; on denser graphs their
+# widened keys outgrow the maps. On a CPU maps or tiles are faster from in-degree 3 on, at every length, unless wide
+# heads are narrow even so: `tools/benchmark.py thresholds`.
+WIDEST_IN_DEGREE, WIDEST_IN_DEGREE_ON_CPU = 4, 2
 
 # Where tiles are the fastest form of dense graphs on a CPU, given queries enough for a tile: from so many keys, or from
 # so many numbers of a head's keys, where whole maps take about as long and more memory, or where the maps of the whole
-# batch outgrow the cache and those of a sequence are worth a tile. Below, and for a few queries over many keys, what is
-# done once a tile outweighs it: `tools/benchmark.py thresholds`.
+# batch outgrow the cache and those of a sequence are worth a tile: half of them where weights are mixed besides scores.
+# Below, and for a few queries over many keys, what is done once a tile outweighs it: `tools/benchmark.py thresholds`.
 TILED_FROM_KEYS, TILED_FROM_NUMBERS = 256, 128 * 64
 TILED_FROM_MAPS, TILED_FROM_SEQUENCE = 2**18, 2**17
 
-# Wide heads up to so many numbers are faster than tiles at every length: a tile's products are as thin as heads are.
+# Wide heads up to so many numbers are faster than tiles, whose products are as thin as heads are, up to so many keys on
+# one thread and where threads share out tiles.
 NARROW_WIDTH = 32
+NARROW_UP_TO_KEYS, SHARED_NARROW_UP_TO_KEYS = 511, 1023
 
 
 class Form(NamedTuple):
@@ -224,18 +227,27 @@ def _pays_tiled(call: Call) -> str:
     if call.q.device.type != "cpu":
         return "measured to pay on a CPU only"
     widens = call.scores is not None and not (_refuses_wide(call) or _pays_wide(call))
-    width = there(call.scores).graph.traits.most_senders * call.q.shape[-1] if widens else 0
-    if 0 < width <= NARROW_WIDTH:
-        return f"wide heads of {width} numbers are faster, up to {NARROW_WIDTH}"
     (batch, rows, heads), (keys, head_dim) = call.q.shape[:3], call.k.shape[1::2]
-    maps = heads * rows * keys
-    outgrows = not widens and maps >= TILED_FROM_SEQUENCE and batch * maps >= TILED_FROM_MAPS
+    if widens and (reason := _is_narrow(there(call.scores).graph.traits.most_senders * head_dim, keys, call)):
+        return reason
+    maps, is_mixed_twice = heads * rows * keys, call.scores is not None and call.weights is not None
+    is_worth_tiles = maps >= TILED_FROM_SEQUENCE // (2 if is_mixed_twice else 1)
+    outgrows = not widens and is_worth_tiles and batch * maps >= TILED_FROM_MAPS
     if rows >= FEWEST_ROWS and (keys >= TILED_FROM_KEYS or keys * head_dim >= TILED_FROM_NUMBERS or outgrows):
         return ""
     return (
         f"pays from {FEWEST_ROWS} queries on, and {TILED_FROM_KEYS} keys, {TILED_FROM_NUMBERS} numbers of a head's, or "
         f"{TILED_FROM_MAPS} of all maps"
     )
+
+
+def _is_narrow(width: int, keys: int, call: Call) -> str:
+    # What is compiled cannot ask for the number of threads.
+    is_shared_out = not call.is_compiling and most_parts() > 1
+    most_keys = SHARED_NARROW_UP_TO_KEYS if is_shared_out else NARROW_UP_TO_KEYS
+    if width > NARROW_WIDTH or keys > most_keys:
+        return ""
+    return f"wide heads of {width} numbers are faster, up to {NARROW_WIDTH} and {most_keys} keys"
 
 
 def _tiled(call: Call) -> Result:
@@ -273,11 +285,13 @@ def _refuses_wide(call: Call) -> str:
 
 
 def _pays_wide(call: Call) -> str:
-    in_degree = there(call.scores).graph.traits.most_senders
-    if in_degree > WIDEST_IN_DEGREE:
-        return f"in-degree {in_degree}, it pays up to {WIDEST_IN_DEGREE}"
+    in_degree, is_single = there(call.scores).graph.traits.most_senders, call.q.shape[1] == 1
+    is_costly = call.q.is_cpu and not is_single and in_degree * call.q.shape[-1] > NARROW_WIDTH
+    widest = WIDEST_IN_DEGREE_ON_CPU if is_costly else WIDEST_IN_DEGREE
+    if in_degree > widest:
+        return f"in-degree {in_degree}, it pays up to {widest}"
     # One query is cheaper on its whole maps, unless all its keys have weights.
-    return "a single query" if call.q.shape[1] == 1 and there(call.scores).keys is None else ""
+    return "a single query" if is_single and there(call.scores).keys is None else ""
 
 
 def _wide(call: Call) -> Result:

@@ -19,7 +19,8 @@ def blocks(monkeypatch):
     """Tiles of four queries and three keys from one key on; counts how often they run."""
     for name, number in {"ROWS": 8, "FEWEST_KEYS": 3, "NUMBERS": 1}.items():
         monkeypatch.setattr(blocked, name, number)
-    monkeypatch.setattr(tiled, "BLOCKS_FROM_KEYS", 1)
+    for name in ("BLOCKS_FROM_KEYS", "SHARED_BLOCKS_FROM_KEYS"):
+        monkeypatch.setattr(tiled, name, 1)
     calls = []
     monkeypatch.setattr(tiled, "blocked_attention", lambda *a: calls.append(1) or blocked.blocked_attention(*a))
     return calls
@@ -68,10 +69,20 @@ def test_equals_whole_maps_in_value_and_gradient(blocks, mask, keys, receivers):
 
 @pytest.mark.parametrize("case", ["between weights", "bfloat16", "few keys"])
 def test_other_calls_take_whole_rows(blocks, monkeypatch, case):
-    monkeypatch.setattr(tiled, "BLOCKS_FROM_KEYS", T + (case == "few keys"))
+    for name in ("BLOCKS_FROM_KEYS", "SHARED_BLOCKS_FROM_KEYS"):
+        monkeypatch.setattr(tiled, name, T + (case == "few keys"))
     q, k, v, mix = inputs(T, dtype=torch.bfloat16 if case == "bfloat16" else torch.float64)
     tiled_attention(q, k, v, mix, mix if case == "between weights" else None)
     assert not blocks
+
+
+@pytest.mark.parametrize("parts, runs", [(1, 1), (2, 0)])
+def test_blocks_that_threads_share_out_take_more_keys(blocks, monkeypatch, parts, runs):
+    monkeypatch.setattr(tiled, "most_parts", lambda: parts)
+    monkeypatch.setattr(tiled, "SHARED_BLOCKS_FROM_KEYS", T + 1)
+    q, k, v, mix = inputs(T)
+    tiled_attention(q, k, v, mix)
+    assert len(blocks) == runs
 
 
 def test_gradients_of_every_sample_are_those_of_a_loop(blocks):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gohgraph as goh
+from gohgraph.attention import forms
 from gohgraph.attention.cache import KeyValueCache
 from gohgraph.attention.call import Call, Mask
 from gohgraph.attention.forms import attend, explain
@@ -176,6 +177,31 @@ def test_sparse_graphs_run_wide_and_dense_ones_eagerly():
 
     assert taken("ring", {"hops": 3}) == "wide" and taken("ring", {"hops": 4}) == "maps"
     assert taken("complete", {}) == taken("ring", {}, rounds=2) == taken("ring", {}, backend="pyg") == "maps"
+
+
+CHOICES = {
+    "four heads over few keys": ((16, 64, 4, 16), "complete", 1, "maps"),
+    "four heads, large maps": ((16, 1024, 4, 16), "complete", 1, "tiled"),
+    "in-degree 3 and thin heads": ((2, 128, 8, 8), "ring", 1, "wide"),
+    "in-degree 3": ((2, 128, 8, 16), "ring", 1, "tiled"),
+    "in-degree 3, small maps": ((1, 128, 8, 16), "ring", 1, "maps"),
+    "in-degree 2, thin heads, one thread": ((2, 512, 8, 16), "pairs", 1, "tiled"),
+    "in-degree 2, thin heads, two threads": ((2, 512, 8, 16), "pairs", 2, "wide"),
+    "in-degree 2, thin heads, two threads, many keys": ((2, 1024, 8, 16), "pairs", 2, "tiled"),
+    "talking heads over few keys": ((16, 64, 4, 16), "talking", 1, "maps"),
+    "talking heads, maps of half a tile": ((4, 128, 4, 16), "talking", 1, "tiled"),
+}
+
+
+@pytest.mark.parametrize("size, graph, parts, expected", CHOICES.values(), ids=CHOICES)
+def test_what_is_chosen_is_what_was_measured_to_be_fastest(monkeypatch, size, graph, parts, expected):
+    monkeypatch.setattr(forms, "most_parts", lambda: parts)
+    q, x = torch.empty(size), torch.empty(*size[:2], size[2] * size[3])
+    shape = ("ring", {"hops": 1 if graph == "pairs" else 2}) if graph in ("ring", "pairs") else ("complete", {})
+    conv = goh.HeadGraphConv(goh.head_graph(size[2], shape[0], **shape[1]), size[3], x.shape[-1])
+    messages = Messages(conv, x)
+    found = explain(Call(q, q, q, Mask(causal=True), 0.0, messages, messages if graph == "talking" else None))
+    assert found[expected] == "taken"
 
 
 def test_wide_form_never_holds_a_map_of_scores(monkeypatch):

@@ -29,7 +29,7 @@ DEFAULT_SIZES = (
     "256/8/192/1", "256/8/256/1", "512/8/64/8", "512/8/128/1", "512/8/128/4",
 )  # fmt: skip
 SMOKE_SIZES = ("24/4/7/2",)
-GRAPHS = ("score-ring2", "score-complete", "talking-heads")
+GRAPHS = ("score-ring2", "score-ring4", "score-complete", "talking-heads")
 FORMS = ("maps", "tiled", "wide")
 REPEATS = 8
 
