@@ -18,7 +18,6 @@ from gohgraph.attention.kernels.mixed_attention import flash_mixed_attention, ke
 from gohgraph.attention.maps import Mix, mixed_attention, plain_attention
 from gohgraph.attention.routed_forms import grouped, pays_grouped, refuses_grouped, refuses_skipped, skipped
 from gohgraph.attention.runs import parted
-from gohgraph.attention.sharing import most_parts
 from gohgraph.attention.tiled import FEWEST_ROWS, tiled_attention
 from gohgraph.attention.tiled_operator import blocks, tiles
 from gohgraph.attention.watching import show
@@ -38,10 +37,8 @@ WIDEST_IN_DEGREE, WIDEST_IN_DEGREE_ON_CPU = 4, 2
 TILED_FROM_KEYS, TILED_FROM_NUMBERS = 256, 128 * 64
 TILED_FROM_MAPS, TILED_FROM_SEQUENCE = 2**18, 2**17
 
-# Wide heads up to so many numbers are faster than tiles, whose products are as thin as heads are, up to so many keys on
-# one thread and where threads share out tiles.
-NARROW_WIDTH = 32
-NARROW_UP_TO_KEYS, SHARED_NARROW_UP_TO_KEYS = 511, 1023
+# Wide heads up to so many numbers are faster than tiles, whose products are as thin as heads are, below so many keys.
+NARROW_WIDTH, NARROW_BELOW_KEYS = 32, 512
 
 
 class Form(NamedTuple):
@@ -228,8 +225,9 @@ def _pays_tiled(call: Call) -> str:
         return "measured to pay on a CPU only"
     widens = call.scores is not None and not (_refuses_wide(call) or _pays_wide(call))
     (batch, rows, heads), (keys, head_dim) = call.q.shape[:3], call.k.shape[1::2]
-    if widens and (reason := _is_narrow(there(call.scores).graph.traits.most_senders * head_dim, keys, call)):
-        return reason
+    width = there(call.scores).graph.traits.most_senders * head_dim if widens else 0
+    if 0 < width <= NARROW_WIDTH and keys < NARROW_BELOW_KEYS:
+        return f"wide heads of {width} numbers are faster, up to {NARROW_WIDTH} and below {NARROW_BELOW_KEYS} keys"
     maps, is_mixed_twice = heads * rows * keys, call.scores is not None and call.weights is not None
     is_worth_tiles = maps >= TILED_FROM_SEQUENCE // (2 if is_mixed_twice else 1)
     outgrows = not widens and is_worth_tiles and batch * maps >= TILED_FROM_MAPS
@@ -239,15 +237,6 @@ def _pays_tiled(call: Call) -> str:
         f"pays from {FEWEST_ROWS} queries on, and {TILED_FROM_KEYS} keys, {TILED_FROM_NUMBERS} numbers of a head's, or "
         f"{TILED_FROM_MAPS} of all maps"
     )
-
-
-def _is_narrow(width: int, keys: int, call: Call) -> str:
-    # What is compiled cannot ask for the number of threads.
-    is_shared_out = not call.is_compiling and most_parts() > 1
-    most_keys = SHARED_NARROW_UP_TO_KEYS if is_shared_out else NARROW_UP_TO_KEYS
-    if width > NARROW_WIDTH or keys > most_keys:
-        return ""
-    return f"wide heads of {width} numbers are faster, up to {NARROW_WIDTH} and {most_keys} keys"
 
 
 def _tiled(call: Call) -> Result:
