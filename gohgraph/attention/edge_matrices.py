@@ -17,7 +17,8 @@ class EdgeMatrices:
     r"""The matrices :math:`I + \alpha(t)` of a complete graph, read as a tensor `[B, T, H, H]` is, by item and tokens.
 
     In memory are those of a window of tokens: tiles of many heads have few queries, and products over so few would read
-    all of W for each. Tiles are taken in order.
+    all of W for each. Tiles are taken in order, and in backward each gives its gradients last, which take the place of
+    its matrices.
 
     Args:
         edges: of all tokens, of one run of heads.
@@ -51,7 +52,7 @@ class EdgeMatrices:
             self.leave(start)
             self.window = slice(start, min(start + len(self.memory), len(self.edges.context)))
             alpha = self.edges.alpha(self.window, self.memory[: self.window.stop - start])  # [n, E]
-            self._diagonal(alpha).add_(1.0)
+            self.diagonal(alpha).add_(1.0)
         return slice(start - self.window.start, stop - self.window.start)
 
     def leave(self, stop: int) -> None:
@@ -59,17 +60,15 @@ class EdgeMatrices:
         if self.gradients is None:
             return
         tokens = slice(self.window.start, min(stop, self.window.stop))
-        count = tokens.stop - tokens.start
-        alpha, dalpha = self.memory[:count], self.gradients.memory[:count]  # [n, E] each
-        self._diagonal(alpha).sub_(1.0)
-        self.gradients.sums.add(tokens, self.edges.before(alpha, dalpha, out=dalpha))
+        self.gradients.sums.add(tokens, self.memory[: tokens.stop - tokens.start])
 
     def room(self) -> MatrixGradients:
         """Returns what takes in the gradients of the matrices."""
         self.gradients = MatrixGradients(self)
         return self.gradients
 
-    def _diagonal(self, alpha: Tensor) -> Tensor:
+    def diagonal(self, alpha: Tensor) -> Tensor:
+        """Returns the self-loops among weights `[n, E]`."""
         return self.edges.matrices(alpha).diagonal(dim1=1, dim2=2)  # [n, H]
 
 
@@ -77,12 +76,13 @@ class MatrixGradients:
     """The gradients of what matrices are computed from, given those of the matrices, by item and tokens, in order."""
 
     def __init__(self, matrices: EdgeMatrices) -> None:
-        self.matrices, self.memory = matrices, torch.empty_like(matrices.memory)  # [n, E]
-        self.sums = EdgeGradients(matrices.edges, matrices.needed)
+        self.matrices, self.sums = matrices, EdgeGradients(matrices.edges, matrices.needed)
 
     def __setitem__(self, place: Place, gradients: Tensor) -> None:
-        """Takes in the gradients `[t, H, H]` of the matrices of some tokens of one item."""
-        self.memory[self.matrices.within(place)] = gradients.flatten(1)  # [t, E]
+        """Takes in the gradients `[t, H, H]` of the matrices of some tokens of one item, and writes over these."""
+        alpha = self.matrices.memory[self.matrices.within(place)]  # [t, E]
+        self.matrices.diagonal(alpha).sub_(1.0)
+        self.matrices.edges.before(alpha, gradients.flatten(1), out=alpha)  # [t, E]
 
     def of_edges(self) -> tuple[Tensor | None, ...]:
         """Returns the gradients of context, W and s, after the last tile."""

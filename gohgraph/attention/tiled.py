@@ -23,9 +23,10 @@ TILE_NUMBERS = 2**18
 FEWEST_ROWS, MOST_ROWS = 64, 128
 
 # Of many heads the products over heads outweigh the others, and do not need as many queries: so few that there are as
-# many rows of maps (512 tokens, batch 2, d_model 512, block in training, ratio of time and memory to plain, one thread:
-# 32 heads 1.39 and 1.36 -> 1.29 and 1.23, 64 heads 1.53 and 2.45 -> 1.44 and 2.04).
-FEWEST_ROWS_OF_MAPS = 1024
+# many rows of maps (512 tokens, batch 2, d_model 512, block in training, ratio of time and memory to plain, one thread,
+# 64 queries, 1,024 rows of maps and 768: 32 heads 1.39 and 1.36, 1.29 and 1.23, as much; 64 heads 1.53 and 2.45, 1.32
+# and 1.27, 1.35 and 1.24).
+FEWEST_ROWS_OF_MAPS = 768
 
 # From so many keys on, whole rows of a tile leave the cache, and messages between scores alone go over blocks of keys
 # (attention alone, forward and backward, processor time on one thread of an AMD EPYC, to that of tiles: 8 heads of 64
@@ -262,8 +263,10 @@ class _Gradients:
         dscores = self._through_weights(tile, weights)  # [t, H, n]
         del weights
         if mix_scores is not None:
-            there(self.dmix_scores)[b, rows] = torch.bmm(dscores, scores.permute(1, 2, 0))  # [t, H, H]
+            dmix = torch.bmm(dscores, scores.permute(1, 2, 0))  # [t, H, H]
             dscores = torch.bmm(mix_scores[b, rows].transpose(1, 2), dscores)  # [t, H, n]
+            # Last: they may take the place of what they are the gradients of.
+            there(self.dmix_scores)[b, rows] = dmix
         dscores = dscores.transpose(0, 1)  # [H, t, n]
         self.dq[b, rows] = torch.bmm(dscores, k[b, :n].transpose(0, 1)).transpose(0, 1)  # [t, H, D]
         self.dk[b, :, :, :n] += torch.bmm(q[b, rows].permute(1, 2, 0), dscores)  # [H, D, n]
