@@ -23,16 +23,16 @@ TILE_NUMBERS = 2**18
 FEWEST_ROWS, MOST_ROWS = 64, 128
 
 # Of many heads the products over heads outweigh the others, and do not need as many queries: so few that there are as
-# many rows of maps (512 tokens, batch 2, d_model 512, block in training, ratio of time and memory to plain, one thread,
-# 64 queries, 1,024 rows of maps and 768: 32 heads 1.39 and 1.36, 1.29 and 1.23, as much; 64 heads 1.53 and 2.45, 1.32
-# and 1.27, 1.35 and 1.24).
-FEWEST_ROWS_OF_MAPS = 768
+# many rows of maps (512 tokens, batch 2, d_model 512, block in training, ratio of time and memory to plain, one thread:
+# 32 heads 1.39 and 1.36 -> 1.29 and 1.23, 64 heads 1.53 and 2.45 -> 1.44 and 2.04).
+FEWEST_ROWS_OF_MAPS = 1024
 
 # From so many keys on, whole rows of a tile leave the cache, and messages between scores alone go over blocks of keys
 # (attention alone, forward and backward, processor time on one thread of an AMD EPYC, to that of tiles: 8 heads of 64
 # over 512 keys 1.03, 1,024 0.90 and in another run 1.04; 16 of 32 over 1,024 0.88, 32 of 16 0.82, over 2,048 0.65).
-# Where threads share blocks out, each reads first what operators shared out otherwise: from twice as many (a block of
-# d_model 512 and 1,024 tokens on two threads, time to plain, blocks and tiles: 1.16, 1.07; of d_model 128 1.96, 1.34).
+# Where threads share blocks out, each reads first what operators shared out otherwise: under a causal mask, which
+# leaves half of the work, from twice as many (1,024 tokens on two threads, time to plain, blocks and tiles: a block of
+# d_model 512 1.16, 1.07, of 128 1.96, 1.34; torch's encoder layer of 256 under a padding mask 1.53, 2.13).
 BLOCKS_FROM_KEYS, SHARED_BLOCKS_FROM_KEYS = 1024, 2048
 
 
@@ -110,7 +110,7 @@ def tiled_attention(
         is_precise = q.dtype in (torch.float32, torch.float64)
         scores, weights = mixes
         # What is compiled cannot ask for the number of threads.
-        is_shared_out = blocks is None and q.is_cpu and most_parts() > 1
+        is_shared_out = is_causal and blocks is None and q.is_cpu and most_parts() > 1
         is_long = k.shape[1] >= (SHARED_BLOCKS_FROM_KEYS if is_shared_out else BLOCKS_FROM_KEYS)
         k, v = k.to(q.dtype), v.to(q.dtype)
         if isinstance(scores, Tensor) and weights is None and is_precise and is_long:

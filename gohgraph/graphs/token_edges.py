@@ -34,9 +34,9 @@ class TokenEdges(NamedTuple):
     squashes: bool
     width: int
 
-    def chunks(self) -> Iterator[slice]:
-        """Yields the tokens of one chunk after the other."""
-        tokens = max(FEWEST_TOKENS, CHUNK_NUMBERS // len(self.weight))
+    def chunks(self, numbers: int | None = None) -> Iterator[slice]:
+        """Yields the tokens of one chunk after the other, of so many weights each, or `CHUNK_NUMBERS`."""
+        tokens = max(FEWEST_TOKENS, (CHUNK_NUMBERS if numbers is None else numbers) // len(self.weight))
         for start in range(0, len(self.context), tokens):
             yield slice(start, min(start + tokens, len(self.context)))
 
@@ -49,9 +49,9 @@ class TokenEdges(NamedTuple):
             return alpha  # [n, E]
         return 2 * alpha.sigmoid() - 1 if out is None else alpha.sigmoid_().mul_(2).sub_(1)  # [n, E]
 
-    def memory(self) -> Tensor:
-        """Returns memory for the weights of one chunk, `[n, E]`."""
-        first = next(self.chunks(), slice(0, 0))
+    def memory(self, numbers: int | None = None) -> Tensor:
+        """Returns memory for the weights of one chunk, `[n, E]`; `numbers` as in `chunks`."""
+        first = next(self.chunks(numbers), slice(0, 0))
         return self.context.new_empty(first.stop, len(self.weight))
 
     def before(self, alpha: Tensor, dalpha: Tensor, out: Tensor) -> Tensor:

@@ -76,12 +76,12 @@ def test_other_calls_take_whole_rows(blocks, monkeypatch, case):
     assert not blocks
 
 
-@pytest.mark.parametrize("parts, runs", [(1, 1), (2, 0)])
-def test_blocks_that_threads_share_out_take_more_keys(blocks, monkeypatch, parts, runs):
+@pytest.mark.parametrize("parts, is_causal, runs", [(1, True, 1), (2, True, 0), (2, False, 1)])
+def test_causal_blocks_that_threads_share_out_take_more_keys(blocks, monkeypatch, parts, is_causal, runs):
     monkeypatch.setattr(tiled, "most_parts", lambda: parts)
     monkeypatch.setattr(tiled, "SHARED_BLOCKS_FROM_KEYS", T + 1)
     q, k, v, mix = inputs(T)
-    tiled_attention(q, k, v, mix)
+    tiled_attention(q, k, v, mix, is_causal=is_causal)
     assert len(blocks) == runs
 
 

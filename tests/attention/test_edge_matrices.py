@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gohgraph as goh
-from gohgraph.attention import forms, tiled
+from gohgraph.attention import edge_matrices, forms, tiled
 from gohgraph.graphs import token_edges, ways
 
 B, T, H, D = 2, 13, 6, 5
@@ -19,7 +19,7 @@ def small(monkeypatch):
     """Tiles of three queries, windows of five tokens; counts how often they run."""
     for module, name, number in (
         (tiled, "FEWEST_ROWS", 3), (tiled, "TILE_NUMBERS", 1), (ways, "FROM_WEIGHTS", 0), (ways, "KEPT_NUMBERS", 0),
-        (token_edges, "CHUNK_NUMBERS", 1), (token_edges, "FEWEST_TOKENS", 5),
+        (edge_matrices, "WINDOW_NUMBERS", 1), (token_edges, "FEWEST_TOKENS", 5),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, number)
     monkeypatch.setattr(tiled, "MOST_ROWS", 3)
