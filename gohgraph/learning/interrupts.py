@@ -15,7 +15,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 def interrupts() -> Iterator[threading.Event]:
     """Yields an event that the first Ctrl-C sets; a second one raises `KeyboardInterrupt` at once.
 
-    SIGTERM, by which `kill`, `timeout` and schedulers ask for an end, does the same.
+    SIGTERM, by which `kill`, `timeout` and schedulers ask for an end, sets it too, and never does more.
 
     Example:
         >>> with interrupts() as interrupted:
@@ -26,7 +26,7 @@ def interrupts() -> Iterator[threading.Event]:
     interrupted = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if interrupted.is_set():
+        if interrupted.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         interrupted.set()
 

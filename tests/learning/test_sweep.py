@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import operator
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
 
 import pytest
 
@@ -90,3 +95,47 @@ def test_a_sweep_stops_at_a_loss_that_runs_away(tmp_path):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_sweep_goes_on_where_losses_may_run_away(tmp_path, jobs):
     assert sweep(lost, {"lost": {"step": 4}}, tmp_path, jobs=jobs, may_diverge=True) == {"lost": None}
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from gohgraph.learning.contests.sweep import sweep
+from gohgraph.learning.interrupts import TrainingInterrupted, interrupts
+
+def train(file):
+    with interrupts() as interrupted:
+        Path(file).write_text("begun")
+        while not interrupted.is_set():
+            time.sleep(0.01)
+    Path(file).write_text("checkpoint")
+    raise TrainingInterrupted
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    sweep(train, {name: {"file": str(folder / name)} for name in "ab"}, folder / "results", jobs=2)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are those of POSIX")
+@pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_runs_side_by_side_write_checkpoints_when_their_sweep_ends(tmp_path, ending):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    # The signal goes to the sweep alone, not to its processes; a test that runs in the background may ignore Ctrl-C.
+    ask = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen([sys.executable, script, tmp_path], stderr=subprocess.PIPE, preexec_fn=ask)
+    files = [tmp_path / name for name in "ab"]
+    wait_until(lambda: all(file.exists() and file.read_text() == "begun" for file in files))
+    process.send_signal(getattr(signal, ending))
+    # The pipe is closed when the last process that writes to it has ended.
+    process.communicate(timeout=600)
+    assert process.returncode != 0
+    assert [file.read_text() for file in files] == ["checkpoint", "checkpoint"]
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 600
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

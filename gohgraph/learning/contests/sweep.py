@@ -3,17 +3,24 @@
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from gohgraph.common.checks import check_int
+from gohgraph.common.checks import check_int, there
 from gohgraph.common.files import make_folder, read_json, write_text_whole
+
+
+# Held by a process of its own while it makes a run.
+_running = threading.Lock()
 
 
 def sweep(
@@ -29,7 +36,8 @@ def sweep(
     """Calls `function(**runs[name])` for every name whose result is not in `folder` yet.
 
     Returns the results by name, in the order of `runs`. A run's result goes to `folder/name.json`, written
-    atomically together with the arguments that gave it; a call after an interruption goes on with what is missing.
+    atomically together with the arguments that gave it; a call after an interruption goes on with what is missing. When
+    this process ends, however it does, those beside it are asked to end by SIGTERM.
 
     Args:
         function: of a module's top level when `jobs > 1`; returns what JSON can hold.
@@ -82,17 +90,40 @@ def _calls(
         yield from ((name, partial(function, **arguments)) for name, arguments in runs.items())
         return
     # Spawned, not forked: a fork of a process with running threads can hang.
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    others, is_done = set(multiprocessing.active_children()), False
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_follow_parent)
     bars = os.environ.get("TQDM_DISABLE")
     # Bars of several processes would overwrite each other; tqdm reads this when a process imports it.
     os.environ["TQDM_DISABLE"] = "1"
     try:
-        futures = {pool.submit(function, **arguments): name for name, arguments in runs.items()}
+        futures = {pool.submit(_run, function, arguments): name for name, arguments in runs.items()}
         for future in as_completed(futures):
             yield futures[future], future.result
+        is_done = True
     finally:
+        # Nobody waits for their results.
+        for process in () if is_done else set(multiprocessing.active_children()) - others:
+            process.terminate()
         pool.shutdown(cancel_futures=True)
         os.environ.pop("TQDM_DISABLE") if bars is None else os.environ.update(TQDM_DISABLE=bars)
+
+
+def _run(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    with _running:
+        return function(**arguments)
+
+
+def _follow_parent() -> None:
+    """Lets this process end when the one that started it has, which may have had no time to say so."""
+    threading.Thread(target=_end_after_parent, daemon=True).start()
+
+
+def _end_after_parent() -> None:
+    wait([there(multiprocessing.parent_process()).sentinel])
+    # A training under way writes its checkpoint first; a process that has none ends here.
+    os.kill(os.getpid(), signal.SIGTERM)
+    with _running:
+        os._exit(1)
 
 
 def _finished(
