@@ -18,7 +18,6 @@ from tqdm import tqdm
 from gohgraph.common.checks import check_int, there
 from gohgraph.common.files import make_folder, read_json, write_text_whole
 
-
 # Held by a process of its own while it makes a run.
 _running = threading.Lock()
 
