@@ -30,10 +30,11 @@ FEWEST_ROWS_OF_MAPS = 1024
 # From so many keys on, whole rows of a tile leave the cache, and messages between scores alone go over blocks of keys
 # (attention alone, forward and backward, processor time on one thread of an AMD EPYC, to that of tiles: 8 heads of 64
 # over 512 keys 1.03, 1,024 0.90 and in another run 1.04; 16 of 32 over 1,024 0.88, 32 of 16 0.82, over 2,048 0.65).
-# Where threads share blocks out, each reads first what operators shared out otherwise: under a causal mask, which
-# leaves half of the work, from twice as many (1,024 tokens on two threads, time to plain, blocks and tiles: a block of
-# d_model 512 1.16, 1.07, of 128 1.96, 1.34; torch's encoder layer of 256 under a padding mask 1.53, 2.13).
-BLOCKS_FROM_KEYS, SHARED_BLOCKS_FROM_KEYS = 1024, 2048
+# Where threads share blocks out, each reads first what operators shared out otherwise: of few heads under a causal
+# mask, which leaves half of the work, from twice as many (1,024 tokens, two threads, time to plain, blocks and rows: a
+# block of d_model 128 and 8 heads 1.96, 1.34, of 512 1.16, 1.07; a Llama of 512 with 8 heads 1.11 to 1.16, 1.06 to 1.16
+# in several runs, 16 heads 1.18, 1.11 to 1.28, 32 heads 1.37, 1.30 to 1.56; under a padding mask 1.53, 2.13).
+BLOCKS_FROM_KEYS, SHARED_BLOCKS_FROM_KEYS, FEW_HEADS = 1024, 2048, 8
 
 
 class Tile(NamedTuple):
@@ -110,7 +111,7 @@ def tiled_attention(
         is_precise = q.dtype in (torch.float32, torch.float64)
         scores, weights = mixes
         # What is compiled cannot ask for the number of threads.
-        is_shared_out = is_causal and blocks is None and q.is_cpu and most_parts() > 1
+        is_shared_out = is_causal and heads <= FEW_HEADS and blocks is None and q.is_cpu and most_parts() > 1
         is_long = k.shape[1] >= (SHARED_BLOCKS_FROM_KEYS if is_shared_out else BLOCKS_FROM_KEYS)
         k, v = k.to(q.dtype), v.to(q.dtype)
         if isinstance(scores, Tensor) and weights is None and is_precise and is_long:

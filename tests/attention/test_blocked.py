@@ -76,9 +76,14 @@ def test_other_calls_take_whole_rows(blocks, monkeypatch, case):
     assert not blocks
 
 
-@pytest.mark.parametrize("parts, is_causal, runs", [(1, True, 1), (2, True, 0), (2, False, 1)])
-def test_causal_blocks_that_threads_share_out_take_more_keys(blocks, monkeypatch, parts, is_causal, runs):
+@pytest.mark.parametrize(
+    "parts, is_causal, few, runs", [(1, True, H, 1), (2, True, H, 0), (2, True, H - 1, 1), (2, False, H, 1)]
+)
+def test_causal_blocks_of_few_heads_that_threads_share_out_take_more_keys(
+    blocks, monkeypatch, parts, is_causal, few, runs
+):
     monkeypatch.setattr(tiled, "most_parts", lambda: parts)
+    monkeypatch.setattr(tiled, "FEW_HEADS", few)
     monkeypatch.setattr(tiled, "SHARED_BLOCKS_FROM_KEYS", T + 1)
     q, k, v, mix = inputs(T)
     tiled_attention(q, k, v, mix, is_causal=is_causal)
