@@ -95,7 +95,7 @@ ROWS = {
     ),
     "bf16": Row(row_forms.half_blocks, BLOCK, ((512, 8, 512, 1),), SMALL, 8),
     "eager": Row(
-        partial(row_forms.blocks, ("score-ring2", "score-complete")), BLOCK, ((512, 8, 512, 1),), SMALL, 12
+        partial(row_forms.blocks, ("output", "score-ring2", "score-complete")), BLOCK, ((512, 8, 512, 1),), SMALL, 12
     ),
     "compiled": Row(row_forms.compiled_blocks, BLOCK, ((512, 8, 512, 1),), SMALL, 12, compiles=True),
 }  # fmt: skip
