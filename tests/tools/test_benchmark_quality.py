@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from benchmarks import quality, task_runs
-from benchmarks.quality_report import Entry, draw_quality, load_lines, quality_table
+from benchmarks.quality_report import Entry, beside_table, draw_quality, load_lines, quality_table
 from benchmarks.statistics import at_budget, holm, interval, needed_budget, paired_p
 from benchmarks.task_runs import TaskRuns, equal_configs
 from benchmarks.tasks import TASKS
@@ -160,6 +160,19 @@ def test_routed_variants_tell_their_load():
     assert quality_table("two-cues", TASKS["two-cues"](), [0, 1], entries, {1.0: 0.6}).endswith(line)
 
 
+def test_a_second_table_has_training_and_the_part_that_rates_are_chosen_on():
+    entries = {"plain": entry(0.5, 0.7), "outputs": entry(0.4, 0.5)}
+    for name, training, choosing in (("plain", (1.5, 1.7), (0.3, 0.5)), ("outputs", (1.4, 1.5), (0.5, 0.8))):
+        for log, loss, chosen in zip(entries[name].logs, training, choosing, strict=True):
+            log[-1] |= {"loss": loss, "choosing_error": chosen}
+    head, _, plain, own = [line for line in beside_table(TASKS["two-cues"](), entries).splitlines() if line[:1] == "|"]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, plain, own)]
+    assert cells[0] == ["attention", "loss", "minus plain", "choosing error", "minus plain"]
+    assert cells[1] == ["plain", "1.6000 ± 1.2706", "", "0.4000 ± 1.2706", ""]
+    # Differences of -0.1 and -0.2, and of 0.2 and 0.3; t of 1 degree of freedom is 12.706.
+    assert cells[2] == ["outputs", "1.4500 ± 0.6353", "-0.1500 ± 0.6353", "0.6500 ± 1.9059", "+0.2500 ± 0.6353"]
+
+
 def test_the_picture_has_a_panel_for_each_task():
     found = {"plain": entry(0.5, 0.7), "outputs": entry(0.4, 0.5), "scores": entry(0.6, 0.6)}
     figure = draw_quality({"mqar": found, "digits": found}, {"mqar": "error", "digits": "error"})
@@ -184,7 +197,8 @@ def finished(tool, tmp_path_factory):
 @pytest.mark.slow
 def test_a_smoke_run_leaves_tables_results_and_a_picture(finished):
     folder, _ = finished
-    assert "| outputs" in (folder / "tables.md").read_text()
+    text = (folder / "tables.md").read_text()
+    assert text.count("\n| outputs") == 2 and "Beside it: in training" in text
     with open(folder / "results.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["variant"], row["seed"]) for row in rows] == [(v, s) for v in ("plain", "outputs") for s in "01"]

@@ -4,7 +4,8 @@ On every task the lighter models' feed-forward is widened to the heaviest one's 
 all variants start from the same base weights and see the same batches in the same order. Plain attention and each
 variant search the same grid of rates, one setting after the other, on the first seed, and are trained at the best point
 on all others; a * marks a rate at the border of its grid. Data has three parts: rates are chosen on one that is not
-trained on, and results are reported on a third one.
+trained on, and results are reported on a third one. A second table has the loss in training and that of the part that
+rates are chosen on: where the reported part is small or uneven, they tell what it does not.
 
 Differences are taken seed by seed; +- is a 95 % interval (Student's t over the seeds), p of a paired t-test, as it is
 and corrected for all comparisons of its table (Holm). Equal time is said in one of two ways: --equal-time trains each
@@ -26,7 +27,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_report import Entry, draw_quality, quality_table
+from benchmarks.quality_report import Entry, beside_table, draw_quality, quality_table
 from benchmarks.recipes import RECIPES
 from benchmarks.task_runs import TaskRuns
 from benchmarks.tasks import TASKS
@@ -89,7 +90,8 @@ def run(flags: argparse.Namespace) -> None:
         runs = TaskRuns(name, _options(name, flags), flags)
         entries[name] = runs.entries()
         texts.append(quality_table(name, runs.task, flags.seeds, entries[name], runs.plain_curve()))
-        print("\n" + texts[-1])
+        texts.append(beside_table(runs.task, entries[name]))
+        print("\n" + "\n\n".join(texts[-2:]))
     _write(flags, texts, entries)
 
 

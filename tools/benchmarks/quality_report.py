@@ -15,6 +15,8 @@ from gohgraph.drawing.figures import INK, new_figure, save_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Of the batches of all steps since the last line of a run's log.
+TRAINING_LOSS = "loss"
 COLOURS = {"better": "#0072B2", "worse": "#D55E00", "unclear": "#999999"}
 
 
@@ -92,6 +94,28 @@ def quality_table(
     by_steps = f"Plain attention by steps, as multiples of {task.steps:,}, on the first three seeds: {curve}."
     table = markdown_table(lines, _title(name, task, seeds, plain))
     return "\n\n".join([table, compared, *[by_steps] * has_curve, *load_lines(entries)])
+
+
+def beside_table(task: Task, entries: dict[str, Entry]) -> str:
+    """Returns the Markdown table of what the reported part does not say; the first entry is plain attention.
+
+    The loss in training is the mean over the last tenth of the steps, of the same batches for all variants: it tells
+    small differences, and where it alone falls a variant only learns its training data by heart. The part that rates
+    were chosen on was chosen on with the first seed only.
+    """
+    plain = next(iter(entries.values()))
+    head = ["attention"]
+    for measure in (TRAINING_LOSS, task.choosing):
+        head += [measure.replace("_", " "), "minus plain"]
+    lines = [head]
+    for variant, entry in entries.items():
+        line = [variant]
+        for measure in (TRAINING_LOSS, task.choosing):
+            difference = "" if entry is plain else _spread(*interval(entry.minus(plain, measure)), signed=True)
+            line += [_spread(*interval(entry.ends(measure))), difference]
+        lines.append(line)
+    about = "Beside it: in training, over the last tenth of the steps, and on the part that rates were chosen on"
+    return markdown_table(lines, about)
 
 
 def _title(name: str, task: Task, seeds: list[int], plain: Entry) -> str:
