@@ -22,6 +22,7 @@ from benchmarks.trials import Trial, first_model, run_trial
 from helpers import load_script
 from pairs import EXHAUSTIVE
 
+from gohgraph.common.command_line import fill_in
 from gohgraph.graphs.baselines.presets import PRESETS
 from gohgraph.learning.contests.grid import Point
 from gohgraph.learning.contests.matching import count_parameters
@@ -445,6 +446,15 @@ def test_the_factor_is_of_head_graphs_alone(tmp_path):
 def test_bad_flags_are_refused_in_one_sentence(tool, tmp_path, capsys, flags, match):
     assert tool.main(["quality", "--run", str(tmp_path / "run"), *flags]) == 2
     assert match in capsys.readouterr().err
+
+
+def test_text_is_of_many_documents_unless_told_otherwise_and_small_in_a_smoke_run():
+    parser = argparse.ArgumentParser()
+    quality.add_flags(parser)
+    for defaults, data in ((quality.FULL, "python-packages"), ({**quality.FULL, **quality.SMOKE}, "python-docs")):
+        flags = parser.parse_args([])
+        fill_in(flags, defaults)
+        assert quality._options("text", flags)["data"] == data
 
 
 def test_every_field_of_a_task_can_be_overridden():

@@ -36,6 +36,7 @@ from gohgraph.common.checks import check_int, check_number
 from gohgraph.common.command_line import fill_in
 from gohgraph.common.files import make_folder, write_text_whole
 from gohgraph.graphs.baselines.presets import PRESETS
+from gohgraph.learning.data.corpus import PYTHON_DOCS, PYTHON_PACKAGES
 
 # Every opponent that is not another one's smaller form, then head graphs at every site.
 BASIC = ["plain", "head-gate", "element-gate", "head-norm", "norm-element-gate", "talking-heads", "dcmha"]
@@ -49,10 +50,11 @@ TIMED_ROUNDS = 20
 SEARCHED = ("learning_rate", "matrix_learning_rate", "graph_lr_factor", "weight_decay", "warmdown")
 # Of flags that the command line does not give: in full, and to see that it runs.
 FULL = {"seeds": [0, 1, 2, 3, 4], "budgets": list(BUDGETS), "tasks": list(TASKS), "rounds": TIMED_ROUNDS}
-FULL |= {"variants": BASIC, "grid": []}
+# Of many documents: held-out text of a few tells no small differences.
+FULL |= {"variants": BASIC, "grid": [], "data": PYTHON_PACKAGES}
 SMOKE = {"steps": 4, "seeds": [0, 1], "rates": [4e-3], "budgets": [2.0], "tasks": ["two-cues"], "rounds": 2}
 SMOKE |= {"variants": ["plain", "outputs"], "grid": [("matrix_learning_rate", (0.02,)), ("graph_lr_factor", (1.0,))]}
-SMOKE |= {"windows": 8, "final_windows": 8}
+SMOKE |= {"windows": 8, "final_windows": 8, "data": PYTHON_DOCS}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +73,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--parameters", type=int, help="of all models (default: the heaviest variant's)")
     add("--pairs", help="folder of sentence pairs of the task 'translation', such as Multi30k")
     add("--budgets", nargs="*", type=float, help=f"of plain attention, times the steps (default: {BUDGETS})")
-    add("--data", help="text of the task 'text': a corpus by name, or a file")
+    add("--data", help=f"text of the task 'text': a corpus by name, or a file (default: {PYTHON_PACKAGES})")
     add("--equal-time", action="store_true", help="also train each variant for the time of plain attention")
     add("--rounds", type=int, help=f"of timing (default: {TIMED_ROUNDS})")
     add("--jobs", type=int, default=1, help="processes (default: %(default)s)")

@@ -20,7 +20,7 @@ from gohgraph.common.checks import check_int, check_number
 from gohgraph.common.files import write_whole
 from gohgraph.learning.data import python_text
 
-PYTHON_DOCS = "python-docs"
+PYTHON_DOCS, PYTHON_PACKAGES = "python-docs", "python-packages"
 
 # Fewer bytes than this in either part measure nothing.
 _MINIMUM_BYTES = 100
@@ -29,7 +29,7 @@ _MINIMUM_BYTES = 100
 _GATHERED: dict[str, Callable[[], dict[str, str]]] = {
     PYTHON_DOCS: lambda: python_text.documentation(),
     "python": lambda: python_text.library(),
-    "python-packages": lambda: python_text.packages(),
+    PYTHON_PACKAGES: lambda: python_text.packages(),
 }
 
 # By name: where it is, and its SHA-256.
