@@ -101,7 +101,7 @@ def beside_table(task: Task, entries: dict[str, Entry]) -> str:
 
     The loss in training is the mean over the last tenth of the steps, of the same batches for all variants: it tells
     small differences, and where it alone falls a variant only learns its training data by heart. The part that rates
-    were chosen on was chosen on with the first seed only.
+    were chosen on served for that with the first seed only. Its intervals are of single comparisons, not corrected.
     """
     plain = next(iter(entries.values()))
     head = ["attention"]
