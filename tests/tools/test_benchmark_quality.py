@@ -328,6 +328,17 @@ def test_what_is_searched_for_graphs_is_not_searched_for_plain_attention(tmp_pat
     assert {name: str(point) for name, point in runs.points.items()} == {"plain": "0.1", "outputs": "0.1-0.25"}
 
 
+@pytest.mark.parametrize(
+    ("variant", "searched"),
+    [("outputs", True), ("element-gate", True), ("value-residual", True), ("moh-50", True)]
+    + [("xsa", False), ("hyper-connections", False), ("plain", False)],
+)
+def test_the_rate_of_graphs_is_searched_where_something_learns_at_it(tmp_path, monkeypatch, variant, searched):
+    grid = ["--rates", "0.1", "--grid", "graph_lr_factor=0.25,1", "--variants", variant]
+    runs = runs_of_two_cues(tmp_path, monkeypatch, *grid, train=lambda *_, **__: LOG)
+    assert ("graph_lr_factor" in runs.grids[variant].settings) is searched
+
+
 def test_equal_time_is_a_whole_training_of_fewer_steps(tmp_path, monkeypatch):
     steps = {}
 

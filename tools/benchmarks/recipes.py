@@ -51,7 +51,7 @@ class Recipe:
         Args:
             rates: the task's own learning rates.
             given: settings of the command line, which go over the recipe's.
-            has_graphs: whether anything stands at a site; without it the rate of graphs is nothing to choose.
+            has_graphs: whether any parameter learns at the rate of graphs; without one it is nothing to choose.
         """
         settings = {"learning_rate": tuple(rates)} | dict(self.grid) | {name: tuple(v) for name, v in given.items()}
         if not has_graphs:

@@ -25,6 +25,8 @@ from gohgraph.learning.contests.grid import Grid, Point
 from gohgraph.learning.contests.in_processes import InProcesses
 from gohgraph.learning.contests.matching import count_parameters, match_parameters
 from gohgraph.learning.contests.sweep import sweep
+from gohgraph.learning.optim import parameter_groups
+from gohgraph.learning.train_config import TrainConfig
 from gohgraph.models.config import TransformerConfig
 
 PLAIN, OLD = "plain", recipe("old")
@@ -67,7 +69,7 @@ class TaskRuns:
             given["learning_rate"] = tuple(self.flags.rates)
         given |= dict(self.flags.grid)
         return {
-            variant: self.recipe.search(self.task.learning_rates, given, has_graphs=config.head_graph is not None)
+            variant: self.recipe.search(self.task.learning_rates, given, has_graphs=_learns_at_sites(self.task, config))
             for variant, config in self.configs.items()
         }
 
@@ -206,6 +208,12 @@ def equal_configs(
     configs = {name: dataclasses.replace(bare, **fields_of(name, task.num_heads)) for name in names}
     wanted = parameters or max(count_parameters(task.model(config)) for config in configs.values())
     return {name: match_parameters(task.model, config, wanted) for name, config in configs.items()}
+
+
+def _learns_at_sites(task: Task, config: TransformerConfig) -> bool:
+    """Whether the optimizer finds parameters that learn at the rate of graphs; XSA stands at a site and has none."""
+    groups = parameter_groups(task.model(config), TrainConfig(steps=1))
+    return any(group["name"].endswith("graphs") for group in groups)
 
 
 def _upgraded(arguments: dict[str, Any]) -> dict[str, Any]:
