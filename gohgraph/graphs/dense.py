@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gohgraph.common.modules import is_exported
+
 SAME_HEAD, PAIRS = "same head", "pairs"
 
 
 def add_product(z: Tensor | None, adjacency: Tensor, senders: Tensor) -> Tensor:
     """Returns z + adjacency senders, of z `[*, H, D]` (`None`: 0), adjacency `[*, H, S]` and senders `[*, S, D]`."""
-    if z is None or z.dim() == 2 or adjacency.shape[:-2] != z.shape[:-2]:
+    # torch.export does not see that the strides of merged dimensions fit any number of tokens.
+    if z is None or is_exported() or not _have_tokens_alike(z, adjacency):
         received = adjacency @ senders  # [*, H, D]
         return received if z is None else z + received
     nodes = z.reshape(-1, *z.shape[-2:])  # [N, H, D]
@@ -21,6 +24,11 @@ def add_product(z: Tensor | None, adjacency: Tensor, senders: Tensor) -> Tensor:
     # One call adds and multiplies: no pass over memory beyond the product itself.
     added = torch.baddbmm(nodes, adjacency.reshape(-1, *adjacency.shape[-2:]), sending)  # [N, H, D]
     return added.view(z.shape)  # [*, H, D]
+
+
+def _have_tokens_alike(z: Tensor, adjacency: Tensor) -> bool:
+    # By their number first: comparing a batch with other dimensions would bind an exported program to its size.
+    return adjacency.dim() == z.dim() > 2 and adjacency.shape[:-2] == z.shape[:-2]
 
 
 def add_runs(z: Tensor | None, alpha: Tensor, senders: Tensor, count: int) -> Tensor:

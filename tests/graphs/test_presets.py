@@ -51,6 +51,17 @@ def test_later_tokens_never_reach_earlier_ones(name):
     assert (first - second)[:, 5:].abs().max() > 1e-3
 
 
+# Whole maps, edges that are the same for all tokens, and the default.
+@pytest.mark.parametrize("name", ["outputs", "scores-complete", "value-residual"])
+@torch.no_grad()
+def test_exported_programs_take_any_batch_and_length(name):
+    model, sizes = model_of(name), {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("tokens", min=2, max=64)}
+    program = torch.export.export(model, (tokens(3),), dynamic_shapes=(sizes,), strict=False).module()
+    # As many examples as heads, and as many tokens.
+    for other in (tokens(3), tokens(8)[:, :5], tokens(5)[:, :8]):
+        assert_equal_to(program(other).logits, model(other).logits)
+
+
 @presets
 @torch.no_grad()
 def test_a_cache_changes_nothing(name):
