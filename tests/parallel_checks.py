@@ -195,10 +195,12 @@ def others_apart(rank: int, config: ParallelConfig) -> dict[str, float]:
     return found
 
 
-def losses_apart(rank: int, config: ParallelConfig, names: list[str], steps: int, optimizer: str) -> dict[str, float]:
+def losses_apart(
+    rank: int, config: ParallelConfig, names: list[str], steps: int, optimizer: str, factor: float | None
+) -> dict[str, float]:
     """Of each case the largest difference of a loss in float32 training to that of one process."""
     known, found = cases() | special_cases(), {}
-    training = TrainConfig(steps=steps, learning_rate=3e-3, optimizer=optimizer)
+    training = TrainConfig(steps=steps, learning_rate=3e-3, optimizer=optimizer, graph_matrix_lr_factor=factor)
     for name in names:
         model, alone = build(known[name]).float(), build(known[name]).float()
         ranks = Ranks(model, config)

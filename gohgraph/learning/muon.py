@@ -10,8 +10,8 @@ from torch.optim import AdamW, Optimizer
 from gohgraph.common.checks import there
 from gohgraph.parallel.gradients import layout_of, spread_as, whole
 
-# The group of `parameter_groups` that Muon trains.
-MUON_GROUP = "matrices"
+# The groups of `parameter_groups` that Muon trains.
+MUON_GROUPS = ("matrices", "matrices of graphs", "decayed matrices of graphs")
 # Of the polynomial a x + b x³ + c x⁵, whose iterates bring every singular value in (0, 1] into about (0.7, 1.2).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -50,7 +50,7 @@ class Muon(Optimizer):
     parts lie on several ranks are gathered for it, on every rank.
 
     Args:
-        parameters: of two dimensions `[n, m]`, or groups of them.
+        parameters: matrices `[n, m]`, stacks of them `[P, n, m]`, or groups of both.
         lr: eta.
         weight_decay: lambda.
         momentum: mu, in [0, 1).
@@ -69,7 +69,7 @@ class Muon(Optimizer):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.dim() != 2:
+                if parameter.dim() not in (2, 3):
                     raise ValueError(
                         f"Expected matrices for Muon (got a parameter of shape {list(parameter.shape)}). Do give it to "
                         "AdamW."
@@ -90,7 +90,7 @@ class Muon(Optimizer):
         return loss
 
     def _move(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        lr, mu, (rows, columns) = group["lr"], group["momentum"], parameters[0].shape
+        lr, mu, (rows, columns) = group["lr"], group["momentum"], parameters[0].shape[-2:]
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -100,14 +100,15 @@ class Muon(Optimizer):
         for momentum, gradient in zip(momenta, gradients, strict=True):
             momentum.lerp_(gradient, 1 - mu)
         ahead = [whole(gradient.lerp(momentum, mu)) for gradient, momentum in zip(gradients, momenta, strict=True)]
-        directions = orthogonalized(torch.stack(ahead)).unbind()  # P of [n, m]
+        stacked = torch.stack(ahead)  # [K, n, m] or [K, P, n, m]
+        directions = orthogonalized(stacked.flatten(0, -3)).view_as(stacked).unbind()  # K of [n, m] or [P, n, m]
         updates = [spread_as(parameter, update) for parameter, update in zip(parameters, directions, strict=True)]
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         torch._foreach_add_(parameters, updates, alpha=-lr * max(1, rows / columns) ** 0.5)
 
 
 class MuonWithAdamW(Optimizer):
-    """`Muon` on the groups named `"matrices"` and AdamW (arXiv 1711.05101) on all others: one state, one step.
+    """`Muon` on groups whose name says matrices and AdamW (arXiv 1711.05101) on all others: one state, one step.
 
     Args:
         groups: dictionaries with `params`, `name`, `lr` and `weight_decay`.
@@ -127,8 +128,8 @@ class MuonWithAdamW(Optimizer):
     def __init__(
         self, groups: Sequence[dict[str, Any]], *, betas: tuple[float, float] = (0.9, 0.95), fused: bool = False
     ) -> None:
-        by_muon = [group for group in groups if group["name"] == MUON_GROUP]
-        by_adamw = [group for group in groups if group["name"] != MUON_GROUP]
+        by_muon = [group for group in groups if group["name"] in MUON_GROUPS]
+        by_adamw = [group for group in groups if group["name"] not in MUON_GROUPS]
         self._parts: list[Optimizer] = [Muon(by_muon)] if by_muon else []
         if by_adamw:
             self._parts.append(AdamW(by_adamw, betas=betas, fused=fused))
@@ -142,7 +143,7 @@ class MuonWithAdamW(Optimizer):
         for part in self._parts:
             # Loading a state replaces groups and state: the parts are handed what is current.
             is_muon = isinstance(part, Muon)
-            part.param_groups = [group for group in self.param_groups if (group["name"] == MUON_GROUP) is is_muon]
+            part.param_groups = [group for group in self.param_groups if (group["name"] in MUON_GROUPS) is is_muon]
             part.state = self.state
             part.step()
         return loss

@@ -12,13 +12,16 @@ from torch import nn
 from gohgraph.attention.routing import HeadRouter
 from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.protocol import SiteGraph
-from gohgraph.learning.muon import MUON_GROUP, MuonWithAdamW
+from gohgraph.learning.muon import MUON_GROUPS, MuonWithAdamW
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.models.streams import DenseConnection, StreamWeights
 from gohgraph.parallel.gradients import layout_of
 
 FUSED_ON = ("cpu", "cuda", "mps", "xpu")
-KINDS = (MUON_GROUP, "embeddings", "vectors", "head graphs", "decayed graphs")
+MATRICES, *GRAPH_MATRICES = MUON_GROUPS
+GRAPHS = ("head graphs", "decayed graphs")
+# Ends of names of what has two dimensions at a site and is no map from a token to edges or features.
+NO_MATRICES = ("bias", "gain", "embedding")
 
 
 def parameter_groups(
@@ -30,7 +33,8 @@ def parameter_groups(
     traits ask for it: their start at zero or one is neutral and no prior. They learn at `graph_lr_factor` times the
     learning rate, times the factor of their traits. A parameter used twice is listed once. For Muon, matrices are those
     inside layers, at its own rate; embeddings and the output's projection, which are tables rather than maps, are a
-    group that AdamW trains. The few weights of residual paths count as vectors.
+    group that AdamW trains. The few weights of residual paths count as vectors. With a `graph_matrix_lr_factor` Muon
+    trains the matrices at sites, too, at that multiple of its rate; their biases and gains stay with AdamW.
 
     Example:
         >>> import gohgraph as goh
@@ -48,30 +52,43 @@ def parameter_groups(
     paths = _ids(module for module in model.modules() if isinstance(module, (StreamWeights, DenseConnection)))
     by_muon = config.optimizer == "muon"
     tables = _ids(_tables(model)) if by_muon else set()
+    by_own_rate = set() if config.graph_matrix_lr_factor is None else _matrices(graphs)
 
     def kind(parameter: nn.Parameter) -> str:
         if id(parameter) in factors:
-            return "decayed graphs" if id(parameter) in decayed else "head graphs"
+            kinds = GRAPH_MATRICES if id(parameter) in by_own_rate else GRAPHS
+            return kinds[id(parameter) in decayed]
         if parameter.dim() < 2 or id(parameter) in paths:
             return "vectors"
-        return "embeddings" if by_muon and (parameter.dim() > 2 or id(parameter) in tables) else MUON_GROUP
+        return "embeddings" if by_muon and (parameter.dim() > 2 or id(parameter) in tables) else MATRICES
 
     members: dict[tuple[str, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             members.setdefault((kind(parameter), factors.get(id(parameter), 1.0)), []).append(parameter)
-    rates = dict.fromkeys(KINDS, config.learning_rate)
-    rates |= dict.fromkeys(("head graphs", "decayed graphs"), config.learning_rate * config.graph_lr_factor)
-    rates |= {MUON_GROUP: config.matrix_learning_rate} if by_muon else {}
-    decays = dict.fromkeys(KINDS, config.weight_decay) | {"vectors": 0.0, "head graphs": 0.0}
+    settings = _settings(config)
+    order = list(settings)
+    groups = sorted(members.items(), key=lambda member: (order.index(member[0][0]), member[0][1]))
     return [
-        {"params": parameters, "name": name, "lr": rates[name] * factor, "weight_decay": decays[name]}
-        for (name, factor), parameters in sorted(members.items(), key=lambda member: _order(*member[0]))
+        {"params": parameters, "name": name, "lr": settings[name][0] * factor, "weight_decay": settings[name][1]}
+        for (name, factor), parameters in groups
     ]
 
 
-def _order(kind: str, factor: float) -> tuple[int, float]:
-    return KINDS.index(kind), factor
+def _settings(config: TrainConfig) -> dict[str, tuple[float, float]]:
+    """Of every kind of parameters, in the order of groups, the learning rate and the decay."""
+    rate, decay = config.learning_rate, config.weight_decay
+    of_matrices = config.matrix_learning_rate if config.optimizer == "muon" else rate
+    of_graphs, of_graph_matrices = rate * config.graph_lr_factor, of_matrices * (config.graph_matrix_lr_factor or 0.0)
+    return {
+        MATRICES: (of_matrices, decay),
+        "embeddings": (rate, decay),
+        "vectors": (rate, 0.0),
+        GRAPHS[0]: (of_graphs, 0.0),
+        GRAPHS[1]: (of_graphs, decay),
+        GRAPH_MATRICES[0]: (of_graph_matrices, 0.0),
+        GRAPH_MATRICES[1]: (of_graph_matrices, decay),
+    }
 
 
 def _factors(graphs: list[nn.Module]) -> dict[int, float]:
@@ -87,6 +104,11 @@ def _factors(graphs: list[nn.Module]) -> dict[int, float]:
 def _decayed(graphs: list[nn.Module]) -> set[int]:
     asking = [graph for graph in graphs if isinstance(graph, SiteGraph) and graph.traits.weight_decay]
     return {id(parameter) for graph in asking for parameter in graph.parameters() if parameter.dim() > 1}
+
+
+def _matrices(graphs: list[nn.Module]) -> set[int]:
+    named = [named for graph in graphs if isinstance(graph, SiteGraph) for named in graph.named_parameters()]
+    return {id(p) for name, p in named if p.dim() in (2, 3) and not name.endswith(NO_MATRICES)}
 
 
 def _ids(modules: Iterable[nn.Module]) -> set[int]:

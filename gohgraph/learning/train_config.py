@@ -39,6 +39,8 @@ class TrainConfig:
         grad_clip: largest gradient norm, `None` for no limit.
         graph_lr_factor: learning rate of head graphs, as a multiple of AdamW's. A quarter is what text and translation
             chose beside Muon, see docs/experiments.md; models trained by AdamW alone took 1.
+        graph_matrix_lr_factor: learning rate of the matrices of head graphs, which make edges of tokens, as a multiple
+            of Muon's, which trains them then, too; `None` leaves them to AdamW, see docs/experiments.md.
         anneal_top_k: steps over which every router's k falls linearly, rounded, from all its routed heads to its own
             budget, fewer than `steps`; 0 for that budget at once. Under `compile`, every k is compiled anew.
         anneal_in_degree: steps over which learned topologies lose their weakest edges, until every head has its budget
@@ -70,6 +72,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float | None = 1.0
     graph_lr_factor: float = 0.25
+    graph_matrix_lr_factor: float | None = None
     anneal_top_k: int = 0
     anneal_in_degree: int = 0
     patience: int | None = None
@@ -96,6 +99,13 @@ class TrainConfig:
             check_probability(name, getattr(self, name))
         check_weight("weight_decay", self.weight_decay)
         check_weight("graph_lr_factor", self.graph_lr_factor)
+        if self.graph_matrix_lr_factor is not None:
+            check_number("graph_matrix_lr_factor", self.graph_matrix_lr_factor, above=0)
+            if self.optimizer != "muon":
+                raise ValueError(
+                    f"Expected optimizer 'muon' with graph_matrix_lr_factor, which is of its rate (got "
+                    f"{self.optimizer!r}). Do leave one of them out."
+                )
         if self.grad_clip is not None:
             check_number("grad_clip", self.grad_clip, above=0)
         for name in ("warmup", "anneal_top_k", "anneal_in_degree"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -68,6 +69,18 @@ def test_singular_values_come_near_one():
     assert values.min() > 0.5 and values.max() < 1.3
 
 
+def test_a_stack_moves_as_its_matrices():
+    stack = nn.Parameter(torch.randn(2, 5, 3))
+    alone = [nn.Parameter(part.detach().clone()) for part in stack]
+    one, other = Muon([stack], lr=0.05, weight_decay=0.2), Muon(alone, lr=0.05, weight_decay=0.2)
+    for _ in range(2):
+        stack.grad = torch.randn_like(stack)
+        for part, gradient in zip(alone, stack.grad, strict=True):
+            part.grad = gradient.clone()
+        one.step(), other.step()
+        torch.testing.assert_close(stack, torch.stack(tuple(alone)), rtol=0, atol=1e-6)
+
+
 def test_a_vector_is_refused():
     with pytest.raises(ValueError, match=r"Expected matrices for Muon .got a parameter of shape \[3\]"):
         Muon([nn.Parameter(torch.zeros(3))])
@@ -88,6 +101,30 @@ def test_matrices_inside_layers_are_muons(tied):
     assert {kind: group["lr"] for kind, group in groups.items()} == {
         "matrices": 0.03, "embeddings": 0.01, "vectors": 0.01, "head graphs": 0.005
     }  # fmt: skip
+
+
+def test_matrices_of_graphs_are_muons_where_they_have_a_rate_of_its():
+    """Biases and gains, two dimensions though they have, and routers stay with AdamW."""
+    low_rank, gate = goh.SiteConfig(rank=2, norm=True, rounds=2), goh.BaselineConfig("gate")
+    graphs = goh.HeadGraphConfig((low_rank, gate), routing=goh.RoutingConfig(2, 2))
+    model = goh.LanguageModel(with_graphs(graphs, num_layers=1))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    with_rate = dataclasses.replace(CONFIG, graph_matrix_lr_factor=0.25)
+    groups = {group["name"]: group for group in parameter_groups(model, with_rate)}
+    ends = {kind: {names[id(p)].split("object.")[-1] for p in groups[kind]["params"]} for kind in groups}
+    site = "output_graph."
+    assert ends["matrices of graphs"] == {f"{site}0.edges.weight", f"{site}0.edges.down", f"{site}1.weight"}
+    assert {f"{site}0.edges.bias", f"{site}0.gain"} < ends["head graphs"]
+    assert any("router" in name for name in ends["head graphs"])
+    assert groups["matrices of graphs"]["lr"] == 0.0075 and groups["matrices of graphs"]["weight_decay"] == 0
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trained(model, *optimizer_of(model, with_rate), range(2))
+    assert not any(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_rate_of_muons_needs_muon():
+    with pytest.raises(ValueError, match="Expected optimizer 'muon' with graph_matrix_lr_factor.* .got 'adamw'"):
+        TrainConfig(steps=1, optimizer="adamw", graph_matrix_lr_factor=0.25)
 
 
 @pytest.mark.parametrize("residual", ["hyper", "dynamic-hyper", "dense"])
@@ -122,12 +159,17 @@ def trained(model, optimizer, schedule, steps):
         schedule.step()
 
 
-def test_a_saved_state_goes_on_as_if_it_had_never_stopped():
+def optimizer_of(model, config):
+    optimizer = make_optimizer(model, config, torch.device("cpu"))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, config.learning_rate_factor)
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, graph_matrix_lr_factor=0.5)])
+def test_a_saved_state_goes_on_as_if_it_had_never_stopped(config):
     def begun():
         torch.manual_seed(0)
         model = goh.LanguageModel(small_config("outputs"))
-        optimizer = make_optimizer(model, CONFIG, torch.device("cpu"))
-        return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, CONFIG.learning_rate_factor)
+        return model, *optimizer_of(model, config)
 
     whole, first, second = begun(), begun(), begun()
     trained(*whole, range(5))

@@ -49,8 +49,8 @@ def equal(config, names, **settings):
     return (largest_errors, config, names, settings)
 
 
-def trains(config, names, optimizer="adamw"):
-    return (losses_apart, config, names, STEPS, optimizer)
+def trains(config, names, optimizer="adamw", graph_matrix_lr_factor=None):
+    return (losses_apart, config, names, STEPS, optimizer, graph_matrix_lr_factor)
 
 
 ONE_PROCESS = {
@@ -63,12 +63,12 @@ ONE_PROCESS = {
         equal(TP, ["deep"], layers=2, **MODERN), equal(TOKENS, ["deep"], layers=2, **MODERN),
         equal(FSDP, ["deep"], layers=2, **MODERN),
         trains(TP, some(ALL, 0)), trains(DDP, some(ALL, 1)), trains(FSDP, some(ALL, 2)),
-        trains(TP, ["deep"], "muon"), trains(FSDP, ["moh"], "muon"),
+        trains(TP, ["deep"], "muon"), trains(FSDP, ["moh"], "muon"), trains(TP, ["deep"], "muon", 0.5),
     ],
     4: [
         equal(TP, some(ALL, 1)), equal(TP_FSDP, some(ALL, 3)), equal(TP_DDP, some(ALL, 4, of=1)),
         equal(TOKENS, some(SPECIAL, 2, of=1), layers=2),
-        trains(TP_FSDP, some(ALL, 4, of=1)), trains(TP_FSDP, ["deep"], "muon"),
+        trains(TP_FSDP, some(ALL, 4, of=1)), trains(TP_FSDP, ["deep"], "muon", 0.5),
         *([trains(TP, some(ALL, 3, of=1)), trains(TP_DDP, ALL)] * EXHAUSTIVE),
     ],
 }  # fmt: skip

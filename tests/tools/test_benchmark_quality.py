@@ -339,6 +339,17 @@ def test_the_rate_of_graphs_is_searched_where_something_learns_at_it(tmp_path, m
     assert ("graph_lr_factor" in runs.grids[variant].settings) is searched
 
 
+@pytest.mark.parametrize(
+    ("variant", "searched"),
+    [("outputs", {"graph_lr_factor", "graph_matrix_lr_factor"}), ("element-gate", {"graph_matrix_lr_factor"})]
+    + [("talking-heads", {"graph_lr_factor"}), ("xsa", set())],
+)
+def test_both_rates_of_graphs_are_searched_where_something_learns_at_them(tmp_path, monkeypatch, variant, searched):
+    grid = ["graph_lr_factor=0.25,1", "graph_matrix_lr_factor=0.5", "--variants", variant]
+    runs = runs_of_two_cues(tmp_path, monkeypatch, "--rates", "0.1", "--grid", *grid, train=lambda *_, **__: LOG)
+    assert set(runs.grids[variant].settings) & {"graph_lr_factor", "graph_matrix_lr_factor"} == searched
+
+
 def test_equal_time_is_a_whole_training_of_fewer_steps(tmp_path, monkeypatch):
     steps = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ class Recipe:
         keeps_schedule: whether a task's own schedule and warm-up stay.
 
     Example:
-        >>> recipe("old").search((0.1, 0.2), {"graph_lr_factor": [0.25, 1.0]}, has_graphs=False).settings
+        >>> recipe("old").search((0.1, 0.2), {"graph_lr_factor": [0.25, 1.0]}, unused=["graph_lr_factor"]).settings
         {'learning_rate': (0.1, 0.2)}
     """
 
@@ -45,18 +45,16 @@ class Recipe:
         kept = {name: value for name, value in own.items() if name != "schedule"}
         return {**self.training, **kept, "warmup": steps // 20}
 
-    def search(self, rates: tuple[float, ...], given: Mapping[str, Any], *, has_graphs: bool) -> Grid:
+    def search(self, rates: tuple[float, ...], given: Mapping[str, Any], *, unused: Collection[str]) -> Grid:
         """Returns the grid of a model.
 
         Args:
             rates: the task's own learning rates.
             given: settings of the command line, which go over the recipe's.
-            has_graphs: whether any parameter learns at the rate of graphs; without one it is nothing to choose.
+            unused: settings that no parameter of the model learns by: nothing to choose.
         """
         settings = {"learning_rate": tuple(rates)} | dict(self.grid) | {name: tuple(v) for name, v in given.items()}
-        if not has_graphs:
-            settings.pop("graph_lr_factor", None)
-        return Grid(settings)
+        return Grid({name: values for name, values in settings.items() if name not in unused})
 
 
 def recipe(name: str) -> Recipe:

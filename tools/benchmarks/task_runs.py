@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Collection
 from datetime import datetime
 from functools import cached_property, partial
 from statistics import fmean
@@ -25,7 +26,7 @@ from gohgraph.learning.contests.grid import Grid, Point
 from gohgraph.learning.contests.in_processes import InProcesses
 from gohgraph.learning.contests.matching import count_parameters, match_parameters
 from gohgraph.learning.contests.sweep import sweep
-from gohgraph.learning.optim import parameter_groups
+from gohgraph.learning.optim import GRAPH_MATRICES, GRAPHS, parameter_groups
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.models.config import TransformerConfig
 
@@ -69,7 +70,7 @@ class TaskRuns:
             given["learning_rate"] = tuple(self.flags.rates)
         given |= dict(self.flags.grid)
         return {
-            variant: self.recipe.search(self.task.learning_rates, given, has_graphs=_learns_at_sites(self.task, config))
+            variant: self.recipe.search(self.task.learning_rates, given, unused=_unused(self.task, config, given))
             for variant, config in self.configs.items()
         }
 
@@ -210,10 +211,13 @@ def equal_configs(
     return {name: match_parameters(task.model, config, wanted) for name, config in configs.items()}
 
 
-def _learns_at_sites(task: Task, config: TransformerConfig) -> bool:
-    """Whether the optimizer finds parameters that learn at the rate of graphs; XSA stands at a site and has none."""
-    groups = parameter_groups(task.model(config), TrainConfig(steps=1))
-    return any(group["name"].endswith("graphs") for group in groups)
+def _unused(task: Task, config: TransformerConfig, searched: Collection[str]) -> list[str]:
+    """Rates of graphs by which the optimizer trains nothing of a model: XSA stands at a site and has no parameters."""
+    own_rate = 1.0 if "graph_matrix_lr_factor" in searched else None
+    groups = parameter_groups(task.model(config), TrainConfig(steps=1, graph_matrix_lr_factor=own_rate))
+    names = {group["name"] for group in groups}
+    kinds = {"graph_lr_factor": GRAPHS, "graph_matrix_lr_factor": GRAPH_MATRICES}
+    return [setting for setting, groups_of_it in kinds.items() if names.isdisjoint(groups_of_it)]
 
 
 def _upgraded(arguments: dict[str, Any]) -> dict[str, Any]:

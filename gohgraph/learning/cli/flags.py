@@ -48,6 +48,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, weight_decay: float =
     add("--matrix-learning-rate", type=float, help="of Muon, whose matrices are those inside layers (default: 0.02)")
     add("--weight-decay", type=float, default=weight_decay, help="default %(default)s")
     add("--graph-lr-factor", type=float, help="learning rate of head graphs over the others' (default: the recipe's)")
+    add("--graph-matrix-lr-factor", type=float, help="Muon trains their matrices, too, at so many times its rate")
     add("--patience", type=int, help="evaluations without a better loss after which it stops (default: never)")
     add("--eval-every", type=int, help="steps (default: a tenth of them)")
     add("--checkpoint-every", type=int, help="steps (default: a fifth of them)")
@@ -105,7 +106,7 @@ def train_config(flags: argparse.Namespace, seed: int, learning_rate: float, **o
         "seed": seed,
         "learning_rate": learning_rate,
     }
-    for name in ("matrix_learning_rate", "graph_lr_factor"):
+    for name in ("matrix_learning_rate", "graph_lr_factor", "graph_matrix_lr_factor"):
         if getattr(flags, name) is not None:
             values[name] = getattr(flags, name)
     return TrainConfig(**(values | overrides))
