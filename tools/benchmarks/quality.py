@@ -47,8 +47,8 @@ BUDGETS = (0.5, 2.0, 4.0)
 FIELDS = ("d_model", "num_heads", "num_layers", "steps", "batch_size", "length", "windows", "final_windows", "pairs")
 TIMED_ROUNDS = 20
 # Settings of `TrainConfig` that may be searched.
-SEARCHED = {"learning_rate", "matrix_learning_rate", "weight_decay", "warmdown"}
-SEARCHED |= {"graph_lr_factor", "graph_matrix_lr_factor"}
+SEARCHED: tuple[str, ...] = ("learning_rate", "matrix_learning_rate", "weight_decay", "warmdown")
+SEARCHED += ("graph_lr_factor", "graph_matrix_lr_factor")
 # Of flags that the command line does not give: in full, and to see that it runs.
 FULL = {"seeds": [0, 1, 2, 3, 4], "budgets": list(BUDGETS), "tasks": list(TASKS), "rounds": TIMED_ROUNDS}
 # Of many documents: held-out text of a few tells no small differences.
@@ -113,7 +113,7 @@ def _setting(text: str) -> tuple[str, tuple[float, ...]]:
     """further settings to search, such as matrix_learning_rate=0.01,0.02 or graph_lr_factor=0.25,1"""
     name, _, values = text.partition("=")
     if name not in SEARCHED:
-        raise argparse.ArgumentTypeError(f"Expected one of {sorted(SEARCHED)} before '=' (got {text!r})")
+        raise argparse.ArgumentTypeError(f"Expected one of {list(SEARCHED)} before '=' (got {text!r})")
     try:
         return name, tuple(map(float, values.split(",")))
     except ValueError as error:
