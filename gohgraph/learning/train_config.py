@@ -40,8 +40,8 @@ class TrainConfig:
         graph_lr_factor: learning rate of head graphs, as a multiple of AdamW's. A quarter is what text and translation
             chose beside Muon, see docs/experiments.md; models trained by AdamW alone took 1.
         graph_matrix_lr_factor: learning rate of the matrices of head graphs, which make edges of tokens, as a multiple
-            of Muon's, which trains them then, too: better for an element gate, worse for edges, see
-            docs/experiments.md. `None` leaves them to AdamW.
+            of Muon's, which trains them then, too: with one seed better for an element gate and worse
+            for edges, see docs/experiments.md. `None` leaves them to AdamW.
         anneal_top_k: steps over which every router's k falls linearly, rounded, from all its routed heads to its own
             budget, fewer than `steps`; 0 for that budget at once. Under `compile`, every k is compiled anew.
         anneal_in_degree: steps over which learned topologies lose their weakest edges, until every head has its budget

@@ -47,8 +47,9 @@ BUDGETS = (0.5, 2.0, 4.0)
 FIELDS = ("d_model", "num_heads", "num_layers", "steps", "batch_size", "length", "windows", "final_windows", "pairs")
 TIMED_ROUNDS = 20
 # Settings of `TrainConfig` that may be searched.
-SEARCHED: tuple[str, ...] = ("learning_rate", "matrix_learning_rate", "weight_decay", "warmdown")
-SEARCHED += ("graph_lr_factor", "graph_matrix_lr_factor")
+SEARCHED = (
+    "learning_rate", "matrix_learning_rate", "graph_lr_factor", "graph_matrix_lr_factor", "weight_decay", "warmdown",
+)  # fmt: skip
 # Of flags that the command line does not give: in full, and to see that it runs.
 FULL = {"seeds": [0, 1, 2, 3, 4], "budgets": list(BUDGETS), "tasks": list(TASKS), "rounds": TIMED_ROUNDS}
 # Of many documents: held-out text of a few tells no small differences.
