@@ -138,6 +138,8 @@ def _train(
         partial(output_of, config),
         TrainConfig(
             steps=steps,
+            # As pretrained models, adapters and routers are tuned; its rate is what the grid holds.
+            optimizer="adamw",
             learning_rate=learning_rate,
             warmup=steps // 20,
             # A short run stays near the model it started from: nothing is drawn to zero.

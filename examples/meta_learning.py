@@ -7,7 +7,7 @@ Tasks are drawn from scikit-learn's handwritten digits: 0 to 5 in four rotations
 In the inner loop "maml" adapts all parameters, "first-order" too but without second derivatives, "reptile" all with its
 own outer step, "read-out" the last layer (ANIL), "graph" the head graphs alone, "lora" low-rank updates of the
 attention's weights of about as many parameters, "graph+read-out" and "lora+read-out" both. The first command takes
-ten minutes on one thread. Expected (docs/results.md): about 60 % with "maml", 50 % with "read-out", near chance (33 %)
+ten minutes on one thread. Expected (docs/regimes.md): about 60 % with "maml", 50 % with "read-out", near chance (33 %)
 with "graph" or "lora" alone; "graph+read-out" reaches 60 % with --learning-rates 1e-2.
 
 The run folder holds a folder for every method with its log and result.json, curves.png and table.md. Ctrl-C stops it;
@@ -55,7 +55,6 @@ class MetaLearning(ContestScript):
     """The tasks, the inner loops, and how well each learns classes it has never seen."""
 
     name, runs = "meta_learning", "meta"
-    recipe = "old"
     full = dict(
         d_model=32, num_heads=4, num_layers=2, d_ff=64, tasks=4, ways=3, shots=5, queries=10, steps=250, test_batches=25
     )  # fmt: skip

@@ -19,13 +19,14 @@ from gohgraph.learning.federated.client import Client
 from gohgraph.learning.federated.sharing import SHARINGS
 from gohgraph.learning.federated.split import dirichlet_split
 from gohgraph.learning.loop import TrainConfig
+from gohgraph.learning.recipes import RECIPES
 from gohgraph.learning.regimes.language import VOCAB_SIZE, next_token_output
 from gohgraph.learning.regimes.low_rank import ALL_LINEAR, add_low_rank, matching_rank
 
 # The base knows the first kind of text; clients have the others.
 BASE, KINDS = "documentation", tuple(name for name in DOMAINS if name != "documentation")
-# The best of a grid (docs/results.md); the local ones and LoRA with a graph take those of their kind.
-LEARNING_RATES = {"full": 4e-3, "personal-graph": 4e-3, "local": 4e-3, "graph": 2e-2, "local-graph": 2e-2}
+# The best of a grid (docs/regimes.md); the local ones and LoRA with a graph take those of their kind.
+LEARNING_RATES = {"full": 1.6e-2, "personal-graph": 8e-3, "local": 8e-3, "graph": 2e-2, "local-graph": 2e-2}
 LEARNING_RATES |= {"lora": 4e-2, "lora-personal-graph": 4e-2}
 
 
@@ -37,6 +38,7 @@ class Settings:
         folder: of the run; each client keeps its personal weights in a folder of its own below.
         base: folder of a saved model that all begin with; "" for one that has learned nothing.
         method: one of `SHARINGS`.
+        recipe: one of `RECIPES`, of clients, and of a base that has learned nothing.
         clients, alpha: how many, and the alpha of `dirichlet_split`.
         rounds, local_steps: rounds, and steps of a client in each.
         learning_rate: of clients; 0 for the method's own.
@@ -52,6 +54,7 @@ class Settings:
     folder: str
     base: str = ""
     method: str = "full"
+    recipe: str = "modern"
     clients: int = 8
     alpha: float = 0.3
     rounds: int = 20
@@ -120,15 +123,18 @@ def make_client(settings: Settings, number: int) -> Client:
 
 
 def client_training(settings: Settings) -> TrainConfig:
-    """Returns the training of a client over all rounds; adapters do not decay, as PEFT's do not."""
+    """Returns the training of a client over all rounds; adapters take the whole rate and no decay, as PEFT's do."""
     sharing = SHARINGS[settings.method]
+    trains_all = "base" in (*sharing.shared, *sharing.personal)
+    training = RECIPES[settings.recipe].training
+    if not trains_all:
+        training = {**training, "weight_decay": 0.0, "graph_lr_factor": 1.0}
     return TrainConfig(
         steps=settings.rounds * settings.local_steps,
         learning_rate=settings.learning_rate or LEARNING_RATES[settings.method],
-        weight_decay=0.1 if "base" in (*sharing.shared, *sharing.personal) else 0.0,
-        graph_lr_factor=1.0,
         seed=settings.seed,
         device="cpu",
+        **training,
     )
 
 
@@ -167,7 +173,7 @@ def _base(settings: Settings) -> LanguageModel:
     if settings.base:
         return LanguageModel.from_pretrained(settings.base)
     shape = {name: getattr(settings, name) for name in ("d_model", "num_heads", "num_layers", "d_ff")}
-    return LanguageModel(TransformerConfig(VOCAB_SIZE, **shape))
+    return LanguageModel(TransformerConfig(VOCAB_SIZE, **shape, **RECIPES[settings.recipe].model))
 
 
 def _graph_parameters(base: LanguageModel, degree: int) -> int:

@@ -12,7 +12,7 @@ every round each client trains some steps on its own text, and the server averag
 of text. "full" shares the whole model; "personal-graph" all but the head graph, which stays on the client; "graph" and
 "lora" share only a head graph, or low-rank updates of as many parameters, over the frozen base; "lora-personal-graph"
 has half of each; "local-graph" and "local" share nothing. The table shows loss and accuracy against bytes. A method
-takes about half a minute on one thread. Expected (docs/results.md): personal graphs do as well as sharing all; adapters
+takes about half a minute on one thread. Expected (docs/regimes.md): personal graphs do as well as sharing all; adapters
 cost a 20th of the bytes and learn less, LoRA more than a head graph; without federation the worst client is far behind.
 
 The run folder holds the base, a folder for every method with its log and checkpoints, curves.png and table.md. Ctrl-C
@@ -67,7 +67,6 @@ class FederatedLearning(Script):
     """The base, the rounds of every method, and what they reach for how many bytes."""
 
     name, runs = "federated_learning/run", "federated"
-    recipe = "old"
     full = dict(
         d_model=64, num_heads=8, num_layers=3, d_ff=256, length=64, batch_size=8, base_steps=600, rounds=20,
         local_steps=6, windows=64, limit=500_000,

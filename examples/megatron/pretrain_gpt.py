@@ -7,7 +7,7 @@
         --length 2048 --batch-size 256 --micro-batches 16 --steps 20000 --topology ring --in-degree 4
 
 The first one takes half a minute on a CPU: the loss falls from 5.07 in the first five steps to 2.54 in the last five,
-2.56 on held-out text (docs/results.md, where the second is seen to give the same). The third has not been run.
+2.56 on held-out text (docs/regimes.md, where the second is seen to give the same). The third has not been run.
 --data is the path of a text, read as bytes, or the prefix of Megatron's indexed dataset (PREFIX.bin and PREFIX.idx,
 made by its tools/preprocess_data.py). Processes beyond --tensor-parallel share each batch. The run folder, on a disk
 that all processes see, holds config.json, log.csv, curves.png, result.json and checkpoints in Megatron's torch_dist

@@ -13,6 +13,7 @@ from gohgraph.attention.routing import HeadRouter
 from gohgraph.graphs.edge_graph import EdgeGraph
 from gohgraph.graphs.protocol import SiteGraph
 from gohgraph.learning.muon import MUON_GROUPS, MuonWithAdamW
+from gohgraph.learning.regimes.low_rank import LowRankUpdate
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.models.streams import DenseConnection, StreamWeights
 from gohgraph.parallel.gradients import layout_of
@@ -33,8 +34,9 @@ def parameter_groups(
     traits ask for it: their start at zero or one is neutral and no prior. They learn at `graph_lr_factor` times the
     learning rate, times the factor of their traits. A parameter used twice is listed once. For Muon, matrices are those
     inside layers, at its own rate; embeddings and the output's projection, which are tables rather than maps, are a
-    group that AdamW trains. The few weights of residual paths count as vectors. With a `graph_matrix_lr_factor` Muon
-    trains the matrices at sites, too, at that multiple of its rate; their biases and gains stay with AdamW.
+    group that AdamW trains. The few weights of residual paths count as vectors, and beside Muon so do low-rank updates,
+    as thin as they are. With a `graph_matrix_lr_factor` Muon trains the matrices at sites, too, at that multiple of its
+    rate; their biases and gains stay with AdamW.
 
     Example:
         >>> import gohgraph as goh
@@ -49,8 +51,9 @@ def parameter_groups(
     """
     graphs = [module for module in model.modules() if isinstance(module, at_sites)]
     factors, decayed = _factors(graphs), _decayed(graphs)
-    paths = _ids(module for module in model.modules() if isinstance(module, (StreamWeights, DenseConnection)))
     by_muon = config.optimizer == "muon"
+    thin = (StreamWeights, DenseConnection, LowRankUpdate) if by_muon else (StreamWeights, DenseConnection)
+    like_vectors = _ids(module for module in model.modules() if isinstance(module, thin))
     tables = _ids(_tables(model)) if by_muon else set()
     by_own_rate = set() if config.graph_matrix_lr_factor is None else _matrices(graphs)
 
@@ -58,7 +61,7 @@ def parameter_groups(
         if id(parameter) in factors:
             kinds = GRAPH_MATRICES if id(parameter) in by_own_rate else GRAPHS
             return kinds[id(parameter) in decayed]
-        if parameter.dim() < 2 or id(parameter) in paths:
+        if parameter.dim() < 2 or id(parameter) in like_vectors:
             return "vectors"
         return "embeddings" if by_muon and (parameter.dim() > 2 or id(parameter) in tables) else MATRICES
 

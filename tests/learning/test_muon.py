@@ -13,6 +13,7 @@ from torch import nn
 import gohgraph as goh
 from gohgraph.learning.muon import Muon, MuonWithAdamW, orthogonalized
 from gohgraph.learning.optim import make_optimizer, parameter_groups
+from gohgraph.learning.regimes.low_rank import add_low_rank
 from gohgraph.learning.train_config import TrainConfig
 from gohgraph.models.streams import DenseConnection, StreamWeights
 
@@ -120,6 +121,17 @@ def test_matrices_of_graphs_are_muons_where_they_have_a_rate_of_its():
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trained(model, *optimizer_of(model, with_rate), range(2))
     assert not any(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_low_rank_updates_count_as_vectors():
+    model = goh.LanguageModel(small_config("plain", num_layers=1))
+    add_low_rank(model, 2)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {group["name"]: group for group in parameter_groups(model, CONFIG)}
+    members = {kind: {names[id(p)] for p in group["params"]} for kind, group in groups.items()}
+    updates = {name for name in names.values() if "lora" in name}
+    assert updates and updates <= members["vectors"]
+    assert groups["vectors"]["lr"] == CONFIG.learning_rate and groups["vectors"]["weight_decay"] == 0
 
 
 def test_a_rate_of_muons_needs_muon():

@@ -43,7 +43,7 @@ def add_rate_flags(parser: argparse.ArgumentParser, *, learning_rate: float) -> 
 def add_training_flags(parser: argparse.ArgumentParser, *, weight_decay: float = 0.1) -> None:
     """Adds the flags that `train_config` reads."""
     add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=RECIPES, help="of model and training (default: the script's or, to resume, the run's)")
+    add("--recipe", choices=RECIPES, help="of model and training (default: modern or, to resume, the run's)")
     add("--warmup", type=int, help="steps of linear warm-up (default: a tenth of the steps, at most 100)")
     add("--matrix-learning-rate", type=float, help="of Muon, whose matrices are those inside layers (default: 0.02)")
     add("--weight-decay", type=float, default=weight_decay, help="default %(default)s")

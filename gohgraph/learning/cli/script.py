@@ -33,7 +33,7 @@ class Script:
         command: what runs it, `None` for the script of that name.
         runs: the run folder is `runs/...` unless `--run` names one.
         full, smoke: sizes of a full run and of `--smoke` by name; each becomes a flag and stands in `flags`.
-        recipe, weight_decay: where `--recipe` and `--weight-decay` do not say otherwise.
+        weight_decay: where `--weight-decay` does not say otherwise.
         folder: the run folder, once `train` is called.
 
     Example:
@@ -51,7 +51,6 @@ class Script:
     runs: ClassVar[str]
     full: ClassVar[Mapping[str, Any]]
     smoke: ClassVar[Mapping[str, Any]]
-    recipe: ClassVar[str] = "modern"
     weight_decay: ClassVar[float] = 0.1
     folder: Path
 
@@ -131,7 +130,7 @@ class Script:
             if self.flags.resume:
                 self._take_flags_of_run(argv)
             fill_sizes(self.flags, self.full, self.smoke)
-            self.flags.recipe = self.flags.recipe or self.recipe
+            self.flags.recipe = self.flags.recipe or "modern"
             self.check()
             self.folder = open_folder(self.flags, self.run_name())
             with resumable(self.command or f"python examples/{self.name}.py", self.folder):
