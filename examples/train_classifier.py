@@ -6,8 +6,8 @@
 
 Images are scikit-learn's handwritten digits, cut into 16 patches of 2 x 2 pixels; text is which of five kinds (Python's
 documentation and sources, C++ headers, Unicode names, licences) 32 bytes come from, or with --data which .txt file of a
-folder. Each comparison takes one to two minutes on one thread; expected accuracies (docs/regimes.md): 99 % of the digits
-and 80 % of the texts with either.
+folder. Each comparison takes one to two minutes on one thread; expected accuracies (docs/regimes.md): 99 % of the
+digits and 80 % of the texts with either.
 
 The run folder holds config.json, log.csv, curves.png, checkpoints, the model, confusion.png, result.json and of a head
 graph heads.png. Ctrl-C stops it; the same command with --resume goes on.
