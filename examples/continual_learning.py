@@ -156,7 +156,8 @@ class ContinualLearning(Script):
         learner = self.learner(method, seed)
         before = [learner.measure(task).mean().item() for task in tasks]
         # Adapters decay towards the shared model by nothing, as PEFT's do, and take the whole of their grid's rates.
-        config = self.config(seed, rate, **({"weight_decay": 0.0, "graph_lr_factor": 1.0} if adapts else {}))
+        whole_rate = {"graph_lr_factor": 1.0} if flags.graph_lr_factor is None else {}
+        config = self.config(seed, rate, **({"weight_decay": 0.0, **whole_rate} if adapts else {}))
         about = {"method": method, "model": self.bases[seed].config.to_dict(), "flags": settings}
         losses = learn_in_sequence(learner, config, place, resume=flags.resume, settings=about)
         result = {

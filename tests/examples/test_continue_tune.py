@@ -123,8 +123,9 @@ def test_table_and_going_on(example, text, tmp_path, capsys):
     assert len(stamps) == 5 and example.main(flags) == 0
     assert stamps == [file.stat().st_mtime_ns for file in sorted((tmp_path / "run" / "results").glob("*.json"))]
     assert table in capsys.readouterr().out
-    log = (tmp_path / "run" / "runs" / "moh-0.001-0" / "log.csv").read_text()
-    assert "load_cv" in log
+    run = tmp_path / "run" / "runs" / "moh-0.001-0"
+    assert "load_cv" in (run / "log.csv").read_text()
+    assert json.loads((run / "config.json").read_text())["training"]["optimizer"] == "adamw"
 
 
 def test_a_model_of_the_hub(example, text, tmp_path):

@@ -55,6 +55,17 @@ def test_all_methods_are_compared_and_failing_clients_left_out(main, script, tmp
     assert down["full"] > down["personal-graph"] > down["lora"] > 0 and down["graph"] > 0 == down["local"]
 
 
+@pytest.mark.parametrize("recipe, optimizer", [("old", "adamw"), ("modern", "muon")])
+def test_clients_are_trained_by_the_recipe_and_adapters_as_pefts(script, recipe, optimizer):
+    federation = sys.modules["federation"]
+    for method in script.METHODS:
+        training = federation.client_training(federation.Settings("run", method=method, recipe=recipe))
+        assert training.optimizer == optimizer
+        trains_all = method in ("full", "personal-graph", "local")
+        assert training.weight_decay == (0.1 if trains_all else 0.0)
+        assert training.graph_lr_factor == (0.25 if trains_all and recipe == "modern" else 1.0)
+
+
 def test_ctrl_c_and_resume_equal_an_uninterrupted_run(main, tmp_path, monkeypatch, capsys):
     from gohgraph.learning.federated.client import Client
     from gohgraph.learning.federated.server import last_weights
