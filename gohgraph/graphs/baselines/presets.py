@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ INTERLEAVED = SiteConfig(edges="static", activation=None, learning_rate_factor=7
 
 # Two numbers a head: v_l becomes a v_l + b v_1 (arXiv 2410.17897, its learnable form, there two numbers a layer).
 VALUE_RESIDUAL = SiteConfig("empty", edges="static", activation=None, cross_layer="first")
+# A head hears the first layer's values of every head, not of its own alone: do messages add to a value residual?
+VALUE_RESIDUAL_OF_ALL = dataclasses.replace(VALUE_RESIDUAL, cross_layer=CrossLayer("first", "all-pairs"))
 # MUDD's value stream in the last two layers (arXiv 2502.12170, section 2; so reduced in modded-nanogpt, April 2026):
 # all values before, weighed by the token. Differs: one weight a head, linear in the token, between projected values.
 # Its residual stream is that of `BESIDE`.
@@ -120,6 +123,7 @@ HEAD_GRAPHS: dict[str, Preset] = {
     "cross-layer-queries-keys": _inner(queries=_across(1, "same-head"), keys=_across(1, "same-head")),
     "cross-layer-outputs": _outputs(_across("first", "all-pairs")),
     "value-residual-outputs": _outputs(SiteConfig(), values=VALUE_RESIDUAL),
+    "value-residual-all-pairs": _inner(values=VALUE_RESIDUAL_OF_ALL),
     "outputs-moh-75": lambda heads: HeadGraphConfig(routing=RoutingConfig(heads // 4, heads // 2)),
     **{f"experts-{rounds}": partial(_experts, rounds=rounds) for rounds in (1, 2, 3)},
 }
