@@ -12,8 +12,9 @@ every round each client trains some steps on its own text, and the server averag
 of text. "full" shares the whole model; "personal-graph" all but the head graph, which stays on the client; "graph" and
 "lora" share only a head graph, or low-rank updates of as many parameters, over the frozen base; "lora-personal-graph"
 has half of each; "local-graph" and "local" share nothing. The table shows loss and accuracy against bytes. A method
-takes about half a minute on one thread. Expected (docs/regimes.md): personal graphs do as well as sharing all; adapters
-cost a 20th of the bytes and learn less, LoRA more than a head graph; without federation the worst client is far behind.
+takes about half a minute on one thread. Clients are trained by --recipe and --client-learning-rate; the other flags of
+training are the base's. Expected (docs/regimes.md): personal graphs do as well as sharing all; adapters cost a 20th of
+the bytes and learn less, LoRA more than a head graph; without federation the worst client is far behind.
 
 The run folder holds the base, a folder for every method with its log and checkpoints, curves.png and table.md. Ctrl-C
 stops it after the round; the same command with --resume goes on.

@@ -27,11 +27,12 @@ _UNUSED = ("patience", "anneal_top_k", "anneal_in_degree", "accumulate", "precis
 class Client:
     r"""Trains a model in rounds, as FedAvg's clients do (McMahan et al. 2017, arXiv 1602.05629, algorithm 1).
 
-    .. math:: w^k_{r+1} = \text{AdamW}_S(w_r, \phi^k_r; D_k)
+    .. math:: w^k_{r+1} = \text{train}_S(w_r, \phi^k_r; D_k)
 
     In round r it takes the shared weights w_r, makes S steps on its own data, together with its personal weights phi^k,
-    and gives back what became of the shared ones. The optimizer begins anew in every round, as the weights do; data and
-    dropout of a step depend on its number alone, so that a round can be repeated.
+    and gives back what became of the shared ones. train_S are S steps of the configured optimizer, which begins anew in
+    every round, as the weights do; data and dropout of a step depend on its number alone, so that a round can be
+    repeated.
 
     Args:
         model: trained in place.
