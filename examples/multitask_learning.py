@@ -9,7 +9,7 @@ model for all tasks, without and with a head graph, widened to as many parameter
 models "...-per-task" all share the heads, and each task owns its head graph, low-rank updates of as many parameters,
 or its read-out; "separate" is a model for every task, with a fifth of the steps each. All see as many bytes. The first
 command takes five minutes on one thread. Expected (docs/regimes.md): mean losses of 1.55 with a head graph or LoRA
-for each task, 1.57 with one head graph for all, 1.59 for plain attention, 1.87 for separate models.
+for each task, 1.57 with one head graph for all, 1.59 for plain attention, 1.86 for separate models.
 
 The run folder holds a folder for every model with its log and losses.json, curves.png and table.md. Ctrl-C stops it;
 the same command with --resume goes on.
