@@ -68,6 +68,7 @@ class FederatedLearning(Script):
     """The base, the rounds of every method, and what they reach for how many bytes."""
 
     name, runs = "federated_learning/run", "federated"
+    trained = "training of the base (of clients: --recipe and --client-learning-rate)"
     full = dict(
         d_model=64, num_heads=8, num_layers=3, d_ff=256, length=64, batch_size=8, base_steps=600, rounds=20,
         local_steps=6, windows=64, limit=500_000,

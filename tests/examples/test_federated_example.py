@@ -105,6 +105,13 @@ def test_impossible_flags_are_one_sentence(main, capsys, flags, message):
     assert message in refused(main("--run", "out", *flags), capsys)
 
 
+def test_help_says_whose_training_the_flags_change(main, capsys):
+    with pytest.raises(SystemExit):
+        main("--help")
+    shown = capsys.readouterr().out
+    assert "training of the base (of clients: --recipe and --client-learning-rate):\n  --recipe" in shown
+
+
 def environment(tmp_path: Path) -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, "PATH": path, "FLWR_HOME": str(tmp_path / "flower"), "FLWR_TELEMETRY_ENABLED": "0"}

@@ -34,6 +34,7 @@ class Script:
         runs: the run folder is `runs/...` unless `--run` names one.
         full, smoke: sizes of a full run and of `--smoke` by name; each becomes a flag and stands in `flags`.
         weight_decay: where `--weight-decay` does not say otherwise.
+        trained: what the flags of training are about, their title in `--help`.
         folder: the run folder, once `train` is called.
 
     Example:
@@ -52,6 +53,7 @@ class Script:
     full: ClassVar[Mapping[str, Any]]
     smoke: ClassVar[Mapping[str, Any]]
     weight_decay: ClassVar[float] = 0.1
+    trained: ClassVar[str] = "training"
     folder: Path
 
     def __init__(self, flags: argparse.Namespace) -> None:
@@ -76,7 +78,7 @@ class Script:
         cls.add_flags(parser)
         add_run_flags(parser, cls.runs)
         add_size_flags(parser, cls.full)
-        add_training_flags(parser, weight_decay=cls.weight_decay)
+        add_training_flags(parser, weight_decay=cls.weight_decay, title=cls.trained)
         return parser
 
     @classmethod
