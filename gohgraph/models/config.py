@@ -37,7 +37,8 @@ class TransformerConfig(Config):
             2305.19466).
         norm_first: pre-norm (True) or post-norm as in the original.
         norm: `"layer"`, `"rms"`, or `"unweighted-rms"` without a gain.
-        qk_norm: queries and keys of every head have an RMS of 1 before rotary positions, see `QueryKeyNorm`.
+        qk_norm: queries and keys of every head have this RMS before rotary positions, as long as its gain has not
+            learned another, see `QueryKeyNorm`; 0 leaves them as they are. True is 1.
         embedding_norm: the embedding is normalised before the first layer.
         logit_cap: c, logits become c tanh(logits / c) (Gemma 2, arXiv 2408.00118, section 2); `None` for no cap.
         init: how matrices start, `"normal"`, `"fan-in"` or `"fan-in-zero"`, see `gohgraph.models.init`.
@@ -69,7 +70,7 @@ class TransformerConfig(Config):
     positions: str = "rotary"
     norm_first: bool = True
     norm: str = "layer"
-    qk_norm: bool = True
+    qk_norm: float = 1.0
     embedding_norm: bool = False
     logit_cap: float | None = None
     init: str = "fan-in"
@@ -82,12 +83,16 @@ class TransformerConfig(Config):
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff", "max_length"):
             check_int(name, getattr(self, name), low=1)
-        for name in ("norm_first", "qk_norm", "embedding_norm", "bias", "tie_embeddings"):
+        for name in ("norm_first", "embedding_norm", "bias", "tie_embeddings"):
             check_bool(name, getattr(self, name))
         check_choice("activation", self.activation, FEED_FORWARD_ACTIVATIONS)
         check_choice("positions", self.positions, POSITIONS)
         check_choice("norm", self.norm, NORMS)
         check_choice("init", self.init, INITS)
+        if not isinstance(self.qk_norm, bool):
+            check_number("qk_norm", self.qk_norm, low=0)
+        # As configurations were written while it was a flag.
+        object.__setattr__(self, "qk_norm", float(self.qk_norm))
         self._check_residual()
         if self.logit_cap is not None:
             check_number("logit_cap", self.logit_cap, above=0)

@@ -134,13 +134,15 @@ class QueryKeyNorm(nn.Module):
 
     .. math:: \mathrm{norm}(x) = \gamma \odot x / \sqrt{\tfrac{1}{D} \textstyle\sum_d x_d^2 + \epsilon}
 
-    One gain serves queries and keys of all heads of a layer: scores know only the product of both.
+    One gain serves queries and keys of all heads of a layer: scores know only the product of both. Where it starts at
+    g, scores start within -g^2 sqrt(D) .. g^2 sqrt(D).
 
     Sources: Henry et al. 2020 (arXiv 2010.04245); Dehghani et al. 2023 (arXiv 2302.05442), section 2.
 
     Args:
         head_dim: D.
         rotary: `RotaryPositions`, or `None`.
+        gain: that all features start with.
 
     Shape:
         x `[B, T, H, D]`, positions `[T]` or `[B, T]` -> `[B, T, H, D]`.
@@ -150,9 +152,10 @@ class QueryKeyNorm(nn.Module):
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
 
-    def __init__(self, head_dim: int, rotary: nn.Module | None = None) -> None:
+    def __init__(self, head_dim: int, rotary: nn.Module | None = None, gain: float = 1.0) -> None:
         super().__init__()
         self.norm, self.rotary = nn.RMSNorm(head_dim), rotary
+        nn.init.constant_(self.norm.weight, gain)
 
     def rotation(self, positions: Tensor | Rotation) -> Tensor | Rotation:
         """Returns the rotation by these positions; without rotary positions, these."""
@@ -207,7 +210,7 @@ class TokenEmbedding(nn.Module):
 def positions_of_heads(config: TransformerConfig, *, cross: bool = False) -> nn.Module | None:
     """Returns what queries and keys of every head go through; cross attention has no rotary positions."""
     rotary = RotaryPositions(config.head_dim) if config.positions == "rotary" and not cross else None
-    return QueryKeyNorm(config.head_dim, rotary) if config.qk_norm else rotary
+    return QueryKeyNorm(config.head_dim, rotary, config.qk_norm) if config.qk_norm else rotary
 
 
 def shared_rotation(rotaries: Sequence[nn.Module | None], positions: Tensor | None) -> Tensor | Rotation | None:

@@ -14,6 +14,7 @@ from gohgraph.models.embeddings import (
     RotaryPositions,
     SinusoidalPositions,
     TokenEmbedding,
+    positions_of_heads,
     shared_rotation,
 )
 from gohgraph.models.models import LanguageModel
@@ -136,6 +137,14 @@ def test_normalised_queries_follow_the_equation(rotates, head_dim, length):
     expected = gain * x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt()
     expected = rotary(expected, positions) if rotates else expected
     torch.testing.assert_close(norm(x, positions), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("start", [0.5, True, 3])
+def test_qk_norm_is_the_rms_that_queries_and_keys_start_with(start):
+    norm = positions_of_heads(TransformerConfig(7, d_model=10, num_heads=2, positions="none", qk_norm=start))
+    rms = norm(torch.randn(2, 3, 2, 5)).square().mean(dim=-1).sqrt()  # [B, T, H]
+    torch.testing.assert_close(rms, torch.full_like(rms, float(start)))
+    assert positions_of_heads(TransformerConfig(7, d_model=10, num_heads=2, positions="none", qk_norm=0)) is None
 
 
 def test_embedding_norm_is_the_layers_own_kind():

@@ -392,6 +392,21 @@ def test_the_modern_recipe_is_handed_to_model_and_training(tmp_path, monkeypatch
     assert all(seconds == seconds for seconds in runs._seconds(["outputs"])["outputs"])
 
 
+def test_what_scores_start_with_is_searched_and_is_the_models(tmp_path, monkeypatch):
+    seen = {}
+
+    def train(folder, name, *, training, config, plain, **others):
+        seen[name] = (config["qk_norm"], plain["qk_norm"])
+        assert "qk_norm" not in training
+        return LOG
+
+    grid = ["--rates", "0.1", "--grid", "graph_lr_factor=1", "qk_norm=0.25,0.5"]
+    runs = runs_of_two_cues(tmp_path, monkeypatch, *grid, train=train)
+    # Weights that are plain attention's start where its own do: at the same gain.
+    assert seen["two-cues_outputs_0.1-1-0.25_0"] == (0.25, 0.25) and seen["two-cues_plain_0.1-0.5_0"] == (0.5, 0.5)
+    assert runs._seconds(["outputs"])["outputs"]
+
+
 def test_rates_of_the_command_line_go_over_the_recipes(tmp_path, monkeypatch):
     given = ["--recipe", "modern", "--rates", "0.1", "--grid", "matrix_learning_rate=0.3"]
     runs = runs_of_two_cues(tmp_path, monkeypatch, *given, train=lambda *_, **__: LOG)

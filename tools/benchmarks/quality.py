@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks.quality_report import Entry, beside_table, draw_quality, quality_table
 from benchmarks.recipes import RECIPES
-from benchmarks.task_runs import TaskRuns
+from benchmarks.task_runs import OF_MODELS, TaskRuns
 from benchmarks.tasks import TASKS
 from benchmarks.timing import machine
 from gohgraph.common.checks import check_int, check_number
@@ -46,9 +46,10 @@ BUDGETS = (0.5, 2.0, 4.0)
 # Fields of tasks that flags of the same name give; a task that lacks one does not take it.
 FIELDS = ("d_model", "num_heads", "num_layers", "steps", "batch_size", "length", "windows", "final_windows", "pairs")
 TIMED_ROUNDS = 20
-# Settings of `TrainConfig` that may be searched.
+# What may be searched: settings of `TrainConfig`, and of `TransformerConfig` those that change no parameter's shape.
 SEARCHED = (
     "learning_rate", "matrix_learning_rate", "graph_lr_factor", "graph_matrix_lr_factor", "weight_decay", "warmdown",
+    *OF_MODELS,
 )  # fmt: skip
 # Of flags that the command line does not give: in full, and to see that it runs.
 FULL = {"seeds": [0, 1, 2, 3, 4], "budgets": list(BUDGETS), "tasks": list(TASKS), "rounds": TIMED_ROUNDS}

@@ -17,7 +17,7 @@ class Recipe:
     Args:
         model: changes of the task's `TransformerConfig`.
         training: changes of the task's `TrainConfig`.
-        grid: values of further settings of `TrainConfig` to choose among, or of `learning_rate` in place of the task's.
+        grid: values of further settings to choose among, or of `learning_rate` in place of the task's.
         keeps_schedule: whether a task's own schedule and warm-up stay.
 
     Example:

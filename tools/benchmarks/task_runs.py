@@ -31,6 +31,8 @@ from gohgraph.learning.train_config import TrainConfig
 from gohgraph.models.config import TransformerConfig
 
 PLAIN, OLD = "plain", recipe("old")
+# Settings that may be searched and are of models, not of their training.
+OF_MODELS = ("qk_norm",)
 
 
 class TaskRuns:
@@ -123,16 +125,21 @@ class TaskRuns:
             "name": trial.name,
             "task": self.name,
             "options": self.options,
-            "config": self.configs[trial.variant].to_dict(),
-            "plain": self.configs[PLAIN].to_dict(),
+            "config": self._config(trial.variant, trial.point).to_dict(),
+            "plain": self._config(PLAIN, trial.point).to_dict(),
             "training": self._training(trial.point, max(2, round(self.task.steps * trial.budget))),
             "seed": trial.seed,
             "threads": self.flags.threads,
         }
 
+    def _config(self, variant: str, point: Point) -> TransformerConfig:
+        own: dict[str, Any] = {name: value for name, value in point.to_dict().items() if name in OF_MODELS}
+        return dataclasses.replace(self.configs[variant], **own)
+
     def _training(self, point: Point, steps: int) -> dict[str, Any]:
-        own = {"steps": steps, "graph_lr_factor": self.flags.graph_lr_factor}
-        return {**self.recipe.trained(steps, self.task.training(steps)), **own, **point.to_dict()}
+        own: dict[str, Any] = {"steps": steps, "graph_lr_factor": self.flags.graph_lr_factor}
+        own |= {name: value for name, value in point.to_dict().items() if name not in OF_MODELS}
+        return {**self.recipe.trained(steps, self.task.training(steps)), **own}
 
     def _times(self) -> dict[str, dict[str, Any]]:
         """Ratios of a training step's seconds to plain attention's (quartiles) and tokens a second, measured once."""
