@@ -53,7 +53,9 @@ def test_dictionaries_of_before_keep_their_meaning():
     assert TransformerConfig.from_dict(now).to_dict() == now
 
 
-@pytest.mark.parametrize("field,value", [("init", "xavier"), ("logit_cap", 0.0), ("qk_norm", -0.5), ("qk_norm", "yes"), ("norm", "batch")])
+@pytest.mark.parametrize(
+    "field,value", [("init", "xavier"), ("logit_cap", 0.0), ("qk_norm", -0.5), ("qk_norm", "yes"), ("norm", "batch")]
+)
 def test_what_does_not_fit_is_refused(field, value):
     with pytest.raises((TypeError, ValueError), match=f"Expected {field}"):
         TransformerConfig(97, **SHAPE, **{field: value})
