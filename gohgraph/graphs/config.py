@@ -77,7 +77,8 @@ class HeadGraphConfig(Config):
     The default, complete output graphs, is the site that costs least (1.04 of a plain training step at d_model 128).
     It is not chosen for a lower loss: under the default recipe it gains 0.009 ± 0.009 nats of text in a short training,
     none in long ones; a gate on the heads' outputs, `HeadGraphConfig(BaselineConfig("gate"))`, gains as much or more in
-    the short one and loses in a long one (see docs/experiments.md).
+    the short one and loses in a long one. Score graphs let many small heads look things up together, which fewer, wider
+    heads do without (see docs/experiments.md).
 
     Args:
         outputs: messages between head outputs, read out in place of concatenating heads.
