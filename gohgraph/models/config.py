@@ -37,8 +37,8 @@ class TransformerConfig(Config):
             2305.19466).
         norm_first: pre-norm (True) or post-norm as in the original.
         norm: `"layer"`, `"rms"`, or `"unweighted-rms"` without a gain.
-        qk_norm: queries and keys of every head have this RMS before rotary positions, as long as its gain has not
-            learned another, see `QueryKeyNorm`; 0 leaves them as they are. True is 1.
+        qk_norm: RMS that queries and keys of every head start with before rotary positions, see `QueryKeyNorm`; 0
+            leaves them as they are, True is 1.
         embedding_norm: the embedding is normalised before the first layer.
         logit_cap: c, logits become c tanh(logits / c) (Gemma 2, arXiv 2408.00118, section 2); `None` for no cap.
         init: how matrices start, `"normal"`, `"fan-in"` or `"fan-in-zero"`, see `gohgraph.models.init`.
