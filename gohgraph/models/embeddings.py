@@ -135,7 +135,7 @@ class QueryKeyNorm(nn.Module):
     .. math:: \mathrm{norm}(x) = \gamma \odot x / \sqrt{\tfrac{1}{D} \textstyle\sum_d x_d^2 + \epsilon}
 
     One gain serves queries and keys of all heads of a layer: scores know only the product of both. Where it starts at
-    g, scores start within g^2 sqrt(D) of 0: of small heads they are flat.
+    g, scores start within g^2 sqrt(D) of 0.
 
     Sources: Henry et al. 2020 (arXiv 2010.04245); Dehghani et al. 2023 (arXiv 2302.05442), section 2.
 

@@ -40,9 +40,7 @@ def add_rate_flags(parser: argparse.ArgumentParser, *, learning_rate: float) -> 
     )  # fmt: skip
 
 
-def add_training_flags(
-    parser: argparse.ArgumentParser, *, weight_decay: float = 0.1, title: str = "training"
-) -> None:
+def add_training_flags(parser: argparse.ArgumentParser, *, weight_decay: float = 0.1, title: str = "training") -> None:
     """Adds the flags that `train_config` reads, below a title that says what is trained."""
     add = parser.add_argument_group(title).add_argument
     add("--recipe", choices=RECIPES, help="of model and training (default: modern or, to resume, the run's)")

@@ -104,6 +104,12 @@ class EpisodeTask(Task):
     """A task of random token sequences of which only some positions are to be predicted, by a language model."""
 
     measure: ClassVar[str] = "error"
+    # Where the scores of small heads start decides whether plain attention learns to look up in so many steps.
+    grid: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "learning_rate": (1e-2, 2e-2),
+        "matrix_learning_rate": (0.02, 0.04),
+        "qk_norm": (1.0, 1.7, 3.0),
+    }
 
     @property
     @abstractmethod

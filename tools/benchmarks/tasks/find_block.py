@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,12 +46,6 @@ class FindBlock(EpisodeTask):
     steps: int = 1500
     learning_rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3)
     num_blocks: int = 4
-    # Scores of heads this small have to start sharp: with a gain of 1 none of eight blocks is found in 2,000 steps.
-    grid: ClassVar[Mapping[str, tuple[float, ...]]] = {
-        "learning_rate": (1e-2, 2e-2),
-        "matrix_learning_rate": (0.02, 0.04),
-        "qk_norm": (1.0, 1.7, 3.0),
-    }
     block_length: int = 5
     num_asked: int = 2
     summary: ClassVar[str] = "finding the block with both letters: share of wrong letters"
