@@ -473,6 +473,7 @@ def test_the_factor_is_of_head_graphs_alone(tmp_path):
         (["--steps", "1"], "Expected --steps to be an int >= 2"),
         (["--num-heads", "0"], "Expected --num-heads to be an int >= 1"),
         (["--num-heads", "7"], "d_model"),
+        (["--num-kv-heads", "3"], "Expected num_kv_heads to divide num_heads = 8"),
         (["--grid", "rate=1"], "Expected one of ['learning_rate'"),
         (["--grid", "weight_decay=a"], "Expected numbers after '='"),
         (["--grid", "graph_lr_factor=1,1"], "Expected different --graph-lr-factors above 0"),
@@ -497,12 +498,13 @@ def test_text_is_of_many_documents_unless_told_otherwise_and_small_in_a_smoke_ru
 def test_every_field_of_a_task_can_be_overridden():
     parser = argparse.ArgumentParser()
     quality.add_flags(parser)
-    given = "--steps 7 --rates 0.1 0.2 --d-model 24 --num-heads 3 --num-layers 1 --batch-size 5 --length 11"
+    shape = "--d-model 24 --num-heads 6 --num-kv-heads 3 --num-layers 1 --length 11"
+    given = f"--steps 7 --rates 0.1 0.2 --batch-size 5 {shape}"
     flags = parser.parse_args([*given.split(), "--data", "book.txt", "--pairs", "folder"])
-    expected = {"d_model": 24, "num_heads": 3, "num_layers": 1, "steps": 7, "batch_size": 5}
+    expected = {"d_model": 24, "num_heads": 6, "num_kv_heads": 3, "num_layers": 1, "steps": 7, "batch_size": 5}
     expected["learning_rates"] = [0.1, 0.2]
     assert quality._options("text", flags) == {**expected, "length": 11, "data": "book.txt"}
     assert quality._options("mqar", flags) == expected
     assert quality._options("translation", flags) == {**expected, "pairs": "folder"}
     sizes = TASKS["mqar"](**expected).shape()
-    assert sizes == {"d_model": 24, "num_heads": 3, "num_layers": 1, "d_ff": 96}
+    assert sizes == {"d_model": 24, "num_heads": 6, "num_kv_heads": 3, "num_layers": 1, "d_ff": 96}

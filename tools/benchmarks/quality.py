@@ -44,7 +44,9 @@ BASIC += ["knocking-heads", "mea", "moh-75", "static-graph", "frozen-graph"]
 BASIC += ["outputs", "norm-outputs", "scores", "values", "both", "outputs-values"]
 BUDGETS = (0.5, 2.0, 4.0)
 # Fields of tasks that flags of the same name give; a task that lacks one does not take it.
-FIELDS = ("d_model", "num_heads", "num_layers", "steps", "batch_size", "length", "windows", "final_windows", "pairs")
+OF_SHAPE = ("d_model", "num_heads", "num_kv_heads", "num_layers")
+NUMBERS = (*OF_SHAPE, "steps", "batch_size", "length", "windows", "final_windows")
+FIELDS = (*NUMBERS, "pairs")
 TIMED_ROUNDS = 20
 # What may be searched: settings of `TrainConfig`, and of `TransformerConfig` those that change no parameter's shape.
 SEARCHED = (
@@ -71,7 +73,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--rates", nargs="+", type=float, help="the grid of learning rates (default: each task's own)")
     add("--grid", nargs="+", type=_setting, metavar="SETTING=V,V", help=_setting.__doc__)
     add("--graph-lr-factor", type=float, default=1.0, help="learning rate of head graphs, times the rate (%(default)s)")
-    for field in FIELDS[:-1]:
+    for field in NUMBERS:
         add(f"--{field.replace('_', '-')}", type=int, help="(default: each task's own)")
     add("--parameters", type=int, help="of all models (default: the heaviest variant's)")
     add("--pairs", help="folder of sentence pairs of the task 'translation', such as Multi30k")
@@ -145,7 +147,7 @@ def _check(flags: argparse.Namespace) -> None:
     flags.grid = dict(flags.grid)
     for name, low in (("jobs", 1), ("threads", 1), ("rounds", 2)):
         check_int(f"--{name}", getattr(flags, name), low=low)
-    for name, low in (("steps", 2), ("parameters", 1), *((size, 1) for size in FIELDS[:-1] if size != "steps")):
+    for name, low in (("steps", 2), ("parameters", 1), *((size, 1) for size in NUMBERS if size != "steps")):
         if getattr(flags, name) is not None:
             check_int("--" + name.replace("_", "-"), getattr(flags, name), low=low)
     for name in ("seeds", "variants", "tasks"):

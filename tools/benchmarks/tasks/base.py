@@ -32,6 +32,7 @@ class Task(ABC):
         batch_size: B.
         steps: of a full run.
         learning_rates: the grid, the same for all variants.
+        num_kv_heads: key/value heads, a divisor of H; `None` for H.
 
     Attributes:
         summary: what is measured, in one line of the table's caption.
@@ -46,6 +47,7 @@ class Task(ABC):
     batch_size: int
     steps: int
     learning_rates: tuple[float, ...]
+    num_kv_heads: int | None = None
     summary: ClassVar[str]
     measure: ClassVar[str] = "validation_loss"
     chosen_by: ClassVar[str | None] = None
@@ -95,8 +97,8 @@ class Task(ABC):
 
     def shape(self) -> dict[str, Any]:
         """Returns the sizes of the transformer, its feed-forward four times as wide as the model."""
-        sizes = {"d_model": self.d_model, "num_heads": self.num_heads, "num_layers": self.num_layers}
-        return {**sizes, "d_ff": 4 * self.d_model}
+        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
+        return {"d_model": self.d_model, **heads, "num_layers": self.num_layers, "d_ff": 4 * self.d_model}
 
 
 @dataclass(frozen=True)
