@@ -498,13 +498,13 @@ def test_text_is_of_many_documents_unless_told_otherwise_and_small_in_a_smoke_ru
 def test_every_field_of_a_task_can_be_overridden():
     parser = argparse.ArgumentParser()
     quality.add_flags(parser)
-    shape = "--d-model 24 --num-heads 6 --num-kv-heads 3 --num-layers 1 --length 11"
+    shape = "--d-model 24 --num-heads 6 --num-kv-heads 3 --num-layers 1 --d-ff 32 --length 11"
     given = f"--steps 7 --rates 0.1 0.2 --batch-size 5 {shape}"
     flags = parser.parse_args([*given.split(), "--data", "book.txt", "--pairs", "folder"])
-    expected = {"d_model": 24, "num_heads": 6, "num_kv_heads": 3, "num_layers": 1, "steps": 7, "batch_size": 5}
-    expected["learning_rates"] = [0.1, 0.2]
+    sizes = {"d_model": 24, "num_heads": 6, "num_kv_heads": 3, "num_layers": 1, "d_ff": 32}
+    expected = {**sizes, "steps": 7, "batch_size": 5, "learning_rates": [0.1, 0.2]}
     assert quality._options("text", flags) == {**expected, "length": 11, "data": "book.txt"}
     assert quality._options("mqar", flags) == expected
     assert quality._options("translation", flags) == {**expected, "pairs": "folder"}
-    sizes = TASKS["mqar"](**expected).shape()
-    assert sizes == {"d_model": 24, "num_heads": 6, "num_kv_heads": 3, "num_layers": 1, "d_ff": 96}
+    assert TASKS["mqar"](**expected).shape() == sizes
+    assert [TASKS[name]().shape()["d_ff"] for name in ("mqar", "two-cues", "translation")] == [256, 128, 256]

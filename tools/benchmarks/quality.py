@@ -44,7 +44,7 @@ BASIC += ["knocking-heads", "mea", "moh-75", "static-graph", "frozen-graph"]
 BASIC += ["outputs", "norm-outputs", "scores", "values", "both", "outputs-values"]
 BUDGETS = (0.5, 2.0, 4.0)
 # Fields of tasks that flags of the same name give; a task that lacks one does not take it.
-OF_SHAPE = ("d_model", "num_heads", "num_kv_heads", "num_layers")
+OF_SHAPE = ("d_model", "num_heads", "num_kv_heads", "num_layers", "d_ff")
 NUMBERS = (*OF_SHAPE, "steps", "batch_size", "length", "windows", "final_windows")
 FIELDS = (*NUMBERS, "pairs")
 TIMED_ROUNDS = 20

@@ -33,11 +33,13 @@ class Task(ABC):
         steps: of a full run.
         learning_rates: the grid, the same for all variants.
         num_kv_heads: key/value heads, a divisor of H; `None` for H.
+        d_ff: inner width of the feed-forward, the least of any variant; `None` for `widening` times M.
 
     Attributes:
         summary: what is measured, in one line of the table's caption.
         measure: the entry of `evaluate` that is reported, lower is better.
         chosen_by: the entry that learning rates are chosen by; `None` for the measure's of the choosing part.
+        widening: d_ff over M where `d_ff` is `None`.
         grid: values of settings that go over the grid of a recipe that has one, where the task asks for others.
     """
 
@@ -48,9 +50,11 @@ class Task(ABC):
     steps: int
     learning_rates: tuple[float, ...]
     num_kv_heads: int | None = None
+    d_ff: int | None = None
     summary: ClassVar[str]
     measure: ClassVar[str] = "validation_loss"
     chosen_by: ClassVar[str | None] = None
+    widening: ClassVar[int] = 4
     grid: ClassVar[Mapping[str, tuple[float, ...]]] = {}
 
     @property
@@ -96,9 +100,9 @@ class Task(ABC):
         return None
 
     def shape(self) -> dict[str, Any]:
-        """Returns the sizes of the transformer, its feed-forward four times as wide as the model."""
-        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
-        return {"d_model": self.d_model, **heads, "num_layers": self.num_layers, "d_ff": 4 * self.d_model}
+        """Returns the sizes of the transformer."""
+        sizes = {name: getattr(self, name) for name in ("d_model", "num_heads", "num_kv_heads", "num_layers")}
+        return {**sizes, "d_ff": self.d_ff or self.widening * self.d_model}
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Translation(Task):
     vocab_size: int = 4000
     dropout: float = 0.1
     label_smoothing: float = 0.1
+    widening: ClassVar[int] = 2
     summary: ClassVar[str] = "translation, English into German: validation loss, nats per subword"
 
     @cached_property
@@ -88,7 +89,7 @@ class Translation(Task):
 
     def config(self) -> TransformerConfig:
         """Returns the transformer's configuration without head graphs."""
-        return TransformerConfig(len(self.subwords), **{**self.shape(), "d_ff": 2 * self.d_model}, dropout=self.dropout)
+        return TransformerConfig(len(self.subwords), **self.shape(), dropout=self.dropout)
 
     def model(self, config: TransformerConfig) -> Transformer:
         """Builds an encoder and a decoder."""
