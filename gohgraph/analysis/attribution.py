@@ -57,7 +57,7 @@ def edge_attribution(
             grads = torch.autograd.grad(value, [zero for _, _, zero in seen], allow_unused=True)
             for (name, change, _), grad in zip(seen, grads, strict=True):
                 if grad is not None:
-                    rise = (change * grad).double().flatten(0, -2).sum(dim=0).cpu()  # [E]
+                    rise = (change * grad).cpu().double().flatten(0, -2).sum(dim=0)  # [E]
                     totals[name] += rise / len(batches)
     return totals
 

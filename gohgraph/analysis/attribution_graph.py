@@ -165,6 +165,8 @@ class _Edges:
     Args:
         length: of how many tokens each has its own; 0 for the sums alone.
         like: of the stream, `[B, T, M]`.
+
+    Sums are float64 on the CPU: not every device has float64.
     """
 
     def __init__(self, table: UnitNodes, length: int, like: Tensor) -> None:
@@ -178,7 +180,7 @@ class _Edges:
             if senders:
                 self._places[reader.unit, reader.site] = slice(start, end), senders
             start = end
-        self._sums = like.new_zeros(start, dtype=torch.double)
+        self._sums = torch.zeros(start, dtype=torch.double)
         self._tokens = like.new_zeros(start, length, dtype=torch.promote_types(like.dtype, torch.float32))
         self._moments = Moments((start,))
 
@@ -189,7 +191,7 @@ class _Edges:
         if self.length:
             values = torch.einsum("wnm,rnm->wrn", parts, slopes).to(self._tokens.dtype)  # [W, R, N]
         else:
-            values = (parts.flatten(1) @ slopes.flatten(1).t()).double()  # [W, R]
+            values = (parts.flatten(1) @ slopes.flatten(1).t()).cpu()  # [W, R]
         for (readers, senders, _), read in zip(waiting, values.split([len(one) for one in every], dim=1), strict=True):
             sizes = [len(reader.nodes) for reader in readers]
             for reader, own in zip(readers, read[:senders].split(sizes, dim=1), strict=True):
@@ -199,8 +201,8 @@ class _Edges:
         place, senders = self._places[reader.unit, reader.site]
         if self.length:
             self._tokens[place].unflatten(0, (senders, -1)).index_add_(2, where.tokens, worths)
-            worths = worths.sum(dim=-1, dtype=torch.double)  # [W, R]
-        self._sums[place] += worths.flatten()
+            worths = worths.sum(dim=-1)  # [W, R]
+        self._sums[place] += worths.flatten().cpu()
 
     def end_of_example(self) -> None:
         self._moments.update(self._sums[None])

@@ -229,7 +229,7 @@ class Circuit:
 
     def _metric(self, output: Any) -> Tensor:
         with torch.no_grad():
-            return metric_value(self.metric, output, self.examples).double().cpu()
+            return metric_value(self.metric, output, self.examples).cpu().double()
 
 
 def edge_blocks(

@@ -64,7 +64,7 @@ def label_heads(model: nn.Module, network: HeadNetwork, tokens: Any = None) -> H
             )
         asking, asked = (read.get(reading.stream) for reading in (unit.reads, unit.source))
         for name, wanted in _wanted(pattern, asking, asked, is_cross=unit.reads.stream != unit.source.stream).items():
-            scores[name][heads] = _mean_weight(pattern.double(), wanted).cpu()
+            scores[name][heads] = _mean_weight(pattern.cpu().double(), wanted.cpu())
     for name, values in scores.items():
         labelled[name] = values
     return labelled

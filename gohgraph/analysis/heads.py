@@ -62,7 +62,7 @@ def head_importance(
             grads = torch.autograd.grad(value, [mask for made in masks.values() for mask in made])
             for name, grad in zip(names, grads, strict=True):
                 # The loss is a mean over sequences: each one's own gradient is as many times larger.
-                size = grad.flatten(1).double().cpu().abs().mean(dim=0) * len(grad)  # [H]
+                size = grad.flatten(1).cpu().double().abs().mean(dim=0) * len(grad)  # [H]
                 totals[name] = totals.get(name, 0) + size / len(batches)
     return totals
 

@@ -177,7 +177,7 @@ def in_its_place(what: str, seen: Sent, mask: Tensor) -> Sent:
 
 
 def worth(graph: LearnedGraph, runs: tuple[Sent, Sent], slope: Tensor, example: int, mask: Tensor) -> Tensor:
-    """Returns what every edge's message in place of the other run's is worth at every token, `[E, T]`.
+    """Returns what every edge's message in place of the other run's is worth at every token, `[E, T]` on the CPU.
 
     Args:
         runs: the clean and the other one.
@@ -186,9 +186,9 @@ def worth(graph: LearnedGraph, runs: tuple[Sent, Sent], slope: Tensor, example: 
     """
     receivers, tokens = graph.conv.edge_index[1], mask.nonzero().flatten()
     size = graph.edges.shape[1] * slope.shape[-1]
-    of_edges = torch.zeros(graph.edges.shape[1], len(mask), dtype=torch.double, device=slope.device)
+    of_edges = torch.zeros(graph.edges.shape[1], len(mask), dtype=torch.double)
     for part in tokens.split(max(1, BLOCK // max(1, size))):
         change = runs[0].messages(example, part) - runs[1].messages(example, part)  # [n, E, F]
         at = slope[example, part].index_select(1, receivers)  # [n, E, F]
-        of_edges[:, part] = (change * at).sum(dim=-1).T.double()
+        of_edges[:, part.cpu()] = (change * at).sum(dim=-1).T.cpu().double()
     return of_edges

@@ -49,7 +49,7 @@ def prune(model: Module, keep: float = 0.2, scores: Mapping[str, Tensor] | None 
     numbers = [conv.edges.num_edges for conv in graphs.values()]
     if {name: len(values) for name, values in scores.items()} != dict(zip(graphs, numbers, strict=True)):
         raise ValueError(f"Expected a score for each edge of {list(graphs)} (got {list(scores)}). Do score this model.")
-    values = torch.cat([scores[name].double().cpu() for name in graphs])  # [edges]
+    values = torch.cat([scores[name].cpu().double() for name in graphs])  # [edges]
     if values.isnan().any():
         raise ValueError("Expected scores of all edges (got NaN at some). Do score every edge, without a sample.")
     stays = torch.zeros(len(values), dtype=torch.bool)

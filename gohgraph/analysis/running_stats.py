@@ -35,7 +35,7 @@ class Moments:
         """Takes in samples `[*, *shape]`."""
         values = samples(values, self.mean.dim())  # [N, *shape]
         for part in values.split(max(1, CHUNK // max(1, self.mean.numel()))):
-            self._add(part.double().cpu())
+            self._add(part.cpu().double())
 
     @property
     def std(self) -> Tensor:

@@ -48,8 +48,8 @@ def rank_agreement(scores: Mapping[str, Tensor], effects: Mapping[str, Tensor]) 
     """
     if {n: s.shape for n, s in scores.items()} != {n: e.shape for n, e in effects.items()}:
         raise ValueError(f"Expected scores of {list(effects)} (got {list(scores)}). Do score the edges of one model.")
-    first = torch.cat([scores[name].double() for name in effects])  # [edges]
-    second = torch.cat([effects[name].double() for name in effects])  # [edges]
+    first = torch.cat([scores[name].cpu().double() for name in effects])  # [edges]
+    second = torch.cat([effects[name].cpu().double() for name in effects])  # [edges]
     known = ~second.isnan()
     ranks = torch.stack([_ranks(first[known]), _ranks(second[known])])  # [2, edges]
     return torch.corrcoef(ranks)[0, 1].clamp(-1, 1).item()
@@ -57,12 +57,14 @@ def rank_agreement(scores: Mapping[str, Tensor], effects: Mapping[str, Tensor]) 
 
 def _weight_strength(conv: EdgeGraph) -> Tensor:
     edges = conv.edges
-    squares = edges.bias.detach().double().square()  # [R, E]
+    squares = edges.bias.detach().cpu().double().square()  # [R, E]
     if edges.weight is not None:
-        weight = edges.weight.detach().double()  # [R, E, M] or [R, E, r]
-        weight = weight if edges.down is None else weight @ edges.down.detach().double()  # [R, E, M]
+        weight = edges.weight.detach().cpu().double()  # [R, E, M] or [R, E, r]
+        weight = weight if edges.down is None else weight @ edges.down.detach().cpu().double()  # [R, E, M]
         squares = squares + weight.square().sum(dim=-1)
-    strength = edges.rescaled(squares.mean(dim=0).sqrt(), edges.learned_scale).detach().abs().cpu()  # [E]
+    # What edges are multiplied by; not every device has float64.
+    factor = edges.rescaled(torch.ones_like(edges.bias[0]), edges.learned_scale).detach().cpu()  # [E]
+    strength = squares.mean(dim=0).sqrt() * factor.abs()  # [E]
     return strength * cast(Tensor, conv.kept).cpu() if conv.traits.learned else strength
 
 

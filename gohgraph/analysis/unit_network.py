@@ -143,13 +143,13 @@ def network_of(
         pairs = (senders.repeat_interleave(len(receivers)), receivers.repeat(len(senders)))
         index.append(torch.stack(pairs))
         for column, part in zip((mean, std), of_reader, strict=True):
-            column.append(part.detach().double().cpu().flatten())  # [W*R]
+            column.append(part.detach().cpu().double().flatten())  # [W*R]
         graph += [reader.unit] * index[-1].shape[1]
         site += [reader.site] * index[-1].shape[1]
     for one in nodes.learned:
         index.append(nodes.edges_of(one))
         for column, part in zip((mean, std), learned[one.name], strict=True):
-            column.append(part.detach().double().cpu())  # [E]
+            column.append(part.detach().cpu().double())  # [E]
         graph += [one.name] * index[-1].shape[1]
         site += [one.site] * index[-1].shape[1]
     if not index:

@@ -165,17 +165,18 @@ def _check_linear(projection: nn.Module | None) -> None:
 
 def _fold(place: Place) -> None:
     site, block, graph, projection = place
-    graph = deepcopy(graph).double()
+    # In float64, which not every device has.
+    graph = deepcopy(graph).cpu().double()
     # transformers' Conv1D keeps its matrix the other way round.
     weight, bias = cast(Tensor, projection.weight), cast("Tensor | None", projection.bias)
     matrix = weight if isinstance(projection, nn.Linear) else weight.t()  # [M, H*D]
     if site == "outputs":
-        matrix.copy_(_read_through(graph, matrix.double(), block.num_heads))
+        matrix.copy_(_read_through(graph, matrix.cpu().double(), block.num_heads))
         block.output_graph = None
         return
     for rows in (matrix.t(), bias):
         if rows is not None:
-            nodes = rows.double().unflatten(-1, (graph.traits.num_heads, -1))  # [M, H, D] or [H, D]
+            nodes = rows.cpu().double().unflatten(-1, (graph.traits.num_heads, -1))  # [M, H, D] or [H, D]
             rows.copy_(graph(nodes).flatten(-2))
     del cast(MultiHeadAttention, block).inner_graphs[BEFORE_ATTENTION[site]]
 

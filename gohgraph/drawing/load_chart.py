@@ -64,7 +64,7 @@ def draw_load(
 
 
 def _checked(loads: Tensor | Sequence[Sequence[float]], num_shared: int) -> Tensor:
-    loads = torch.as_tensor(loads).detach().double().cpu()
+    loads = torch.as_tensor(loads).detach().cpu().double()
     if loads.dim() != 2 or loads.numel() == 0 or not ((loads >= 0) & (loads <= 1 + 1e-6)).all():
         raise ValueError(
             f"Expected loads [L, H] in [0, 1] (got shape {list(loads.shape)}, values {loads.flatten()[:5].tolist()}). "

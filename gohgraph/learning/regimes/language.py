@@ -80,7 +80,7 @@ def window_losses(model: nn.Module, data: Tensor, *, batch_size: int, length: in
     for inputs, targets in evaluation_batches(data, batch_size=batch_size, length=length, limit=limit):
         logits = model(inputs.to(device)).logits.float()  # [B, T, V]
         each = F.cross_entropy(logits.transpose(1, 2), targets.to(device), reduction="none")  # [B, T]
-        losses.append(each.double().mean(dim=1).cpu())
+        losses.append(each.cpu().double().mean(dim=1))
     return torch.cat(losses)
 
 
@@ -111,7 +111,7 @@ def head_loads(model: nn.Module, data: Tensor, *, batch_size: int, length: int, 
             raise ValueError(f"Expected routers (got a {kind} without). Do build it with HeadGraphConfig.moh(...).")
         # The last batch may hold fewer windows than the others.
         loads = torch.stack([there(decision.load) for decision in routing])  # [L, H]
-        total = total + len(inputs) * loads.double().cpu()
+        total = total + len(inputs) * loads.cpu().double()
         windows += len(inputs)
     return total / windows
 

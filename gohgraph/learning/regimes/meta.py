@@ -147,7 +147,7 @@ def few_shot_accuracy(learner: MetaLearner, episodes: Episodes) -> tuple[Tensor,
     logits, _ = learner.predict(episodes)
     targets = episodes.query_targets
     losses = F.cross_entropy(widened(logits).transpose(1, 2), targets, reduction="none").mean(dim=1)  # [N]
-    return losses.double().cpu(), (logits.argmax(dim=-1) == targets).double().mean(dim=1).cpu()
+    return losses.cpu().double(), (logits.argmax(dim=-1) == targets).cpu().double().mean(dim=1)
 
 
 def parameters_of(

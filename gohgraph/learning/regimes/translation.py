@@ -54,7 +54,7 @@ def sentence_losses(model: nn.Module, pairs: PairBatches) -> tuple[Tensor, Tenso
         source, target, after = (tensor.to(device) for tensor in batch)
         logits = model(source, target, source_keep_mask=source != PAD).logits.float()  # [B, T, V]
         each = F.cross_entropy(logits.transpose(1, 2), after, reduction="none", ignore_index=IGNORED_TARGET)  # [B, T]
-        losses.append(each.double().sum(dim=1).cpu())
+        losses.append(each.cpu().double().sum(dim=1))
         counts.append((after != IGNORED_TARGET).sum(dim=1).cpu())
     return torch.cat(losses), torch.cat(counts)
 
