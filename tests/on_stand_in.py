@@ -22,8 +22,10 @@ from gohgraph.analysis.attribution import edge_attribution
 from gohgraph.analysis.strength import edge_strength
 from gohgraph.common import modules
 from gohgraph.graphs.baselines.presets import PRESETS, fields_of
+from gohgraph.learning.data.episodes import Episodes
 from gohgraph.learning.optim import make_optimizer
 from gohgraph.learning.regimes.language import head_loads, window_losses
+from gohgraph.learning.regimes.meta import MetaLearner, few_shot_accuracy, parameters_of
 from gohgraph.learning.train_config import TrainConfig
 
 # A run: what it is run on -> its numbers.
@@ -139,6 +141,14 @@ def losses_of_windows(device: torch.device) -> Tensor:
 @run
 def loads_of_heads(device: torch.device) -> Tensor:
     return head_loads(model("moh-75").to(device), torch.arange(40) % V, batch_size=2, length=LENGTH)
+
+
+@run
+def adaptation_to_new_tasks(device: torch.device) -> Tensor:
+    classifier = goh.Classifier(goh.ClassifierConfig(CONFIG, num_classes=3))
+    learner = MetaLearner(classifier, parameters_of(classifier, names=["head"]), steps=2).to(device)
+    x, y = torch.randint(V, (2, 5, LENGTH)).to(device), torch.randint(3, (2, 5)).to(device)
+    return torch.cat([learner(Episodes(x, y, x, y)).cpu(), *few_shot_accuracy(learner, Episodes(x, y, x, y))])
 
 
 @run
