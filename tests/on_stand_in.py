@@ -233,14 +233,25 @@ def must_stop_at_a_tensor_of_the_cpu(device: torch.device) -> Tensor:
 
 
 @run
+def must_stop_at_a_generator_of_the_cpu(device: torch.device) -> Tensor:
+    return torch.rand(LENGTH, generator=torch.Generator().manual_seed(0), device=device)
+
+
+@run
 def must_stop_at_a_float64(device: torch.device) -> Tensor:
     return tokens(device).double()
 
 
 @run
-def must_stop_at_what_is_read(device: torch.device) -> Tensor:
+def must_stop_at_a_size_that_is_read(device: torch.device) -> Tensor:
     with unread():
         return tokens(device)[tokens(device) > 3].sum()
+
+
+@run
+def must_stop_at_a_copy_to_the_cpu(device: torch.device) -> Tensor:
+    with unread():
+        return torch.zeros(2, LENGTH, dtype=torch.long).copy_(tokens(device))
 
 
 def tried(name: str, run: Run) -> str | None:

@@ -81,18 +81,18 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ours = {id(leaf.raw): leaf for leaf in leaves if isinstance(leaf, OnDevice)}
     asked = kwargs.get("device")
     lands = bool(ours) if asked is None else torch.device(asked).type == DEVICE.type
+    if func is aten.copy_.default:
+        lands = isinstance(args[0], OnDevice)
     moves = func in (aten._to_copy.default, aten.copy_.default)
     if (ours or lands) and not moves:
         _check(func, leaves)
-    leaves_it = moves and asked is not None and not lands
+    leaves_it = moves and not lands
     # Which elements a mask takes, tells their number.
     by_mask = func in INDEXING and any(isinstance(leaf, Tensor) and leaf.dtype == torch.bool for leaf in leaves[1:])
     if ours and (func in READING or leaves_it or by_mask):
         READS[str(func)] += 1
     if lands and asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    if func is aten.copy_.default and not isinstance(args[0], OnDevice):
-        lands = False
     args, kwargs = tree_map(lambda leaf: leaf.raw if isinstance(leaf, OnDevice) else leaf, (args, kwargs))
     found = func(*args, **kwargs)
     return tree_map(lambda leaf: _placed(leaf, ours) if lands and isinstance(leaf, Tensor) else leaf, found)

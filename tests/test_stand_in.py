@@ -17,5 +17,5 @@ def test_a_device_that_stands_in_for_a_gpu_gives_the_numbers_of_the_cpu():
     done = subprocess.run([sys.executable, script], cwd=script.parents[1], capture_output=True, text=True, check=True)
     *wrong, end = done.stdout.splitlines()
     assert end == "done"
-    stops = ["must_stop_at_a_tensor_of_the_cpu", "must_stop_at_a_float64", "must_stop_at_what_is_read"]
-    assert [line.split(":")[0] for line in wrong] == stops, done.stdout
+    names = ("tensor_of_the_cpu", "generator_of_the_cpu", "float64", "size_that_is_read", "copy_to_the_cpu")
+    assert [line.split(":")[0] for line in wrong] == [f"must_stop_at_a_{name}" for name in names], done.stdout

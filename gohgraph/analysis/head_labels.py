@@ -63,8 +63,9 @@ def label_heads(model: nn.Module, network: HeadNetwork, tokens: Any = None) -> H
                 f"{len(heads)}). Do make it by attribution_graph or composition_graph."
             )
         asking, asked = (read.get(reading.stream) for reading in (unit.reads, unit.source))
+        weights = pattern.cpu().double()
         for name, wanted in _wanted(pattern, asking, asked, is_cross=unit.reads.stream != unit.source.stream).items():
-            scores[name][heads] = _mean_weight(pattern.cpu().double(), wanted.cpu())
+            scores[name][heads] = _mean_weight(weights, wanted.cpu())
     for name, values in scores.items():
         labelled[name] = values
     return labelled

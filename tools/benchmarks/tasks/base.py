@@ -102,7 +102,7 @@ class Task(ABC):
     def shape(self) -> dict[str, Any]:
         """Returns the sizes of the transformer."""
         sizes = {name: getattr(self, name) for name in ("d_model", "num_heads", "num_kv_heads", "num_layers")}
-        return {**sizes, "d_ff": self.d_ff or self.widening * self.d_model}
+        return {**sizes, "d_ff": self.widening * self.d_model if self.d_ff is None else self.d_ff}
 
 
 @dataclass(frozen=True)
